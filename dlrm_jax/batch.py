@@ -1,0 +1,107 @@
+"""Batch: what flows from the data to the step, and the host-side checks it must pass first."""
+
+import dataclasses
+
+import jax
+import numpy as np
+from flax import struct
+
+from dlrm_jax.config import ConfigError, ModelConfig
+
+EMPTY_SLOT = -1
+"""The id of an unused slot of a bag; it contributes nothing to the pooled vector."""
+
+
+class Batch(struct.PyTreeNode):
+    """B examples side by side.
+
+    `ids_BxK` holds the bags of all features next to each other in config order, feature f taking `hotness` slots;
+    unused slots are EMPTY_SLOT. `weight_B` is 0 for padding rows, which then count in no loss and no metric.
+    `id_weights_BxK`, when given, multiplies each looked-up row before pooling.
+    """
+
+    dense_BxN: jax.Array | np.ndarray
+    ids_BxK: jax.Array | np.ndarray
+    label_B: jax.Array | np.ndarray
+    weight_B: jax.Array | np.ndarray
+    id_weights_BxK: jax.Array | np.ndarray | None = None
+
+
+@dataclasses.dataclass
+class IdReport:
+    """How many ids of each feature were hashed or dropped because they lay outside their table."""
+
+    out_of_range: dict[str, int] = dataclasses.field(default_factory=dict)
+
+    def add(self, feature: str, count: int) -> None:
+        self.out_of_range[feature] = self.out_of_range.get(feature, 0) + count
+
+
+def check_ids(
+    config: ModelConfig, ids_BxK: np.ndarray, policy: str, report: IdReport, first_row: int = 0
+) -> np.ndarray:
+    """Ids as int32 with every one inside its table or EMPTY_SLOT.
+
+    Args:
+      ids_BxK: integer ids; floats are refused, since float32 cannot hold ids beyond 2^24.
+      policy: `error` raises ConfigError naming feature, row, value and limit; `hash` takes the id modulo the
+        table's rows; `drop_and_count` empties the slot. The last two count the event in `report`.
+      first_row: number of the first row, for the error text.
+    """
+    if not np.issubdtype(ids_BxK.dtype, np.integer):
+        raise ConfigError(f"ids have dtype {ids_BxK.dtype}; they must be integers (float32 rounds ids beyond 2^24)")
+    if ids_BxK.ndim != 2 or ids_BxK.shape[1] != config.num_slots:
+        raise ConfigError(f"ids have shape {ids_BxK.shape}; expected (rows, {config.num_slots}), one column a slot")
+    limit_K = np.repeat(
+        [config.table(feature.table).num_embeddings for feature in config.features],
+        [feature.hotness for feature in config.features],
+    )
+    bad_BxK = (ids_BxK >= limit_K) | (ids_BxK < EMPTY_SLOT)
+    if not bad_BxK.any():
+        return ids_BxK.astype(np.int32, copy=False)
+    feature_K = np.repeat(np.arange(len(config.features)), [feature.hotness for feature in config.features])
+    if policy == "error":
+        row, slot = (int(index[0]) for index in np.nonzero(bad_BxK))
+        feature = config.features[feature_K[slot]]
+        raise ConfigError(
+            f"feature {feature.name!r}, row {first_row + row}: id {ids_BxK[row, slot]} is outside table "
+            f"{feature.table!r} of {limit_K[slot]} rows (ids 0 to {limit_K[slot] - 1}, {EMPTY_SLOT} for an empty "
+            "slot); mend the data or set --ids_out_of_range=hash or drop_and_count"
+        )
+    for slot in np.nonzero(bad_BxK.any(axis=0))[0]:
+        report.add(config.features[feature_K[slot]].name, int(bad_BxK[:, slot].sum()))
+    replacement_BxK = ids_BxK % limit_K if policy == "hash" else EMPTY_SLOT
+    return np.where(bad_BxK, replacement_BxK, ids_BxK).astype(np.int32)
+
+
+def pack_bags(name: str, values: np.ndarray, lengths_B: np.ndarray, hotness: int) -> np.ndarray:
+    """Jagged bags (`values` concatenated, `lengths_B` ids each) as (B, hotness) slots, padded with EMPTY_SLOT.
+
+    Raises ConfigError, naming feature and row, for a bag of more than `hotness` ids or lengths that do not add up.
+    """
+    lengths_B = np.asarray(lengths_B)
+    if lengths_B.sum() != len(values) or (lengths_B < 0).any():
+        raise ConfigError(f"feature {name!r}: bag lengths add up to {lengths_B.sum()}, but there are {len(values)} ids")
+    if len(lengths_B) and lengths_B.max() > hotness:
+        row = int(np.argmax(lengths_B > hotness))
+        raise ConfigError(
+            f"feature {name!r}, row {row}: {lengths_B[row]} ids in one bag, but its hotness is {hotness}; "
+            "raise the feature's hotness or shorten the bag"
+        )
+    slots_Bxh = np.full((len(lengths_B), hotness), EMPTY_SLOT, values.dtype)
+    slots_Bxh[np.arange(hotness) < lengths_B[:, None]] = values
+    return slots_Bxh
+
+
+def describe_nonfinite(batch: Batch, dense_names: tuple[str, ...] = ()) -> str:
+    """Which column of a batch holds a NaN or an infinity, in words; used when a loss is not finite."""
+    rows, columns = np.nonzero(~np.isfinite(np.asarray(batch.dense_BxN)))
+    if len(rows):
+        column = int(columns[0])
+        name = dense_names[column] if column < len(dense_names) else f"dense {column}"
+        value = np.asarray(batch.dense_BxN)[rows[0], column]
+        return f"dense column {name!r} is {value} in row {int(rows[0])} of the batch"
+    bad = np.nonzero(~np.isfinite(np.asarray(batch.label_B)))[0]
+    if len(bad):
+        return f"the label is {np.asarray(batch.label_B)[bad[0]]} in row {int(bad[0])} of the batch"
+    return "no input column is NaN or infinite: the weights diverged; try a smaller --learning_rate or a warm-up"

@@ -1,0 +1,239 @@
+"""The bridge to the reference implementation (facebookresearch/dlrm, dlrm_s_pytorch.py): weights, flags, trajectories.
+
+Weights cross as a dict of arrays under the reference's state_dict names: `emb_l.k.weight` (rows, D), `bot_l.j.weight`
+(out, in), `bot_l.j.bias`, `top_l.*`, and `v_W_l.k` (rows,) where pooling weights are learned.
+"""
+
+import argparse
+import json
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dlrm_jax import embedding
+from dlrm_jax.batch import Batch, pack_bags
+from dlrm_jax.config import (
+    ConfigError,
+    FeatureConfig,
+    LossConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ScheduleConfig,
+    TableConfig,
+)
+from dlrm_jax.state import TrainState, new_state
+from dlrm_jax.step import make_train_step
+
+LOSS_TOLERANCE = 2e-6
+WEIGHT_TOLERANCE = 5e-6
+ADAPTIVE_WEIGHT_TOLERANCE = 2e-5
+
+_WEIGHT_NAME = re.compile(r"emb_l\.\d+\.weight|v_W_l\.\d+|(bot|top)_l\.\d+\.(weight|bias)")
+_IRRELEVANT_FLAGS = re.compile(
+    r"(data|rand-data|num-indices|num-batches|mini-batch|test|print|numpy|nepochs|round-targets|activation-function"
+    r"|arch-embedding-size|arch-sparse-feature-size|arch-mlp|num-workers|save|use-gpu|debug|memory-map|sync-dense"
+    r"|raw-data|processed-data|max-ind-range|tensor-board|enable-profiling|inference-only|dataset-multiprocessing)"
+)
+
+
+def infer_model(arrays: Mapping[str, Any], hotness: tuple[int, ...] = (), **options: Any) -> ModelConfig:
+    """The shape of the model that a reference state_dict holds; tables are named `table_0`, `table_1`, ...
+
+    Args:
+      hotness: id slots of each feature, default 1.
+      **options: further ModelConfig fields that weights do not show, as `interaction` and `self_interaction`.
+    """
+    _refuse_unknown(arrays)
+    shapes = [np.shape(arrays[f"emb_l.{k}.weight"]) for k in range(_count(arrays, r"emb_l\.(\d+)\.weight"))]
+    if not shapes or "bot_l.0.weight" not in arrays or "top_l.0.weight" not in arrays:
+        raise ConfigError(f"not a reference DLRM state: emb_l.*, bot_l.* or top_l.* missing in {sorted(arrays)[:8]}")
+    hotness = hotness or (1,) * len(shapes)
+    return ModelConfig(
+        num_dense=np.shape(arrays["bot_l.0.weight"])[1],
+        tables=tuple(TableConfig(f"table_{k}", *shape) for k, shape in enumerate(shapes)),
+        features=tuple(FeatureConfig(f"feature_{k}", f"table_{k}", h) for k, h in enumerate(hotness)),
+        bottom_mlp=tuple(len(arrays[name]) for name in _layers(arrays, "bot_l")),
+        top_mlp=tuple(len(arrays[name]) for name in _layers(arrays, "top_l")),
+        learned_pooling="v_W_l.0" in arrays,
+        **options,
+    )
+
+
+def load_reference_state(arrays: Mapping[str, Any], optimizer: OptimizerConfig | None = None) -> TrainState:
+    """A reference state_dict (NumPy arrays or CPU tensors) as a TrainState at step 0 with fresh optimizer state.
+
+    Raises ConfigError for arrays of a kind that this model has not (QR or mixed-dimension tables).
+    """
+    optimizer = optimizer or OptimizerConfig(ScheduleConfig(learning_rate=0.1))
+    model = infer_model(arrays)
+    dense_params = {
+        ours: {
+            f"layer_{i}": {
+                "kernel": jnp.asarray(np.asarray(arrays[name], np.float32).T),
+                "bias": jnp.asarray(np.asarray(arrays[name.replace("weight", "bias")], np.float32)),
+            }
+            for i, name in enumerate(_layers(arrays, theirs))
+        }
+        for ours, theirs in (("bottom_mlp", "bot_l"), ("top_mlp", "top_l"))
+    }
+    named = {}
+    for k, table in enumerate(model.tables):
+        named[table.name] = np.asarray(arrays[f"emb_l.{k}.weight"], np.float32)
+        if model.learned_pooling:
+            weights = np.asarray(arrays[f"v_W_l.{k}"], np.float32)
+            named[table.name + embedding.POOLING_WEIGHTS] = weights.reshape(-1, 1)
+    return new_state(optimizer, dense_params, embedding.stack_tables(model, named))
+
+
+def save_reference_state(model: ModelConfig, state: TrainState) -> dict[str, np.ndarray]:
+    """The inverse of `load_reference_state`: arrays under the reference's names, in table order of `model`."""
+    if model.interaction == "cross":
+        raise ConfigError("the reference has no cross interaction, so this state has no names there")
+    arrays = {}
+    index = {table.name: k for k, table in enumerate(model.tables)}
+    for name, rows in embedding.named_tables(model, state.tables):
+        if name.endswith(embedding.POOLING_WEIGHTS):
+            arrays[f"v_W_l.{index[name.removesuffix(embedding.POOLING_WEIGHTS)]}"] = np.asarray(rows)[:, 0]
+        else:
+            arrays[f"emb_l.{index[name]}.weight"] = np.asarray(rows)
+    for ours, theirs in (("bottom_mlp", "bot_l"), ("top_mlp", "top_l")):
+        for i in range(len(state.dense_params[ours])):
+            layer = state.dense_params[ours][f"layer_{i}"]
+            arrays[f"{theirs}.{2 * i}.weight"] = np.asarray(layer["kernel"]).T
+            arrays[f"{theirs}.{2 * i}.bias"] = np.asarray(layer["bias"])
+    return arrays
+
+
+def _refuse_unknown(arrays: Mapping[str, Any]) -> None:
+    unknown = sorted(name for name in arrays if not _WEIGHT_NAME.fullmatch(name))
+    if unknown:
+        raise ConfigError(
+            f"cannot load {unknown[0]!r}: only plain embedding tables, pooling weights and MLPs are supported "
+            "(no quotient-remainder and no mixed-dimension tables)"
+        )
+
+
+def _count(arrays: Mapping[str, Any], pattern: str) -> int:
+    return sum(1 for name in arrays if re.fullmatch(pattern, name))
+
+
+def _layers(arrays: Mapping[str, Any], prefix: str) -> list[str]:
+    """Names of an MLP's weights in order; a Sequential numbers its activations too, hence the gaps."""
+    names = [name for name in arrays if re.fullmatch(prefix + r"\.\d+\.weight", name)]
+    return sorted(names, key=lambda name: int(name.split(".")[1]))
+
+
+def parse_reference_flags(argv: list[str]) -> argparse.Namespace:
+    """The flags of dlrm_s_pytorch.py that decide a trajectory, with its defaults; ConfigError for one not supported."""
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    parser.add_argument("--arch-interaction-op", default="dot")
+    parser.add_argument("--arch-interaction-itself", action="store_true")
+    parser.add_argument("--loss-function", default="mse")
+    parser.add_argument("--loss-weights", default="1.0-1.0")
+    parser.add_argument("--loss-threshold", type=float, default=0.0)
+    parser.add_argument("--learning-rate", type=float, default=0.01)
+    parser.add_argument("--optimizer", default="sgd")
+    parser.add_argument("--weighted-pooling", default=None)
+    for name in ("lr-num-warmup-steps", "lr-decay-start-step", "lr-num-decay-steps"):
+        parser.add_argument(f"--{name}", type=int, default=0)
+    flags, rest = parser.parse_known_args(argv)
+    for flag in rest:
+        if flag.startswith("--") and not _IRRELEVANT_FLAGS.match(flag[2:]):
+            raise ConfigError(f"reference flag {flag} is not supported")
+    return flags
+
+
+def reference_configs(
+    flags: argparse.Namespace, arrays: Mapping[str, Any], hotness: tuple[int, ...]
+) -> tuple[ModelConfig, LossConfig, OptimizerConfig]:
+    """Our configuration of what the reference does under `flags` with the weights `arrays`."""
+    optimizers = {"sgd": "sgd", "adagrad": "adagrad", "rwsadagrad": "rowwise_adagrad"}
+    if flags.optimizer not in optimizers:
+        raise ConfigError(f"reference optimizer {flags.optimizer!r} is not supported; one of {', '.join(optimizers)}")
+    model = infer_model(
+        arrays, hotness, interaction=flags.arch_interaction_op, self_interaction=flags.arch_interaction_itself
+    )
+    low, high = (float(weight) for weight in flags.loss_weights.split("-"))
+    loss = LossConfig(flags.loss_function, (low, high), flags.loss_threshold if flags.loss_threshold < 1 else 0.0)
+    schedule = ScheduleConfig(
+        learning_rate=flags.learning_rate,
+        warmup_steps=flags.lr_num_warmup_steps,
+        decay_start_step=flags.lr_decay_start_step,
+        decay_steps=flags.lr_num_decay_steps,
+        compat="dlrm",
+    )
+    table = optimizers[flags.optimizer]
+    return model, loss, OptimizerConfig(schedule, dense="sgd" if table == "sgd" else "adagrad", table=table)
+
+
+class Replay(NamedTuple):
+    """Worst absolute differences of a replayed trajectory from the recorded one."""
+
+    loss_diff: float
+    weight_diff: float
+    weight_tolerance: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether both differences are within tolerance (False for NaN)."""
+        return self.loss_diff <= LOSS_TOLERANCE and self.weight_diff <= self.weight_tolerance
+
+
+def replay(recording: Mapping[str, np.ndarray]) -> Replay:
+    """Train on a recorded reference run (keys `argv`, `n_iter`, `init/*`, `batch<i>/*`, `final/*`) and compare."""
+    missing = [key for key in ("argv", "n_iter") if key not in recording]
+    if missing:
+        raise ConfigError(f"not a recorded trajectory: no {', '.join(missing)} in it")
+    flags = parse_reference_flags(json.loads(str(recording["argv"])))
+    init = _group(recording, "init/")
+    num_steps, num_features = int(recording["n_iter"]), _count(init, r"emb_l\.\d+\..*weight.*")
+    lengths = [[_lengths(recording, i, t) for t in range(num_features)] for i in range(num_steps)]
+    hotness = tuple(max(1, *(int(lengths[i][t].max()) for i in range(num_steps))) for t in range(num_features))
+    model, loss, optimizer = reference_configs(flags, init, hotness)
+    state = load_reference_state(init, optimizer)
+    train_step = jax.jit(make_train_step(model, loss, optimizer), donate_argnums=0)
+    loss_diff = 0.0
+    with jax.default_matmul_precision("highest"):
+        for i in range(num_steps):
+            state, metrics = train_step(state, _reference_batch(recording, i, model, lengths[i]))
+            loss_diff = _worst(loss_diff, metrics["loss"], recording[f"batch{i}/loss"])
+    ours, theirs, weight_diff = save_reference_state(model, state), _group(recording, "final/"), 0.0
+    if ours.keys() != theirs.keys():
+        raise ConfigError(f"final weights {sorted(ours.keys() ^ theirs.keys())} stand on one side only")
+    for name in theirs:
+        weight_diff = _worst(weight_diff, ours[name], theirs[name])
+    return Replay(loss_diff, weight_diff, WEIGHT_TOLERANCE if optimizer.table == "sgd" else ADAPTIVE_WEIGHT_TOLERANCE)
+
+
+def _worst(so_far: float, ours: Any, theirs: np.ndarray) -> float:
+    # np.maximum, unlike max, keeps a NaN.
+    return float(np.maximum(so_far, np.abs(np.asarray(ours, np.float64) - theirs).max()))
+
+
+def _group(recording: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
+    return {name.removeprefix(prefix): recording[name] for name in recording if name.startswith(prefix)}
+
+
+def _lengths(recording: Mapping[str, np.ndarray], step: int, table: int) -> np.ndarray:
+    ends = len(recording[f"batch{step}/indices{table}"])
+    return np.diff(recording[f"batch{step}/offsets{table}"], append=ends)
+
+
+def _reference_batch(
+    recording: Mapping[str, np.ndarray], step: int, model: ModelConfig, lengths: list[np.ndarray]
+) -> Batch:
+    label_B = recording[f"batch{step}/T"][:, 0].astype(np.float32)
+    bags = [
+        pack_bags(feature.name, recording[f"batch{step}/indices{t}"], lengths[t], feature.hotness)
+        for t, feature in enumerate(model.features)
+    ]
+    return Batch(
+        dense_BxN=recording[f"batch{step}/X"].astype(np.float32),
+        ids_BxK=np.concatenate(bags, axis=1).astype(np.int32),
+        label_B=label_B,
+        weight_B=np.ones_like(label_B),
+    )

@@ -1,0 +1,1 @@
+"""Data: raw log -> Dataset (arrays in memory) -> batches."""

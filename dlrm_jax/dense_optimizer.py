@@ -1,0 +1,43 @@
+"""Optimizers of the dense parameters: optax transformations without a learning rate, which the step applies."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from dlrm_jax.config import OptimizerConfig
+
+
+def scale_by_dlrm_adagrad(eps: float) -> optax.GradientTransformation:
+    """Adagrad as PyTorch and the reference have it: s += g^2, update g / (sqrt(s) + eps), s from 0.
+
+    optax.scale_by_rss divides by sqrt(s + eps) instead, which differs as long as s is small.
+    """
+
+    def init(params: Any) -> Any:
+        return jax.tree.map(jnp.zeros_like, params)
+
+    def update(grads: Any, sums: Any, params: Any = None) -> tuple[Any, Any]:
+        del params
+        sums = jax.tree.map(lambda s, g: s + g * g, sums, grads)
+        return jax.tree.map(lambda g, s: g / (jnp.sqrt(s) + eps), grads, sums), sums
+
+    return optax.GradientTransformation(init, update)
+
+
+def make_dense_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
+    """The transformation named `config.dense`; its updates still have to be multiplied by -learning_rate."""
+    match config.dense:
+        case "sgd":
+            return optax.identity()
+        case "momentum":
+            return optax.trace(config.momentum)
+        case "adagrad":
+            return scale_by_dlrm_adagrad(config.eps)
+        case "adam":
+            return optax.scale_by_adam()
+        case "adamw":
+            return optax.chain(optax.scale_by_adam(), optax.add_decayed_weights(config.weight_decay))
+        case name:
+            raise ValueError(f"unknown dense optimizer {name!r}")

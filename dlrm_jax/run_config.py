@@ -1,0 +1,123 @@
+"""RunConfig: everything that decides a training run, as a value that is saved beside its results."""
+
+import dataclasses
+from typing import Any
+
+from dlrm_jax.config import (
+    OUT_OF_RANGE_POLICIES,
+    ConfigError,
+    LossConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ScheduleConfig,
+    TableConfig,
+)
+from dlrm_jax.data import DataConfig
+from dlrm_jax.data.dataset import Dataset
+
+TARGET_METRICS = ("auc", "log_loss", "accuracy", "normalized_entropy")
+_SMALLER_IS_BETTER = ("log_loss", "normalized_entropy")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelOptions:
+    """A ModelConfig but for what the data decides: dense width, tables and features."""
+
+    embedding_dim: int
+    bottom_mlp: tuple[int, ...]
+    top_mlp: tuple[int, ...]
+    interaction: str = "dot"
+    self_interaction: bool = False
+    cross_layers: int = 3
+    cross_rank: int = 512
+    learned_pooling: bool = False
+    dense_init: str = "dlrm"
+    table_init: str = "dlrm"
+
+    def build(self, dataset: Dataset) -> ModelConfig:
+        """The model for a dataset's columns."""
+        options = dataclasses.asdict(self)
+        dim = options.pop("embedding_dim")
+        tables = tuple(TableConfig(name, rows, dim) for name, rows in dataset.table_sizes.items())
+        return ModelConfig(num_dense=len(dataset.dense_names), tables=tables, features=dataset.features, **options)
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """One training run. Zero means: `num_steps` by epochs, `eval_every` and `checkpoint_every` once an epoch."""
+
+    data: DataConfig
+    model: ModelOptions
+    loss: LossConfig
+    optimizer: OptimizerConfig
+    batch_size: int
+    num_micro_batches: int = 1
+    num_epochs: int = 1
+    num_steps: int = 0
+    eval_batch_size: int = 16384
+    eval_every: int = 0
+    checkpoint_every: int = 0
+    log_every: int = 100
+    target_metric: str = "auc"
+    target_value: float | None = None
+    patience: int = 0
+    shuffle: bool = True
+    ids_out_of_range: str = "error"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for field in ("batch_size", "num_micro_batches", "num_epochs", "eval_batch_size", "log_every"):
+            if getattr(self, field) < 1:
+                raise ConfigError(f"{field} is {getattr(self, field)}; it must be at least 1")
+        for field in ("num_steps", "eval_every", "checkpoint_every", "patience", "seed"):
+            if getattr(self, field) < 0:
+                raise ConfigError(f"{field} is {getattr(self, field)}; it must not be negative")
+        if self.batch_size % self.num_micro_batches:
+            raise ConfigError(
+                f"batch_size {self.batch_size} does not split into num_micro_batches {self.num_micro_batches} equal parts"
+            )
+        if self.target_metric not in TARGET_METRICS:
+            raise ConfigError(f"target_metric is {self.target_metric!r}; choose one of {', '.join(TARGET_METRICS)}")
+        if self.ids_out_of_range not in OUT_OF_RANGE_POLICIES:
+            raise ConfigError(
+                f"ids_out_of_range is {self.ids_out_of_range!r}; choose one of {', '.join(OUT_OF_RANGE_POLICIES)}"
+            )
+
+    def is_better(self, value: float, than: float | None) -> bool:
+        """Whether the target metric improved; NaN never does."""
+        if than is None:
+            return value == value
+        return value < than if self.target_metric in _SMALLER_IS_BETTER else value > than
+
+    def reaches_target(self, value: float) -> bool:
+        """Whether the target metric is at `target_value` or beyond."""
+        return self.target_value is not None and (value == self.target_value or self.is_better(value, self.target_value))
+
+    def identity(self, model: ModelConfig, dataset: Dataset) -> dict[str, Any]:
+        """What must be equal for a run to go on in a workdir: all that decides the weights at a given step."""
+        return {
+            "model": dataclasses.asdict(model),
+            "loss": dataclasses.asdict(self.loss),
+            "optimizer": dataclasses.asdict(self.optimizer),
+            "data": {"name": dataset.name, "fingerprint": dataset.fingerprint()},
+            "batch_size": self.batch_size,
+            "num_micro_batches": self.num_micro_batches,
+            "shuffle": self.shuffle,
+            "ids_out_of_range": self.ids_out_of_range,
+            "seed": self.seed,
+        }
+
+
+def from_dict(values: dict[str, Any]) -> RunConfig:
+    """The RunConfig that `dataclasses.asdict` (through JSON) came from."""
+    values = dict(values)
+    model = {key: tuple(value) if isinstance(value, list) else value for key, value in values.pop("model").items()}
+    loss = values.pop("loss")
+    optimizer = values.pop("optimizer")
+    return RunConfig(
+        data=DataConfig(**values.pop("data")),
+        model=ModelOptions(**model),
+        loss=LossConfig(**{**loss, "class_weights": tuple(loss["class_weights"])}),
+        optimizer=OptimizerConfig(**{**optimizer, "schedule": ScheduleConfig(**optimizer["schedule"])}),
+        **values,
+    )

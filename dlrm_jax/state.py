@@ -1,0 +1,43 @@
+"""TrainState: everything a run must keep to go on, and nothing else."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from dlrm_jax import embedding
+from dlrm_jax.config import ModelConfig, OptimizerConfig
+from dlrm_jax.dense_optimizer import make_dense_optimizer
+from dlrm_jax.model import DLRM
+from dlrm_jax.sparse_optimizer import make_sparse_optimizer
+
+
+class TrainState(struct.PyTreeNode):
+    """`step` counts finished updates; the schedule and the data position follow from it."""
+
+    step: jax.Array
+    dense_params: Any
+    dense_opt_state: Any
+    tables: dict[str, jax.Array]
+    table_opt_state: dict[str, Any]
+
+
+def new_state(optimizer: OptimizerConfig, dense_params: Any, tables: dict[str, jax.Array]) -> TrainState:
+    """The state at step 0 around given weights."""
+    sparse = make_sparse_optimizer(optimizer)
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        dense_params=dense_params,
+        dense_opt_state=make_dense_optimizer(optimizer).init(dense_params),
+        tables=tables,
+        table_opt_state={name: sparse.init(table) for name, table in tables.items()},
+    )
+
+
+def init_state(model: ModelConfig, optimizer: OptimizerConfig, seed: int) -> TrainState:
+    """A fresh state; every weight is a function of `seed` and its own name alone."""
+    dense = jnp.zeros((1, model.num_dense))
+    pooled = jnp.zeros((1, len(model.features), model.embedding_dim))
+    dense_params = jax.jit(DLRM(model).init)(jax.random.key(seed), dense, pooled)["params"]
+    return new_state(optimizer, dense_params, embedding.init_tables(model, seed))
