@@ -1,0 +1,166 @@
+"""The flags of a training run, and how they become a RunConfig. Only commands import this."""
+
+import sys
+from collections.abc import Callable
+
+from absl import app, flags, logging
+
+from dlrm_jax.config import (
+    DENSE_INITS,
+    DENSE_OPTIMIZERS,
+    INTERACTIONS,
+    LOSSES,
+    OUT_OF_RANGE_POLICIES,
+    SCHEDULE_COMPAT,
+    TABLE_INITS,
+    TABLE_OPTIMIZERS,
+    ConfigError,
+    LossConfig,
+    OptimizerConfig,
+    ScheduleConfig,
+)
+from dlrm_jax.data import DATASETS, DataConfig
+from dlrm_jax.run_config import TARGET_METRICS, ModelOptions, RunConfig
+
+FLAGS = flags.FLAGS
+
+
+def define_run_flags() -> None:
+    """Define every flag that `config_from_flags` reads."""
+    _define_data_flags()
+    _define_model_flags()
+    _define_optimizer_flags()
+    _define_run_flags()
+
+
+def _define_data_flags() -> None:
+    flags.DEFINE_enum("dataset", "planted", DATASETS, "Which data to train on; `planted` is generated.")
+    flags.DEFINE_string("data_dir", "", "Directory (or file) with the raw log of --dataset.")
+    flags.DEFINE_enum("split", "random", ("random", "time"), "How movielens_100k is split into train, val and test.")
+    flags.DEFINE_integer("num_examples", 0, "Examples to generate for --dataset=planted; 0 for its default.")
+    flags.DEFINE_integer(
+        "max_rows_per_table", 0, "criteo_kaggle: categorical values are taken modulo this before ids are given; 0: no."
+    )
+    flags.DEFINE_bool("shuffle", True, "Shuffle the training rows anew in every epoch.")
+    flags.DEFINE_enum(
+        "ids_out_of_range",
+        "error",
+        OUT_OF_RANGE_POLICIES,
+        "An id outside its table stops the run, is taken modulo the table's rows, or is left out; counts are reported.",
+    )
+
+
+def _define_model_flags() -> None:
+    flags.DEFINE_integer("embedding_dim", 16, "Columns of every embedding table.")
+    flags.DEFINE_list("bottom_mlp", ["64", "16"], "Widths of the bottom MLP's layers, without its input.")
+    flags.DEFINE_list("top_mlp", ["64", "32", "1"], "Widths of the top MLP's layers, without its input.")
+    flags.DEFINE_enum("interaction", "dot", INTERACTIONS, "How features meet: dot products, concatenation, DCNv2 cross.")
+    flags.DEFINE_bool("self_interaction", False, "Include each vector's dot product with itself (interaction=dot).")
+    flags.DEFINE_integer("cross_layers", 3, "Layers of interaction=cross.")
+    flags.DEFINE_integer("cross_rank", 512, "Rank of the cross layers' matrices.")
+    flags.DEFINE_bool("learned_pooling", False, "Multiply each looked-up row with a trainable weight of that row.")
+    flags.DEFINE_enum("dense_init", "dlrm", DENSE_INITS, "Initial MLP weights: the reference's formula, PyTorch's, Flax's.")
+    flags.DEFINE_enum("table_init", "dlrm", TABLE_INITS, "Initial rows: U(+-sqrt(1/rows)), or N(0, 1/sqrt(dim)) as Flax.")
+
+
+def _define_optimizer_flags() -> None:
+    flags.DEFINE_enum("loss", "bce", LOSSES, "Training loss.")
+    flags.DEFINE_list("class_weights", ["1.0", "1.0"], "Weights of label 0 and label 1 for loss=wbce.")
+    flags.DEFINE_float("loss_threshold", 0.0, "Clip probabilities to [t, 1-t], in training and scoring; 0: no.")
+    flags.DEFINE_enum("dense_optimizer", "sgd", DENSE_OPTIMIZERS, "Optimizer of the MLPs.")
+    flags.DEFINE_enum("table_optimizer", "sgd", TABLE_OPTIMIZERS, "Row-sparse optimizer of the tables.")
+    flags.DEFINE_float("learning_rate", 0.1, "Learning rate after warm-up.")
+    flags.DEFINE_float("adagrad_eps", 1e-10, "Added to the root of Adagrad's accumulator.")
+    flags.DEFINE_float("momentum", 0.9, "Momentum of dense_optimizer=momentum.")
+    flags.DEFINE_float("weight_decay", 0.0, "Weight decay of dense_optimizer=adamw.")
+    flags.DEFINE_integer("warmup_steps", 0, "Steps of linear warm-up.")
+    flags.DEFINE_integer("decay_start_step", 0, "Step at which the polynomial decay starts.")
+    flags.DEFINE_integer("decay_steps", 0, "Steps of the polynomial decay; 0: none.")
+    flags.DEFINE_float("decay_power", 2.0, "Power of the decay.")
+    flags.DEFINE_float("end_learning_rate", 0.0, "Learning rate after the decay.")
+    flags.DEFINE_enum("lr_compat", "none", SCHEDULE_COMPAT, "`dlrm` keeps the reference's schedule quirks.")
+
+
+def _define_run_flags() -> None:
+    flags.DEFINE_integer("batch_size", 128, "Examples per update.")
+    flags.DEFINE_integer("num_micro_batches", 1, "Split each batch into this many parts and add their gradients.")
+    flags.DEFINE_integer("num_epochs", 1, "Passes over the training rows.")
+    flags.DEFINE_integer("num_steps", 0, "Updates; overrides --num_epochs unless 0.")
+    flags.DEFINE_integer("eval_batch_size", 16384, "Examples per evaluation step.")
+    flags.DEFINE_integer("eval_every", 0, "Steps between evaluations on val; 0: once an epoch.")
+    flags.DEFINE_integer("checkpoint_every", 0, "Steps between checkpoints; 0: once an epoch. Evaluations save too.")
+    flags.DEFINE_integer("log_every", 100, "Steps between lines in metrics.jsonl.")
+    flags.DEFINE_enum("target_metric", "auc", TARGET_METRICS, "Metric on val that chooses the best checkpoint.")
+    flags.DEFINE_float("target_value", None, "Stop when the target metric reaches this.")
+    flags.DEFINE_integer("patience", 0, "Stop after this many evaluations without improvement; 0: never.")
+    flags.DEFINE_integer("seed", 0, "Decides initial weights, order of rows, and planted data.")
+    flags.DEFINE_string("workdir", None, "Where checkpoints, logs and results go; a second run there goes on.")
+
+
+def config_from_flags() -> RunConfig:
+    """The RunConfig that the parsed flags describe; ConfigError for a value that cannot be."""
+    return RunConfig(
+        data=DataConfig(
+            dataset=FLAGS.dataset,
+            data_dir=FLAGS.data_dir,
+            split=FLAGS.split,
+            num_examples=FLAGS.num_examples,
+            seed=FLAGS.seed,
+            max_rows_per_table=FLAGS.max_rows_per_table,
+        ),
+        model=ModelOptions(
+            bottom_mlp=_numbers("bottom_mlp", int),
+            top_mlp=_numbers("top_mlp", int),
+            **_values("embedding_dim", "interaction", "self_interaction", "cross_layers", "cross_rank"),
+            **_values("learned_pooling", "dense_init", "table_init"),
+        ),
+        loss=LossConfig(FLAGS.loss, _numbers("class_weights", float), FLAGS.loss_threshold),
+        optimizer=OptimizerConfig(
+            schedule=ScheduleConfig(
+                compat=FLAGS.lr_compat,
+                **_values("learning_rate", "warmup_steps", "decay_start_step", "decay_steps"),
+                **_values("decay_power", "end_learning_rate"),
+            ),
+            dense=FLAGS.dense_optimizer,
+            table=FLAGS.table_optimizer,
+            eps=FLAGS.adagrad_eps,
+            **_values("momentum", "weight_decay"),
+        ),
+        **_values("batch_size", "num_micro_batches", "num_epochs", "num_steps", "eval_batch_size", "eval_every"),
+        **_values("checkpoint_every", "log_every", "target_metric", "target_value", "patience", "shuffle"),
+        **_values("ids_out_of_range", "seed"),
+    )
+
+
+def _values(*names: str) -> dict:
+    return {name: FLAGS[name].value for name in names}
+
+
+def _numbers(name: str, kind: type) -> tuple:
+    """A list flag as numbers."""
+    try:
+        return tuple(kind(part) for part in FLAGS[name].value)
+    except ValueError:
+        raise ConfigError(f"--{name}={','.join(FLAGS[name].value)} is not a list of numbers, as 64,32,1") from None
+
+
+def flagfile_text() -> str:
+    """Our flags as they stand, one a line, in the form that --flagfile reads."""
+    ours = FLAGS.flags_by_module_dict()[__name__]
+    return "".join(f"{flag.serialize()}\n" for flag in sorted(ours, key=lambda flag: flag.name) if flag.value is not None)
+
+
+def run_command(main: Callable[[], None]) -> None:
+    """Parse flags and run `main`; what the user can mend becomes one line on stderr and exit status 1."""
+
+    def guarded(argv: list[str]) -> None:
+        logging.set_verbosity(logging.INFO if FLAGS["verbosity"].using_default_value else FLAGS.verbosity)
+        try:
+            if len(argv) > 1:
+                raise ConfigError(f"unexpected argument {argv[1]!r}; flags look like --name=value")
+            main()
+        except (ConfigError, OSError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(1)
+
+    app.run(guarded)

@@ -1,0 +1,349 @@
+"""The training run as a story: data, state, resume, steps, evaluations, checkpoints, result."""
+
+import dataclasses
+import json
+import pathlib
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from types import FrameType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+
+from dlrm_jax import checkpoint, metrics, reporting
+from dlrm_jax.batch import Batch, IdReport, check_ids, describe_nonfinite
+from dlrm_jax.config import ConfigError, ModelConfig, differences
+from dlrm_jax.data import load_dataset
+from dlrm_jax.data.dataset import Dataset, Split
+from dlrm_jax.data.pipeline import Prefetcher, eval_batches, steps_per_epoch, train_batches
+from dlrm_jax.run_config import RunConfig
+from dlrm_jax.state import TrainState, init_state
+from dlrm_jax.step import make_eval_step, make_train_step
+
+
+class Interrupted(Exception):
+    """A signal asked the run to stop; its state is saved."""
+
+    def __init__(self, signum: int, step: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(signum).name} at step {step}; run the same command to go on")
+        self.signum = signum
+
+
+@dataclasses.dataclass
+class Progress:
+    """How far the evaluations of a run got; saved with each checkpoint, so that stopping rules survive a restart."""
+
+    best_value: float | None = None
+    best_step: int | None = None
+    evals_since_best: int = 0
+    stopped: str | None = None
+
+
+class Run:
+    """What stays fixed during one call of `train_and_evaluate`."""
+
+    def __init__(self, config: RunConfig, workdir: pathlib.Path) -> None:
+        self.config, self.workdir = config, workdir
+        self.dataset = load_dataset(config.data)
+        self.model = config.model.build(self.dataset)
+        per_epoch = steps_per_epoch(len(self.dataset.splits["train"]), config.batch_size)
+        self.num_steps = config.num_steps or config.num_epochs * per_epoch
+        self.eval_every = config.eval_every or per_epoch
+        self.checkpoint_every = config.checkpoint_every or per_epoch
+        self.identity = json.loads(json.dumps(config.identity(self.model, self.dataset)))
+        self.id_report = IdReport()
+        self.evaluate = Evaluator(config, self.model, self.id_report)
+
+    def fresh_state(self) -> TrainState:
+        """The state at step 0."""
+        return init_state(self.model, self.config.optimizer, self.config.seed)
+
+    def check(self, batch: Batch) -> Batch:
+        """The batch with validated ids."""
+        ids_BxK = check_ids(self.model, np.asarray(batch.ids_BxK), self.config.ids_out_of_range, self.id_report)
+        return batch.replace(ids_BxK=ids_BxK)
+
+
+def train_and_evaluate(config: RunConfig, workdir: pathlib.Path, flagfile: str | None = None) -> dict[str, Any]:
+    """Train, or go on training, in `workdir`; returns what `result.json` says. Raises Interrupted after a signal.
+
+    `flagfile` is kept as `flags.txt`, so that the run can be repeated from it.
+    """
+    workdir.mkdir(parents=True, exist_ok=True)
+    run = Run(config, workdir)
+    with ExitStack() as stack:
+        checkpoints = stack.enter_context(checkpoint.Checkpoints(workdir))
+        state, progress = restore_or_init(run, checkpoints)
+        reporting.write_json_atomically(workdir / "config.json", dataclasses.asdict(config))
+        if flagfile is not None:
+            (workdir / "flags.txt").write_text(flagfile)
+        log = stack.enter_context(reporting.MetricsLog(workdir, int(state.step)))
+        stop_signal = stack.enter_context(catch_signals())
+        state, speed = train(run, state, progress, checkpoints, log, stop_signal)
+        checkpoints.wait()
+        result = final_result(run, state, progress, checkpoints, speed)
+    reporting.write_json_atomically(workdir / "result.json", result)
+    reporting.plot_curves(workdir, optimum=result.get("optimum"))
+    return result
+
+
+def restore_or_init(run: Run, checkpoints: checkpoint.Checkpoints) -> tuple[TrainState, Progress]:
+    """The last checkpoint of this workdir, or a fresh state; ConfigError if the workdir belongs to another run."""
+    if checkpoints.step(checkpoint.LATEST) is None:
+        return run.fresh_state(), Progress()
+    record = checkpoints.record(checkpoint.LATEST)
+    different = differences(run.identity, record["identity"])
+    if different:
+        raise ConfigError(
+            f"{run.workdir} holds another run; choose another --workdir or the same settings. "
+            f"Differing (this command != the workdir): {'; '.join(different[:8])}"
+        )
+    state = checkpoints.restore(checkpoint.LATEST, checkpoint.abstract(run.fresh_state))
+    logging.info("resumed at step %d of %d", int(state.step), run.num_steps)
+    return state, Progress(**record["progress"])
+
+
+@dataclasses.dataclass
+class Speed:
+    """Time spent in training steps, without compilation, evaluation and checkpoints."""
+
+    samples: int = 0
+    seconds: float = 0.0
+    wait_seconds: float = 0.0
+
+    def summary(self) -> dict[str, float | None]:
+        """samples_per_second and the share of step time spent waiting for input; None before any timed step."""
+        if not self.seconds:
+            return {"samples_per_second": None, "input_wait_fraction": None}
+        return {
+            "samples_per_second": self.samples / self.seconds,
+            "input_wait_fraction": min(1.0, self.wait_seconds / self.seconds),
+        }
+
+
+class LossWindow:
+    """Losses of the last steps. Each is read one step late, so that the device never waits for the host."""
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self._pending: tuple[int, Batch, dict[str, jax.Array]] | None = None
+        self._losses: list[float] = []
+
+    def push(self, step: int, batch: Batch, step_metrics: dict[str, jax.Array]) -> None:
+        """Note a dispatched step, and read the one before it."""
+        previous, self._pending = self._pending, (step, batch, step_metrics)
+        self._read(previous)
+
+    def flush(self) -> None:
+        """Read the last dispatched step too; after this the state is known to be finite."""
+        previous, self._pending = self._pending, None
+        self._read(previous)
+
+    def mean(self) -> float:
+        """The mean loss since the last call."""
+        mean = float(np.mean(self._losses)) if self._losses else float("nan")
+        self._losses = []
+        return mean
+
+    def last(self) -> float:
+        """The newest loss read."""
+        return self._losses[-1] if self._losses else float("nan")
+
+    def _read(self, item: tuple[int, Batch, dict[str, jax.Array]] | None) -> None:
+        if item is None:
+            return
+        step, batch, step_metrics = item
+        loss = float(step_metrics["loss"])
+        if not bool(step_metrics["finite"]):
+            self._stop(step, batch, loss)
+        self._losses.append(loss)
+
+    def _stop(self, step: int, batch: Batch, loss: float) -> None:
+        path = self._run.workdir / f"bad_batch_step_{step}.npz"
+        columns = {name: value for name, value in vars(batch).items() if value is not None}
+        np.savez(path, **columns)
+        reason = describe_nonfinite(batch, self._run.dataset.dense_names)
+        raise ConfigError(
+            f"loss {loss} or its gradient is not finite at step {step}: {reason}. "
+            f"The batch is in {path}; the last checkpoint before it is kept"
+        )
+
+
+def train(
+    run: Run,
+    state: TrainState,
+    progress: Progress,
+    checkpoints: checkpoint.Checkpoints,
+    log: reporting.MetricsLog,
+    stop_signal: list[int],
+) -> tuple[TrainState, Speed]:
+    """Steps until the end, a stopping rule or a signal, with evaluations and checkpoints on their steps."""
+    config, step, speed = run.config, int(state.step), Speed()
+    train_step = jax.jit(
+        make_train_step(run.model, config.loss, config.optimizer, config.num_micro_batches), donate_argnums=0
+    )
+    losses = LossWindow(run)
+    split = run.dataset.splits["train"]
+    source = train_batches(split, config.batch_size, config.seed, step, shuffle=config.shuffle)
+    with Prefetcher(source, run.check) as batches, reporting.Progress(run.num_steps, step, config.batch_size) as bar:
+        clock = Clock(batches, config.batch_size)
+        while step < run.num_steps and progress.stopped is None:
+            host_batch, batch = next(batches)
+            state, step_metrics = train_step(state, batch)
+            step += 1
+            losses.push(step, host_batch, step_metrics)
+            bar.update(step, losses.last())
+            at_log, at_eval = step % config.log_every == 0, step % run.eval_every == 0 or step == run.num_steps
+            at_checkpoint = step % run.checkpoint_every == 0 or at_eval
+            if stop_signal or at_log or at_checkpoint or clock.just_started:
+                losses.flush()
+                clock.lap(speed, step)
+            if at_log:
+                log.write(step, "train", {"loss": losses.mean(), "learning_rate": float(step_metrics["learning_rate"])})
+            if at_eval:
+                evaluate_progress(run, state, step, progress, checkpoints, log)
+            if at_checkpoint or stop_signal or progress.stopped:
+                checkpoints.save(checkpoint.LATEST, state, record_of(run, progress))
+            if stop_signal and progress.stopped is None and step < run.num_steps:
+                checkpoints.wait()
+                raise Interrupted(stop_signal[0], step)
+            clock.resume()
+    return state, speed
+
+
+class Clock:
+    """Adds the time between `resume` and `lap` to a Speed; the first lap, with the compilation, counts nothing."""
+
+    def __init__(self, batches: Prefetcher, batch_size: int) -> None:
+        self._batches, self._batch_size = batches, batch_size
+        self.just_started = True
+        self._running = False
+        self._start, self._start_step, self._start_wait = 0.0, 0, 0.0
+
+    def lap(self, speed: Speed, step: int) -> None:
+        """Book the steps since the last lap; the caller has just waited for them."""
+        if self._running:
+            speed.samples += (step - self._start_step) * self._batch_size
+            speed.seconds += time.perf_counter() - self._start
+            speed.wait_seconds += self._batches.wait_seconds - self._start_wait
+        self._running, self._start_step, self.just_started = False, step, False
+
+    def resume(self) -> None:
+        """Start counting again, if a lap stopped it."""
+        if not self._running and not self.just_started:
+            self._running = True
+            self._start, self._start_wait = time.perf_counter(), self._batches.wait_seconds
+
+
+def evaluate_progress(
+    run: Run,
+    state: TrainState,
+    step: int,
+    progress: Progress,
+    checkpoints: checkpoint.Checkpoints,
+    log: reporting.MetricsLog,
+) -> None:
+    """Evaluate on `val`, keep the best state, and apply the stopping rules to `progress`."""
+    config, split = run.config, run.dataset.splits["val"]
+    if not len(split):
+        return
+    values = run.evaluate(state, split)
+    log.write(step, "val", values)
+    value = values[config.target_metric]
+    progress.evals_since_best += 1
+    if config.is_better(value, progress.best_value):
+        progress.best_value, progress.best_step, progress.evals_since_best = value, step, 0
+        checkpoints.save(checkpoint.BEST, state, record_of(run, progress))
+    reached = f"val {config.target_metric} {value:.6f} at step {step}"
+    if config.reaches_target(value):
+        progress.stopped = f"{reached} reached the target {config.target_value}"
+    elif config.patience and progress.evals_since_best >= config.patience:
+        progress.stopped = f"{reached} is the {config.patience}th evaluation without improvement"
+    logging.info("%s%s", reached, f"; stopping: {progress.stopped}" if progress.stopped else "")
+
+
+class Evaluator:
+    """Metrics and predictions of a state on a split; compiles once."""
+
+    def __init__(self, config: RunConfig, model: ModelConfig, id_report: IdReport) -> None:
+        self._config, self._model, self._id_report = config, model, id_report
+        self._step = jax.jit(make_eval_step(model, config.loss))
+
+    def __call__(self, state: TrainState, split: Split) -> dict[str, Any]:
+        """The evaluation metrics of `state` on every row of `split`."""
+        collected = metrics.Metrics()
+        for _, sums in self._run(state, split):
+            collected.append(sums)
+        return collected.compute()
+
+    def predict(self, state: TrainState, split: Split) -> np.ndarray:
+        """The probability of each row of `split`, in its order."""
+        parts = [np.asarray(sums.prob_B)[np.asarray(batch.weight_B) > 0] for batch, sums in self._run(state, split)]
+        return np.concatenate(parts) if parts else np.zeros(0, np.float32)
+
+    def _run(self, state: TrainState, split: Split) -> Iterator[tuple[Batch, metrics.BatchSums]]:
+        batch_size = min(self._config.eval_batch_size, max(len(split), 1))
+        with Prefetcher(eval_batches(split, batch_size), self._check) as batches:
+            for host_batch, batch in batches:
+                yield host_batch, self._step(state, batch)
+
+    def _check(self, batch: Batch) -> Batch:
+        ids_BxK = check_ids(self._model, np.asarray(batch.ids_BxK), self._config.ids_out_of_range, self._id_report)
+        return batch.replace(ids_BxK=ids_BxK)
+
+
+def record_of(run: Run, progress: Progress) -> dict[str, Any]:
+    """What a checkpoint says besides the state."""
+    return {"identity": run.identity, "progress": dataclasses.asdict(progress)}
+
+
+def final_result(
+    run: Run, state: TrainState, progress: Progress, checkpoints: checkpoint.Checkpoints, speed: Speed
+) -> dict[str, Any]:
+    """Evaluate the best state (the last one where nothing was validated) and put together `result.json`."""
+    if progress.best_step is not None and progress.best_step != int(state.step):
+        state = checkpoints.restore(checkpoint.BEST, checkpoint.abstract(run.fresh_state))
+    if progress.stopped:
+        logging.info("stopped early: %s", progress.stopped)
+    for feature, count in run.id_report.out_of_range.items():
+        logging.warning("feature %r: %d ids out of range (%s)", feature, count, run.config.ids_out_of_range)
+    return evaluate_splits(run.config, run.dataset, run.evaluate, state) | speed.summary()
+
+
+def evaluate_splits(config: RunConfig, dataset: Dataset, evaluate: Evaluator, state: TrainState) -> dict[str, Any]:
+    """`step`, metrics on val and test (None for an empty split), the optimum where known, seed and versions."""
+    result: dict[str, Any] = {"step": int(state.step)}
+    for name in ("val", "test"):
+        result[name] = evaluate(state, dataset.splits[name]) if len(dataset.splits[name]) else None
+    if dataset.optimum is not None:
+        result["optimum"] = dict(dataset.optimum["test"])
+    return result | {"seed": config.seed, "versions": reporting.versions()}
+
+
+@contextmanager
+def catch_signals() -> Iterator[list[int]]:
+    """A list that receives the first SIGTERM or SIGINT; the second one acts as usual, so that a user can insist."""
+    received: list[int] = []
+    previous = {signum: signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGINT)}
+
+    def restore() -> None:
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)
+
+    def handle(signum: int, frame: FrameType | None) -> None:
+        del frame
+        received.append(signum)
+        restore()
+        logging.warning("%s: saving a checkpoint after this step", signal.Signals(signum).name)
+
+    for signum in previous:
+        signal.signal(signum, handle)
+    try:
+        yield received
+    finally:
+        restore()

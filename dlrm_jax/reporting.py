@@ -1,0 +1,163 @@
+"""What a run writes for people: metrics.jsonl, TensorBoard events, curves, tables, a progress bar."""
+
+import json
+import math
+import os
+import pathlib
+import platform
+import sys
+import time
+from importlib import metadata
+from types import TracebackType
+from typing import Any
+
+import jax
+from tqdm import tqdm
+
+METRIC_COLUMNS = ("auc", "log_loss", "normalized_entropy", "calibration", "accuracy", "num_samples")
+_PLAIN_PROGRESS_SECONDS = 5.0
+
+
+def json_ready(value: Any) -> Any:
+    """The same value with NaN and infinities as None, which JSON has no words for."""
+    if isinstance(value, dict):
+        return {key: json_ready(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [json_ready(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write_json_atomically(path: pathlib.Path, value: Any) -> None:
+    """Write `value` to `path` so that a reader sees the old file or the new one, never a part."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(json_ready(value), indent=1) + "\n")
+    os.replace(temporary, path)
+
+
+def versions() -> dict[str, str]:
+    """Versions and device that a result depends on."""
+    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+    found = {package: metadata.version(package) for package in packages}
+    return {"python": platform.python_version(), **found, "device": jax.devices()[0].device_kind}
+
+
+def read_metrics(workdir: pathlib.Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl; a half-written last line, left by a killed run, is left out."""
+    path = workdir / "metrics.jsonl"
+    lines = []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            break
+    return lines
+
+
+class MetricsLog:
+    """Appends to metrics.jsonl and TensorBoard; lines beyond `resume_step` are dropped, for they will be written again."""
+
+    def __init__(self, workdir: pathlib.Path, resume_step: int) -> None:
+        from tensorboardX import SummaryWriter  # Half a second to import, and only training needs it.
+
+        kept = [line for line in read_metrics(workdir) if line["step"] <= resume_step]
+        self._file = (workdir / "metrics.jsonl").open("w")
+        self._file.writelines(json.dumps(line) + "\n" for line in kept)
+        self._file.flush()
+        self._events = SummaryWriter(str(workdir / "tensorboard"), purge_step=resume_step + 1)
+
+    def __enter__(self) -> "MetricsLog":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        del kind, error, traceback
+        self._file.close()
+        self._events.close()
+
+    def write(self, step: int, split: str, values: dict[str, Any]) -> None:
+        """One line `{"step", "split", **values}`, on disk when this returns."""
+        self._file.write(json.dumps(json_ready({"step": step, "split": split, **values})) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            self._events.add_scalar(f"{split}/{name}", value, step)
+
+
+class Progress:
+    """A bar with samples/s, loss and time left on a terminal, and a plain line every few seconds elsewhere."""
+
+    def __init__(self, num_steps: int, start_step: int, batch_size: int) -> None:
+        self._batch_size, self._start_step, self._num_steps = batch_size, start_step, num_steps
+        self._terminal = sys.stderr.isatty()
+        self._bar = tqdm(total=num_steps, initial=start_step, unit="step", disable=not self._terminal, dynamic_ncols=True)
+        self._start = self._last_print = time.perf_counter()
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        del kind, error, traceback
+        self._bar.close()
+
+    def update(self, step: int, loss: float) -> None:
+        """Show that `step` steps are done."""
+        now = time.perf_counter()
+        seconds, done = now - self._start, step - self._start_step
+        rate = done / seconds
+        if self._terminal:
+            self._bar.set_postfix_str(f"{rate * self._batch_size:,.0f} samples/s, loss {loss:.4f}", refresh=False)
+            self._bar.update(1)
+        elif now - self._last_print > _PLAIN_PROGRESS_SECONDS or step == self._num_steps:
+            self._last_print = now
+            left = (self._num_steps - step) / rate
+            print(
+                f"step {step}/{self._num_steps}  {rate * self._batch_size:,.0f} samples/s  "
+                f"loss {loss:.4f}  {left:.0f} s left",
+                file=sys.stderr,
+                flush=True,
+            )
+
+
+def format_table(results: dict[str, dict[str, Any] | None], optimum: dict[str, float] | None = None) -> str:
+    """Metrics as an aligned table, a row a split; `optimum`, where known, is the last row."""
+    rows = [["split", *METRIC_COLUMNS]]
+    for name, values in results.items():
+        rows.append([name, *(_cell((values or {}).get(column)) for column in METRIC_COLUMNS)])
+    if optimum is not None:
+        rows.append(["optimum", *(_cell(optimum.get(column)) for column in METRIC_COLUMNS)])
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+
+
+def _cell(value: float | int | None) -> str:
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return "-"
+    return f"{value:,}" if isinstance(value, int) else f"{value:.5f}"
+
+
+def plot_curves(workdir: pathlib.Path, optimum: dict[str, float] | None = None) -> None:
+    """Draw `curves.png`, loss and validation AUC over steps, from metrics.jsonl."""
+    from matplotlib.figure import Figure  # A second to import; no pyplot, so that no display is asked for.
+
+    lines = read_metrics(workdir)
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    loss_axes, auc_axes = figure.subplots(1, 2)
+    for split, style in (("train", "-"), ("val", "o-")):
+        _plot(loss_axes, lines, split, "loss", style)
+    _plot(auc_axes, lines, "val", "auc", "o-")
+    for axes, name, key in ((loss_axes, "loss", "log_loss"), (auc_axes, "AUC", "auc")):
+        if optimum is not None:
+            axes.axhline(optimum[key], color="gray", linestyle="--", label="optimum")
+        axes.set(xlabel="step", ylabel=name)
+        axes.grid(alpha=0.3)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend()
+    figure.savefig(workdir / "curves.png", dpi=120)
+
+
+def _plot(axes: Any, lines: list[dict[str, Any]], split: str, key: str, style: str) -> None:
+    points = [(line["step"], line[key]) for line in lines if line["split"] == split and line.get(key) is not None]
+    if points:
+        axes.plot(*zip(*points, strict=True), style, label=split, markersize=4)

@@ -1,0 +1,33 @@
+"""Train a DLRM: `python -m dlrm_jax.train --flagfile=experiments/quickstart.flags`."""
+
+import pathlib
+import sys
+
+from absl import flags
+
+from dlrm_jax.config import ConfigError
+from dlrm_jax.flags import config_from_flags, define_run_flags, flagfile_text, run_command
+from dlrm_jax.loop import Interrupted, train_and_evaluate
+from dlrm_jax.reporting import format_table
+
+FLAGS = flags.FLAGS
+
+
+def main() -> None:
+    """Flags to config, config to result, result to the screen."""
+    if not FLAGS.workdir:
+        raise ConfigError("--workdir is missing; it says where checkpoints, logs and results go")
+    config = config_from_flags()
+    workdir = pathlib.Path(FLAGS.workdir)
+    try:
+        result = train_and_evaluate(config, workdir, flagfile_text())
+    except Interrupted as interrupted:
+        print(interrupted, file=sys.stderr)
+        sys.exit(128 + interrupted.signum)
+    print(format_table({name: result[name] for name in ("val", "test")}, result.get("optimum")))
+    print(f"step {result['step']}; results, curves and checkpoints are in {workdir}")
+
+
+if __name__ == "__main__":
+    define_run_flags()
+    run_command(main)
