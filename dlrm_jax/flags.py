@@ -1,9 +1,12 @@
 """The flags of a training run, and how they become a RunConfig. Only commands import this."""
 
+import logging
 import sys
 from collections.abc import Callable
 
-from absl import app, flags, logging
+from absl import app, flags
+from absl import logging as absl_logging
+from tqdm import tqdm
 
 from dlrm_jax.config import (
     DENSE_INITS,
@@ -154,7 +157,7 @@ def run_command(main: Callable[[], None]) -> None:
     """Parse flags and run `main`; what the user can mend becomes one line on stderr and exit status 1."""
 
     def guarded(argv: list[str]) -> None:
-        logging.set_verbosity(logging.INFO if FLAGS["verbosity"].using_default_value else FLAGS.verbosity)
+        _log_to_stderr()
         try:
             if len(argv) > 1:
                 raise ConfigError(f"unexpected argument {argv[1]!r}; flags look like --name=value")
@@ -164,3 +167,20 @@ def run_command(main: Callable[[], None]) -> None:
             sys.exit(1)
 
     app.run(guarded)
+
+
+class _BesideProgressBar(logging.Handler):
+    """Writes messages above the progress bar instead of through it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stderr)
+
+
+def _log_to_stderr() -> None:
+    # Orbax describes each checkpoint in a hundred lines through absl's logger; ours is a logger of its own.
+    if not FLAGS["verbosity"].present:
+        absl_logging.set_verbosity(absl_logging.WARNING)
+    logger = logging.getLogger("dlrm_jax")
+    logger.setLevel(logging.INFO)
+    logger.addHandler(_BesideProgressBar())
+    logger.propagate = False

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 import pathlib
 import signal
 import time
@@ -11,9 +12,7 @@ from types import FrameType
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from absl import logging
 
 from dlrm_jax import checkpoint, metrics, reporting
 from dlrm_jax.batch import Batch, IdReport, check_ids, describe_nonfinite
@@ -24,6 +23,8 @@ from dlrm_jax.data.pipeline import Prefetcher, eval_batches, steps_per_epoch, tr
 from dlrm_jax.run_config import RunConfig
 from dlrm_jax.state import TrainState, init_state
 from dlrm_jax.step import make_eval_step, make_train_step
+
+_LOG = logging.getLogger("dlrm_jax")
 
 
 class Interrupted(Exception):
@@ -104,7 +105,7 @@ def restore_or_init(run: Run, checkpoints: checkpoint.Checkpoints) -> tuple[Trai
             f"Differing (this command != the workdir): {'; '.join(different[:8])}"
         )
     state = checkpoints.restore(checkpoint.LATEST, checkpoint.abstract(run.fresh_state))
-    logging.info("resumed at step %d of %d", int(state.step), run.num_steps)
+    _LOG.info("resumed at step %d of %d", int(state.step), run.num_steps)
     return state, Progress(**record["progress"])
 
 
@@ -264,7 +265,7 @@ def evaluate_progress(
         progress.stopped = f"{reached} reached the target {config.target_value}"
     elif config.patience and progress.evals_since_best >= config.patience:
         progress.stopped = f"{reached} is the {config.patience}th evaluation without improvement"
-    logging.info("%s%s", reached, f"; stopping: {progress.stopped}" if progress.stopped else "")
+    _LOG.info("%s%s", reached, f"; stopping: {progress.stopped}" if progress.stopped else "")
 
 
 class Evaluator:
@@ -309,9 +310,9 @@ def final_result(
     if progress.best_step is not None and progress.best_step != int(state.step):
         state = checkpoints.restore(checkpoint.BEST, checkpoint.abstract(run.fresh_state))
     if progress.stopped:
-        logging.info("stopped early: %s", progress.stopped)
+        _LOG.info("stopped early: %s", progress.stopped)
     for feature, count in run.id_report.out_of_range.items():
-        logging.warning("feature %r: %d ids out of range (%s)", feature, count, run.config.ids_out_of_range)
+        _LOG.warning("feature %r: %d ids out of range (%s)", feature, count, run.config.ids_out_of_range)
     return evaluate_splits(run.config, run.dataset, run.evaluate, state) | speed.summary()
 
 
@@ -339,7 +340,7 @@ def catch_signals() -> Iterator[list[int]]:
         del frame
         received.append(signum)
         restore()
-        logging.warning("%s: saving a checkpoint after this step", signal.Signals(signum).name)
+        _LOG.warning("%s: saving a checkpoint after this step", signal.Signals(signum).name)
 
     for signum in previous:
         signal.signal(signum, handle)

@@ -1,0 +1,50 @@
+"""Small models, batches and paths that several tests share."""
+
+import pathlib
+
+import numpy as np
+
+from dlrm_jax.batch import EMPTY_SLOT, Batch
+from dlrm_jax.config import FeatureConfig, ModelConfig, OptimizerConfig, ScheduleConfig, TableConfig
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared"
+
+
+def tiny_model(**changes) -> ModelConfig:
+    """Three tables, four features (two share a table), bags of 1 to 3 slots, D=4."""
+    fields = dict(
+        num_dense=3,
+        tables=(TableConfig("user", 11, 4), TableConfig("item", 7, 4), TableConfig("flag", 1, 4)),
+        features=(
+            FeatureConfig("user", "user"),
+            FeatureConfig("item", "item"),
+            FeatureConfig("history", "item", hotness=3),
+            FeatureConfig("flag", "flag", hotness=2),
+        ),
+        bottom_mlp=(5, 4),
+        top_mlp=(6, 1),
+    )
+    return ModelConfig(**(fields | changes))
+
+
+def optimizer(table: str = "sgd", dense: str = "sgd", rate: float = 0.1) -> OptimizerConfig:
+    return OptimizerConfig(ScheduleConfig(learning_rate=rate), dense=dense, table=table)
+
+
+def random_batch(model: ModelConfig, size: int, seed: int = 0, weighted_ids: bool = False) -> Batch:
+    """Ids from all of each table, many of them repeated, about one slot in five empty."""
+    rng = np.random.default_rng(seed)
+    columns = []
+    for feature in model.features:
+        rows = model.table(feature.table).num_embeddings
+        columns.append(rng.integers(0, rows, (size, feature.hotness)))
+    ids_BxK = np.concatenate(columns, axis=1)
+    ids_BxK = np.where(rng.random(ids_BxK.shape) < 0.2, EMPTY_SLOT, ids_BxK).astype(np.int32)
+    return Batch(
+        dense_BxN=rng.normal(size=(size, model.num_dense)).astype(np.float32),
+        ids_BxK=ids_BxK,
+        label_B=rng.integers(0, 2, size).astype(np.float32),
+        weight_B=np.ones(size, np.float32),
+        id_weights_BxK=rng.random(ids_BxK.shape).astype(np.float32) if weighted_ids else None,
+    )

@@ -1,0 +1,128 @@
+"""Tests `dlrm_jax/step.py`: the row-sparse step equals a dense-gradient step of the same model."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dlrm_jax import embedding
+from dlrm_jax.config import LossConfig, ModelConfig, OptimizerConfig
+from dlrm_jax.loss import example_losses
+from dlrm_jax.model import DLRM
+from dlrm_jax.state import TrainState, init_state
+from dlrm_jax.step import logits, make_eval_step, make_train_step
+from tests.helpers import optimizer, random_batch, tiny_model
+
+
+def dense_step(model: ModelConfig, optimizer: OptimizerConfig, params: dict, sums: dict, batch) -> tuple[dict, dict]:
+    """The oracle: autodiff through the lookup, and the textbook update of every weight of every table."""
+
+    def loss(params):
+        pooled = embedding.lookup(model, params["tables"], batch.ids_BxK, batch.id_weights_BxK)
+        logits_B = DLRM(model).apply({"params": params["dense"]}, batch.dense_BxN, pooled)
+        return (example_losses(LossConfig(), logits_B, batch.label_B) * batch.weight_B).sum() / batch.weight_B.sum()
+
+    grads = jax.grad(loss)(params)
+    rate = optimizer.schedule.learning_rate
+    if optimizer.table == "sgd":
+        return jax.tree.map(lambda w, g: w - rate * g, params, grads), sums
+    squares = jax.tree.map(jnp.square, grads)
+    if optimizer.table == "rowwise_adagrad":
+        squares["tables"] = jax.tree.map(lambda s: s.mean(axis=1, keepdims=True) + 0 * s, squares["tables"])
+    sums = jax.tree.map(jnp.add, sums, squares)
+    new = jax.tree.map(lambda w, g, s: w - rate * g / (jnp.sqrt(s) + optimizer.eps), params, grads, sums)
+    return new, sums
+
+
+@pytest.mark.parametrize(
+    ("table", "interaction", "learned"),
+    [
+        ("sgd", "dot", False),
+        ("adagrad", "dot", False),
+        ("rowwise_adagrad", "dot", False),
+        ("rowwise_adagrad", "cat", True),
+        ("sgd", "cross", True),
+        ("adagrad", "cross", False),
+    ],
+)
+def test_ten_steps_equal_dense_gradients(table, interaction, learned):
+    model = tiny_model(interaction=interaction, cross_layers=2, cross_rank=3, learned_pooling=learned)
+    config = optimizer(table, "sgd" if table == "sgd" else "adagrad", rate=0.05)
+    state = init_state(model, config, seed=0)
+    params = {"dense": state.dense_params, "tables": state.tables}
+    sums = jax.tree.map(jnp.zeros_like, params)
+    train_step = jax.jit(make_train_step(model, LossConfig(), config))
+    for i in range(10):
+        batch = random_batch(model, 16, seed=i)
+        params, sums = dense_step(model, config, params, sums, batch)
+        state, _ = train_step(state, batch)
+    ours = {"dense": state.dense_params, "tables": state.tables}
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5), ours, params)
+
+
+@pytest.mark.parametrize("table", ["sgd", "rowwise_adagrad"])
+def test_micro_batches_equal_one_big_batch(table):
+    model, config = tiny_model(), optimizer(table, rate=0.1)
+    batch = random_batch(model, 16)
+    batch = batch.replace(weight_B=(np.arange(16) < 13).astype(np.float32))
+    results = []
+    for parts in (1, 2, 4, 16):
+        state, metrics = jax.jit(make_train_step(model, LossConfig(), config, parts))(init_state(model, config, 0), batch)
+        results.append((state, metrics["loss"]))
+    for other in results[1:]:
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), results[0], other)
+
+
+def test_padding_rows_change_nothing():
+    model, config = tiny_model(), optimizer("rowwise_adagrad")
+    batch = random_batch(model, 8)
+    padded = jax.tree.map(lambda x: np.concatenate([x, np.full_like(x, 7)]), batch)
+    padded = padded.replace(
+        weight_B=np.repeat(np.float32([1, 0]), 8), ids_BxK=np.concatenate([batch.ids_BxK, 0 * batch.ids_BxK - 1])
+    )
+    step = make_train_step(model, LossConfig(), config)
+    short, long = step(init_state(model, config, 0), batch), step(init_state(model, config, 0), padded)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), short, long)
+
+
+def test_logits_are_not_probabilities():
+    model = tiny_model()
+    state = init_state(model, optimizer(), 0)
+    big = jax.tree.map(lambda x: 10 * x, state.dense_params)
+    values = np.asarray(logits(model, state.replace(dense_params=big), random_batch(model, 64)))
+    assert values.min() < 0 or values.max() > 1
+
+
+def test_eval_step_reports_the_training_loss_and_leaves_state_alone():
+    model, config = tiny_model(), optimizer()
+    state = init_state(model, config, 0)
+    batch = random_batch(model, 8)
+    sums = make_eval_step(model, LossConfig())(state, batch)
+    _, metrics = make_train_step(model, LossConfig(), config)(state, batch)
+    np.testing.assert_allclose(sums.loss / sums.weight, metrics["loss"], rtol=1e-6)
+
+
+def test_not_finite_input_is_flagged():
+    model, config = tiny_model(), optimizer()
+    batch = random_batch(model, 4)
+    batch.dense_BxN[2, 1] = np.inf
+    _, metrics = make_train_step(model, LossConfig(), config)(init_state(model, config, 0), batch)
+    assert not bool(metrics["finite"])
+
+
+def test_same_seed_same_bits_other_seed_other_weights():
+    model, config = tiny_model(), optimizer()
+    a, b, c = (init_state(model, config, seed) for seed in (1, 1, 2))
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+    assert isinstance(c, TrainState)
+    assert (np.asarray(a.dense_params["top_mlp"]["layer_0"]["kernel"]) != c.dense_params["top_mlp"]["layer_0"]["kernel"]).any()
+
+
+@pytest.mark.parametrize("init", ["dlrm", "torch", "flax"])
+def test_dense_init_has_the_stated_scale(init):
+    model = tiny_model(num_dense=300, bottom_mlp=(200, 4), dense_init=init)
+    layer = init_state(model, optimizer(), 0).dense_params["bottom_mlp"]["layer_0"]
+    std = {"dlrm": (2 / 500) ** 0.5, "torch": (1 / 300 / 3) ** 0.5, "flax": (1 / 300) ** 0.5}[init]
+    bias_std = {"dlrm": (1 / 200) ** 0.5, "torch": (1 / 300 / 3) ** 0.5, "flax": 0}[init]
+    np.testing.assert_allclose(np.std(layer["kernel"]), std, rtol=0.03)
+    np.testing.assert_allclose(np.std(layer["bias"]), bias_std, rtol=0.2, atol=1e-9)
