@@ -13,8 +13,8 @@ def probability(logits_B: jax.Array, threshold: float = 0.0) -> jax.Array:
 
 
 def binary_cross_entropy(logits_B: jax.Array, label_B: jax.Array) -> jax.Array:
-    """-label log p - (1 - label) log(1 - p), stable for any logit; labels may be fractional."""
-    return jax.nn.softplus(logits_B) - label_B * logits_B
+    """-label log p - (1 - label) log(1 - p), for any logit without overflow or cancellation; labels may be fractional."""
+    return jnp.maximum(logits_B, 0) - label_B * logits_B + jnp.log1p(jnp.exp(-jnp.abs(logits_B)))
 
 
 def example_losses(config: LossConfig, logits_B: jax.Array, label_B: jax.Array) -> jax.Array:

@@ -27,9 +27,12 @@ def read_strings(
     if path.stat().st_size == 0:
         raise ConfigError(f"{path} is empty")
 
+    refusals = []
+
     def refuse(row: csv.InvalidRow) -> str:
-        where = f"line {row.number}" if row.number is not None else f"the line {row.text[:80]!r}"
-        raise ConfigError(f"{path}: {where} has {row.actual_columns} columns; expected {row.expected_columns}")
+        # pyarrow swallows what its handler raises, so the reason is kept for afterwards.
+        refusals.append(f"{path}: line {row.number} has {row.actual_columns} columns; expected {row.expected_columns}")
+        return "error"
 
     names = columns or _header(path, delimiter, encoding)
     try:
@@ -43,7 +46,7 @@ def read_strings(
             csv.ConvertOptions(column_types={name: pa.string() for name in names}, strings_can_be_null=False),
         )
     except pa.ArrowInvalid as error:
-        raise ConfigError(f"{path}: {str(error).splitlines()[0]}") from error
+        raise ConfigError(refusals[0] if refusals else f"{path}: {str(error).splitlines()[0]}") from error
 
 
 def _header(path: pathlib.Path, delimiter: str, encoding: str) -> list[str]:
