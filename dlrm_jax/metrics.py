@@ -11,7 +11,7 @@ from dlrm_jax.loss import binary_cross_entropy
 
 
 class BatchSums(struct.PyTreeNode):
-    """What one evaluated batch adds: weighted sums, and the columns that ranking needs. Rows of weight 0 are padding."""
+    """What one evaluated batch adds: weighted sums, and the columns that ranking needs. Weight 0 is padding."""
 
     loss: jax.Array
     log_loss: jax.Array
@@ -28,7 +28,7 @@ class BatchSums(struct.PyTreeNode):
 def batch_sums(
     loss_B: jax.Array, logits_B: jax.Array, prob_B: jax.Array, label_B: jax.Array, weight_B: jax.Array
 ) -> BatchSums:
-    """The sums of one batch, to be called inside a jitted step. A probability of exactly 0.5 rounds to 0, as NumPy's."""
+    """The sums of one batch, for use inside a jitted step. A probability of exactly 0.5 rounds to 0, as in NumPy."""
     return BatchSums(
         loss=(loss_B * weight_B).sum(),
         log_loss=(binary_cross_entropy(logits_B, label_B) * weight_B).sum(),

@@ -29,16 +29,28 @@ def json_ready(value: Any) -> Any:
 
 def write_json_atomically(path: pathlib.Path, value: Any) -> None:
     """Write `value` to `path` so that a reader sees the old file or the new one, never a part."""
+    _write_text_atomically(path, json.dumps(json_ready(value), indent=1) + "\n")
+
+
+def _write_text_atomically(path: pathlib.Path, text: str) -> None:
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(json_ready(value), indent=1) + "\n")
+    temporary.write_text(text)
     os.replace(temporary, path)
 
 
-def versions() -> dict[str, str]:
-    """Versions and device that a result depends on."""
-    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
-    found = {package: metadata.version(package) for package in packages}
-    return {"python": platform.python_version(), **found, "device": jax.devices()[0].device_kind}
+def versions() -> dict[str, str | None]:
+    """Versions and device that a result depends on; None for what is not installed, as dlrm_jax in a clone."""
+    packages = ("dlrm_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+    found = {package: _version(package) for package in packages}
+    device = {"backend": jax.default_backend(), "device": jax.devices()[0].device_kind}
+    return {"python": platform.python_version(), **found, **device}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def read_metrics(workdir: pathlib.Path) -> list[dict[str, Any]]:
@@ -54,15 +66,15 @@ def read_metrics(workdir: pathlib.Path) -> list[dict[str, Any]]:
 
 
 class MetricsLog:
-    """Appends to metrics.jsonl and TensorBoard; lines beyond `resume_step` are dropped, for they will be written again."""
+    """Appends to metrics.jsonl and TensorBoard; lines beyond `resume_step` are dropped: they will come again."""
 
     def __init__(self, workdir: pathlib.Path, resume_step: int) -> None:
         from tensorboardX import SummaryWriter  # Half a second to import, and only training needs it.
 
+        path = workdir / "metrics.jsonl"
         kept = [line for line in read_metrics(workdir) if line["step"] <= resume_step]
-        self._file = (workdir / "metrics.jsonl").open("w")
-        self._file.writelines(json.dumps(line) + "\n" for line in kept)
-        self._file.flush()
+        _write_text_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))
+        self._file = path.open("a")
         self._events = SummaryWriter(str(workdir / "tensorboard"), purge_step=resume_step + 1)
 
     def __enter__(self) -> "MetricsLog":
@@ -77,10 +89,12 @@ class MetricsLog:
 
     def write(self, step: int, split: str, values: dict[str, Any]) -> None:
         """One line `{"step", "split", **values}`, on disk when this returns."""
-        self._file.write(json.dumps(json_ready({"step": step, "split": split, **values})) + "\n")
+        values = json_ready(values)
+        self._file.write(json.dumps({"step": step, "split": split, **values}) + "\n")
         self._file.flush()
         for name, value in values.items():
-            self._events.add_scalar(f"{split}/{name}", value, step)
+            if value is not None:
+                self._events.add_scalar(f"{split}/{name}", value, step)
 
 
 class Progress:
@@ -89,7 +103,9 @@ class Progress:
     def __init__(self, num_steps: int, start_step: int, batch_size: int) -> None:
         self._batch_size, self._start_step, self._num_steps = batch_size, start_step, num_steps
         self._terminal = sys.stderr.isatty()
-        self._bar = tqdm(total=num_steps, initial=start_step, unit="step", disable=not self._terminal, dynamic_ncols=True)
+        self._bar = tqdm(
+            total=num_steps, initial=start_step, unit="step", disable=not self._terminal, dynamic_ncols=True
+        )
         self._start = self._last_print = time.perf_counter()
 
     def __enter__(self) -> "Progress":
@@ -144,9 +160,9 @@ def plot_curves(workdir: pathlib.Path, optimum: dict[str, float] | None = None) 
     lines = read_metrics(workdir)
     figure = Figure(figsize=(10, 4), layout="constrained")
     loss_axes, auc_axes = figure.subplots(1, 2)
-    for split, style in (("train", "-"), ("val", "o-")):
-        _plot(loss_axes, lines, split, "loss", style)
-    _plot(auc_axes, lines, "val", "auc", "o-")
+    for split in ("train", "val"):
+        _plot(loss_axes, lines, split, "loss")
+    _plot(auc_axes, lines, "val", "auc")
     for axes, name, key in ((loss_axes, "loss", "log_loss"), (auc_axes, "AUC", "auc")):
         if optimum is not None:
             axes.axhline(optimum[key], color="gray", linestyle="--", label="optimum")
@@ -157,7 +173,9 @@ def plot_curves(workdir: pathlib.Path, optimum: dict[str, float] | None = None) 
     figure.savefig(workdir / "curves.png", dpi=120)
 
 
-def _plot(axes: Any, lines: list[dict[str, Any]], split: str, key: str, style: str) -> None:
+def _plot(axes: Any, lines: list[dict[str, Any]], split: str, key: str) -> None:
     points = [(line["step"], line[key]) for line in lines if line["split"] == split and line.get(key) is not None]
     if points:
-        axes.plot(*zip(*points, strict=True), style, label=split, markersize=4)
+        marked = split == "val" or len(points) == 1  # A line through one point shows nothing.
+        color, marker = {"train": "C0", "val": "C1"}[split], "o" if marked else "None"
+        axes.plot(*zip(*points, strict=True), color=color, marker=marker, label=split, markersize=4)

@@ -21,7 +21,8 @@ def collect(logits: np.ndarray, labels: np.ndarray, weights: np.ndarray | None =
     collected = Metrics()
     for z, t, w in zip(*(np.array_split(x, parts) for x in (logits, labels, weights)), strict=True):
         prob = jax.nn.sigmoid(z)
-        collected.append(jax.jit(batch_sums)(jnp.zeros_like(prob), jnp.asarray(z), prob, jnp.asarray(t), jnp.asarray(w)))
+        loss = jnp.zeros_like(prob)
+        collected.append(jax.jit(batch_sums)(loss, jnp.asarray(z), prob, jnp.asarray(t), jnp.asarray(w)))
     return collected
 
 
@@ -66,6 +67,18 @@ def test_merged_metrics_equal_all_rows_in_any_order():
     first, second = collect(logits[:100], labels[:100]), collect(logits[100:], labels[100:])
     assert first.merge(second).compute() == pytest.approx(collect(logits, labels).compute(), rel=1e-6)
     assert second.merge(first).compute() == pytest.approx(collect(logits, labels).compute(), rel=1e-6)
+
+
+def test_probability_of_one_half_counts_as_no_click():
+    values = collect(np.zeros(4, np.float32), np.array([0, 0, 0, 1], np.float32), parts=1).compute()
+    assert values["accuracy"] == 0.75
+
+
+@pytest.mark.parametrize("label", [0, 1])
+def test_one_class_leaves_auc_and_normalized_entropy_undefined(label):
+    values = collect(np.zeros(4, np.float32), np.full(4, label, np.float32), parts=1).compute()
+    assert np.isnan(values["auc"]) and np.isnan(values["normalized_entropy"])
+    assert values["log_loss"] == pytest.approx(np.log(2)) and values["num_samples"] == 4
 
 
 def test_no_rows_gives_nan_not_an_error():

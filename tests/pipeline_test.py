@@ -46,7 +46,8 @@ def test_starting_at_a_step_equals_skipping_to_it(start):
 
 
 def test_order_follows_from_seed_and_epoch():
-    epochs = [real_rows(islice(train_batches(numbered(50), 10, seed, start), 5)) for seed, start in ((0, 0), (0, 5), (1, 0))]
+    starts = ((0, 0), (0, 5), (1, 0))
+    epochs = [real_rows(islice(train_batches(numbered(50), 10, seed, start), 5)) for seed, start in starts]
     assert len({tuple(rows) for rows in epochs}) == 3
     assert real_rows(islice(train_batches(numbered(50), 10, 0, 0), 5)) == epochs[0]
 
@@ -71,8 +72,28 @@ def test_prefetcher_raises_what_its_check_raises():
 
     with Prefetcher(eval_batches(numbered(10), 4), refuse) as batches:
         next(batches)
-        with pytest.raises(ValueError, match="row 4"):
-            next(batches)
+        for _ in range(2):
+            with pytest.raises(ValueError, match="row 4"):
+                next(batches)
+
+
+@pytest.mark.timeout(20)
+def test_prefetcher_stays_ended():
+    with Prefetcher(eval_batches(numbered(3), 4), lambda batch: batch) as batches:
+        assert len(list(batches)) == 1
+        assert list(batches) == []
+    with Prefetcher(train_batches(numbered(3), 4, 0, 0), lambda batch: batch) as left_early:
+        next(left_early)
+    assert list(left_early) == []
+
+
+@pytest.mark.timeout(20)
+def test_prefetcher_passes_on_an_exit_too():
+    def leave(batch):
+        raise SystemExit(3)
+
+    with Prefetcher(eval_batches(numbered(3), 4), leave) as batches, pytest.raises(SystemExit):
+        next(batches)
 
 
 def test_prefetcher_ends_its_thread_when_left_early():

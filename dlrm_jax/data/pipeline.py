@@ -1,4 +1,4 @@
-"""Batches from a split: their order is a function of (seed, epoch), their position is the step, their shape is fixed."""
+"""Batches from a split: their order follows from (seed, epoch), their position is the step, their shape is fixed."""
 
 import queue
 import threading
@@ -40,9 +40,7 @@ def take(split: Split, rows: np.ndarray | slice, batch_size: int) -> Batch:
     )
 
 
-def train_batches(
-    split: Split, batch_size: int, seed: int, start_step: int, shuffle: bool = True
-) -> Iterator[Batch]:
+def train_batches(split: Split, batch_size: int, seed: int, start_step: int, shuffle: bool = True) -> Iterator[Batch]:
     """Batches from number `start_step` on, for ever; each epoch holds every row once, its last batch padded.
 
     Batch k depends on (seed, k) alone: starting at k reads nothing before it.
@@ -66,14 +64,15 @@ def eval_batches(split: Split, batch_size: int) -> Iterator[Batch]:
 class Prefetcher:
     """Iterates over (host batch, batch on device), prepared by a background thread; use as a context manager.
 
-    `check` runs in the thread; what it or `source` raises is raised by `next`. `wait_seconds` is the time that
-    `next` waited: the input's share of a step.
+    `check` runs in the thread; what it or `source` raises is raised by `next`, then and ever after. `wait_seconds`
+    is the time that `next` waited: the input's share of a step.
     """
 
     def __init__(self, source: Iterator[Batch], check: Callable[[Batch], Batch], depth: int = 2) -> None:
         self.wait_seconds = 0.0
         self._source, self._check = source, check
         self._ready: queue.Queue[tuple[Batch, Batch] | BaseException] = queue.Queue(maxsize=depth)
+        self._end: BaseException | None = None
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._work, daemon=True, name="prefetch")
 
@@ -87,15 +86,19 @@ class Prefetcher:
         del kind, error, traceback
         self._closed.set()
         self._thread.join()
+        self._end = self._end or StopIteration()
 
     def __iter__(self) -> "Prefetcher":
         return self
 
     def __next__(self) -> tuple[Batch, Batch]:
+        if self._end is not None:  # The thread has ended: waiting for it would be for ever.
+            raise self._end
         start = time.perf_counter()
         item = self._ready.get()
         self.wait_seconds += time.perf_counter() - start
         if isinstance(item, BaseException):
+            self._end = item
             raise item
         return item
 
@@ -106,7 +109,7 @@ class Prefetcher:
                 if not self._put((batch, jax.device_put(batch))):
                     return
             self._put(StopIteration())
-        except Exception as error:
+        except BaseException as error:  # Whatever it is, the consumer waits for it.
             self._put(error)
 
     def _put(self, item: tuple[Batch, Batch] | BaseException) -> bool:

@@ -1,0 +1,133 @@
+"""Tests `dlrm_jax/loop.py`: results, stopping rules, and what happens to a NaN."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from dlrm_jax import checkpoint, loop
+from dlrm_jax.config import ConfigError
+from dlrm_jax.data import planted
+from dlrm_jax.data.dataset import Split
+from tests.resume_test import CONFIG, final_state
+
+
+def lines(workdir, split: str) -> list[dict]:
+    records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [record for record in records if record["split"] == split]
+
+
+def test_result_and_files_are_complete(tmp_path):
+    result = loop.train_and_evaluate(CONFIG, tmp_path, "--seed=0\n")
+    assert json.loads((tmp_path / "result.json").read_text()) == json.loads(json.dumps(result))
+    assert set(result) == {
+        *("step", "val", "test", "optimum", "samples_per_second", "input_wait_fraction", "seed", "versions")
+    }
+    for split in ("val", "test"):
+        assert {"auc", "log_loss", "normalized_entropy", "calibration", "accuracy", "num_samples"} <= set(result[split])
+        assert result[split]["num_samples"] == 200
+    assert result["samples_per_second"] > 0 and 0 <= result["input_wait_fraction"] <= 1
+    assert all({"step", "split", "loss"} <= set(line) for line in lines(tmp_path, "train") + lines(tmp_path, "val"))
+    assert "auc" in lines(tmp_path, "val")[0]
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "flags.txt").read_text() == "--seed=0\n"
+    assert list((tmp_path / "tensorboard").glob("events*"))
+
+
+def test_learning_beats_chance_and_shuffled_labels_do_not(tmp_path, monkeypatch):
+    config = dataclasses.replace(
+        CONFIG, data=dataclasses.replace(CONFIG.data, num_examples=20000), num_steps=0, num_epochs=3, eval_every=0
+    )
+    result = loop.train_and_evaluate(config, tmp_path / "learn")
+    assert result["test"]["auc"] > 0.68
+    honest = planted.generate
+
+    def shuffled(seed: int, num_examples: int):
+        data = honest(seed, num_examples)
+        order = np.random.default_rng(1).permutation(len(data.splits["train"]))
+        train = dataclasses.replace(data.splits["train"], label_R=data.splits["train"].label_R[order])
+        return dataclasses.replace(data, splits={**data.splits, "train": train})
+
+    monkeypatch.setattr(planted, "generate", shuffled)
+    assert abs(loop.train_and_evaluate(config, tmp_path / "noise")["test"]["auc"] - 0.5) < 0.1
+
+
+def test_best_checkpoint_is_the_best_evaluation(tmp_path):
+    config = dataclasses.replace(CONFIG, optimizer=dataclasses.replace(CONFIG.optimizer, dense="sgd"), num_steps=200)
+    result = loop.train_and_evaluate(config, tmp_path)
+    evaluations = lines(tmp_path, "val")
+    best = max(evaluations, key=lambda line: line["auc"])
+    with checkpoint.Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.find("best") == ("best", best["step"])
+    assert result["step"] == best["step"]
+    assert result["val"]["auc"] == pytest.approx(best["auc"], abs=1e-12)
+
+
+def test_reaching_the_target_stops_the_run_for_good(tmp_path):
+    config = dataclasses.replace(CONFIG, target_value=0.01)
+    loop.train_and_evaluate(config, tmp_path)
+    assert [line["step"] for line in lines(tmp_path, "val")] == [20]
+    loop.train_and_evaluate(config, tmp_path)
+    assert int(final_state(tmp_path).step) == 20
+
+
+def test_patience_stops_after_evaluations_without_improvement(tmp_path):
+    # With the smallest of learning rates nothing improves after the first evaluations but by chance.
+    schedule = dataclasses.replace(CONFIG.optimizer.schedule, learning_rate=1e-30)
+    slow = dataclasses.replace(CONFIG.optimizer, schedule=schedule)
+    loop.train_and_evaluate(dataclasses.replace(CONFIG, optimizer=slow, patience=2, num_steps=200), tmp_path)
+    assert [line["step"] for line in lines(tmp_path, "val")] == [20, 40, 60]
+
+
+@pytest.mark.parametrize(("column", "words"), [("dense_RxN", "'dense_2' is nan"), ("label_R", "the label is nan")])
+def test_nan_stops_the_run_names_the_column_and_keeps_the_last_checkpoint(tmp_path, monkeypatch, column, words):
+    honest = planted.generate(0, 2000)
+    config = dataclasses.replace(CONFIG, shuffle=False, num_steps=40)
+    values = getattr(honest.splits["train"], column).copy()
+    values[64 * 15 + 7, ...] = values[64 * 15 + 7, ...] if column == "dense_RxN" else np.nan
+    if column == "dense_RxN":
+        values[64 * 15 + 7, 2] = np.nan
+    poisoned = dataclasses.replace(honest.splits["train"], **{column: values})
+    data = dataclasses.replace(honest, splits={**honest.splits, "train": poisoned})
+    monkeypatch.setattr(planted, "generate", lambda seed, num_examples: data)
+    with pytest.raises(ConfigError) as error:
+        loop.train_and_evaluate(config, tmp_path)
+    assert words in str(error.value) and "step 16" in str(error.value) and "row 7" in str(error.value)
+    with np.load(tmp_path / "bad_batch_step_16.npz") as batch:
+        assert len(batch["label_B"]) == 64
+    state = final_state(tmp_path)
+    assert int(state.step) == 10
+    assert all(np.isfinite(leaf).all() for leaf in (*state.tables.values(), *state.dense_params["top_mlp"]["layer_0"].values()))
+
+
+def test_divergence_is_named(tmp_path):
+    schedule = dataclasses.replace(CONFIG.optimizer.schedule, learning_rate=1e30)
+    wild = dataclasses.replace(CONFIG.optimizer, schedule=schedule, dense="sgd", table="sgd")
+    with pytest.raises(ConfigError, match="the weights diverged"):
+        loop.train_and_evaluate(dataclasses.replace(CONFIG, optimizer=wild), tmp_path)
+
+
+@pytest.mark.parametrize("policy", ["error", "hash", "drop_and_count"])
+def test_ids_out_of_range_follow_the_policy(tmp_path, monkeypatch, policy, caplog):
+    honest = planted.generate(0, 2000)
+    train = honest.splits["train"]
+    ids = train.ids_RxK.copy()
+    ids[100, 0] = 5000
+    splits = {**honest.splits, "train": Split(train.dense_RxN, ids, train.label_R, train.row_R)}
+    monkeypatch.setattr(planted, "generate", lambda seed, count: dataclasses.replace(honest, splits=splits))
+    config = dataclasses.replace(CONFIG, ids_out_of_range=policy, num_steps=25)
+    if policy == "error":
+        with pytest.raises(ConfigError, match="feature 'user', row .*: id 5000 is outside table 'user' of 1000 rows"):
+            loop.train_and_evaluate(config, tmp_path)
+    else:
+        loop.train_and_evaluate(config, tmp_path)
+        assert "feature 'user': 1 ids out of range" in caplog.text
+
+
+@pytest.mark.parametrize(("examples", "batch_size"), [(10, 64), (10, 1), (2000, 1999)])
+def test_odd_sizes_train(tmp_path, examples, batch_size):
+    data = dataclasses.replace(CONFIG.data, num_examples=examples)
+    config = dataclasses.replace(CONFIG, data=data, batch_size=batch_size, num_steps=3, eval_every=1)
+    result = loop.train_and_evaluate(config, tmp_path)
+    assert result["test"]["num_samples"] == examples // 10
