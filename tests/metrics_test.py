@@ -47,6 +47,11 @@ def test_auc_of_nan_scores_is_nan():
     assert np.isnan(auc(np.array([0.1, np.nan]), np.array([0, 1])))
 
 
+def test_auc_leaves_out_rows_of_weight_zero():
+    assert auc(np.array([1, 2, np.nan]), np.array([0, 1, 0]), np.array([1, 1, 0])) == 1
+    assert np.isnan(auc(np.array([1, 2, 3]), np.array([1, 1, 0]), np.array([1, 1, 0])))
+
+
 def test_metrics_equal_scikit_learn_and_leave_padding_out():
     logits, labels = columns(2)
     weights = (np.arange(len(labels)) < 200).astype(np.float32)

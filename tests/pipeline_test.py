@@ -12,6 +12,8 @@ from dlrm_jax.batch import EMPTY_SLOT
 from dlrm_jax.data.dataset import Split
 from dlrm_jax.data.pipeline import Prefetcher, eval_batches, steps_per_epoch, train_batches
 
+pytestmark = pytest.mark.timeout(20)  # A broken prefetcher waits for ever.
+
 
 def numbered(rows: int) -> Split:
     """Row r holds r in every column."""
@@ -77,7 +79,6 @@ def test_prefetcher_raises_what_its_check_raises():
                 next(batches)
 
 
-@pytest.mark.timeout(20)
 def test_prefetcher_stays_ended():
     with Prefetcher(eval_batches(numbered(3), 4), lambda batch: batch) as batches:
         assert len(list(batches)) == 1
@@ -87,7 +88,6 @@ def test_prefetcher_stays_ended():
     assert list(left_early) == []
 
 
-@pytest.mark.timeout(20)
 def test_prefetcher_passes_on_an_exit_too():
     def leave(batch):
         raise SystemExit(3)
