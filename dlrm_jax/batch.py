@@ -1,7 +1,5 @@
 """Batch: what flows from the data to the step, and the host-side checks it must pass first."""
 
-import dataclasses
-
 import jax
 import numpy as np
 from flax import struct
@@ -13,65 +11,55 @@ EMPTY_SLOT = -1
 
 
 class Batch(struct.PyTreeNode):
-    """B examples side by side.
+    """B examples side by side: NumPy arrays on the host, jax.Array on a device.
 
     `ids_BxK` holds the bags of all features next to each other in config order, feature f taking `hotness` slots;
     unused slots are EMPTY_SLOT. `weight_B` is 0 for padding rows, which then count in no loss and no metric.
     `id_weights_BxK`, when given, multiplies each looked-up row before pooling.
     """
 
-    dense_BxN: jax.Array | np.ndarray
-    ids_BxK: jax.Array | np.ndarray
-    label_B: jax.Array | np.ndarray
-    weight_B: jax.Array | np.ndarray
-    id_weights_BxK: jax.Array | np.ndarray | None = None
-
-
-@dataclasses.dataclass
-class IdReport:
-    """How many ids of each feature were hashed or dropped because they lay outside their table."""
-
-    out_of_range: dict[str, int] = dataclasses.field(default_factory=dict)
-
-    def add(self, feature: str, count: int) -> None:
-        self.out_of_range[feature] = self.out_of_range.get(feature, 0) + count
+    dense_BxN: jax.Array
+    ids_BxK: jax.Array
+    label_B: jax.Array
+    weight_B: jax.Array
+    id_weights_BxK: jax.Array | None = None
 
 
 def check_ids(
-    config: ModelConfig, ids_BxK: np.ndarray, policy: str, report: IdReport, first_row: int = 0
-) -> np.ndarray:
-    """Ids as int32 with every one inside its table or EMPTY_SLOT.
+    config: ModelConfig, ids_BxK: np.ndarray, policy: str = "error", row_B: np.ndarray | None = None
+) -> tuple[np.ndarray, dict[str, int]]:
+    """(ids as int32, each inside its table or EMPTY_SLOT; how many were out of range, by feature).
 
     Args:
       ids_BxK: integer ids; floats are refused, since float32 cannot hold ids beyond 2^24.
       policy: `error` raises ConfigError naming feature, row, value and limit; `hash` takes the id modulo the
-        table's rows; `drop_and_count` empties the slot. The last two count the event in `report`.
-      first_row: number of the first row, for the error text.
+        table's rows; `drop_and_count` empties the slot.
+      row_B: numbers of the rows for the error text, by default their positions.
     """
     if not np.issubdtype(ids_BxK.dtype, np.integer):
         raise ConfigError(f"ids have dtype {ids_BxK.dtype}; they must be integers (float32 rounds ids beyond 2^24)")
     if ids_BxK.ndim != 2 or ids_BxK.shape[1] != config.num_slots:
         raise ConfigError(f"ids have shape {ids_BxK.shape}; expected (rows, {config.num_slots}), one column a slot")
-    limit_K = np.repeat(
-        [config.table(feature.table).num_embeddings for feature in config.features],
-        [feature.hotness for feature in config.features],
-    )
+    hotness = [feature.hotness for feature in config.features]
+    limit_K = np.repeat([config.table(feature.table).num_embeddings for feature in config.features], hotness)
     bad_BxK = (ids_BxK >= limit_K) | (ids_BxK < EMPTY_SLOT)
     if not bad_BxK.any():
-        return ids_BxK.astype(np.int32, copy=False)
-    feature_K = np.repeat(np.arange(len(config.features)), [feature.hotness for feature in config.features])
+        return ids_BxK.astype(np.int32, copy=False), {}
+    feature_K = [feature for feature in config.features for _ in range(feature.hotness)]
     if policy == "error":
-        row, slot = (int(index[0]) for index in np.nonzero(bad_BxK))
-        feature = config.features[feature_K[slot]]
+        row, slot = np.argwhere(bad_BxK)[0]
+        feature, last = feature_K[slot], limit_K[slot] - 1
         raise ConfigError(
-            f"feature {feature.name!r}, row {first_row + row}: id {ids_BxK[row, slot]} is outside table "
-            f"{feature.table!r} of {limit_K[slot]} rows (ids 0 to {limit_K[slot] - 1}, {EMPTY_SLOT} for an empty "
-            "slot); mend the data or set --ids_out_of_range=hash or drop_and_count"
+            f"feature {feature.name!r}, row {row if row_B is None else row_B[row]}: id {ids_BxK[row, slot]} is outside "
+            f"table {feature.table!r} of {last + 1} rows (ids 0 to {last}, {EMPTY_SLOT} for an empty slot); "
+            "mend the data or set --ids_out_of_range=hash or drop_and_count"
         )
-    for slot in np.nonzero(bad_BxK.any(axis=0))[0]:
-        report.add(config.features[feature_K[slot]].name, int(bad_BxK[:, slot].sum()))
+    counts: dict[str, int] = {}
+    for i in np.flatnonzero(bad_BxK.any(axis=0)):
+        name = feature_K[i].name
+        counts[name] = counts.get(name, 0) + int(bad_BxK[:, i].sum())
     replacement_BxK = ids_BxK % limit_K if policy == "hash" else EMPTY_SLOT
-    return np.where(bad_BxK, replacement_BxK, ids_BxK).astype(np.int32)
+    return np.where(bad_BxK, replacement_BxK, ids_BxK).astype(np.int32), counts
 
 
 def pack_bags(name: str, values: np.ndarray, lengths_B: np.ndarray, hotness: int) -> np.ndarray:

@@ -79,12 +79,14 @@ class Checkpoints:
         except (ValueError, KeyError, OSError) as error:
             reason = str(error).splitlines()[0][:300]
             where = self.directory / kind / str(step)
-            raise ConfigError(f"cannot read checkpoint {where}: {reason}; delete it to fall back on an older one") from error
+            raise ConfigError(
+                f"cannot read checkpoint {where}: {reason}; delete it to fall back on an older one"
+            ) from error
 
     def find(self, which: str) -> tuple[str, int]:
         """(kind, step) of `latest`, `best` or a step number; ConfigError naming what there is if it is missing."""
         available = {kind: sorted(self._managers[kind].all_steps()) for kind in (LATEST, BEST)}
-        if which in available and available[which]:
+        if available.get(which):
             return which, available[which][-1]
         for kind, steps in available.items():
             if which.isdecimal() and int(which) in steps:

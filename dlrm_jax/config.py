@@ -222,8 +222,6 @@ def differences(ours: Any, theirs: Any, path: str = "") -> list[str]:
         return lines
     if isinstance(ours, list | tuple) and isinstance(theirs, list | tuple) and len(ours) == len(theirs):
         return [
-            line
-            for i, pair in enumerate(zip(ours, theirs, strict=True))
-            for line in differences(*pair, f"{path}[{i}]")
+            line for i, pair in enumerate(zip(ours, theirs, strict=True)) for line in differences(*pair, f"{path}[{i}]")
         ]
     return [] if ours == theirs else [f"{path}: {ours!r} != {theirs!r}"]

@@ -1,4 +1,4 @@
-"""Embedding tables on one device: birth, lookup and the gradient of the rows. This is the meaning; placement changes speed.
+"""Embedding tables on one device: birth, lookup and gradient of the rows. The meaning; placement changes speed.
 
 Tables are stored in stacks: one (rows, D) array holds many tables one below the other, so that one gather and one
 scatter serve them all. Only this file knows row offsets; everybody else speaks of table names.
@@ -6,6 +6,7 @@ scatter serve them all. Only this file knows row offsets; everybody else speaks 
 
 import dataclasses
 import hashlib
+import itertools
 from collections.abc import Iterator
 
 import jax
@@ -136,7 +137,8 @@ def lookup(
 
     An empty bag pools to zeros. Ids must be inside their table or EMPTY_SLOT (batch.check_ids sees to it).
     """
-    pooled, features = [], []
+    pooled: list[jax.Array] = []
+    features: list[int] = []
     scale_BxK = _slot_scale(config, ids_BxK, id_weights_BxK)
     for stack in make_stacks(config):
         row_ids = _row_ids(stack, ids_BxK)
@@ -156,7 +158,7 @@ def row_gradients(
     id_weights_BxK: jax.Array | None,
     d_pooled_BxFxD: jax.Array,
 ) -> dict[str, SparseGrad]:
-    """The gradient of `lookup` in the tables, one row per id slot: what the sparse optimizer sees, keyed as `tables`."""
+    """The gradient of `lookup` in the tables, one row an id slot: what the sparse optimizer sees, keyed as `tables`."""
     grads = {}
     scale_BxK = _slot_scale(config, ids_BxK, id_weights_BxK)
     for stack in make_stacks(config):
@@ -208,7 +210,7 @@ def _sum_bags(slots_BxKxD: jax.Array, hotness: tuple[int, ...]) -> jax.Array:
         batch, _, width = slots_BxKxD.shape
         return slots_BxKxD.reshape(batch, len(hotness), hotness[0], width).sum(axis=2)
     starts = np.cumsum((0, *hotness))
-    bags = [slots_BxKxD[:, start:stop].sum(axis=1) for start, stop in zip(starts[:-1], starts[1:], strict=True)]
+    bags = [slots_BxKxD[:, start:stop].sum(axis=1) for start, stop in itertools.pairwise(starts)]
     return jnp.stack(bags, axis=1)
 
 

@@ -8,7 +8,6 @@ import pathlib
 from absl import flags
 
 from dlrm_jax import checkpoint, loop, reporting, run_config
-from dlrm_jax.batch import IdReport
 from dlrm_jax.config import ConfigError, differences
 from dlrm_jax.data import load_dataset
 from dlrm_jax.data.dataset import SPLITS, Split
@@ -53,20 +52,21 @@ def main() -> None:
     """Restore, evaluate, print, and renew result.json."""
     workdir = pathlib.Path(FLAGS.workdir)
     config = load_config(workdir)
-    dataset = load_dataset(config.data)
-    model = config.model.build(dataset)
+    raw = load_dataset(config.data)
+    model = config.model.build(raw)
+    dataset, _ = run_config.check_dataset(raw, model, config.ids_out_of_range)
 
     def fresh_state() -> TrainState:
         return init_state(model, config.optimizer, config.seed)
 
     with checkpoint.Checkpoints(workdir) as checkpoints:
         kind, step = checkpoints.find(FLAGS.checkpoint)
-        identity = json.loads(json.dumps(config.identity(model, dataset)))
+        identity = json.loads(json.dumps(config.identity(model, raw)))
         different = differences(identity, checkpoints.record(kind)["identity"])
         if different:
             raise ConfigError(f"the checkpoint belongs to other data (now != then): {'; '.join(different[:8])}")
         state = checkpoints.restore(kind, checkpoint.abstract(fresh_state), step)
-    evaluate = loop.Evaluator(config, model, IdReport())
+    evaluate = loop.Evaluator(config, model)
     result = loop.evaluate_splits(config, dataset, evaluate, state) | loop.Speed().summary()
     split = dataset.splits[FLAGS.split]
     shown = result[FLAGS.split] if FLAGS.split in result else evaluate(state, split)

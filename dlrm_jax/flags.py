@@ -57,13 +57,19 @@ def _define_model_flags() -> None:
     flags.DEFINE_integer("embedding_dim", 16, "Columns of every embedding table.")
     flags.DEFINE_list("bottom_mlp", ["64", "16"], "Widths of the bottom MLP's layers, without its input.")
     flags.DEFINE_list("top_mlp", ["64", "32", "1"], "Widths of the top MLP's layers, without its input.")
-    flags.DEFINE_enum("interaction", "dot", INTERACTIONS, "How features meet: dot products, concatenation, DCNv2 cross.")
+    flags.DEFINE_enum(
+        "interaction", "dot", INTERACTIONS, "How features meet: dot products, concatenation, DCNv2 cross."
+    )
     flags.DEFINE_bool("self_interaction", False, "Include each vector's dot product with itself (interaction=dot).")
     flags.DEFINE_integer("cross_layers", 3, "Layers of interaction=cross.")
     flags.DEFINE_integer("cross_rank", 512, "Rank of the cross layers' matrices.")
     flags.DEFINE_bool("learned_pooling", False, "Multiply each looked-up row with a trainable weight of that row.")
-    flags.DEFINE_enum("dense_init", "dlrm", DENSE_INITS, "Initial MLP weights: the reference's formula, PyTorch's, Flax's.")
-    flags.DEFINE_enum("table_init", "dlrm", TABLE_INITS, "Initial rows: U(+-sqrt(1/rows)), or N(0, 1/sqrt(dim)) as Flax.")
+    flags.DEFINE_enum(
+        "dense_init", "dlrm", DENSE_INITS, "Initial MLP weights: the reference's formula, PyTorch's, Flax's."
+    )
+    flags.DEFINE_enum(
+        "table_init", "dlrm", TABLE_INITS, "Initial rows: U(+-sqrt(1/rows)), or N(0, 1/sqrt(dim)) as Flax."
+    )
 
 
 def _define_optimizer_flags() -> None:
@@ -150,7 +156,9 @@ def _numbers(name: str, kind: type) -> tuple:
 def flagfile_text() -> str:
     """Our flags as they stand, one a line, in the form that --flagfile reads."""
     ours = FLAGS.flags_by_module_dict()[__name__]
-    return "".join(f"{flag.serialize()}\n" for flag in sorted(ours, key=lambda flag: flag.name) if flag.value is not None)
+    return "".join(
+        f"{flag.serialize()}\n" for flag in sorted(ours, key=lambda flag: flag.name) if flag.value is not None
+    )
 
 
 def run_command(main: Callable[[], None]) -> None:

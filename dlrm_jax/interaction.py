@@ -10,7 +10,7 @@ import numpy as np
 
 
 def pairs(num_vectors: int, with_diagonal: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Rows and columns of the lower triangle in the reference's order (row-major; dlrm_s_pytorch.py, interact_features)."""
+    """Rows and columns of the lower triangle, row-major, as interact_features in the reference's dlrm_s_pytorch.py."""
     return np.tril_indices(num_vectors, 0 if with_diagonal else -1)
 
 
@@ -44,7 +44,7 @@ pairwise_dots.defvjp(_pairwise_dots_fwd, _pairwise_dots_bwd)
 
 
 def dot_interaction(bottom_BxD: jax.Array, pooled_BxFxD: jax.Array, with_diagonal: bool = False) -> jax.Array:
-    """(B, D + P): the bottom MLP's output followed by the dot products of all pairs (arXiv:1906.00091, section 2.1.3)."""
+    """(B, D + P): the bottom MLP's output, then the dot products of all pairs (arXiv:1906.00091, section 2.1.3)."""
     vectors_BxVxD = jnp.concatenate([bottom_BxD[:, None], pooled_BxFxD], axis=1)
     return jnp.concatenate([bottom_BxD, pairwise_dots(vectors_BxVxD, with_diagonal)], axis=1)
 
@@ -66,6 +66,7 @@ class LowRankCross(nn.Module):
 
     @nn.compact
     def __call__(self, x0_BxI: jax.Array) -> jax.Array:
+        """(B, I) to (B, I)."""
         x_BxI, width = x0_BxI, x0_BxI.shape[1]
         for layer in range(self.layers):
             v_IxR = self.param(f"v_{layer}", self.matrix_init, (width, self.rank))

@@ -15,12 +15,12 @@ import jax
 import numpy as np
 
 from dlrm_jax import checkpoint, metrics, reporting
-from dlrm_jax.batch import Batch, IdReport, check_ids, describe_nonfinite
+from dlrm_jax.batch import Batch, describe_nonfinite
 from dlrm_jax.config import ConfigError, ModelConfig, differences
 from dlrm_jax.data import load_dataset
 from dlrm_jax.data.dataset import Dataset, Split
 from dlrm_jax.data.pipeline import Prefetcher, eval_batches, steps_per_epoch, train_batches
-from dlrm_jax.run_config import RunConfig
+from dlrm_jax.run_config import RunConfig, check_dataset
 from dlrm_jax.state import TrainState, init_state
 from dlrm_jax.step import make_eval_step, make_train_step
 
@@ -50,24 +50,19 @@ class Run:
 
     def __init__(self, config: RunConfig, workdir: pathlib.Path) -> None:
         self.config, self.workdir = config, workdir
-        self.dataset = load_dataset(config.data)
-        self.model = config.model.build(self.dataset)
+        raw = load_dataset(config.data)
+        self.model = config.model.build(raw)
+        self.identity = json.loads(json.dumps(config.identity(self.model, raw)))
+        self.dataset, self.ids_out_of_range = check_dataset(raw, self.model, config.ids_out_of_range)
         per_epoch = steps_per_epoch(len(self.dataset.splits["train"]), config.batch_size)
         self.num_steps = config.num_steps or config.num_epochs * per_epoch
         self.eval_every = config.eval_every or per_epoch
         self.checkpoint_every = config.checkpoint_every or per_epoch
-        self.identity = json.loads(json.dumps(config.identity(self.model, self.dataset)))
-        self.id_report = IdReport()
-        self.evaluate = Evaluator(config, self.model, self.id_report)
+        self.evaluate = Evaluator(config, self.model)
 
     def fresh_state(self) -> TrainState:
         """The state at step 0."""
         return init_state(self.model, self.config.optimizer, self.config.seed)
-
-    def check(self, batch: Batch) -> Batch:
-        """The batch with validated ids."""
-        ids_BxK = check_ids(self.model, np.asarray(batch.ids_BxK), self.config.ids_out_of_range, self.id_report)
-        return batch.replace(ids_BxK=ids_BxK)
 
 
 def train_and_evaluate(config: RunConfig, workdir: pathlib.Path, flagfile: str | None = None) -> dict[str, Any]:
@@ -77,6 +72,9 @@ def train_and_evaluate(config: RunConfig, workdir: pathlib.Path, flagfile: str |
     """
     workdir.mkdir(parents=True, exist_ok=True)
     run = Run(config, workdir)
+    for split, counts in run.ids_out_of_range.items():
+        for feature, count in counts.items():
+            _LOG.warning("%s, feature %r: %d ids out of range (%s)", split, feature, count, config.ids_out_of_range)
     with ExitStack() as stack:
         checkpoints = stack.enter_context(checkpoint.Checkpoints(workdir))
         state, progress = restore_or_init(run, checkpoints)
@@ -134,6 +132,7 @@ class LossWindow:
         self._run = run
         self._pending: tuple[int, Batch, dict[str, jax.Array]] | None = None
         self._losses: list[float] = []
+        self.last = float("nan")
 
     def push(self, step: int, batch: Batch, step_metrics: dict[str, jax.Array]) -> None:
         """Note a dispatched step, and read the one before it."""
@@ -151,10 +150,6 @@ class LossWindow:
         self._losses = []
         return mean
 
-    def last(self) -> float:
-        """The newest loss read."""
-        return self._losses[-1] if self._losses else float("nan")
-
     def _read(self, item: tuple[int, Batch, dict[str, jax.Array]] | None) -> None:
         if item is None:
             return
@@ -163,6 +158,7 @@ class LossWindow:
         if not bool(step_metrics["finite"]):
             self._stop(step, batch, loss)
         self._losses.append(loss)
+        self.last = loss
 
     def _stop(self, step: int, batch: Batch, loss: float) -> None:
         path = self._run.workdir / f"bad_batch_step_{step}.npz"
@@ -191,14 +187,14 @@ def train(
     losses = LossWindow(run)
     split = run.dataset.splits["train"]
     source = train_batches(split, config.batch_size, config.seed, step, shuffle=config.shuffle)
-    with Prefetcher(source, run.check) as batches, reporting.Progress(run.num_steps, step, config.batch_size) as bar:
+    with Prefetcher(source) as batches, reporting.Progress(run.num_steps, step, config.batch_size) as bar:
         clock = Clock(batches, config.batch_size)
         while step < run.num_steps and progress.stopped is None:
             host_batch, batch = next(batches)
             state, step_metrics = train_step(state, batch)
             step += 1
             losses.push(step, host_batch, step_metrics)
-            bar.update(step, losses.last())
+            bar.update(step, losses.last)
             at_log, at_eval = step % config.log_every == 0, step % run.eval_every == 0 or step == run.num_steps
             at_checkpoint = step % run.checkpoint_every == 0 or at_eval
             if stop_signal or at_log or at_checkpoint or clock.just_started:
@@ -271,8 +267,8 @@ def evaluate_progress(
 class Evaluator:
     """Metrics and predictions of a state on a split; compiles once."""
 
-    def __init__(self, config: RunConfig, model: ModelConfig, id_report: IdReport) -> None:
-        self._config, self._model, self._id_report = config, model, id_report
+    def __init__(self, config: RunConfig, model: ModelConfig) -> None:
+        self._config = config
         self._step = jax.jit(make_eval_step(model, config.loss))
 
     def __call__(self, state: TrainState, split: Split) -> dict[str, Any]:
@@ -289,13 +285,9 @@ class Evaluator:
 
     def _run(self, state: TrainState, split: Split) -> Iterator[tuple[Batch, metrics.BatchSums]]:
         batch_size = min(self._config.eval_batch_size, max(len(split), 1))
-        with Prefetcher(eval_batches(split, batch_size), self._check) as batches:
+        with Prefetcher(eval_batches(split, batch_size)) as batches:
             for host_batch, batch in batches:
                 yield host_batch, self._step(state, batch)
-
-    def _check(self, batch: Batch) -> Batch:
-        ids_BxK = check_ids(self._model, np.asarray(batch.ids_BxK), self._config.ids_out_of_range, self._id_report)
-        return batch.replace(ids_BxK=ids_BxK)
 
 
 def record_of(run: Run, progress: Progress) -> dict[str, Any]:
@@ -311,9 +303,8 @@ def final_result(
         state = checkpoints.restore(checkpoint.BEST, checkpoint.abstract(run.fresh_state))
     if progress.stopped:
         _LOG.info("stopped early: %s", progress.stopped)
-    for feature, count in run.id_report.out_of_range.items():
-        _LOG.warning("feature %r: %d ids out of range (%s)", feature, count, run.config.ids_out_of_range)
-    return evaluate_splits(run.config, run.dataset, run.evaluate, state) | speed.summary()
+    result = evaluate_splits(run.config, run.dataset, run.evaluate, state) | speed.summary()
+    return result | ({"ids_out_of_range": run.ids_out_of_range} if run.ids_out_of_range else {})
 
 
 def evaluate_splits(config: RunConfig, dataset: Dataset, evaluate: Evaluator, state: TrainState) -> dict[str, Any]:

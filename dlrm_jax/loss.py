@@ -13,7 +13,7 @@ def probability(logits_B: jax.Array, threshold: float = 0.0) -> jax.Array:
 
 
 def binary_cross_entropy(logits_B: jax.Array, label_B: jax.Array) -> jax.Array:
-    """-label log p - (1 - label) log(1 - p), for any logit without overflow or cancellation; labels may be fractional."""
+    """-label log p - (1 - label) log(1 - p), without overflow or cancellation for any logit; labels in [0, 1]."""
     return jnp.maximum(logits_B, 0) - label_B * logits_B + jnp.log1p(jnp.exp(-jnp.abs(logits_B)))
 
 

@@ -53,6 +53,7 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
+        """(B, in) to (B, widths[-1])."""
         kernel_init, bias_init = _INITS[self.init_name]
         for i, width in enumerate(self.widths):
             x = nn.Dense(width, kernel_init=kernel_init, bias_init=bias_init(x.shape[1]), name=f"layer_{i}")(x)
@@ -68,6 +69,7 @@ class DLRM(nn.Module):
 
     @nn.compact
     def __call__(self, dense_BxN: jax.Array, pooled_BxFxD: jax.Array) -> jax.Array:
+        """(B, N), (B, F, D) to (B,)."""
         config = self.config
         bottom_BxD = MLP(config.bottom_mlp, final_relu=True, init_name=config.dense_init, name="bottom_mlp")(dense_BxN)
         if config.interaction == "dot":

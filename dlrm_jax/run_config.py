@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+from dlrm_jax.batch import check_ids
 from dlrm_jax.config import (
     OUT_OF_RANGE_POLICIES,
     ConfigError,
@@ -13,7 +14,7 @@ from dlrm_jax.config import (
     TableConfig,
 )
 from dlrm_jax.data import DataConfig
-from dlrm_jax.data.dataset import Dataset
+from dlrm_jax.data.dataset import Dataset, Split
 
 TARGET_METRICS = ("auc", "log_loss", "accuracy", "normalized_entropy")
 _SMALLER_IS_BETTER = ("log_loss", "normalized_entropy")
@@ -74,7 +75,7 @@ class RunConfig:
                 raise ConfigError(f"{field} is {getattr(self, field)}; it must not be negative")
         if self.batch_size % self.num_micro_batches:
             raise ConfigError(
-                f"batch_size {self.batch_size} does not split into num_micro_batches {self.num_micro_batches} equal parts"
+                f"batch_size {self.batch_size} does not split into {self.num_micro_batches} equal num_micro_batches"
             )
         if self.target_metric not in TARGET_METRICS:
             raise ConfigError(f"target_metric is {self.target_metric!r}; choose one of {', '.join(TARGET_METRICS)}")
@@ -91,7 +92,9 @@ class RunConfig:
 
     def reaches_target(self, value: float) -> bool:
         """Whether the target metric is at `target_value` or beyond."""
-        return self.target_value is not None and (value == self.target_value or self.is_better(value, self.target_value))
+        return self.target_value is not None and (
+            value == self.target_value or self.is_better(value, self.target_value)
+        )
 
     def identity(self, model: ModelConfig, dataset: Dataset) -> dict[str, Any]:
         """What must be equal for a run to go on in a workdir: all that decides the weights at a given step."""
@@ -108,10 +111,23 @@ class RunConfig:
         }
 
 
+def check_dataset(dataset: Dataset, model: ModelConfig, policy: str) -> tuple[Dataset, dict[str, dict[str, int]]]:
+    """The dataset with every id inside its table, and how many were not, by split and feature (batch.check_ids)."""
+    splits, counts = {}, {}
+    for name, split in dataset.splits.items():
+        ids_RxK, count = check_ids(model, split.ids_RxK, policy, split.row_R)
+        splits[name] = Split(split.dense_RxN, ids_RxK, split.label_R, split.row_R)
+        if count:
+            counts[name] = count
+    return dataclasses.replace(dataset, splits=splits), counts
+
+
 def from_dict(values: dict[str, Any]) -> RunConfig:
     """The RunConfig that `dataclasses.asdict` (through JSON) came from."""
     values = dict(values)
-    model = {key: tuple(value) if isinstance(value, list) else value for key, value in values.pop("model").items()}
+    model: dict[str, Any] = {
+        key: tuple(value) if isinstance(value, list) else value for key, value in values.pop("model").items()
+    }
     loss = values.pop("loss")
     optimizer = values.pop("optimizer")
     return RunConfig(

@@ -17,9 +17,9 @@ def make_schedule(config: ScheduleConfig) -> Schedule:
     """The learning rate of the update number `step`, counted from 0.
 
     With t = step + 1, W warm-up steps, decay from S over D steps:
-    t < W: base t / W; then base; S <= t < S + D: base ((S + D - t) / D)^power, at least the end rate; then the end rate.
-    With `compat="dlrm"` the reference's LRPolicyScheduler: when D > 0 the rate freezes at its last warm-up value between
-    W and S, power is 2, the floor 1e-7, and after the decay it stays at its last decayed value.
+    t < W: base t / W; then base; S <= t < S + D: base ((S + D - t) / D)^power, at least the end rate, which follows.
+    With `compat="dlrm"` the reference's LRPolicyScheduler: when D > 0 the rate freezes at its last warm-up value
+    between W and S, power is 2, the floor 1e-7, and after the decay it stays at its last decayed value.
     """
     base, warmup, start, steps = config.learning_rate, config.warmup_steps, config.decay_start_step, config.decay_steps
     reference = config.compat == "dlrm" and steps > 0

@@ -15,7 +15,7 @@ from dlrm_jax.config import OptimizerConfig
 
 
 class SparseGrad(struct.PyTreeNode):
-    """Gradient of a (V, D) table in M rows: `rows_MxD[m]` belongs to row `ids_M[m]`; ids outside [0, V) count nothing."""
+    """Gradient of a (V, D) table in M rows: `rows_MxD[m]` belongs to row `ids_M[m]`; ids outside [0, V) are void."""
 
     ids_M: jax.Array
     rows_MxD: jax.Array
@@ -29,7 +29,7 @@ class SparseOptimizer(NamedTuple):
 
 
 def merge_duplicates(grad: SparseGrad, num_rows: int) -> SparseGrad:
-    """The same gradient with every id at most once: rows of equal ids summed, in slot order; the rest get id `num_rows`.
+    """The same gradient with every id at most once: rows of equal ids summed in slot order; the rest get id `num_rows`.
 
     Sorting costs O(M log M) and no array grows with the table. The sums are deterministic.
     """
@@ -40,9 +40,7 @@ def merge_duplicates(grad: SparseGrad, num_rows: int) -> SparseGrad:
     )
     starts_M = jnp.concatenate([jnp.ones(1, bool), sorted_ids_M[1:] != sorted_ids_M[:-1]])
     segment_M = jnp.cumsum(starts_M.astype(jnp.int32)) - 1
-    rows_MxD = jax.ops.segment_sum(
-        grad.rows_MxD[order_M], segment_M, num_segments=num_slots, indices_are_sorted=True
-    )
+    rows_MxD = jax.ops.segment_sum(grad.rows_MxD[order_M], segment_M, num_segments=num_slots, indices_are_sorted=True)
     ids_M = jnp.full(num_slots, num_rows, jnp.int32).at[segment_M].set(sorted_ids_M, indices_are_sorted=True)
     return SparseGrad(ids_M=ids_M, rows_MxD=rows_MxD)
 

@@ -1,5 +1,8 @@
-"""The algorithm: pure train and eval steps. Ids go in, pooled embeddings come out, the dense model is a function of them,
-and the gradient of the pooled embeddings is all that the sparse optimizer ever sees."""
+"""The algorithm: pure train and eval steps.
+
+Ids go in, pooled embeddings come out, the dense model is a function of them, and the gradient of the pooled
+embeddings is all that the sparse optimizer ever sees.
+"""
 
 from collections.abc import Callable
 from typing import Any

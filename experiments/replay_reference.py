@@ -9,6 +9,8 @@ import zipfile
 
 import numpy as np
 
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
 from dlrm_jax import compat
 from dlrm_jax.config import ConfigError
 
@@ -31,7 +33,8 @@ def main(arguments: list[str]) -> int:
     if not arguments:
         print("usage: python experiments/replay_reference.py FILE.npz...", file=sys.stderr)
         return 2
-    return 0 if all([replay_file(pathlib.Path(argument)) for argument in arguments]) else 1
+    passed = [replay_file(pathlib.Path(argument)) for argument in arguments]
+    return 0 if all(passed) else 1
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Criteo Kaggle's 34 M rows against the same tables capped at 10,000: memory, time, and a dense-gradient step beside ours.
+"""Criteo Kaggle's 34 M rows against tables capped at 10,000: memory, time, and a dense-gradient step beside ours.
 
 `python experiments/row_free.py [--json] [--steps=N] [--skip_dense]` prints the table of experiments/README.md.
 Both sides run alternately in one process; times are medians.
@@ -152,7 +152,12 @@ def measure_dense() -> dict[str, float]:
         lambda a, b: float(jax.numpy.abs(a - b).max()), {"dense": ours.dense_params, "tables": ours.tables}, params
     )
     sparse, dense = (float(np.median(seconds[side][2:])) for side in ("sparse", "dense"))
-    return {"sparse_ms": sparse * 1e3, "dense_ms": dense * 1e3, "ratio": dense / sparse, "weight_diff": max(jax.tree.leaves(worst))}
+    return {
+        "sparse_ms": sparse * 1e3,
+        "dense_ms": dense * 1e3,
+        "ratio": dense / sparse,
+        "weight_diff": max(jax.tree.leaves(worst)),
+    }
 
 
 def main() -> None:
@@ -170,16 +175,22 @@ def main() -> None:
     if flags.json:
         print(json.dumps(report))
         return
-    print(f"tables {report['table_bytes'] / 1e9:.2f} GB; init {report['init_seconds']:.1f} s, "
-          f"peak {report['init_peak_ratio']:.2f}x the tables")
+    print(
+        f"tables {report['table_bytes'] / 1e9:.2f} GB; init {report['init_seconds']:.1f} s, "
+        f"peak {report['init_peak_ratio']:.2f}x the tables"
+    )
     for name in ("sgd", "rowwise_adagrad"):
         row = report[name]
-        print(f"{name}: temporaries {row['temp_bytes'] / 1e6:.1f} MB, {row['full_ms']:.1f} ms a step at 34 M rows, "
-              f"{row['capped_ms']:.1f} ms capped at 10,000 rows a table, ratio {row['ratio']:.2f}")
+        print(
+            f"{name}: temporaries {row['temp_bytes'] / 1e6:.1f} MB, {row['full_ms']:.1f} ms a step at 34 M rows, "
+            f"{row['capped_ms']:.1f} ms capped at 10,000 rows a table, ratio {row['ratio']:.2f}"
+        )
     if not flags.skip_dense:
         row = report["dense_gradient"]
-        print(f"dense gradient: {row['dense_ms']:.0f} ms against {row['sparse_ms']:.1f} ms, {row['ratio']:.0f}x; "
-              f"worst weight difference after 10 steps {row['weight_diff']:.1e}")
+        print(
+            f"dense gradient: {row['dense_ms']:.0f} ms against {row['sparse_ms']:.1f} ms, {row['ratio']:.0f}x; "
+            f"worst weight difference after 10 steps {row['weight_diff']:.1e}"
+        )
 
 
 if __name__ == "__main__":

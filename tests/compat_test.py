@@ -12,10 +12,21 @@ from tests.helpers import ROOT, SHARED
 
 FIXTURES = sorted((ROOT / "tests" / "fixtures").glob("*.npz"))
 TRAJECTORIES = [path for path in FIXTURES if "crossnet" not in path.name]
-COVERED = (
-    "tiny_default dot_mse_sgd dot_bce_sgd dotself_bce cat_bce wbce bce_thresh adagrad rwsadagrad lrsched "
-    "wpool_fixed wpool_learned fixed_hot"
-).split()
+COVERED = [
+    "tiny_default",
+    "dot_mse_sgd",
+    "dot_bce_sgd",
+    "dotself_bce",
+    "cat_bce",
+    "wbce",
+    "bce_thresh",
+    "adagrad",
+    "rwsadagrad",
+    "lrsched",
+    "wpool_fixed",
+    "wpool_learned",
+    "fixed_hot",
+]
 
 
 def recording(path: pathlib.Path) -> dict[str, np.ndarray]:

@@ -22,7 +22,7 @@ MODEL = ModelOptions(embedding_dim=4, bottom_mlp=(4,), top_mlp=(1,))
 
 
 def run_config(**changes) -> RunConfig:
-    fields = dict(data=DataConfig(), model=MODEL, loss=LossConfig(), optimizer=optimizer(), batch_size=8)
+    fields = {"data": DataConfig(), "model": MODEL, "loss": LossConfig(), "optimizer": optimizer(), "batch_size": 8}
     return RunConfig(**(fields | changes))
 
 
@@ -40,7 +40,9 @@ def run_config(**changes) -> RunConfig:
         (lambda: tiny_model(features=(FeatureConfig("x", "nowhere"),)), "'x' reads table 'nowhere'"),
         (lambda: tiny_model(features=(FeatureConfig("x", "user"),)), "no feature reads table flag, item"),
         (
-            lambda: tiny_model(tables=(TableConfig("user", 11, 4), TableConfig("item", 7, 8), TableConfig("flag", 1, 4))),
+            lambda: tiny_model(
+                tables=(TableConfig("user", 11, 4), TableConfig("item", 7, 8), TableConfig("flag", 1, 4))
+            ),
             "'item' has embedding_dim 8",
         ),
         (lambda: LossConfig(threshold=0.5), "loss_threshold is 0.5"),

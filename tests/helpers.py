@@ -13,18 +13,18 @@ SHARED = ROOT.parent / "shared"
 
 def tiny_model(**changes) -> ModelConfig:
     """Three tables, four features (two share a table), bags of 1 to 3 slots, D=4."""
-    fields = dict(
-        num_dense=3,
-        tables=(TableConfig("user", 11, 4), TableConfig("item", 7, 4), TableConfig("flag", 1, 4)),
-        features=(
+    fields = {
+        "num_dense": 3,
+        "tables": (TableConfig("user", 11, 4), TableConfig("item", 7, 4), TableConfig("flag", 1, 4)),
+        "features": (
             FeatureConfig("user", "user"),
             FeatureConfig("item", "item"),
             FeatureConfig("history", "item", hotness=3),
             FeatureConfig("flag", "flag", hotness=2),
         ),
-        bottom_mlp=(5, 4),
-        top_mlp=(6, 1),
-    )
+        "bottom_mlp": (5, 4),
+        "top_mlp": (6, 1),
+    }
     return ModelConfig(**(fields | changes))
 
 

@@ -50,7 +50,9 @@ def test_cat_interaction_keeps_feature_order():
 def test_low_rank_cross_equals_torchrec_forward_and_gradients():
     with np.load(ROOT / "tests" / "fixtures" / "torchrec_lowrank_crossnet.npz") as recorded:
         golden = dict(recorded)
-    names = {f"{ours}_{layer}": f"{theirs}{layer}" for layer in range(3) for ours, theirs in zip("vwb", "VWb", strict=True)}
+    names = {
+        f"{ours}_{layer}": f"{theirs}{layer}" for layer in range(3) for ours, theirs in zip("vwb", "VWb", strict=True)
+    }
     params = {ours: golden[theirs] if ours[0] == "b" else golden[theirs].T for ours, theirs in names.items()}
     cross = interaction.LowRankCross(layers=3, rank=4)
     with jax.default_matmul_precision("highest"):

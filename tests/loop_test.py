@@ -98,7 +98,9 @@ def test_nan_stops_the_run_names_the_column_and_keeps_the_last_checkpoint(tmp_pa
         assert len(batch["label_B"]) == 64
     state = final_state(tmp_path)
     assert int(state.step) == 10
-    assert all(np.isfinite(leaf).all() for leaf in (*state.tables.values(), *state.dense_params["top_mlp"]["layer_0"].values()))
+    assert all(
+        np.isfinite(leaf).all() for leaf in (*state.tables.values(), *state.dense_params["top_mlp"]["layer_0"].values())
+    )
 
 
 def test_divergence_is_named(tmp_path):
@@ -118,11 +120,12 @@ def test_ids_out_of_range_follow_the_policy(tmp_path, monkeypatch, policy, caplo
     monkeypatch.setattr(planted, "generate", lambda seed, count: dataclasses.replace(honest, splits=splits))
     config = dataclasses.replace(CONFIG, ids_out_of_range=policy, num_steps=25)
     if policy == "error":
-        with pytest.raises(ConfigError, match="feature 'user', row .*: id 5000 is outside table 'user' of 1000 rows"):
+        with pytest.raises(ConfigError, match="feature 'user', row 100: id 5000 is outside table 'user' of 1000 rows"):
             loop.train_and_evaluate(config, tmp_path)
     else:
-        loop.train_and_evaluate(config, tmp_path)
-        assert "feature 'user': 1 ids out of range" in caplog.text
+        result = loop.train_and_evaluate(config, tmp_path)
+        assert "train, feature 'user': 1 ids out of range" in caplog.text
+        assert result["ids_out_of_range"] == {"train": {"user": 1}}
 
 
 @pytest.mark.parametrize(("examples", "batch_size"), [(10, 64), (10, 1), (2000, 1999)])

@@ -42,7 +42,10 @@ def write_grouplens(directory) -> str:
 def test_both_layouts_give_the_same_data(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
-    a, b = movielens.read(write_atomic(tmp_path / "a"), "random"), movielens.read(write_grouplens(tmp_path / "b"), "random")
+    a, b = (
+        movielens.read(write_atomic(tmp_path / "a"), "random"),
+        movielens.read(write_grouplens(tmp_path / "b"), "random"),
+    )
     assert a.fingerprint() == b.fingerprint()
     assert a.table_sizes == b.table_sizes
 

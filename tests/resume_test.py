@@ -79,7 +79,9 @@ def test_other_settings_in_the_same_workdir_are_refused_with_both_values(undistu
 def test_metrics_lines_are_written_once_after_a_resume(tmp_path, undisturbed):
     loop.train_and_evaluate(dataclasses.replace(CONFIG, num_steps=30), tmp_path)
     with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 39, "split": "train", "loss": 1.0}\n{"step": 39, "spl')  # beyond the checkpoint; half a line
+        file.write(
+            '{"step": 39, "split": "train", "loss": 1.0}\n{"step": 39, "spl'
+        )  # beyond the checkpoint; half a line
     loop.train_and_evaluate(CONFIG, tmp_path)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if line["split"] == "train"] == [10, 20, 30, 40, 50, 60]

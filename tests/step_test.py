@@ -67,7 +67,9 @@ def test_micro_batches_equal_one_big_batch(table):
     batch = batch.replace(weight_B=(np.arange(16) < 13).astype(np.float32))
     results = []
     for parts in (1, 2, 4, 16):
-        state, metrics = jax.jit(make_train_step(model, LossConfig(), config, parts))(init_state(model, config, 0), batch)
+        state, metrics = jax.jit(make_train_step(model, LossConfig(), config, parts))(
+            init_state(model, config, 0), batch
+        )
         results.append((state, metrics["loss"]))
     for other in results[1:]:
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), results[0], other)
@@ -115,7 +117,9 @@ def test_same_seed_same_bits_other_seed_other_weights():
     a, b, c = (init_state(model, config, seed) for seed in (1, 1, 2))
     jax.tree.map(np.testing.assert_array_equal, a, b)
     assert isinstance(c, TrainState)
-    assert (np.asarray(a.dense_params["top_mlp"]["layer_0"]["kernel"]) != c.dense_params["top_mlp"]["layer_0"]["kernel"]).any()
+    assert (
+        np.asarray(a.dense_params["top_mlp"]["layer_0"]["kernel"]) != c.dense_params["top_mlp"]["layer_0"]["kernel"]
+    ).any()
 
 
 @pytest.mark.parametrize("init", ["dlrm", "torch", "flax"])

@@ -44,7 +44,9 @@ def read(data_dir: str, max_rows_per_table: int = 0) -> Dataset:
     )
 
 
-def read_columns(path: pathlib.Path, max_rows_per_table: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[int]]:
+def read_columns(
+    path: pathlib.Path, max_rows_per_table: int = 0
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[int]]:
     """(label_R, counts_RxN, ids_RxK, rows of each table): integers, before the logarithm and the split."""
     header = path.suffix == ".csv"
     table = text.read_strings(path, "," if header else "\t", None if header else ("Label", *DENSE_NAMES, *SPARSE_NAMES))

@@ -1,4 +1,4 @@
-"""MovieLens 100k: did a user rate a film 4 or 5? Reads `ml-100k.{inter,item,user}` or GroupLens' `u.{data,item,user}`."""
+"""MovieLens 100k: did a user rate a film 4 or 5? Reads `ml-100k.{inter,item,user}` or `u.{data,item,user}`."""
 
 import pathlib
 
@@ -11,10 +11,27 @@ from dlrm_jax.config import ConfigError, FeatureConfig
 from dlrm_jax.data import text
 from dlrm_jax.data.dataset import Dataset, Split
 
-_GENRES = (
-    "unknown Action Adventure Animation Children's Comedy Crime Documentary Drama Fantasy "
-    "Film-Noir Horror Musical Mystery Romance Sci-Fi Thriller War Western"
-).split()
+_GENRES = [
+    "unknown",
+    "Action",
+    "Adventure",
+    "Animation",
+    "Children's",
+    "Comedy",
+    "Crime",
+    "Documentary",
+    "Drama",
+    "Fantasy",
+    "Film-Noir",
+    "Horror",
+    "Musical",
+    "Mystery",
+    "Romance",
+    "Sci-Fi",
+    "Thriller",
+    "War",
+    "Western",
+]
 """Genre flags of GroupLens' u.item, in its column order (u.genre)."""
 
 _UNKNOWN_YEAR = 1980
@@ -77,9 +94,7 @@ def _read_atomic(directory: pathlib.Path) -> tuple[dict, dict, dict]:
     for kind, path in paths.items():
         table = text.read_strings(path, "\t")
         tables[kind] = (path, table.rename_columns([name.split(":")[0] for name in table.column_names]))
-    ratings = _numbers(
-        tables["inter"], 2, user="user_id", item="item_id", rating="rating", timestamp="timestamp"
-    )
+    ratings = _numbers(tables["inter"], 2, user="user_id", item="item_id", rating="rating", timestamp="timestamp")
     path, user_table = tables["user"]
     users = _numbers(tables["user"], 2, id="user_id", age="age") | _strings(
         path, user_table, gender="gender", occupation="occupation", zip="zip_code"
@@ -158,7 +173,7 @@ def _vocabulary(values: list[str]) -> tuple[np.ndarray, int]:
 
 
 def _genre_bags(genres: list[list[str]]) -> tuple[np.ndarray, int]:
-    """(items, most genres of an item) ids of each item's genres in alphabetical order, and how many genres there are."""
+    """(items, most genres of an item) ids of each item's genres in alphabetical order, and the number of genres."""
     names = sorted({name for bag in genres for name in bag})
     id_of = {name: i for i, name in enumerate(names)}
     lengths = np.array([len(bag) for bag in genres])

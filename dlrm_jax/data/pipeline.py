@@ -3,7 +3,7 @@
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from types import TracebackType
 
 import jax
@@ -64,13 +64,13 @@ def eval_batches(split: Split, batch_size: int) -> Iterator[Batch]:
 class Prefetcher:
     """Iterates over (host batch, batch on device), prepared by a background thread; use as a context manager.
 
-    `check` runs in the thread; what it or `source` raises is raised by `next`, then and ever after. `wait_seconds`
-    is the time that `next` waited: the input's share of a step.
+    What `source` raises is raised by `next`, then and ever after. `wait_seconds` is the time that `next` waited: the
+    input's share of a step.
     """
 
-    def __init__(self, source: Iterator[Batch], check: Callable[[Batch], Batch], depth: int = 2) -> None:
+    def __init__(self, source: Iterator[Batch], depth: int = 2) -> None:
         self.wait_seconds = 0.0
-        self._source, self._check = source, check
+        self._source = source
         self._ready: queue.Queue[tuple[Batch, Batch] | BaseException] = queue.Queue(maxsize=depth)
         self._end: BaseException | None = None
         self._closed = threading.Event()
@@ -105,7 +105,6 @@ class Prefetcher:
     def _work(self) -> None:
         try:
             for batch in self._source:
-                batch = self._check(batch)
                 if not self._put((batch, jax.device_put(batch))):
                     return
             self._put(StopIteration())

@@ -1,4 +1,4 @@
-"""A click log with a known answer: a hidden DLRM-like teacher labels power-law ids, so the best possible score is known.
+"""A click log with a known answer: a hidden DLRM-like teacher labels power-law ids, so the best score is known.
 
 Each id has a bias and a short vector, a bag is the sum of its ids; the teacher's logit adds the biases, a small
 nonlinear function of the dense features, and all dot products of features. Labels are coin flips with its probability.
@@ -71,7 +71,7 @@ class _Teacher:
 
 
 def _bag_divisor(feature: FeatureConfig, ids_RxH: np.ndarray) -> np.ndarray | float:
-    """Divides a bag's sum: its length for a mean, the root of its hotness for a sum, to keep bags like other features."""
+    """Divides a bag's sum: its length for a mean, the root of its hotness for a sum, to keep features alike."""
     if feature.pooling == "mean":
         return np.maximum((ids_RxH != EMPTY_SLOT).sum(axis=1, keepdims=True), 1)
     return feature.hotness**0.5
@@ -95,7 +95,9 @@ def _draw_ids(rng: np.random.Generator, num_examples: int) -> np.ndarray:
 def generate(seed: int, num_examples: int = DEFAULT_EXAMPLES) -> Dataset:
     """`num_examples` rows, 80 % train, 10 % val, 10 % test; everything follows from `seed`."""
     if num_examples < 10:
-        raise ConfigError(f"num_examples is {num_examples}; the planted log needs at least 10 rows for its three splits")
+        raise ConfigError(
+            f"num_examples is {num_examples}; the planted log needs at least 10 rows for its three splits"
+        )
     rng = np.random.default_rng((seed, 0))
     teacher = _Teacher.draw(rng)
     ids_RxK = _draw_ids(rng, num_examples)

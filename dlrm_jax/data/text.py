@@ -1,4 +1,4 @@
-"""Reading delimited text: pyarrow parses, this file turns its refusals into one line with file, line, column and value."""
+"""Reading delimited text: pyarrow parses, its refusals become one line with file, line, column and value."""
 
 import pathlib
 
