@@ -1,0 +1,80 @@
+"""Tests `dlrm_jax/checkpoint.py`."""
+
+import jax
+import numpy as np
+import pytest
+
+from dlrm_jax.checkpoint import BEST, LATEST, Checkpoints, abstract
+from dlrm_jax.config import ConfigError
+from dlrm_jax.state import init_state
+from tests.helpers import optimizer, tiny_model
+
+
+def make_state():
+    return init_state(tiny_model(learned_pooling=True), optimizer("adagrad", "adam"), 0)
+
+
+def at_step(step: int):
+    return make_state().replace(step=jax.numpy.int32(step))
+
+
+def test_everything_comes_back_bit_by_bit(tmp_path):
+    state = at_step(7)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(LATEST, state, {"progress": {"best_value": 0.5}})
+    with Checkpoints(tmp_path) as checkpoints:
+        restored = checkpoints.restore(LATEST, abstract(make_state))
+        assert checkpoints.record(LATEST) == {"progress": {"best_value": 0.5}}
+    assert jax.tree.structure(restored) == jax.tree.structure(state)
+    jax.tree.map(np.testing.assert_array_equal, restored, state)
+
+
+def test_a_saved_state_may_be_donated_at_once(tmp_path):
+    state = at_step(1)
+    expected = {name: np.array(table) for name, table in state.tables.items()}
+    double = jax.jit(lambda s: s.replace(tables=jax.tree.map(lambda x: 2 * x, s.tables)), donate_argnums=0)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(LATEST, state, {})
+        jax.block_until_ready(double(state))
+        checkpoints.wait()
+        restored = checkpoints.restore(LATEST, abstract(make_state))
+    for name in expected:
+        np.testing.assert_array_equal(restored.tables[name], expected[name])
+
+
+def test_two_latest_and_one_best_are_kept(tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        for step in (1, 2, 3):
+            checkpoints.save(LATEST, at_step(step), {})
+            checkpoints.save(BEST, at_step(step), {})
+        checkpoints.wait()
+        assert checkpoints.find("2") == (LATEST, 2) and checkpoints.find("best") == (BEST, 3)
+        with pytest.raises(ConfigError, match=r"no checkpoint '1' in .* \(latest: 2, 3; best: 3\)"):
+            checkpoints.find("1")
+
+
+def test_none_yet(tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.step(LATEST) is None
+        with pytest.raises(ConfigError, match="latest: none; best: none"):
+            checkpoints.find("best")
+
+
+def test_leftovers_of_a_killed_save_are_ignored_and_removed(tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(LATEST, at_step(5), {})
+    leftover = tmp_path / "checkpoints" / LATEST / "9.orbax-checkpoint-tmp"
+    leftover.mkdir()
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.step(LATEST) == 5
+    assert not leftover.exists()
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(LATEST, at_step(5), {})
+    for path in (tmp_path / "checkpoints" / LATEST / "5" / "state").rglob("*"):
+        if path.is_file():
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with Checkpoints(tmp_path) as checkpoints, pytest.raises(ConfigError, match=r"cannot read checkpoint .*latest/5"):
+        checkpoints.restore(LATEST, abstract(make_state))
