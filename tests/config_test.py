@@ -52,7 +52,7 @@ def run_config(**changes) -> RunConfig:
         (lambda: OptimizerConfig(ScheduleConfig(0.1), table="adam"), "'adam'; choose one of sgd"),
         (lambda: OptimizerConfig(ScheduleConfig(0.1), weight_decay=0.1), "only adamw decays"),
         (lambda: run_config(batch_size=0), "batch_size is 0"),
-        (lambda: run_config(batch_size=8, num_micro_batches=3), "8 does not split into num_micro_batches 3"),
+        (lambda: run_config(batch_size=8, num_micro_batches=3), "8 does not split into 3 equal num_micro_batches"),
         (lambda: run_config(target_metric="f1"), "'f1'; choose one of auc"),
         (lambda: DataConfig("criteo_kaggle"), "--data_dir is missing"),
     ],

@@ -120,7 +120,7 @@ def test_ids_out_of_range_follow_the_policy(tmp_path, monkeypatch, policy, caplo
     monkeypatch.setattr(planted, "generate", lambda seed, count: dataclasses.replace(honest, splits=splits))
     config = dataclasses.replace(CONFIG, ids_out_of_range=policy, num_steps=25)
     if policy == "error":
-        with pytest.raises(ConfigError, match="feature 'user', row 100: id 5000 is outside table 'user' of 1000 rows"):
+        with pytest.raises(ConfigError, match="feature 'user', row 100: id 5000 is outside table 'user' of 600 rows"):
             loop.train_and_evaluate(config, tmp_path)
     else:
         result = loop.train_and_evaluate(config, tmp_path)

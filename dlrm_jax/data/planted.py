@@ -19,7 +19,7 @@ _TEACHER_DIM = 3
 _POWER = 1.1
 """Exponent of the id frequencies: the k-th most frequent id occurs in proportion to k^-1.1."""
 
-_TABLE_SIZES = {"user": 1000, "item": 500, "publisher": 200, "topic": 60, "hour": 24, "device": 8, "country": 40}
+_TABLE_SIZES = {"user": 600, "item": 300, "publisher": 100, "topic": 60, "hour": 24, "device": 8, "country": 40}
 _FEATURES = (
     FeatureConfig("user", "user"),
     FeatureConfig("item", "item"),
@@ -32,7 +32,7 @@ _FEATURES = (
 )
 _INTERCEPT = -1.2
 _BIAS_SCALE = 0.6
-_VECTOR_SCALE = 0.25
+_VECTOR_SCALE = 0.2
 
 
 @dataclasses.dataclass(frozen=True)
