@@ -7,11 +7,13 @@ import pathlib
 
 from absl import flags
 
-from dlrm_jax import checkpoint, loop, reporting, run_config
+from dlrm_jax import checkpoint, reporting, run_config
 from dlrm_jax.config import ConfigError, differences
 from dlrm_jax.data import load_dataset
 from dlrm_jax.data.dataset import SPLITS, Split
+from dlrm_jax.evaluation import Evaluator, evaluate_splits
 from dlrm_jax.flags import run_command
+from dlrm_jax.monitor import Speed
 from dlrm_jax.state import TrainState, init_state
 
 FLAGS = flags.FLAGS
@@ -66,8 +68,8 @@ def main() -> None:
         if different:
             raise ConfigError(f"the checkpoint belongs to other data (now != then): {'; '.join(different[:8])}")
         state = checkpoints.restore(kind, checkpoint.abstract(fresh_state), step)
-    evaluate = loop.Evaluator(config, model)
-    result = loop.evaluate_splits(config, dataset, evaluate, state) | loop.Speed().summary()
+    evaluate = Evaluator(config, model)
+    result = evaluate_splits(config, dataset, evaluate, state) | Speed().summary()
     split = dataset.splits[FLAGS.split]
     shown = result[FLAGS.split] if FLAGS.split in result else evaluate(state, split)
     print(reporting.format_table({FLAGS.split: shown}, result.get("optimum") if FLAGS.split == "test" else None))

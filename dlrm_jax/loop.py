@@ -4,35 +4,22 @@ import dataclasses
 import json
 import logging
 import pathlib
-import signal
-import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from types import FrameType
+from contextlib import ExitStack
 from typing import Any
 
 import jax
-import numpy as np
 
-from dlrm_jax import checkpoint, metrics, reporting
-from dlrm_jax.batch import Batch, describe_nonfinite
-from dlrm_jax.config import ConfigError, ModelConfig, differences
+from dlrm_jax import checkpoint, reporting
+from dlrm_jax.config import ConfigError, differences
 from dlrm_jax.data import load_dataset
-from dlrm_jax.data.dataset import Dataset, Split
-from dlrm_jax.data.pipeline import Prefetcher, eval_batches, steps_per_epoch, train_batches
+from dlrm_jax.data.pipeline import Prefetcher, steps_per_epoch, train_batches
+from dlrm_jax.evaluation import Evaluator, evaluate_splits
+from dlrm_jax.monitor import Clock, Interrupted, LossWindow, Speed, catch_signals
 from dlrm_jax.run_config import RunConfig, check_dataset
 from dlrm_jax.state import TrainState, init_state
-from dlrm_jax.step import make_eval_step, make_train_step
+from dlrm_jax.step import make_train_step
 
 _LOG = logging.getLogger("dlrm_jax")
-
-
-class Interrupted(Exception):
-    """A signal asked the run to stop; its state is saved."""
-
-    def __init__(self, signum: int, step: int) -> None:
-        super().__init__(f"stopped by {signal.Signals(signum).name} at step {step}; run the same command to go on")
-        self.signum = signum
 
 
 @dataclasses.dataclass
@@ -87,7 +74,8 @@ def train_and_evaluate(config: RunConfig, workdir: pathlib.Path, flagfile: str |
         checkpoints.wait()
         result = final_result(run, state, progress, checkpoints, speed)
     reporting.write_json_atomically(workdir / "result.json", result)
-    reporting.plot_curves(workdir, optimum=result.get("optimum"))
+    optimum = run.dataset.optimum
+    reporting.plot_curves(workdir, dict(optimum["val"]) if optimum else None)
     return result
 
 
@@ -107,70 +95,6 @@ def restore_or_init(run: Run, checkpoints: checkpoint.Checkpoints) -> tuple[Trai
     return state, Progress(**record["progress"])
 
 
-@dataclasses.dataclass
-class Speed:
-    """Time spent in training steps, without compilation, evaluation and checkpoints."""
-
-    samples: int = 0
-    seconds: float = 0.0
-    wait_seconds: float = 0.0
-
-    def summary(self) -> dict[str, float | None]:
-        """samples_per_second and the share of step time spent waiting for input; None before any timed step."""
-        if not self.seconds:
-            return {"samples_per_second": None, "input_wait_fraction": None}
-        return {
-            "samples_per_second": self.samples / self.seconds,
-            "input_wait_fraction": min(1.0, self.wait_seconds / self.seconds),
-        }
-
-
-class LossWindow:
-    """Losses of the last steps. Each is read one step late, so that the device never waits for the host."""
-
-    def __init__(self, run: Run) -> None:
-        self._run = run
-        self._pending: tuple[int, Batch, dict[str, jax.Array]] | None = None
-        self._losses: list[float] = []
-        self.last = float("nan")
-
-    def push(self, step: int, batch: Batch, step_metrics: dict[str, jax.Array]) -> None:
-        """Note a dispatched step, and read the one before it."""
-        previous, self._pending = self._pending, (step, batch, step_metrics)
-        self._read(previous)
-
-    def flush(self) -> None:
-        """Read the last dispatched step too; after this the state is known to be finite."""
-        previous, self._pending = self._pending, None
-        self._read(previous)
-
-    def mean(self) -> float:
-        """The mean loss since the last call."""
-        mean = float(np.mean(self._losses)) if self._losses else float("nan")
-        self._losses = []
-        return mean
-
-    def _read(self, item: tuple[int, Batch, dict[str, jax.Array]] | None) -> None:
-        if item is None:
-            return
-        step, batch, step_metrics = item
-        loss = float(step_metrics["loss"])
-        if not bool(step_metrics["finite"]):
-            self._stop(step, batch, loss)
-        self._losses.append(loss)
-        self.last = loss
-
-    def _stop(self, step: int, batch: Batch, loss: float) -> None:
-        path = self._run.workdir / f"bad_batch_step_{step}.npz"
-        columns = {name: value for name, value in vars(batch).items() if value is not None}
-        np.savez(path, **columns)
-        reason = describe_nonfinite(batch, self._run.dataset.dense_names)
-        raise ConfigError(
-            f"loss {loss} or its gradient is not finite at step {step}: {reason}. "
-            f"The batch is in {path}; the last checkpoint before it is kept"
-        )
-
-
 def train(
     run: Run,
     state: TrainState,
@@ -184,7 +108,7 @@ def train(
     train_step = jax.jit(
         make_train_step(run.model, config.loss, config.optimizer, config.num_micro_batches), donate_argnums=0
     )
-    losses = LossWindow(run)
+    losses = LossWindow(run.workdir, run.dataset.dense_names)
     split = run.dataset.splits["train"]
     source = train_batches(split, config.batch_size, config.seed, step, shuffle=config.shuffle)
     with Prefetcher(source) as batches, reporting.Progress(run.num_steps, step, config.batch_size) as bar:
@@ -211,30 +135,6 @@ def train(
                 raise Interrupted(stop_signal[0], step)
             clock.resume()
     return state, speed
-
-
-class Clock:
-    """Adds the time between `resume` and `lap` to a Speed; the first lap, with the compilation, counts nothing."""
-
-    def __init__(self, batches: Prefetcher, batch_size: int) -> None:
-        self._batches, self._batch_size = batches, batch_size
-        self.just_started = True
-        self._running = False
-        self._start, self._start_step, self._start_wait = 0.0, 0, 0.0
-
-    def lap(self, speed: Speed, step: int) -> None:
-        """Book the steps since the last lap; the caller has just waited for them."""
-        if self._running:
-            speed.samples += (step - self._start_step) * self._batch_size
-            speed.seconds += time.perf_counter() - self._start
-            speed.wait_seconds += self._batches.wait_seconds - self._start_wait
-        self._running, self._start_step, self.just_started = False, step, False
-
-    def resume(self) -> None:
-        """Start counting again, if a lap stopped it."""
-        if not self._running and not self.just_started:
-            self._running = True
-            self._start, self._start_wait = time.perf_counter(), self._batches.wait_seconds
 
 
 def evaluate_progress(
@@ -264,32 +164,6 @@ def evaluate_progress(
     _LOG.info("%s%s", reached, f"; stopping: {progress.stopped}" if progress.stopped else "")
 
 
-class Evaluator:
-    """Metrics and predictions of a state on a split; compiles once."""
-
-    def __init__(self, config: RunConfig, model: ModelConfig) -> None:
-        self._config = config
-        self._step = jax.jit(make_eval_step(model, config.loss))
-
-    def __call__(self, state: TrainState, split: Split) -> dict[str, Any]:
-        """The evaluation metrics of `state` on every row of `split`."""
-        collected = metrics.Metrics()
-        for _, sums in self._run(state, split):
-            collected.append(sums)
-        return collected.compute()
-
-    def predict(self, state: TrainState, split: Split) -> np.ndarray:
-        """The probability of each row of `split`, in its order."""
-        parts = [np.asarray(sums.prob_B)[np.asarray(batch.weight_B) > 0] for batch, sums in self._run(state, split)]
-        return np.concatenate(parts) if parts else np.zeros(0, np.float32)
-
-    def _run(self, state: TrainState, split: Split) -> Iterator[tuple[Batch, metrics.BatchSums]]:
-        batch_size = min(self._config.eval_batch_size, max(len(split), 1))
-        with Prefetcher(eval_batches(split, batch_size)) as batches:
-            for host_batch, batch in batches:
-                yield host_batch, self._step(state, batch)
-
-
 def record_of(run: Run, progress: Progress) -> dict[str, Any]:
     """What a checkpoint says besides the state."""
     return {"identity": run.identity, "progress": dataclasses.asdict(progress)}
@@ -305,37 +179,3 @@ def final_result(
         _LOG.info("stopped early: %s", progress.stopped)
     result = evaluate_splits(run.config, run.dataset, run.evaluate, state) | speed.summary()
     return result | ({"ids_out_of_range": run.ids_out_of_range} if run.ids_out_of_range else {})
-
-
-def evaluate_splits(config: RunConfig, dataset: Dataset, evaluate: Evaluator, state: TrainState) -> dict[str, Any]:
-    """`step`, metrics on val and test (None for an empty split), the optimum where known, seed and versions."""
-    result: dict[str, Any] = {"step": int(state.step)}
-    for name in ("val", "test"):
-        result[name] = evaluate(state, dataset.splits[name]) if len(dataset.splits[name]) else None
-    if dataset.optimum is not None:
-        result["optimum"] = dict(dataset.optimum["test"])
-    return result | {"seed": config.seed, "versions": reporting.versions()}
-
-
-@contextmanager
-def catch_signals() -> Iterator[list[int]]:
-    """A list that receives the first SIGTERM or SIGINT; the second one acts as usual, so that a user can insist."""
-    received: list[int] = []
-    previous = {signum: signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGINT)}
-
-    def restore() -> None:
-        for signum, handler in previous.items():
-            signal.signal(signum, handler)
-
-    def handle(signum: int, frame: FrameType | None) -> None:
-        del frame
-        received.append(signum)
-        restore()
-        _LOG.warning("%s: saving a checkpoint after this step", signal.Signals(signum).name)
-
-    for signum in previous:
-        signal.signal(signum, handle)
-    try:
-        yield received
-    finally:
-        restore()

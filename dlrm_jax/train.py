@@ -7,7 +7,8 @@ from absl import flags
 
 from dlrm_jax.config import ConfigError
 from dlrm_jax.flags import config_from_flags, define_run_flags, flagfile_text, run_command
-from dlrm_jax.loop import Interrupted, train_and_evaluate
+from dlrm_jax.loop import train_and_evaluate
+from dlrm_jax.monitor import Interrupted
 from dlrm_jax.reporting import format_table
 
 FLAGS = flags.FLAGS
