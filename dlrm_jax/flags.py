@@ -1,6 +1,7 @@
 """The flags of a training run, and how they become a RunConfig. Only commands import this."""
 
 import logging
+import signal
 import sys
 from collections.abc import Callable
 
@@ -173,6 +174,10 @@ def run_command(main: Callable[[], None]) -> None:
         except (ConfigError, OSError) as error:
             print(f"error: {error}", file=sys.stderr)
             sys.exit(1)
+        except KeyboardInterrupt:
+            # Before training, and the second Ctrl-C: what was saved is whole, what was not is lost.
+            print("interrupted", file=sys.stderr)
+            sys.exit(128 + signal.SIGINT)
 
     app.run(guarded)
 

@@ -147,3 +147,17 @@ def test_signal_saves_exits_and_goes_on_to_the_same_bits(tmp_path, long_state, s
     finished = subprocess.run(command(tmp_path), cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert f"resumed at step {stopped_at} of 3000" in finished.stderr
     assert_same_bits(final_state(tmp_path, LONG), long_state)
+
+
+@pytest.mark.slow
+@pytest.mark.end_to_end
+def test_ctrl_c_before_training_leaves_no_traceback(tmp_path):
+    starting = [*command(tmp_path / "run"), "--num_examples=20000000"]
+    process = subprocess.Popen(starting, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and not (tmp_path / "run").exists():
+        time.sleep(0.05)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 130 and stderr == "interrupted\n"
