@@ -43,9 +43,13 @@ class Checkpoints:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        del kind, error, traceback
-        for manager in self._managers.values():
-            manager.close()
+        del kind, traceback
+        try:
+            for manager in self._managers.values():
+                manager.close()
+        except (ValueError, OSError) as unwritten:
+            if error is None:
+                raise self._cannot_write(unwritten) from unwritten
 
     def step(self, kind: str) -> int | None:
         """Step of the last complete checkpoint of `kind`, None if there is none."""
@@ -56,13 +60,36 @@ class Checkpoints:
         step = int(state.step)
         if step in self._managers[kind].all_steps():
             return  # A resumed run reaches the same bits again.
+        self._check_space(sum(leaf.nbytes for leaf in jax.tree.leaves(state)))
         items = ocp.args.Composite(state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(record))
-        self._managers[kind].save(step, args=items)
+        try:
+            self._managers[kind].save(step, args=items)
+        except (ValueError, OSError) as error:
+            raise self._cannot_write(error) from error
+
+    def _check_space(self, num_bytes: int) -> None:
+        """Refuse to begin what cannot fit: a write that fails half-way is reported late and at length."""
+        if shutil.disk_usage(self.directory).free >= num_bytes:
+            return
+        self.wait()  # Pending writes delete older checkpoints when they finish.
+        free = shutil.disk_usage(self.directory).free
+        if free < num_bytes:
+            raise ConfigError(
+                f"no space for a checkpoint of {num_bytes / 1e6:.1f} MB in {self.directory}, "
+                f"{free / 1e6:.1f} MB free; free some and run the same command to go on from the last checkpoint"
+            )
 
     def wait(self) -> None:
-        """Block until everything is on disk; raises what a background write met, as a full disk."""
-        for manager in self._managers.values():
-            manager.wait_until_finished()
+        """Block until everything is on disk; ConfigError for what a background write met, as a full disk."""
+        try:
+            for manager in self._managers.values():
+                manager.wait_until_finished()
+        except (ValueError, OSError) as error:
+            raise self._cannot_write(error) from error
+
+    def _cannot_write(self, error: Exception) -> ConfigError:
+        reason = str(error).splitlines()[0][:300]
+        return ConfigError(f"cannot write a checkpoint in {self.directory}: {reason}; the last complete one is kept")
 
     def record(self, kind: str) -> dict[str, Any]:
         """The JSON record saved with the last checkpoint of `kind`."""

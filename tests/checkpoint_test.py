@@ -1,5 +1,7 @@
 """Tests `dlrm_jax/checkpoint.py`."""
 
+from types import SimpleNamespace
+
 import jax
 import numpy as np
 import pytest
@@ -78,3 +80,23 @@ def test_a_damaged_checkpoint_is_named(tmp_path):
             path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with Checkpoints(tmp_path) as checkpoints, pytest.raises(ConfigError, match=r"cannot read checkpoint .*latest/5"):
         checkpoints.restore(LATEST, abstract(make_state))
+
+
+def test_a_full_disk_is_one_clear_error_and_the_last_checkpoint_stays(tmp_path, monkeypatch):
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(LATEST, at_step(1), {})
+        checkpoints.wait()
+        monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=100))
+        with pytest.raises(ConfigError, match=r"no space for a checkpoint of 0\.0 MB in .*0\.0 MB free"):
+            checkpoints.save(LATEST, at_step(2), {})
+        assert checkpoints.step(LATEST) == 1
+
+
+def test_a_write_that_fails_is_one_clear_error(tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise ValueError("RESOURCE_EXHAUSTED: no space\nand a stack trace")
+
+    with Checkpoints(tmp_path) as checkpoints:
+        monkeypatch.setattr(checkpoints._managers[LATEST], "save", fail)
+        with pytest.raises(ConfigError, match=r"cannot write a checkpoint in .*RESOURCE_EXHAUSTED: no space; the last"):
+            checkpoints.save(LATEST, at_step(2), {})
