@@ -5,6 +5,7 @@ import sys
 
 from absl import flags
 
+from dlrm_jax import flags as run_flags
 from dlrm_jax.config import ConfigError
 from dlrm_jax.flags import config_from_flags, define_run_flags, flagfile_text, run_command
 from dlrm_jax.loop import train_and_evaluate
@@ -31,4 +32,5 @@ def main() -> None:
 
 if __name__ == "__main__":
     define_run_flags()
+    flags.adopt_module_key_flags(run_flags)  # Else --help would not list them.
     run_command(main)

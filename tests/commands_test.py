@@ -139,3 +139,8 @@ def test_evaluate_without_a_run_says_so(tmp_path):
     assert finished.returncode == 1 and "config.json does not exist" in finished.stderr
     assert "Traceback" not in finished.stderr
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("module", "flag"), [("train", "--table_optimizer"), ("evaluate", "--predictions_out")])
+def test_help_lists_the_flags(module, flag):
+    assert flag in run(module, "--help").stdout

@@ -47,6 +47,7 @@ CASES = {
     "mean": (tiny_model(features=MEAN), False),
     "weighted_ids": (tiny_model(features=MEAN), True),
     "learned_pooling": (tiny_model(learned_pooling=True), False),
+    "learned_mean_of_weighted_ids": (tiny_model(learned_pooling=True, features=MEAN), True),
     "equal_hotness": (tiny_model(features=tuple(FeatureConfig(n, n, 2) for n in ("user", "item", "flag"))), False),
 }
 
