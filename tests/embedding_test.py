@@ -86,6 +86,8 @@ def test_init_depends_on_seed_table_name_and_position_alone():
     rows = dict(embedding.named_tables(tiny_model(), embedding.init_tables(tiny_model(), 5)))
     np.testing.assert_array_equal(rows["item"], embedding.init_tables(alone, 5)["stack_0"])
     assert (np.asarray(rows["item"]) != np.asarray(embedding.init_tables(alone, 6)["stack_0"])).mean() > 0.9
+    unscaled = {name: np.asarray(rows[name][:7]) * len(rows[name]) ** 0.5 for name in ("user", "item")}
+    assert not np.isclose(unscaled["user"], unscaled["item"]).any()
 
 
 def test_init_in_pieces_equals_init_at_once(monkeypatch):
