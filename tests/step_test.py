@@ -112,6 +112,17 @@ def test_not_finite_input_is_flagged():
     assert not bool(metrics["finite"])
 
 
+def test_gradient_that_overflows_under_a_finite_loss_is_flagged():
+    model, config = tiny_model(bottom_mlp=(4,), top_mlp=(1,)), optimizer()
+    state = init_state(model, config, 0)
+    params = jax.tree.map(jnp.zeros_like, state.dense_params)
+    params["bottom_mlp"]["layer_0"]["bias"] = jnp.ones(4)
+    params["top_mlp"]["layer_0"]["kernel"] = jnp.full_like(params["top_mlp"]["layer_0"]["kernel"], 100.0)
+    batch = random_batch(model, 4).replace(dense_BxN=np.full((4, 3), 3e38, np.float32), label_B=np.zeros(4, np.float32))
+    _, metrics = make_train_step(model, LossConfig(), config)(state.replace(dense_params=params), batch)
+    assert np.isfinite(metrics["loss"]) and not bool(metrics["finite"])
+
+
 def test_same_seed_same_bits_other_seed_other_weights():
     model, config = tiny_model(), optimizer()
     a, b, c = (init_state(model, config, seed) for seed in (1, 1, 2))
