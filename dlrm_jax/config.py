@@ -18,18 +18,21 @@ class ConfigError(ValueError):
     """A setting or an input that the user can mend; commands print it as one line, without traceback."""
 
 
-def _require(condition: bool, message: str) -> None:
+def require(condition: bool, message: str) -> None:
+    """ConfigError with `message` unless `condition`."""
     if not condition:
         raise ConfigError(message)
 
 
-def _require_choice(what: str, value: str, choices: tuple[str, ...]) -> None:
-    _require(value in choices, f"{what} is {value!r}; choose one of {', '.join(choices)}")
+def require_choice(what: str, value: str, choices: tuple[str, ...]) -> None:
+    """ConfigError naming the choices if `value` is none of them."""
+    require(value in choices, f"{what} is {value!r}; choose one of {', '.join(choices)}")
 
 
-def _require_unique(what: str, names: list[str]) -> None:
+def require_unique(what: str, names: list[str]) -> None:
+    """ConfigError naming what is repeated."""
     repeated = sorted({name for name in names if names.count(name) > 1})
-    _require(not repeated, f"{what} names must be unique; repeated: {', '.join(repeated)}")
+    require(not repeated, f"{what} names must be unique; repeated: {', '.join(repeated)}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,8 +46,8 @@ class TableConfig:
     def __post_init__(self) -> None:
         for field in ("num_embeddings", "embedding_dim"):
             value = getattr(self, field)
-            _require(value >= 1, f"table {self.name!r}: {field} is {value}; it must be at least 1")
-        _require(
+            require(value >= 1, f"table {self.name!r}: {field} is {value}; it must be at least 1")
+        require(
             self.num_embeddings < 2**31,
             f"table {self.name!r}: num_embeddings is {self.num_embeddings}; ids are int32, so at most 2147483647",
         )
@@ -60,8 +63,8 @@ class FeatureConfig:
     pooling: str = "sum"
 
     def __post_init__(self) -> None:
-        _require(self.hotness >= 1, f"feature {self.name!r}: hotness is {self.hotness}; it must be at least 1")
-        _require_choice(f"feature {self.name!r}: pooling", self.pooling, POOLINGS)
+        require(self.hotness >= 1, f"feature {self.name!r}: hotness is {self.hotness}; it must be at least 1")
+        require_choice(f"feature {self.name!r}: pooling", self.pooling, POOLINGS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,27 +90,27 @@ class ModelConfig:
     table_init: str = "dlrm"
 
     def __post_init__(self) -> None:
-        _require(self.num_dense >= 1, f"num_dense is {self.num_dense}; add a constant column if there is no dense one")
-        _require(len(self.features) >= 1, "a model needs at least one sparse feature")
-        _require_choice("interaction", self.interaction, INTERACTIONS)
-        _require_choice("dense_init", self.dense_init, DENSE_INITS)
-        _require_choice("table_init", self.table_init, TABLE_INITS)
-        _require_unique("table", [table.name for table in self.tables])
-        _require_unique("feature", [feature.name for feature in self.features])
+        require(self.num_dense >= 1, f"num_dense is {self.num_dense}; add a constant column if there is no dense one")
+        require(len(self.features) >= 1, "a model needs at least one sparse feature")
+        require_choice("interaction", self.interaction, INTERACTIONS)
+        require_choice("dense_init", self.dense_init, DENSE_INITS)
+        require_choice("table_init", self.table_init, TABLE_INITS)
+        require_unique("table", [table.name for table in self.tables])
+        require_unique("feature", [feature.name for feature in self.features])
         self._check_tables()
         self._check_mlps()
 
     def _check_tables(self) -> None:
         names = {table.name for table in self.tables}
         for feature in self.features:
-            _require(
+            require(
                 feature.table in names,
                 f"feature {feature.name!r} reads table {feature.table!r}, which is not among {sorted(names)}",
             )
         unused = sorted(names - {feature.table for feature in self.features})
-        _require(not unused, f"no feature reads table {', '.join(unused)}")
+        require(not unused, f"no feature reads table {', '.join(unused)}")
         for table in self.tables:
-            _require(
+            require(
                 table.embedding_dim == self.embedding_dim,
                 f"table {table.name!r} has embedding_dim {table.embedding_dim}, table {self.tables[0].name!r} has "
                 f"{self.embedding_dim}; the interaction needs one embedding_dim for all tables",
@@ -115,16 +118,16 @@ class ModelConfig:
 
     def _check_mlps(self) -> None:
         for name, widths in (("bottom_mlp", self.bottom_mlp), ("top_mlp", self.top_mlp)):
-            _require(len(widths) >= 1, f"{name} is empty; it needs at least one layer")
-            _require(min(widths) >= 1, f"{name} is {widths}; every width must be at least 1")
-        _require(self.top_mlp[-1] == 1, f"top_mlp ends in {self.top_mlp[-1]}; the last width must be 1 (the logit)")
-        _require(
+            require(len(widths) >= 1, f"{name} is empty; it needs at least one layer")
+            require(min(widths) >= 1, f"{name} is {widths}; every width must be at least 1")
+        require(self.top_mlp[-1] == 1, f"top_mlp ends in {self.top_mlp[-1]}; the last width must be 1 (the logit)")
+        require(
             self.bottom_mlp[-1] == self.embedding_dim,
             f"bottom_mlp ends in {self.bottom_mlp[-1]} but embedding_dim is {self.embedding_dim}; "
             "they meet in the interaction and must be equal",
         )
-        _require(self.cross_layers >= 1, f"cross_layers is {self.cross_layers}; it must be at least 1")
-        _require(self.cross_rank >= 1, f"cross_rank is {self.cross_rank}; it must be at least 1")
+        require(self.cross_layers >= 1, f"cross_layers is {self.cross_layers}; it must be at least 1")
+        require(self.cross_rank >= 1, f"cross_rank is {self.cross_rank}; it must be at least 1")
 
     @property
     def embedding_dim(self) -> int:
@@ -153,10 +156,10 @@ class LossConfig:
     threshold: float = 0.0
 
     def __post_init__(self) -> None:
-        _require_choice("loss", self.name, LOSSES)
-        _require(len(self.class_weights) == 2, f"class_weights is {self.class_weights}; give two, for label 0 and 1")
-        _require(min(self.class_weights) >= 0, f"class_weights is {self.class_weights}; weights are not negative")
-        _require(0.0 <= self.threshold < 0.5, f"loss_threshold is {self.threshold}; it must lie in [0, 0.5)")
+        require_choice("loss", self.name, LOSSES)
+        require(len(self.class_weights) == 2, f"class_weights is {self.class_weights}; give two, for label 0 and 1")
+        require(min(self.class_weights) >= 0, f"class_weights is {self.class_weights}; weights are not negative")
+        require(0.0 <= self.threshold < 0.5, f"loss_threshold is {self.threshold}; it must lie in [0, 0.5)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,11 +178,11 @@ class ScheduleConfig:
     compat: str = "none"
 
     def __post_init__(self) -> None:
-        _require_choice("lr_compat", self.compat, SCHEDULE_COMPAT)
-        _require(self.learning_rate > 0, f"learning_rate is {self.learning_rate}; it must be positive")
+        require_choice("lr_compat", self.compat, SCHEDULE_COMPAT)
+        require(self.learning_rate > 0, f"learning_rate is {self.learning_rate}; it must be positive")
         for field in ("warmup_steps", "decay_start_step", "decay_steps", "decay_power", "end_learning_rate"):
-            _require(getattr(self, field) >= 0, f"{field} is {getattr(self, field)}; it must not be negative")
-        _require(
+            require(getattr(self, field) >= 0, f"{field} is {getattr(self, field)}; it must not be negative")
+        require(
             self.decay_steps == 0 or self.decay_start_step >= self.warmup_steps,
             f"decay_start_step is {self.decay_start_step}, before the end of warm-up at {self.warmup_steps}",
         )
@@ -197,12 +200,12 @@ class OptimizerConfig:
     weight_decay: float = 0.0
 
     def __post_init__(self) -> None:
-        _require_choice("dense_optimizer", self.dense, DENSE_OPTIMIZERS)
-        _require_choice("table_optimizer", self.table, TABLE_OPTIMIZERS)
-        _require(self.eps > 0, f"eps is {self.eps}; it must be positive")
-        _require(0 <= self.momentum < 1, f"momentum is {self.momentum}; it must lie in [0, 1)")
-        _require(self.weight_decay >= 0, f"weight_decay is {self.weight_decay}; it must not be negative")
-        _require(
+        require_choice("dense_optimizer", self.dense, DENSE_OPTIMIZERS)
+        require_choice("table_optimizer", self.table, TABLE_OPTIMIZERS)
+        require(self.eps > 0, f"eps is {self.eps}; it must be positive")
+        require(0 <= self.momentum < 1, f"momentum is {self.momentum}; it must lie in [0, 1)")
+        require(self.weight_decay >= 0, f"weight_decay is {self.weight_decay}; it must not be negative")
+        require(
             self.weight_decay == 0 or self.dense == "adamw",
             f"weight_decay is {self.weight_decay} but dense_optimizer is {self.dense!r}; only adamw decays weights",
         )

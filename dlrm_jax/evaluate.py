@@ -8,11 +8,12 @@ import pathlib
 from absl import flags
 
 from dlrm_jax import checkpoint, reporting, run_config
+from dlrm_jax.commands import run_command
 from dlrm_jax.config import ConfigError, differences
-from dlrm_jax.data import load_dataset
-from dlrm_jax.data.dataset import SPLITS, Split
+from dlrm_jax.data.dataset import SPLITS, Rows
+from dlrm_jax.data.load import load_dataset
+from dlrm_jax.data.pipeline import rows_and_labels
 from dlrm_jax.evaluation import Evaluator, evaluate_splits
-from dlrm_jax.flags import run_command
 from dlrm_jax.monitor import Speed
 from dlrm_jax.state import TrainState, init_state
 
@@ -42,12 +43,13 @@ def load_config(workdir: pathlib.Path) -> run_config.RunConfig:
     return config
 
 
-def write_predictions(path: pathlib.Path, split: Split, probabilities: list[float]) -> None:
+def write_predictions(path: pathlib.Path, split: Rows, probabilities: list[float]) -> None:
     """CSV `id,label,probability`; id is the row's number in the raw log, counted from 0."""
+    row_R, label_R = rows_and_labels(split)
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(("id", "label", "probability"))
-        writer.writerows(zip(split.row_R.tolist(), split.label_R.tolist(), probabilities, strict=True))
+        writer.writerows(zip(row_R.tolist(), label_R.tolist(), probabilities, strict=True))
 
 
 def main() -> None:
@@ -68,7 +70,7 @@ def main() -> None:
         if different:
             raise ConfigError(f"the checkpoint belongs to other data (now != then): {'; '.join(different[:8])}")
         state = checkpoints.restore(kind, checkpoint.abstract(fresh_state), step)
-    evaluate = Evaluator(config, model)
+    evaluate = Evaluator(config, model, raw.expander)
     result = evaluate_splits(config, dataset, evaluate, state) | Speed().summary()
     split = dataset.splits[FLAGS.split]
     shown = result[FLAGS.split] if FLAGS.split in result else evaluate(state, split)

@@ -9,7 +9,7 @@ import numpy as np
 from dlrm_jax import metrics, reporting
 from dlrm_jax.batch import Batch
 from dlrm_jax.config import ModelConfig
-from dlrm_jax.data.dataset import Dataset, Split
+from dlrm_jax.data.dataset import BatchExpander, Dataset, Rows
 from dlrm_jax.data.pipeline import Prefetcher, eval_batches
 from dlrm_jax.run_config import RunConfig
 from dlrm_jax.state import TrainState
@@ -19,25 +19,25 @@ from dlrm_jax.step import make_eval_step
 class Evaluator:
     """Metrics and predictions of a state on a split; compiles once."""
 
-    def __init__(self, config: RunConfig, model: ModelConfig) -> None:
-        self._config = config
+    def __init__(self, config: RunConfig, model: ModelConfig, expander: BatchExpander | None = None) -> None:
+        self._config, self._expander = config, expander
         self._step = jax.jit(make_eval_step(model, config.loss))
 
-    def __call__(self, state: TrainState, split: Split) -> dict[str, Any]:
+    def __call__(self, state: TrainState, split: Rows) -> dict[str, Any]:
         """The evaluation metrics of `state` on every row of `split`."""
         collected = metrics.Metrics()
         for _, sums in self._run(state, split):
             collected.append(sums)
         return collected.compute()
 
-    def predict(self, state: TrainState, split: Split) -> np.ndarray:
+    def predict(self, state: TrainState, split: Rows) -> np.ndarray:
         """The probability of each row of `split`, in its order."""
-        parts = [np.asarray(sums.prob_B)[np.asarray(batch.weight_B) > 0] for batch, sums in self._run(state, split)]
-        return np.concatenate(parts) if parts else np.zeros(0, np.float32)
+        parts = [np.asarray(sums.prob_B) for _, sums in self._run(state, split)]
+        return np.concatenate([np.zeros(0, np.float32), *parts])[: len(split)]  # The rest pads the last batch.
 
-    def _run(self, state: TrainState, split: Split) -> Iterator[tuple[Batch, metrics.BatchSums]]:
+    def _run(self, state: TrainState, split: Rows) -> Iterator[tuple[Batch, metrics.BatchSums]]:
         batch_size = min(self._config.eval_batch_size, max(len(split), 1))
-        with Prefetcher(eval_batches(split, batch_size)) as batches:
+        with Prefetcher(eval_batches(split, batch_size), expander=self._expander) as batches:
             for host_batch, batch in batches:
                 yield host_batch, self._step(state, batch)
 

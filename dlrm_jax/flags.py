@@ -1,13 +1,6 @@
 """The flags of a training run, and how they become a RunConfig. Only commands import this."""
 
-import logging
-import signal
-import sys
-from collections.abc import Callable
-
-from absl import app, flags
-from absl import logging as absl_logging
-from tqdm import tqdm
+from absl import flags
 
 from dlrm_jax.config import (
     DENSE_INITS,
@@ -23,7 +16,8 @@ from dlrm_jax.config import (
     OptimizerConfig,
     ScheduleConfig,
 )
-from dlrm_jax.data import DATASETS, DataConfig
+from dlrm_jax.data.load import DATASETS, DataConfig
+from dlrm_jax.data.multi_hot import DISTRIBUTIONS, MULTI_HOT
 from dlrm_jax.run_config import TARGET_METRICS, ModelOptions, RunConfig
 
 FLAGS = flags.FLAGS
@@ -38,13 +32,34 @@ def define_run_flags() -> None:
 
 
 def _define_data_flags() -> None:
-    flags.DEFINE_enum("dataset", "planted", DATASETS, "Which data to train on; `planted` is generated.")
-    flags.DEFINE_string("data_dir", "", "Directory (or file) with the raw log of --dataset.")
+    flags.DEFINE_enum("dataset", "planted", DATASETS, "Which data to train on; planted and synthetic are generated.")
+    flags.DEFINE_string(
+        "data_dir", "", "A directory that dlrm_jax.prepare made, which says all by itself; or the raw log of --dataset."
+    )
     flags.DEFINE_enum("split", "random", ("random", "time"), "How movielens_100k is split into train, val and test.")
-    flags.DEFINE_integer("num_examples", 0, "Examples to generate for --dataset=planted; 0 for its default.")
+    flags.DEFINE_integer("num_examples", 0, "Examples to generate for planted and synthetic; 0 for their default.")
     flags.DEFINE_integer(
         "max_rows_per_table", 0, "criteo_kaggle: categorical values are taken modulo this before ids are given; 0: no."
     )
+    flags.DEFINE_integer("num_dense", 13, "synthetic: dense columns.")
+    flags.DEFINE_list("table_sizes", ["1000"] * 8, "synthetic: rows of each table.")
+    flags.DEFINE_list("hotness", ["1"], "synthetic: ids in each feature's bag; one number is for all features.")
+    flags.DEFINE_float("id_skew", 1.05, "synthetic: the k-th most frequent id occurs in proportion to k^-skew.")
+    flags.DEFINE_string(
+        "id_trace",
+        "",
+        "synthetic: file of stack distances, as the reference's dist files, that ids follow instead of --id_skew; "
+        "{} in it stands for the feature's number.",
+    )
+    flags.DEFINE_enum(
+        "multi_hot",
+        "none",
+        MULTI_HOT,
+        "Make bags of one-hot ids, as MLPerf does: compatible draws MLPerf's own bags and holds them in memory; "
+        "virtual computes them from a hash, needs no memory.",
+    )
+    flags.DEFINE_list("multi_hot_sizes", [], "Ids in each feature's bag under --multi_hot.")
+    flags.DEFINE_enum("multi_hot_distribution", "uniform", DISTRIBUTIONS, "How --multi_hot draws the further ids.")
     flags.DEFINE_bool("shuffle", True, "Shuffle the training rows anew in every epoch.")
     flags.DEFINE_enum(
         "ids_out_of_range",
@@ -104,7 +119,11 @@ def _define_run_flags() -> None:
     flags.DEFINE_float("target_value", None, "Stop when the target metric reaches this.")
     flags.DEFINE_integer("patience", 0, "Stop after this many evaluations without improvement; 0: never.")
     flags.DEFINE_integer("seed", 0, "Decides initial weights, order of rows, and planted data.")
-    flags.DEFINE_string("workdir", None, "Where checkpoints, logs and results go; a second run there goes on.")
+    flags.DEFINE_string(
+        "workdir",
+        None,
+        "Where checkpoints, logs and results go; a second run there goes on. For prepared data by default runs/NAME.",
+    )
 
 
 def config_from_flags() -> RunConfig:
@@ -117,6 +136,10 @@ def config_from_flags() -> RunConfig:
             num_examples=FLAGS.num_examples,
             seed=FLAGS.seed,
             max_rows_per_table=FLAGS.max_rows_per_table,
+            multi_hot_sizes=_numbers("multi_hot_sizes", int),
+            table_sizes=_numbers("table_sizes", int),
+            hotness=_numbers("hotness", int),
+            **_values("num_dense", "id_skew", "id_trace", "multi_hot", "multi_hot_distribution"),
         ),
         model=ModelOptions(
             bottom_mlp=_numbers("bottom_mlp", int),
@@ -160,40 +183,3 @@ def flagfile_text() -> str:
     return "".join(
         f"{flag.serialize()}\n" for flag in sorted(ours, key=lambda flag: flag.name) if flag.value is not None
     )
-
-
-def run_command(main: Callable[[], None]) -> None:
-    """Parse flags and run `main`; what the user can mend becomes one line on stderr and exit status 1."""
-
-    def guarded(argv: list[str]) -> None:
-        _log_to_stderr()
-        try:
-            if len(argv) > 1:
-                raise ConfigError(f"unexpected argument {argv[1]!r}; flags look like --name=value")
-            main()
-        except (ConfigError, OSError) as error:
-            print(f"error: {error}", file=sys.stderr)
-            sys.exit(1)
-        except KeyboardInterrupt:
-            # Before training, and the second Ctrl-C: what was saved is whole, what was not is lost.
-            print("interrupted", file=sys.stderr)
-            sys.exit(128 + signal.SIGINT)
-
-    app.run(guarded)
-
-
-class _BesideProgressBar(logging.Handler):
-    """Writes messages above the progress bar instead of through it."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record), file=sys.stderr)
-
-
-def _log_to_stderr() -> None:
-    # Orbax describes each checkpoint in a hundred lines through absl's logger; ours is a logger of its own.
-    if not FLAGS["verbosity"].present:
-        absl_logging.set_verbosity(absl_logging.WARNING)
-    logger = logging.getLogger("dlrm_jax")
-    logger.setLevel(logging.INFO)
-    logger.addHandler(_BesideProgressBar())
-    logger.propagate = False

@@ -11,7 +11,7 @@ import jax
 
 from dlrm_jax import checkpoint, reporting
 from dlrm_jax.config import ConfigError, differences
-from dlrm_jax.data import load_dataset
+from dlrm_jax.data.load import load_dataset
 from dlrm_jax.data.pipeline import Prefetcher, steps_per_epoch, train_batches
 from dlrm_jax.evaluation import Evaluator, evaluate_splits
 from dlrm_jax.monitor import Clock, Interrupted, LossWindow, Speed, catch_signals
@@ -45,7 +45,7 @@ class Run:
         self.num_steps = config.num_steps or config.num_epochs * per_epoch
         self.eval_every = config.eval_every or per_epoch
         self.checkpoint_every = config.checkpoint_every or per_epoch
-        self.evaluate = Evaluator(config, self.model)
+        self.evaluate = Evaluator(config, self.model, raw.expander)
 
     def fresh_state(self) -> TrainState:
         """The state at step 0."""
@@ -111,7 +111,10 @@ def train(
     losses = LossWindow(run.workdir, run.dataset.dense_names)
     split = run.dataset.splits["train"]
     source = train_batches(split, config.batch_size, config.seed, step, shuffle=config.shuffle)
-    with Prefetcher(source) as batches, reporting.Progress(run.num_steps, step, config.batch_size) as bar:
+    with (
+        Prefetcher(source, expander=run.dataset.expander) as batches,
+        reporting.Progress(run.num_steps, step, config.batch_size) as bar,
+    ):
         clock = Clock(batches, config.batch_size)
         while step < run.num_steps and progress.stopped is None:
             host_batch, batch = next(batches)

@@ -13,8 +13,8 @@ from dlrm_jax.config import (
     ScheduleConfig,
     TableConfig,
 )
-from dlrm_jax.data import DataConfig
-from dlrm_jax.data.dataset import Dataset, Split
+from dlrm_jax.data.dataset import Dataset, Rows, Split
+from dlrm_jax.data.load import DataConfig
 
 TARGET_METRICS = ("auc", "log_loss", "accuracy", "normalized_entropy")
 _SMALLER_IS_BETTER = ("log_loss", "normalized_entropy")
@@ -113,10 +113,16 @@ class RunConfig:
 
 def check_dataset(dataset: Dataset, model: ModelConfig, policy: str) -> tuple[Dataset, dict[str, dict[str, int]]]:
     """The dataset with every id inside its table, and how many were not, by split and feature (batch.check_ids)."""
-    splits, counts = {}, {}
+    if dataset.expander is not None:  # What is in memory are one-hot ids still.
+        model = dataclasses.replace(model, features=tuple(dataclasses.replace(f, hotness=1) for f in model.features))
+    splits: dict[str, Rows] = {}
+    counts = {}
     for name, split in dataset.splits.items():
+        if not isinstance(split, Split):
+            splits[name] = split  # Not in memory: its ids are checked as they are read, or made in range.
+            continue
         ids_RxK, count = check_ids(model, split.ids_RxK, policy, split.row_R)
-        splits[name] = Split(split.dense_RxN, ids_RxK, split.label_R, split.row_R)
+        splits[name] = dataclasses.replace(split, ids_RxK=ids_RxK)
         if count:
             counts[name] = count
     return dataclasses.replace(dataset, splits=splits), counts
@@ -125,15 +131,19 @@ def check_dataset(dataset: Dataset, model: ModelConfig, policy: str) -> tuple[Da
 def from_dict(values: dict[str, Any]) -> RunConfig:
     """The RunConfig that `dataclasses.asdict` (through JSON) came from."""
     values = dict(values)
-    model: dict[str, Any] = {
-        key: tuple(value) if isinstance(value, list) else value for key, value in values.pop("model").items()
-    }
+    model = _tuples(values.pop("model"))
     loss = values.pop("loss")
     optimizer = values.pop("optimizer")
+    data = _tuples(values.pop("data"))
     return RunConfig(
-        data=DataConfig(**values.pop("data")),
+        data=DataConfig(**data),
         model=ModelOptions(**model),
         loss=LossConfig(**{**loss, "class_weights": tuple(loss["class_weights"])}),
         optimizer=OptimizerConfig(**{**optimizer, "schedule": ScheduleConfig(**optimizer["schedule"])}),
         **values,
     )
+
+
+def _tuples(values: dict[str, Any]) -> dict[str, Any]:
+    """JSON has lists where our settings have tuples."""
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}

@@ -6,8 +6,10 @@ import sys
 from absl import flags
 
 from dlrm_jax import flags as run_flags
+from dlrm_jax.commands import run_command
 from dlrm_jax.config import ConfigError
-from dlrm_jax.flags import config_from_flags, define_run_flags, flagfile_text, run_command
+from dlrm_jax.data.prepared import is_prepared, read_schema
+from dlrm_jax.flags import config_from_flags, define_run_flags, flagfile_text
 from dlrm_jax.loop import train_and_evaluate
 from dlrm_jax.monitor import Interrupted
 from dlrm_jax.reporting import format_table
@@ -17,16 +19,19 @@ FLAGS = flags.FLAGS
 
 def main() -> None:
     """Flags to config, config to result, result to the screen."""
-    if not FLAGS.workdir:
-        raise ConfigError("--workdir is missing; it says where checkpoints, logs and results go")
     config = config_from_flags()
-    workdir = pathlib.Path(FLAGS.workdir)
+    if not FLAGS.workdir and not is_prepared(pathlib.Path(config.data.data_dir)):
+        raise ConfigError("--workdir is missing; it says where checkpoints, logs and results go")
+    workdir = pathlib.Path(FLAGS.workdir or f"runs/{read_schema(pathlib.Path(config.data.data_dir)).name}")
     try:
         result = train_and_evaluate(config, workdir, flagfile_text())
     except Interrupted as interrupted:
         print(interrupted, file=sys.stderr)
         sys.exit(128 + interrupted.signum)
     print(format_table({name: result[name] for name in ("val", "test")}, result.get("optimum")))
+    if result["input_wait_fraction"] is not None:
+        wait = f"{result['input_wait_fraction']:.1%} of the time waiting for input"
+        print(f"{result['samples_per_second']:,.0f} samples/s; {wait}")
     print(f"step {result['step']}; results, curves and checkpoints are in {workdir}")
 
 

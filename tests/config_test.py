@@ -14,7 +14,7 @@ from dlrm_jax.config import (
     TableConfig,
     differences,
 )
-from dlrm_jax.data import DataConfig
+from dlrm_jax.data.load import DataConfig
 from dlrm_jax.run_config import ModelOptions, RunConfig, from_dict
 from tests.helpers import optimizer, tiny_model
 

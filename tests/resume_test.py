@@ -15,7 +15,7 @@ import pytest
 
 from dlrm_jax import checkpoint, loop
 from dlrm_jax.config import ConfigError, LossConfig
-from dlrm_jax.data import DataConfig, load_dataset
+from dlrm_jax.data.load import DataConfig, load_dataset
 from dlrm_jax.run_config import ModelOptions, RunConfig
 from dlrm_jax.state import init_state
 from tests.helpers import ROOT, optimizer

@@ -1,8 +1,9 @@
-"""Dataset: named columns and their splits, in memory; what every reader in this folder returns."""
+"""Dataset: named columns and their splits; what every reader in this folder returns."""
 
 import dataclasses
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -11,17 +12,46 @@ from dlrm_jax.config import ConfigError, FeatureConfig
 SPLITS = ("train", "val", "test")
 
 
+class Rows(Protocol):
+    """A split, in memory or not: rows that an epoch visits window by window."""
+
+    def __len__(self) -> int:
+        """Rows."""
+
+    def windows(self, seed: int, epoch: int, shuffle: bool, start: int = 0) -> Iterator[tuple["Split", np.ndarray]]:
+        """The epoch's rows from number `start` on: (rows in memory, the order in which to visit them), each row once.
+
+        The order follows from (seed, epoch) alone; what lies before `start` is not read.
+        """
+
+
+class BatchExpander(Protocol):
+    """Makes bags of one-hot ids, on the host or on the device (multi_hot.py)."""
+
+    @property
+    def on_device(self) -> bool:
+        """Whether `device_function` is to be used, not `on_host`."""
+
+    def on_host(self, batch: Any) -> Any:
+        """A host batch with bags."""
+
+    def device_function(self) -> Callable[[Any], Any]:
+        """What gives a batch on the device its bags."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """Rows of one split: `dense_RxN` float32, `ids_RxK` int32 (slots in feature order), `label_R` float32.
+    """Rows in memory: `dense_RxN` float32, `ids_RxK` int32 (slots in feature order), `label_R` float32.
 
-    `row_R` is each row's number in the raw log, so that predictions can be joined back.
+    `row_R` is each row's number in the raw log, so that predictions can be joined back; `weight_R`, where given, its
+    weight in the loss and the metrics.
     """
 
     dense_RxN: np.ndarray
     ids_RxK: np.ndarray
     label_R: np.ndarray
     row_R: np.ndarray
+    weight_R: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         rows = {len(column) for column in (self.dense_RxN, self.ids_RxK, self.label_R, self.row_R)}
@@ -31,21 +61,29 @@ class Split:
     def __len__(self) -> int:
         return len(self.label_R)
 
+    def windows(self, seed: int, epoch: int, shuffle: bool, start: int = 0) -> Iterator[tuple["Split", np.ndarray]]:
+        """One window: all rows, in the order of a permutation from (seed, epoch)."""
+        order = np.random.default_rng((seed, epoch)).permutation(len(self)) if shuffle else np.arange(len(self))
+        yield self, order[start:]
+
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
     """A click log ready to train on.
 
     `table_sizes` maps table name to rows; `optimum`, where the data was planted, holds per split the AUC and
-    log loss of the teacher's own probabilities, which no model can beat in expectation.
+    log loss of the teacher's own probabilities, which no model can beat in expectation. `checksum` stands for all
+    values where they are not in memory. `expander`, where given, makes bags of the one-hot ids, batch by batch.
     """
 
     name: str
     dense_names: tuple[str, ...]
     features: tuple[FeatureConfig, ...]
     table_sizes: Mapping[str, int]
-    splits: Mapping[str, Split]
+    splits: Mapping[str, Rows]
     optimum: Mapping[str, Mapping[str, float]] | None = None
+    checksum: str = ""
+    expander: "BatchExpander | None" = None
 
     def __post_init__(self) -> None:
         for name in SPLITS:
@@ -56,9 +94,14 @@ class Dataset:
 
     def fingerprint(self) -> str:
         """A checksum of every value, to tell whether a run continues on the data it began with."""
+        if self.checksum:
+            return self.checksum
         checksum = 0
         for name in SPLITS:
             split = self.splits[name]
-            for column in (split.dense_RxN, split.ids_RxK, split.label_R):
-                checksum = zlib.crc32(np.ascontiguousarray(column).data, checksum)
+            if not isinstance(split, Split):
+                raise TypeError(f"split {name!r} is not in memory, and the dataset has no checksum")
+            for column in (split.dense_RxN, split.ids_RxK, split.label_R, split.weight_R):
+                if column is not None:
+                    checksum = zlib.crc32(np.ascontiguousarray(column).data, checksum)
         return f"{checksum:08x}"

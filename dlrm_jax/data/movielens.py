@@ -1,5 +1,9 @@
-"""MovieLens 100k: did a user rate a film 4 or 5? Reads `ml-100k.{inter,item,user}` or `u.{data,item,user}`."""
+"""MovieLens 100k and 1M: did a user rate a film 4 or 5?
 
+Reads `ml-100k.{inter,item,user}` (also ml-1m), `u.{data,item,user}`, or `{ratings,users,movies}.dat`.
+"""
+
+import dataclasses
 import pathlib
 
 import numpy as np
@@ -38,39 +42,87 @@ _UNKNOWN_YEAR = 1980
 """A film without a release date enters the dense feature (year - 1980) / 20 as 0."""
 
 
-def read(data_dir: str, split: str) -> Dataset:
-    """The data set of a directory, split at `random` (80/10/10 of a fixed permutation) or by `time`."""
+@dataclasses.dataclass(frozen=True)
+class _Log:
+    """The three files, joined: `user_R` and `item_R` are positions among `users` and `items`."""
+
+    user_R: np.ndarray
+    item_R: np.ndarray
+    users: dict
+    items: dict
+    timestamp_R: np.ndarray
+    label_R: np.ndarray
+
+    def dense(self) -> dict[str, np.ndarray]:
+        """The dense features: age / 50, (year - 1980) / 20, time from 0 to 1, hour of the day / 24."""
+        start, span = self.timestamp_R.min(), max(int(self.timestamp_R.max() - self.timestamp_R.min()), 1)
+        return {
+            "age": self.users["age"].astype(np.float64)[self.user_R] / 50,
+            "year": (self.items["year"][self.item_R] - 1980) / 20,
+            "time": (self.timestamp_R - start) / span,
+            "hour": (self.timestamp_R // 3600 % 24) / 24,
+        }
+
+
+def _read_log(data_dir: str) -> _Log:
     directory = pathlib.Path(data_dir)
     if not directory.is_dir():
-        raise ConfigError(f"--data_dir={data_dir} is not a directory; it must hold MovieLens 100k's files")
-    ratings, users, items = _read_grouplens(directory) if (directory / "u.data").is_file() else _read_atomic(directory)
-    user_R, item_R = _index(ratings["user"], users["id"], "user"), _index(ratings["item"], items["id"], "item")
-    timestamp_R = ratings["timestamp"].astype(np.int64)
-    columns = {"user": (user_R, len(users["id"])), "item": (item_R, len(items["id"]))}
+        raise ConfigError(f"{data_dir} is not a directory; it must hold MovieLens' files")
+    if (directory / "ratings.dat").is_file():
+        ratings, users, items = _read_one_million(directory)
+    elif (directory / "u.data").is_file():
+        ratings, users, items = _read_grouplens(directory)
+    else:
+        ratings, users, items = _read_atomic(directory)
+    return _Log(
+        user_R=_index(ratings["user"], users["id"], "user"),
+        item_R=_index(ratings["item"], items["id"], "item"),
+        users=users,
+        items=items,
+        timestamp_R=ratings["timestamp"].astype(np.int64),
+        label_R=(ratings["rating"].astype(np.int64) >= 4).astype(np.float32),
+    )
+
+
+def read(data_dir: str, split: str) -> Dataset:
+    """The data set of a directory, split at `random` (80/10/10 of a fixed permutation) or by `time`."""
+    log = _read_log(data_dir)
+    columns = {"user": (log.user_R, len(log.users["id"])), "item": (log.item_R, len(log.items["id"]))}
     for name in ("gender", "occupation", "zip"):
-        ids, size = _vocabulary(users[name])
-        columns[name] = (ids[user_R], size)
-    genres_IxH, num_genres = _genre_bags(items["genres"])
-    label_R = (ratings["rating"].astype(np.int64) >= 4).astype(np.float32)
-    span = max(int(timestamp_R.max() - timestamp_R.min()), 1)
-    dense_RxN = np.stack(
-        [
-            users["age"].astype(np.float64)[user_R] / 50,
-            (items["year"][item_R] - 1980) / 20,
-            (timestamp_R - timestamp_R.min()) / span,
-            (timestamp_R // 3600 % 24) / 24,
-        ],
-        axis=1,
-    ).astype(np.float32)
-    ids_RxK = np.concatenate([ids[:, None] for ids, _ in columns.values()] + [genres_IxH[item_R]], axis=1)
+        ids, size = _vocabulary(log.users[name])
+        columns[name] = (ids[log.user_R], size)
+    genres_IxH, num_genres = _genre_bags(log.items["genres"])
+    dense = log.dense()
+    dense_RxN = np.stack(list(dense.values()), axis=1).astype(np.float32)
+    ids_RxK = np.concatenate([ids[:, None] for ids, _ in columns.values()] + [genres_IxH[log.item_R]], axis=1)
     hot = FeatureConfig("genres", "genres", hotness=genres_IxH.shape[1])
     return Dataset(
         name=f"movielens_100k/{split}",
-        dense_names=("age", "year", "time", "hour"),
+        dense_names=tuple(dense),
         features=(*(FeatureConfig(name, name) for name in columns), hot),
         table_sizes={**{name: size for name, (_, size) in columns.items()}, "genres": num_genres},
-        splits=_split(split, timestamp_R, dense_RxN, ids_RxK.astype(np.int32), label_R),
+        splits=_split(split, log.timestamp_R, dense_RxN, ids_RxK.astype(np.int32), log.label_R),
     )
+
+
+def read_table(data_dir: str) -> pa.Table:
+    """The joined log as a table, for preparation; `split` is the random one of `read`."""
+    log = _read_log(data_dir)
+    num_rows = len(log.label_R)
+    codes_R = np.empty(num_rows, np.int64)
+    order = np.random.default_rng(0).permutation(num_rows)
+    codes_R[order] = np.searchsorted(_bounds(num_rows), np.arange(num_rows), side="right")
+    columns: dict = {
+        "user": log.users["id"][log.user_R],
+        "item": log.items["id"][log.item_R],
+        **{name: pa.array(log.users[name]).take(pa.array(log.user_R)) for name in ("gender", "occupation", "zip")},
+        "genres": pa.array(log.items["genres"], pa.list_(pa.string())).take(pa.array(log.item_R)),
+        **log.dense(),
+        "timestamp": log.timestamp_R,
+        "split": pa.array(["train", "val", "test"]).take(pa.array(codes_R)),
+        "label": log.label_R,
+    }
+    return pa.table(columns)
 
 
 def _split(
@@ -82,14 +134,20 @@ def _split(
         order = np.random.default_rng(0).permutation(num_rows)
     else:
         order = np.argsort(timestamp_R, kind="stable")
-    first, second = int(0.8 * num_rows), int(0.9 * num_rows)
+    first, second = _bounds(num_rows)
     parts = {"train": order[:first], "val": order[first:second], "test": order[second:]}
     return {name: Split(dense_RxN[rows], ids_RxK[rows], label_R[rows], rows) for name, rows in parts.items()}
 
 
+def _bounds(num_rows: int) -> tuple[int, int]:
+    return int(0.8 * num_rows), int(0.9 * num_rows)
+
+
 def _read_atomic(directory: pathlib.Path) -> tuple[dict, dict, dict]:
     """RecBole's atomic files: tab separated, header `name:type`."""
-    paths = {kind: text.find_file(str(directory), (f"ml-100k.{kind}",)) for kind in ("inter", "user", "item")}
+    paths = {
+        kind: text.find_file(str(directory), (f"ml-100k.{kind}", f"ml-1m.{kind}")) for kind in ("inter", "user", "item")
+    }
     tables = {}
     for kind, path in paths.items():
         table = text.read_strings(path, "\t")
@@ -127,6 +185,30 @@ def _read_grouplens(directory: pathlib.Path) -> tuple[dict, dict, dict]:
     items["year"] = _years([date[-4:] for date in items["year"]])
     flags_IxG = np.stack([np.asarray(item_table[genre].to_pylist()) == "1" for genre in _GENRES], axis=1)
     items["genres"] = [[genre for genre, flag in zip(_GENRES, flags, strict=True) if flag] for flags in flags_IxG]
+    users["zip"] = _zip_prefix(users["zip"])
+    return ratings, users, items
+
+
+def _read_one_million(directory: pathlib.Path) -> tuple[dict, dict, dict]:
+    """MovieLens 1M: fields separated by `::`, in latin-1, no headers; a film's year ends its title in brackets."""
+    columns = {
+        "ratings.dat": ("user", "item", "rating", "timestamp"),
+        "users.dat": ("id", "gender", "age", "occupation", "zip"),
+        "movies.dat": ("id", "title", "genres"),
+    }
+    tables = {}
+    for name, names in columns.items():
+        path = text.find_file(str(directory), (name,))
+        # One character separates fields for the parser; it cannot stand in latin-1 text.
+        data = path.read_bytes().replace(b"::", b"\x1f")
+        tables[name] = (path, text.parse_strings(path, data, "\x1f", names, encoding="latin-1"))
+    ratings = _numbers(tables["ratings.dat"], 1, user="user", item="item", rating="rating", timestamp="timestamp")
+    users = _numbers(tables["users.dat"], 1, id="id", age="age") | _strings(
+        *tables["users.dat"], gender="gender", occupation="occupation", zip="zip"
+    )
+    items = _numbers(tables["movies.dat"], 1, id="id") | _strings(*tables["movies.dat"], title="title", genres="genres")
+    items["year"] = _years([title.rstrip()[-5:-1] for title in items.pop("title")])
+    items["genres"] = [genres.split("|") for genres in items["genres"]]
     users["zip"] = _zip_prefix(users["zip"])
     return ratings, users, items
 

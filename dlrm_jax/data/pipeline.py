@@ -3,14 +3,14 @@
 import queue
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import TracebackType
 
 import jax
 import numpy as np
 
 from dlrm_jax.batch import EMPTY_SLOT, Batch
-from dlrm_jax.data.dataset import Split
+from dlrm_jax.data.dataset import BatchExpander, Rows, Split
 
 
 def steps_per_epoch(num_rows: int, batch_size: int) -> int:
@@ -18,47 +18,87 @@ def steps_per_epoch(num_rows: int, batch_size: int) -> int:
     return -(-num_rows // batch_size)
 
 
-def epoch_order(num_rows: int, seed: int, epoch: int) -> np.ndarray:
-    """The permutation of an epoch, from (seed, epoch) alone."""
-    return np.random.default_rng((seed, epoch)).permutation(num_rows)
+def take(parts: list[tuple[Split, np.ndarray]], batch_size: int) -> Batch:
+    """The batch of some rows of some splits, filled up to `batch_size` with padding of weight 0."""
 
-
-def take(split: Split, rows: np.ndarray | slice, batch_size: int) -> Batch:
-    """The batch of the given rows, filled up to `batch_size` with padding of weight 0."""
-    label = split.label_R[rows]
-    padding = batch_size - len(label)
-
-    def pad(column: np.ndarray, value: float) -> np.ndarray:
-        widths = [(0, padding)] + [(0, 0)] * (column.ndim - 1)
-        return np.pad(column, widths, constant_values=value) if padding else np.ascontiguousarray(column)
+    def column(of: Callable[[Split], np.ndarray], padding: float) -> np.ndarray:
+        pieces = [of(split).take(rows, axis=0) for split, rows in parts]
+        missing = batch_size - sum(map(len, pieces))
+        if missing:
+            pieces.append(np.full((missing, *pieces[0].shape[1:]), padding, pieces[0].dtype))
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
     return Batch(
-        dense_BxN=pad(split.dense_RxN[rows], 0),
-        ids_BxK=pad(split.ids_RxK[rows], EMPTY_SLOT),
-        label_B=pad(label, 0),
-        weight_B=pad(np.ones(len(label), np.float32), 0),
+        dense_BxN=column(lambda split: split.dense_RxN, 0),
+        ids_BxK=column(lambda split: split.ids_RxK, EMPTY_SLOT),
+        label_B=column(lambda split: split.label_R, 0),
+        weight_B=column(_weights, 0),
     )
 
 
-def train_batches(split: Split, batch_size: int, seed: int, start_step: int, shuffle: bool = True) -> Iterator[Batch]:
+def _weights(split: Split) -> np.ndarray:
+    return np.ones(len(split), np.float32) if split.weight_R is None else split.weight_R
+
+
+def batches_of(
+    windows: Iterator[tuple[Split, np.ndarray]], batch_size: int, shard: tuple[int, int] = (0, 1)
+) -> Iterator[Batch]:
+    """The rows of `windows` in batches, the last one padded.
+
+    `shard` (i, n) gives process i of n its part of each batch of `batch_size`: all together see one global order.
+    """
+    parts: list[tuple[Split, np.ndarray]] = []
+    held = 0
+    for split, order in windows:
+        start = 0
+        while start < len(order):
+            rows = order[start : start + batch_size - held]
+            parts.append((split, rows))
+            start, held = start + len(rows), held + len(rows)
+            if held == batch_size:
+                yield take(_part(parts, batch_size, shard), batch_size // shard[1])
+                parts, held = [], 0
+    if held:
+        yield take(_part(parts, batch_size, shard), batch_size // shard[1])
+
+
+def _part(
+    parts: list[tuple[Split, np.ndarray]], batch_size: int, shard: tuple[int, int]
+) -> list[tuple[Split, np.ndarray]]:
+    index, count = shard
+    if count == 1:
+        return parts
+    low, high = batch_size // count * index, batch_size // count * (index + 1)
+    out, first = [], 0
+    for split, rows in parts:
+        out.append((split, rows[max(low - first, 0) : max(high - first, 0)]))
+        first += len(rows)
+    return out
+
+
+def train_batches(
+    split: Rows, batch_size: int, seed: int, start_step: int, shuffle: bool = True, shard: tuple[int, int] = (0, 1)
+) -> Iterator[Batch]:
     """Batches from number `start_step` on, for ever; each epoch holds every row once, its last batch padded.
 
-    Batch k depends on (seed, k) alone: starting at k reads nothing before it.
+    Batch k depends on (seed, k) alone: starting at k reads nothing before it. `shard`: see `batches_of`.
     """
-    num_rows = len(split)
-    per_epoch = steps_per_epoch(num_rows, batch_size)
-    epoch, position = divmod(start_step, per_epoch)
+    epoch, position = divmod(start_step, steps_per_epoch(len(split), batch_size))
     while True:
-        order = epoch_order(num_rows, seed, epoch) if shuffle else np.arange(num_rows)
-        for k in range(position, per_epoch):
-            yield take(split, order[k * batch_size : (k + 1) * batch_size], batch_size)
+        yield from batches_of(split.windows(seed, epoch, shuffle, position * batch_size), batch_size, shard)
         epoch, position = epoch + 1, 0
 
 
-def eval_batches(split: Split, batch_size: int) -> Iterator[Batch]:
+def eval_batches(split: Rows, batch_size: int) -> Iterator[Batch]:
     """Every row once, in order, the last batch padded."""
-    for start in range(0, len(split), batch_size):
-        yield take(split, slice(start, start + batch_size), batch_size)
+    return batches_of(split.windows(0, 0, shuffle=False), batch_size)
+
+
+def rows_and_labels(split: Rows) -> tuple[np.ndarray, np.ndarray]:
+    """(number in the raw log, label) of every row, in order."""
+    parts = [(window.row_R[order], window.label_R[order]) for window, order in split.windows(0, 0, shuffle=False)]
+    row_R = np.concatenate([np.zeros(0, np.int64), *(row for row, _ in parts)])
+    return row_R, np.concatenate([np.zeros(0, np.float32), *(label for _, label in parts)])
 
 
 class Prefetcher:
@@ -68,9 +108,11 @@ class Prefetcher:
     input's share of a step.
     """
 
-    def __init__(self, source: Iterator[Batch], depth: int = 2) -> None:
+    def __init__(self, source: Iterator[Batch], depth: int = 2, expander: BatchExpander | None = None) -> None:
         self.wait_seconds = 0.0
         self._source = source
+        self._on_host = expander.on_host if expander and not expander.on_device else None
+        self._on_device = expander.device_function() if expander and expander.on_device else None
         self._ready: queue.Queue[tuple[Batch, Batch] | BaseException] = queue.Queue(maxsize=depth)
         self._end: BaseException | None = None
         self._closed = threading.Event()
@@ -105,7 +147,9 @@ class Prefetcher:
     def _work(self) -> None:
         try:
             for batch in self._source:
-                if not self._put((batch, jax.device_put(batch))):
+                batch = self._on_host(batch) if self._on_host else batch
+                on_device = jax.device_put(batch)
+                if not self._put((batch, self._on_device(on_device) if self._on_device else on_device)):
                     return
             self._put(StopIteration())
         except BaseException as error:  # Whatever it is, the consumer waits for it.

@@ -10,10 +10,14 @@ import numpy as np
 
 from dlrm_jax.batch import EMPTY_SLOT
 from dlrm_jax.config import ConfigError, FeatureConfig
-from dlrm_jax.data.dataset import Dataset, Split
+from dlrm_jax.data.dataset import Dataset, Rows, Split
+from dlrm_jax.data.windows import GeneratedSplit, concatenate, slice_rows
 from dlrm_jax.metrics import auc
 
 DEFAULT_EXAMPLES = 400_000
+_BLOCK_ROWS = 65_536
+_MAX_IN_MEMORY = 2_000_000
+_MAX_JUDGED = 200_000
 _NUM_DENSE = 6
 _TEACHER_DIM = 3
 _POWER = 1.1
@@ -77,39 +81,80 @@ def _bag_divisor(feature: FeatureConfig, ids_RxH: np.ndarray) -> np.ndarray | fl
     return feature.hotness**0.5
 
 
-def _draw_ids(rng: np.random.Generator, num_examples: int) -> np.ndarray:
+def _ranks(rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """For each table which id has which frequency rank."""
+    return {name: rng.permutation(rows) for name, rows in _TABLE_SIZES.items()}
+
+
+def _draw_ids(rng: np.random.Generator, id_of_rank: dict[str, np.ndarray], num_rows: int) -> np.ndarray:
     columns = []
-    name_of_rank = {name: rng.permutation(rows) for name, rows in _TABLE_SIZES.items()}
     for feature in _FEATURES:
         rows = _TABLE_SIZES[feature.table]
         cumulative = np.cumsum(np.arange(1, rows + 1) ** -_POWER)
-        draws = rng.random((num_examples, feature.hotness)) * cumulative[-1]
-        ids = name_of_rank[feature.table][np.searchsorted(cumulative, draws, side="right").clip(max=rows - 1)]
+        draws = rng.random((num_rows, feature.hotness)) * cumulative[-1]
+        ids = id_of_rank[feature.table][np.searchsorted(cumulative, draws, side="right").clip(max=rows - 1)]
         if feature.hotness > 1:
-            lengths = rng.integers(0, feature.hotness + 1, (num_examples, 1))
+            lengths = rng.integers(0, feature.hotness + 1, (num_rows, 1))
             ids = np.where(np.arange(feature.hotness) < lengths, ids, EMPTY_SLOT)
         columns.append(ids)
     return np.concatenate(columns, axis=1).astype(np.int32)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Log:
+    """The log as a function of the block's number, so that any part of it can be made at any time."""
+
+    seed: int
+    teacher: _Teacher
+    id_of_rank: dict[str, np.ndarray]
+
+    @classmethod
+    def of(cls, seed: int) -> "_Log":
+        rng = np.random.default_rng((seed, 0))
+        return cls(seed, _Teacher.draw(rng), _ranks(rng))
+
+    def block(self, index: int) -> tuple[Split, np.ndarray]:
+        """(rows, the teacher's probability of each)."""
+        rng = np.random.default_rng((self.seed, 1, index))
+        ids_RxK = _draw_ids(rng, self.id_of_rank, _BLOCK_ROWS)
+        dense_RxN = rng.random((_BLOCK_ROWS, _NUM_DENSE), np.float32)
+        prob_R = self.teacher.probability(dense_RxN, ids_RxK)
+        label_R = (rng.random(_BLOCK_ROWS) < prob_R).astype(np.float32)
+        row_R = np.arange(index * _BLOCK_ROWS, (index + 1) * _BLOCK_ROWS)
+        return Split(dense_RxN, ids_RxK, label_R, row_R), prob_R
+
+    def make_block(self, index: int) -> Split:
+        """The rows of a block."""
+        return self.block(index)[0]
+
+    def rows(self, start: int, stop: int) -> tuple[Split, np.ndarray]:
+        """Rows `start` to `stop` in memory, and their probabilities."""
+        first = start // _BLOCK_ROWS
+        blocks = [self.block(index) for index in range(first, -(-stop // _BLOCK_ROWS))]
+        low, high = start - first * _BLOCK_ROWS, stop - first * _BLOCK_ROWS
+        whole = concatenate([split for split, _ in blocks])
+        return slice_rows(whole, low, high), np.concatenate([prob_R for _, prob_R in blocks])[low:high]
+
+
 def generate(seed: int, num_examples: int = DEFAULT_EXAMPLES) -> Dataset:
-    """`num_examples` rows, 80 % train, 10 % val, 10 % test; everything follows from `seed`."""
+    """`num_examples` rows, 80 % train, 10 % val, 10 % test; everything follows from `seed`.
+
+    Beyond two million rows they are made as they are read, so that any number fits; then the optimum is that of the
+    first 200,000 rows of a split.
+    """
     if num_examples < 10:
         raise ConfigError(
             f"num_examples is {num_examples}; the planted log needs at least 10 rows for its three splits"
         )
-    rng = np.random.default_rng((seed, 0))
-    teacher = _Teacher.draw(rng)
-    ids_RxK = _draw_ids(rng, num_examples)
-    dense_RxN = rng.random((num_examples, _NUM_DENSE), np.float32)
-    prob_R = teacher.probability(dense_RxN, ids_RxK)
-    label_R = (rng.random(num_examples) < prob_R).astype(np.float32)
-    bounds = {"train": (0.0, 0.8), "val": (0.8, 0.9), "test": (0.9, 1.0)}
-    splits, optimum = {}, {}
-    for name, (start, stop) in bounds.items():
-        rows = slice(int(num_examples * start), int(num_examples * stop))
-        splits[name] = Split(dense_RxN[rows], ids_RxK[rows], label_R[rows], np.arange(num_examples)[rows])
-        optimum[name] = {"auc": auc(prob_R[rows], label_R[rows]), "log_loss": _log_loss(prob_R[rows], label_R[rows])}
+    log = _Log.of(seed)
+    bounds = [0, int(num_examples * 0.8), int(num_examples * 0.9), num_examples]
+    in_memory = num_examples <= _MAX_IN_MEMORY
+    splits: dict[str, Rows] = {}
+    optimum = {}
+    for name, start, stop in zip(("train", "val", "test"), bounds, bounds[1:], strict=False):
+        judged, prob_R = log.rows(start, stop if in_memory else start + _MAX_JUDGED)
+        optimum[name] = {"auc": auc(prob_R, judged.label_R), "log_loss": _log_loss(prob_R, judged.label_R)}
+        splits[name] = judged if in_memory else GeneratedSplit(start, stop - start, _BLOCK_ROWS, log.make_block)
     return Dataset(
         name="planted",
         dense_names=tuple(f"dense_{i}" for i in range(_NUM_DENSE)),
@@ -117,6 +162,7 @@ def generate(seed: int, num_examples: int = DEFAULT_EXAMPLES) -> Dataset:
         table_sizes=_TABLE_SIZES,
         splits=splits,
         optimum=optimum,
+        checksum="" if in_memory else f"planted-{seed}-{num_examples}",
     )
 
 

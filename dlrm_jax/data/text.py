@@ -24,7 +24,14 @@ def read_strings(
     path: pathlib.Path, delimiter: str, columns: tuple[str, ...] | None = None, encoding: str = "utf8"
 ) -> pa.Table:
     """All columns as strings. `columns` names those of a file without header; None takes the first line as header."""
-    if path.stat().st_size == 0:
+    return parse_strings(path, path.read_bytes(), delimiter, columns, encoding)
+
+
+def parse_strings(
+    path: pathlib.Path, data: bytes, delimiter: str, columns: tuple[str, ...] | None = None, encoding: str = "utf8"
+) -> pa.Table:
+    """The same of bytes; `path` is for error texts."""
+    if not data:
         raise ConfigError(f"{path} is empty")
 
     refusals = []
@@ -34,10 +41,10 @@ def read_strings(
         refusals.append(f"{path}: line {row.number} has {row.actual_columns} columns; expected {row.expected_columns}")
         return "error"
 
-    names = columns or _header(path, delimiter, encoding)
+    names = columns or _header(data, delimiter, encoding)
     try:
         return csv.read_csv(
-            path,
+            pa.BufferReader(data),
             # One thread keeps line numbers, which pyarrow gives up otherwise.
             csv.ReadOptions(
                 column_names=list(columns) if columns else None, encoding=encoding, use_threads=False, block_size=2**24
@@ -49,9 +56,9 @@ def read_strings(
         raise ConfigError(refusals[0] if refusals else f"{path}: {str(error).splitlines()[0]}") from error
 
 
-def _header(path: pathlib.Path, delimiter: str, encoding: str) -> list[str]:
-    with path.open(encoding="latin-1" if encoding != "utf8" else "utf8") as file:
-        return file.readline().rstrip("\r\n").split(delimiter)
+def _header(data: bytes, delimiter: str, encoding: str) -> list[str]:
+    first = data.split(b"\n", 1)[0].decode("latin-1" if encoding != "utf8" else "utf8", "replace")
+    return first.rstrip("\r").split(delimiter)
 
 
 def to_integers(

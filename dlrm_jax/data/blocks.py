@@ -1,0 +1,121 @@
+"""The prepared form: array_record shards whose records are blocks of rows, as TFDS features that need no TensorFlow.
+
+A record is a tf.Example with raw bytes of: dense (R, N) float32, ids (R, K) int32, label (R,) float32,
+row (R,) int64 (the row's number in the raw log) and, if the log has weights, weight (R,) float32.
+"""
+
+import functools
+import os
+import pathlib
+import zlib
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+
+from dlrm_jax.data.staging import writing
+
+VERSION = "1.0.0"
+COMPRESSIONS = ("none", "zstd")
+BLOCK_ROWS = 4096
+_DESCRIPTION = (
+    "A click log prepared by dlrm_jax. A record is a block of rows; schema.yaml beside this file says of what."
+)
+_OPTIONS = {"none": "group_size:1,uncompressed", "zstd": "group_size:1,zstd:1"}
+
+
+def features(num_dense: int, num_slots: int, weighted: bool) -> Any:
+    """The tfds.features.FeaturesDict of a block."""
+    import tensorflow_datasets as tfds  # Half a second to import.
+
+    tensor = functools.partial(tfds.features.Tensor, encoding=tfds.features.Encoding.BYTES)
+    columns = {
+        "dense": tensor(shape=(None, num_dense), dtype=np.float32),
+        "ids": tensor(shape=(None, num_slots), dtype=np.int32),
+        "label": tensor(shape=(None,), dtype=np.float32),
+        "row": tensor(shape=(None,), dtype=np.int64),
+    }
+    if weighted:
+        columns["weight"] = tensor(shape=(None,), dtype=np.float32)
+    return tfds.features.FeaturesDict(columns)
+
+
+def serializer(spec: Any) -> Callable[[dict[str, np.ndarray]], bytes]:
+    """A function from a block's arrays to the bytes of its record, given the block's `features`."""
+    import tensorflow_datasets as tfds
+
+    example = tfds.core.example_serializer.ExampleSerializer(spec.get_serialized_info())
+    # A tf.Example is a map, whose order is free unless asked for: the same rows must give the same bytes.
+    return lambda block: example.get_tf_example(spec.encode_example(block)).SerializeToString(deterministic=True)
+
+
+def shard_name(name: str, split: str, index: int, count: int) -> str:
+    """TFDS' file name of a shard."""
+    return f"{name}-{split}.array_record-{index:05d}-of-{count:05d}"
+
+
+def write_shard(path: pathlib.Path, records: Iterable[bytes], compression: str) -> int:
+    """Write a shard so that it is whole or absent; the checksum of its records before compression."""
+    from array_record.python import array_record_module
+
+    temporary = path.with_name("tmp." + path.name)
+    checksum, count = 0, 0
+    with writing(path):
+        try:
+            writer = array_record_module.ArrayRecordWriter(str(temporary), _OPTIONS[compression])
+            for record in records:
+                writer.write(record)
+                checksum, count = zlib.crc32(record, checksum), count + 1
+            writer.close()
+            if num_records(temporary) != count:
+                raise OSError(f"{count} blocks were written, {num_records(temporary)} are there")
+        except (RuntimeError, ValueError, IndexError) as error:
+            raise OSError(str(error)) from error
+        os.replace(temporary, path)
+    return checksum
+
+
+def num_records(path: pathlib.Path) -> int:
+    """Blocks in a shard."""
+    from array_record.python import array_record_module
+
+    reader = array_record_module.ArrayRecordReader(str(path))
+    count = reader.num_records()
+    reader.close()
+    return count
+
+
+def write_metadata(
+    output: pathlib.Path, staging: pathlib.Path, name: str, spec: Any, shard_lengths: dict[str, list[int]]
+) -> None:
+    """TFDS' features.json and dataset_info.json; the latter last, because it makes the dataset count as finished."""
+    import tensorflow_datasets as tfds
+
+    template = tfds.core.ShardedFileTemplate(
+        data_dir=output,
+        dataset_name=name,
+        filetype_suffix="array_record",
+        template="{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}",
+    )
+    identity = tfds.core.DatasetIdentity(name=name, version=tfds.core.Version(VERSION), data_dir="", module_name="")
+    info = tfds.core.DatasetInfo(builder=identity, features=spec, description=_DESCRIPTION)
+    info.set_file_format("array_record")
+    info.set_splits(
+        tfds.core.SplitDict(
+            [
+                tfds.core.SplitInfo(
+                    name=split,
+                    shard_lengths=lengths,
+                    num_bytes=sum(
+                        (output / shard_name(name, split, i, len(lengths))).stat().st_size for i in range(len(lengths))
+                    ),
+                    filename_template=template.replace(split=split),
+                )
+                for split, lengths in shard_lengths.items()
+            ]
+        )
+    )
+    with writing(output / "dataset_info.json"):
+        info.write_to_directory(staging)
+        os.replace(staging / "features.json", output / "features.json")
+        os.replace(staging / "dataset_info.json", output / "dataset_info.json")

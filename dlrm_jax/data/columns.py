@@ -1,0 +1,260 @@
+"""Columns of a chunk -> numbers: the label, dense values, and bags of distinct keys.
+
+Texts come as distinct values and an index (Arrow's dictionary arrays), so that each is parsed once a chunk.
+"""
+
+import dataclasses
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from dlrm_jax.data.schema import Dense, Label
+
+SPLIT_NAMES = ("train", "val", "test")
+_LARGEST = 1e30
+"""Numbers whose mean is taken must stay squarable, and fit into float32."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Bad:
+    """Rows whose value cannot be used, and why: `{value!r}` with `reason`."""
+
+    row_M: np.ndarray
+    column: str
+    values: pa.Array
+    """The value of each of those rows, as text."""
+    reason: str
+
+
+@dataclasses.dataclass
+class Distinct:
+    """Values of a column: `index_R` says which of `values` each row has, -1 for a missing one; no row has a null."""
+
+    values: pa.Array
+    index_R: np.ndarray
+
+    @classmethod
+    def of(cls, array: pa.Array, null_values: tuple[str, ...], keep_nulls: bool = False) -> "Distinct":
+        """Distinct values of any array, by first appearance; a null, and a text among `null_values`, is missing.
+
+        With `keep_nulls` a missing value is a value, null: the caller fills it in.
+        """
+        if pa.types.is_null(array.type):
+            array = array.cast(pa.string())
+        if pa.types.is_dictionary(array.type) and keep_nulls and array.indices.null_count:
+            array = array.dictionary_decode()
+        if not pa.types.is_dictionary(array.type):
+            if pa.types.is_floating(array.type):
+                array = pc.if_else(pc.is_nan(array), pa.scalar(None, array.type), array)
+            array = array.dictionary_encode(null_encoding="encode" if keep_nulls else "mask")
+        index = array.indices.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int32, copy=False)
+        values = array.dictionary
+        if pa.types.is_string(values.type) or pa.types.is_large_string(values.type):
+            missing = _is_among(values, null_values)
+            if missing.any():
+                if not keep_nulls:
+                    index = np.where(_pad(missing, True)[index], np.int32(-1), index)
+                values = pc.if_else(pa.array(missing), pa.scalar(None, values.type), values)
+        return cls(values, index)
+
+    @property
+    def is_text(self) -> bool:
+        """Whether the values are strings."""
+        return pa.types.is_string(self.values.type) or pa.types.is_large_string(self.values.type)
+
+    def spread(self, per_value: np.ndarray, missing: object) -> np.ndarray:
+        """A number for each distinct value, as a number for each row."""
+        return _pad(per_value, missing)[self.index_R]
+
+    def bad(self, wrong_U: np.ndarray, column: str, reason: str) -> list[Bad]:
+        """The rows whose value is wrong, as at most one Bad."""
+        if not wrong_U.any():
+            return []
+        rows = np.flatnonzero(self.spread(wrong_U, False))
+        texts = pc.cast(self.values.take(pa.array(self.index_R[rows])), pa.string())
+        return [Bad(rows, column, texts, reason)] if len(rows) else []
+
+    def missing(self, column: str) -> list[Bad]:
+        """The rows without a value."""
+        rows = np.flatnonzero(self.index_R < 0)
+        return [Bad(rows, column, pa.array([""] * len(rows)), "is missing")] if len(rows) else []
+
+
+def _is_among(texts: pa.Array, null_values: tuple[str, ...]) -> np.ndarray:
+    # Most columns have no text of a null value's length: that is seen from the offsets alone.
+    lengths = pc.binary_length(texts).fill_null(-1).to_numpy(zero_copy_only=False)
+    if not np.isin(lengths, [len(text.encode()) for text in null_values]).any():
+        return np.zeros(len(texts), bool)
+    nulls = pa.array(null_values, texts.type)
+    return pc.is_in(texts, value_set=nulls, skip_nulls=True).to_numpy(zero_copy_only=False)
+
+
+def _pad(values: np.ndarray, last: object) -> np.ndarray:
+    """`values` and one more, which index -1 means."""
+    return np.append(values, np.asarray(last, values.dtype))
+
+
+def to_numbers(values: pa.Array) -> tuple[np.ndarray, np.ndarray]:
+    """(float64 of each, 0 where it is none; whether it is none). NaN is a number, null too; infinities are not."""
+    kind, nulls = values.type, values.is_null().to_numpy(zero_copy_only=False)
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+        try:
+            numbers = pc.cast(values, pa.float64())
+        except pa.ArrowInvalid:
+            values = pc.utf8_trim_whitespace(values)
+            numbers = pa.array([None if text is None else _float(text) for text in values.to_pylist()], pa.float64())
+    elif pa.types.is_boolean(kind):
+        numbers = pc.cast(pc.cast(values, pa.int8()), pa.float64())
+    elif pa.types.is_temporal(kind):
+        numbers = pc.cast(pc.cast(pc.cast(values, pa.timestamp("us")), pa.int64()), pa.float64())
+    elif pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind):
+        numbers = pc.cast(values, pa.float64(), safe=False)
+    else:
+        numbers = pa.nulls(len(values), pa.float64())
+    wrong = numbers.is_null().to_numpy(zero_copy_only=False) & ~nulls
+    out = _filled(numbers)
+    infinite = np.isinf(out)
+    return np.where(infinite, 0.0, out), wrong | infinite
+
+
+def _float(text: str) -> float | None:
+    try:
+        return float(text) if "_" not in text else None
+    except ValueError:
+        return None
+
+
+def to_integers(values: pa.Array, kind: str) -> tuple[np.ndarray, np.ndarray]:
+    """(int64 of each, 0 where it is none; whether it is none); `kind` is int or hex. 64 bits of hex fill the sign."""
+    if pa.types.is_integer(values.type):
+        return _filled(values.cast(pa.int64(), safe=False)), np.zeros(len(values), bool)
+    if not (pa.types.is_string(values.type) or pa.types.is_large_string(values.type)):
+        numbers, wrong = to_numbers(values)
+        wrong = wrong | (numbers != np.floor(numbers)) | (np.abs(numbers) > 2**53)
+        return np.where(wrong, 0, numbers).astype(np.int64), wrong
+    if kind == "hex" and (fixed := _parse_fixed_hex(values)) is not None:
+        return fixed, np.zeros(len(values), bool)
+    text = pc.utf8_trim_whitespace(values)
+    try:
+        return _parse_integers(text, kind), np.zeros(len(text), bool)
+    except pa.ArrowInvalid:
+        pattern = "^[0-9a-fA-F]{1,16}$" if kind == "hex" else r"^[+-]?[0-9]{1,18}$"
+        wrong = ~pc.match_substring_regex(text, pattern).fill_null(True).to_numpy(zero_copy_only=False)
+        return _parse_integers(pc.if_else(pa.array(wrong), "0", text), kind), wrong
+
+
+_HEX = np.full(256, 255, np.uint8)
+_HEX[[*b"0123456789"]] = np.arange(10)
+_HEX[[*b"abcdef"]] = _HEX[[*b"ABCDEF"]] = np.arange(10, 16)
+
+
+def _parse_fixed_hex(texts: pa.Array) -> np.ndarray | None:
+    """int64 of hexadecimal texts that all have one length, nulls as 0; None for others. Five times Arrow's cast."""
+    if not pa.types.is_string(texts.type) or texts.offset or not len(texts):
+        return None
+    valid, offset_buffer, data = texts.buffers()
+    offsets = np.frombuffer(offset_buffer, np.int32)[: len(texts) + 1]
+    lengths = np.diff(offsets)
+    length = int(lengths.max())
+    present = lengths == length
+    if not 0 < length <= 16 or data is None:
+        return None
+    if not present.all() and (valid is None or (lengths[~present] > 0).any() or texts.null_count != (~present).sum()):
+        return None
+    digits_UxL = _HEX[np.frombuffer(data, np.uint8)[offsets[0] : offsets[-1]].reshape(-1, length)]
+    if digits_UxL.max() > 15:
+        return None
+    numbers = np.zeros(len(digits_UxL), np.uint64)
+    for column in digits_UxL.T:
+        numbers = (numbers << np.uint64(4)) | column
+    out = np.zeros(len(texts), np.int64)
+    out[present] = numbers.view(np.int64)
+    return out
+
+
+def _parse_integers(text: pa.Array, kind: str) -> np.ndarray:
+    if kind == "hex":
+        return _filled(pc.cast(pc.binary_join_element_wise("0x", text, ""), pa.uint64())).view(np.int64)
+    return _filled(pc.cast(pc.utf8_ltrim(text, "+"), pa.int64()))
+
+
+def _filled(values: pa.Array) -> np.ndarray:
+    return values.fill_null(0).to_numpy(zero_copy_only=False)
+
+
+def read_label(label: Label, array: pa.Array, null_values: tuple[str, ...]) -> tuple[np.ndarray, list[Bad]]:
+    """(label_R as float32, bad rows)."""
+    distinct = Distinct.of(array, null_values)
+    bad = distinct.missing(label.column)
+    if label.positive:
+        texts = pc.cast(distinct.values, pa.string())
+        positive = pc.is_in(texts, value_set=pa.array(label.positive)).to_numpy(zero_copy_only=False)
+        return distinct.spread(positive.astype(np.float32), 0), bad
+    numbers, wrong = to_numbers(distinct.values)
+    wrong = wrong | np.isnan(numbers)
+    bad += distinct.bad(wrong, label.column, "is not a number")
+    if label.threshold is not None:
+        return distinct.spread((numbers >= label.threshold).astype(np.float32), 0), bad
+    bad += distinct.bad(~wrong & (numbers != 0) & (numbers != 1), label.column, "is neither 0 nor 1")
+    return distinct.spread(numbers.astype(np.float32), 0), bad
+
+
+def read_number(column: str, array: pa.Array, null_values: tuple[str, ...]) -> tuple[np.ndarray, list[Bad]]:
+    """(float64 of each row, NaN where it is missing; bad rows)."""
+    distinct = Distinct.of(array, null_values)
+    numbers, wrong = to_numbers(distinct.values)
+    return distinct.spread(numbers, np.nan), distinct.bad(wrong, column, "is not a finite number")
+
+
+def read_time(column: str, array: pa.Array, null_values: tuple[str, ...]) -> tuple[np.ndarray, list[Bad]]:
+    """(int64 of each row; bad rows): numbers as they stand, dates (ISO 8601) as microseconds since 1970."""
+    distinct = Distinct.of(array, null_values)
+    if distinct.is_text and len(distinct.values):
+        try:
+            dates = pc.cast(distinct.values, pa.timestamp("us"))
+            return distinct.spread(pc.cast(dates, pa.int64()).to_numpy(), 0), distinct.missing(column)
+        except pa.ArrowInvalid:
+            pass  # Numbers, or something to refuse.
+    numbers, wrong = to_numbers(distinct.values)
+    wrong = wrong | np.isnan(numbers) | (np.abs(numbers) >= 2**62)
+    bad = distinct.missing(column) + distinct.bad(wrong, column, "is neither a number nor a date")
+    return distinct.spread(np.where(wrong, 0, numbers).astype(np.int64), 0), bad
+
+
+def read_split(column: str, array: pa.Array, null_values: tuple[str, ...]) -> tuple[np.ndarray, list[Bad]]:
+    """(uint8 of each row: 0 train, 1 val, 2 test; bad rows)."""
+    distinct = Distinct.of(array, null_values)
+    position = pc.index_in(pc.cast(distinct.values, pa.string()), value_set=pa.array(SPLIT_NAMES))
+    wrong = position.is_null().to_numpy(zero_copy_only=False)
+    codes = position.fill_null(0).to_numpy(zero_copy_only=False).astype(np.uint8)
+    bad = distinct.missing(column) + distinct.bad(wrong, column, f"is none of {', '.join(SPLIT_NAMES)}")
+    return distinct.spread(codes, 0), bad
+
+
+def read_dense(dense: Dense, array: pa.Array, null_values: tuple[str, ...]) -> tuple[np.ndarray, list[Bad]]:
+    """(values of each row, bad rows): transformed float32, or the raw float64 (NaN: missing) if statistics decide."""
+    distinct = Distinct.of(array, null_values)
+    numbers, wrong = to_numbers(distinct.values)
+    bad = distinct.bad(wrong, dense.source, "is not a finite number")
+    if dense.missing == "error":
+        bad += distinct.missing(dense.source)
+        bad += distinct.bad(np.isnan(numbers), dense.source, "is not a number")
+    if dense.needs_statistics:
+        bad += distinct.bad(np.abs(numbers) > _LARGEST, dense.source, f"is beyond {_LARGEST:g}")
+        fill = np.nan if dense.missing == "mean" else dense.fill
+        return distinct.spread(np.where(np.isnan(numbers), fill, numbers), fill), bad
+    numbers = _pad(np.where(np.isnan(numbers), dense.fill, numbers), dense.fill)
+    with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
+        values = transform(dense.transform, numbers).astype(np.float32)
+    undefined = ~np.isfinite(values)
+    bad += distinct.bad(undefined[:-1] & ~wrong, dense.source, f"has no finite float32 under {dense.transform}")
+    return values[distinct.index_R], bad
+
+
+def transform(name: str, numbers: np.ndarray) -> np.ndarray:
+    """The transforms that need nothing but the number."""
+    if name == "log1p":
+        # float32 before the logarithm, as the reference computes it.
+        return np.log(np.maximum(numbers, 0).astype(np.float32) + 1)
+    return np.log(numbers + 3) if name == "nvidia_log" else numbers

@@ -1,0 +1,102 @@
+"""The statistics of a prepared dataset for a person: a table, and pictures beside the data."""
+
+import pathlib
+from typing import Any
+
+from dlrm_jax.config import ConfigError
+from dlrm_jax.data.prepared import is_prepared, read_json
+
+_MAX_CURVES = 12
+
+
+def describe(directory: pathlib.Path) -> str:
+    """Tables as text; draws DIR/statistics.png, or the working directory's where DIR cannot be written."""
+    if not is_prepared(directory):
+        raise ConfigError(f"{directory} is not a prepared dataset; give the --output of dlrm_jax.prepare")
+    statistics = read_json(directory / "statistics.json")
+    path = directory / "statistics.png"
+    try:
+        _draw(statistics, path)
+    except OSError:
+        path = pathlib.Path("statistics.png")
+        _draw(statistics, path)
+    return "\n\n".join([_splits(statistics), _features(statistics), _tables(statistics), f"pictures: {path}"])
+
+
+def _aligned(rows: list[list[str]]) -> str:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join(
+        "  ".join(
+            cell.rjust(width) if i else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    )
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{share:.2%}"
+
+
+def _splits(statistics: dict[str, Any]) -> str:
+    rows = [["split", "rows", "positive rate"]]
+    for name, split in statistics["splits"].items():
+        rows.append([name, f"{split['rows']:,}", _percent(split["positive_rate"])])
+    skipped = statistics["skipped"]["rows"]
+    return _aligned(rows) + (f"\nskipped: {skipped:,} rows" if skipped else "")
+
+
+def _features(statistics: dict[str, Any]) -> str:
+    rows = [["feature", "table", "hotness", "mean", "empty bags", "truncated ids"]]
+    for name, feature in statistics["features"].items():
+        mean, empty = f"{feature['mean_hotness']:.2f}", _percent(feature["empty_share"])
+        rows.append([name, feature["table"], str(feature["hotness"]), mean, empty, f"{feature['truncated_ids']:,}"])
+    return _aligned(rows)
+
+
+def _tables(statistics: dict[str, Any]) -> str:
+    header = [
+        "table",
+        "rows",
+        "ids in use",
+        "coverage",
+        "val seen in train",
+        "test seen in train",
+        "top 10",
+        "most frequent",
+    ]
+    rows = [header]
+    for name, table in statistics["tables"].items():
+        top = table["top"][0] if table["top"] else None
+        seen = [_percent(table["seen_in_train"][split]) for split in ("val", "test")]
+        coverage = _percent(table.get("coverage", {}).get("train"))
+        most = f"{top['value'][:24]} ({_percent(top['share'])})" if top else "-"
+        share = _percent(table["top_10_share"])
+        rows.append([name, f"{table['rows']:,}", f"{table['distinct']:,}", coverage, *seen, share, most])
+    return _aligned(rows)
+
+
+def _draw(statistics: dict[str, Any], path: pathlib.Path) -> None:
+    from matplotlib.figure import Figure  # A second to import; no pyplot, so that no display is asked for.
+
+    figure = Figure(figsize=(15, 4.8), layout="constrained")
+    curves, sizes, rate = figure.subplots(1, 3)
+    tables = statistics["tables"]
+    largest = sorted(tables, key=lambda name: -tables[name]["distinct"])[:_MAX_CURVES]
+    for name in largest:
+        points = tables[name]["frequency_curve"]
+        if points:
+            curves.plot(*zip(*points, strict=True), label=name, marker="." if len(points) < 3 else "None")
+    curves.set(xscale="log", yscale="log", xlabel="rank of the id", ylabel="occurrences", title="id frequencies")
+    curves.legend(fontsize=7, ncols=2)
+    shown = sorted(tables, key=lambda name: tables[name]["distinct"])[-40:]
+    sizes.barh(shown, [max(tables[name]["distinct"], 1) for name in shown])
+    sizes.set(xscale="log", xlabel="distinct ids", title="cardinalities")
+    sizes.tick_params(axis="y", labelsize=7)
+    bins = [(start, positives / rows) for start, rows, positives in statistics["positives_over_time"] if rows]
+    rate.plot(*zip(*bins, strict=True), marker="." if len(bins) < 3 else "None")
+    rate.set(xlabel="time, or position in the log", ylabel="positive rate", title="positive rate")
+    rate.set_ylim(bottom=0)
+    for axes in (curves, sizes, rate):
+        axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)

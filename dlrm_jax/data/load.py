@@ -1,0 +1,100 @@
+"""Which data a run asks for, and how it is opened: a prepared dataset, a raw log read into memory, or generated."""
+
+import dataclasses
+import pathlib
+from collections.abc import Callable
+
+from dlrm_jax.config import ConfigError, require, require_choice
+from dlrm_jax.data import criteo, movielens, multi_hot, planted, synthetic
+from dlrm_jax.data.dataset import Dataset
+from dlrm_jax.data.prepared import is_prepared, open_prepared
+
+DATASETS = ("planted", "synthetic", "movielens_100k", "criteo_kaggle")
+_GENERATED = ("planted", "synthetic")
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Which data: the fields beyond `dataset` and `data_dir` each concern one data set (see dlrm_jax/flags.py)."""
+
+    dataset: str = "planted"
+    data_dir: str = ""
+    split: str = "random"
+    num_examples: int = 0
+    seed: int = 0
+    max_rows_per_table: int = 0
+    num_dense: int = 13
+    table_sizes: tuple[int, ...] = (1000,) * 8
+    hotness: tuple[int, ...] = (1,)
+    id_skew: float = 1.05
+    id_trace: str = ""
+    multi_hot: str = "none"
+    multi_hot_sizes: tuple[int, ...] = ()
+    multi_hot_distribution: str = "uniform"
+
+    def __post_init__(self) -> None:
+        require_choice("dataset", self.dataset, DATASETS)
+        require_choice("multi_hot", self.multi_hot, multi_hot.MULTI_HOT)
+        require_choice("multi_hot_distribution", self.multi_hot_distribution, multi_hot.DISTRIBUTIONS)
+        for field in ("num_examples", "max_rows_per_table"):
+            require(getattr(self, field) >= 0, f"{field} is {getattr(self, field)}; it must not be negative")
+        require(
+            self.dataset in _GENERATED or bool(self.data_dir),
+            f"--data_dir is missing; dataset {self.dataset} needs the directory of its raw files, or a prepared one",
+        )
+        require(
+            (self.multi_hot == "none") == (not self.multi_hot_sizes),
+            "multi_hot and multi_hot_sizes go together: give both or none",
+        )
+
+
+def load_dataset(config: DataConfig) -> Dataset:
+    """Open, read, or generate the data set that `config` names."""
+    dataset = _load(config)
+    if config.multi_hot == "none":
+        return dataset
+    return multi_hot.expand_dataset(
+        dataset, config.multi_hot_sizes, config.multi_hot_distribution, config.multi_hot == "virtual"
+    )
+
+
+def _load(config: DataConfig) -> Dataset:
+    directory = pathlib.Path(config.data_dir)
+    if config.data_dir and is_prepared(directory):
+        return _open_prepared(config, directory)
+    if config.dataset in _GENERATED and config.data_dir:
+        unfinished = (directory / "staging").exists()
+        what = (
+            "an unfinished preparation: run the same dlrm_jax.prepare again"
+            if unfinished
+            else (
+                "no prepared data set (python -m dlrm_jax.prepare makes one); for a raw log say which --dataset it is"
+            )
+        )
+        raise ConfigError(f"--data_dir={config.data_dir} holds {what}")
+    readers: dict[str, Callable[[], Dataset]] = {
+        "planted": lambda: planted.generate(config.seed, config.num_examples or planted.DEFAULT_EXAMPLES),
+        "synthetic": lambda: synthetic.generate(
+            synthetic.Spec(config.num_dense, config.table_sizes, config.hotness, config.id_skew, config.id_trace),
+            config.seed,
+            config.num_examples or synthetic.DEFAULT_EXAMPLES,
+        ),
+        "movielens_100k": lambda: movielens.read(config.data_dir, config.split),
+        "criteo_kaggle": lambda: criteo.read(config.data_dir, config.max_rows_per_table),
+    }
+    return readers[config.dataset]()
+
+
+def _open_prepared(config: DataConfig, directory: pathlib.Path) -> Dataset:
+    for field in ("split", "num_examples", "max_rows_per_table"):
+        default = DataConfig.__dataclass_fields__[field].default
+        require(
+            getattr(config, field) == default,
+            f"--{field}={getattr(config, field)} has no effect on the prepared {directory}: say it when preparing",
+        )
+    dataset = open_prepared(directory)
+    require(
+        config.dataset in ("planted", dataset.name),
+        f"--dataset={config.dataset}, but {directory} holds {dataset.name}; leave --dataset out",
+    )
+    return dataset

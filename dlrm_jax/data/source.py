@@ -1,0 +1,115 @@
+"""What every reader of a log gives: chunks of rows that a worker thread turns into columns."""
+
+import dataclasses
+import glob
+import pathlib
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn, Protocol
+
+import pyarrow as pa
+
+from dlrm_jax.config import ConfigError
+
+
+@dataclasses.dataclass(frozen=True)
+class BadRow:
+    """A row that cannot be used. `row` counts the chunk's rows from 0; `line` the file's lines from 1, if known."""
+
+    row: int
+    line: int | None
+    reason: str
+    column: str = ""
+    value: str | None = None
+    unit: str = "line"
+
+    def describe(self, path: str) -> str:
+        """File, line, column, value and reason, in one line."""
+        where = path + (f", {self.unit} {self.line}" if self.line is not None else f", row {self.row} of its part")
+        where += f", column {self.column}" if self.column else ""
+        value = "" if self.value is None else f"{self.value[:80]!r} "
+        return f"{where}: {value}{self.reason}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Columns:
+    """A chunk's rows: `arrays` by column name; `num_rows` counts the bad ones too, `row_R` numbers those that are left.
+
+    `line_of` tells the line of a row (numbered as in `row_R`), for error texts; it may be slow.
+    """
+
+    arrays: dict[str, pa.Array]
+    row_R: Any
+    num_rows: int
+    bad: list[BadRow]
+    line_of: Callable[[int], int | None]
+    unit: str = "line"
+
+
+@dataclasses.dataclass(frozen=True)
+class Position:
+    """Where a chunk begins: file, offset within (bytes of its text, or rows), and the line there, from 1."""
+
+    file: int = 0
+    offset: int = 0
+    line: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Chunk:
+    """Rows not yet parsed. `next` is where the following chunk begins; `done` the log's bytes read so far."""
+
+    file: int
+    next: Position
+    done: int
+    parse: Callable[[], Columns]
+
+
+class Source(Protocol):
+    """A log: files that are read from any position on."""
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The log's files."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Their size."""
+
+    def chunks(self, start: Position) -> Iterator[Chunk]:
+        """Chunks from `start` on; their borders depend on the files alone."""
+
+
+def expand(patterns: str, what: str = "--input") -> tuple[str, ...]:
+    """The files that comma-separated globs name, each pattern's in natural order (day_2 before day_10)."""
+    paths: list[str] = []
+    for pattern in filter(None, patterns.split(",")):
+        found = sorted(glob.glob(pattern, recursive=True), key=_natural) if glob.has_magic(pattern) else [pattern]
+        if not found or not pathlib.Path(found[0]).exists():
+            raise ConfigError(f"{what}={pattern} matches no file")
+        paths += found
+    if not paths:
+        raise ConfigError(f"{what} is missing; it names the log's files")
+    return tuple(dict.fromkeys(paths))
+
+
+def _natural(path: str) -> list[Any]:
+    parts: list[Any] = [""]
+    for character in path:
+        if character.isdecimal() == parts[-1].isdecimal():
+            parts[-1] += character
+        else:
+            parts.append(character)
+    return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in parts]
+
+
+def require_columns(path: str, names: list[str], needed: list[str]) -> None:
+    """ConfigError naming the first needed column that a file lacks."""
+    for name in needed:
+        if name not in names:
+            shown = ", ".join(names[:40]) + (", ..." if len(names) > 40 else "")
+            raise ConfigError(f"{path} has no column {name!r}; it has {shown}")
+
+
+def refuse(path: str, error: Exception) -> NoReturn:
+    """Raise what a library said of a file, as one line."""
+    raise ConfigError(f"{path}: {' '.join(str(error).split())[:300]}") from error

@@ -1,0 +1,258 @@
+"""Delimited text and JSON lines, plain or compressed: cut into chunks of whole records, parsed by pyarrow or json."""
+
+import functools
+import json
+import pathlib
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pyarrow as pa
+from pyarrow import csv
+
+from dlrm_jax.config import ConfigError
+from dlrm_jax.data.records import CHUNK_BYTES, open_binary, read_head, record_end, record_starts, skip
+from dlrm_jax.data.schema import Schema
+from dlrm_jax.data.source import BadRow, Chunk, Columns, Position, refuse, require_columns
+
+MAX_RECORD_BYTES = 64 << 20
+
+
+class TextSource:
+    """Records of text files. With a quote character, records may span lines."""
+
+    def __init__(
+        self, paths: tuple[str, ...], schema: Schema, is_json: bool = False, chunk_bytes: int = CHUNK_BYTES
+    ) -> None:
+        self.paths = paths
+        self.num_bytes = sum(pathlib.Path(path).stat().st_size for path in paths)
+        self._schema, self._chunk_bytes = schema, chunk_bytes
+        self._needed = schema.source_columns()
+        self._json = is_json
+        self._delimiter = schema.delimiter or guess_delimiter(paths[0])
+        # A quote that no file uses in its first bytes may still come later: only a schema without one turns it off.
+        self._quote = b"" if self._json else schema.quote.encode()
+
+    def chunks(self, start: Position) -> Iterator[Chunk]:
+        """Chunks from `start` on."""
+        done = sum(pathlib.Path(path).stat().st_size for path in self.paths[: start.file])
+        for file in range(start.file, len(self.paths)):
+            position = start if file == start.file else Position(file)
+            yield from self._file_chunks(file, position, done)
+            done += pathlib.Path(self.paths[file]).stat().st_size
+
+    def _file_chunks(self, file: int, start: Position, done: int) -> Iterator[Chunk]:
+        path = self.paths[file]
+        columns = None if self._json else self._column_names(path)
+        offset, line = start.offset, start.line
+        for data, num_lines, raw_position in self._records(path, offset):
+            body, first_line = data, line
+            if offset == 0:
+                body = body.removeprefix(b"\xef\xbb\xbf")
+                if columns is not None and self._schema.header:
+                    end = record_end(body, self._quote, 1)
+                    first_line += body[:end].count(b"\n")
+                    body = body[end:]
+            offset, line = offset + len(data), line + num_lines
+            following = Position(file, offset, line)
+            parse: Callable[[], Columns]
+            if columns is None:
+                parse = functools.partial(_parse_json, body, first_line, self._needed)
+            else:
+                parse = functools.partial(self._parse, path, body, first_line, columns)
+            yield Chunk(file, following, done + raw_position, parse)
+
+    def _records(self, path: str, offset: int) -> Iterator[tuple[bytes, int, int]]:
+        """(bytes of whole records, their newlines, position in the file itself) from `offset` on."""
+        try:
+            raw, stream = open_binary(path)
+            with raw:
+                skip(stream, offset)
+                rest = b""
+                while True:
+                    block = stream.read(self._chunk_bytes)
+                    data = rest + block
+                    end = record_end(data, self._quote) if block else len(data)
+                    if end:
+                        yield data[:end], data.count(b"\n", 0, end), raw.tell()
+                    if not block:
+                        return
+                    rest = data[end:]
+                    if len(rest) > MAX_RECORD_BYTES:
+                        raise ConfigError(
+                            f"{path}: a record does not end within {MAX_RECORD_BYTES >> 20} MB after byte "
+                            f"{offset}; an unclosed quote, or not a text file with lines"
+                        )
+                    offset += end
+        except (OSError, EOFError) as error:
+            refuse(path, error)
+
+    def _column_names(self, path: str) -> tuple[str, ...]:
+        names = self._schema.columns
+        if self._schema.header:
+            names = read_header(path, self._delimiter, self._schema.quote)
+        require_columns(path, list(names), self._needed)
+        return names
+
+    def _parse(self, path: str, data: bytes, first_line: int, names: tuple[str, ...]) -> Columns:
+        line_of = functools.partial(_line_of_record, data, self._quote, first_line)
+        refused: list[csv.InvalidRow] = []
+        undecodable: dict[int, BadRow] = {}
+
+        def skip_row(row: csv.InvalidRow) -> str:
+            refused.append(row)
+            return "skip"
+
+        try:
+            table = self._read_csv(data, names, skip_row)
+        except pa.ArrowInvalid:
+            # One byte that is no UTF-8 fails the whole chunk: find such records, blank them, read again.
+            data, undecodable = _blank_undecodable(data, self._quote, line_of)
+            refused.clear()
+            try:
+                table = self._read_csv(data, names, skip_row)
+            except pa.ArrowInvalid as error:
+                raise ConfigError(f"{path}, from line {first_line}: {' '.join(str(error).split())[:300]}") from error
+        num_rows = table.num_rows + len(refused)
+        bad_rows = [row.number - 1 for row in refused]
+        row_R = np.delete(np.arange(num_rows), bad_rows) if bad_rows else np.arange(num_rows)
+        bad = [
+            undecodable.get(row.number - 1)
+            or BadRow(
+                row.number - 1,
+                line_of(row.number - 1),
+                f"{row.actual_columns} columns; expected {row.expected_columns}",
+            )
+            for row in refused
+        ]
+        arrays = {name: _one_chunk(table[name]) for name in self._needed}
+        return Columns(arrays, row_R, num_rows, bad, line_of)
+
+    def _read_csv(self, data: bytes, names: tuple[str, ...], skip_row: Callable[[csv.InvalidRow], str]) -> pa.Table:
+        # Each column arrives as its distinct texts and an index: whatever is done to a text is done once a chunk.
+        text = pa.dictionary(pa.int32(), pa.string())
+        if not data.strip(b"\r\n"):
+            return pa.table({name: pa.array([], text) for name in self._needed})
+        return csv.read_csv(
+            pa.BufferReader(data),
+            # A column named twice is read once; one thread, as the chunks themselves run in parallel.
+            csv.ReadOptions(column_names=_unique(names), use_threads=False, block_size=len(data) + 1),
+            csv.ParseOptions(
+                delimiter=self._delimiter,
+                quote_char=self._schema.quote or False,
+                newlines_in_values=bool(self._quote) and self._quote in data,
+                invalid_row_handler=skip_row,
+            ),
+            csv.ConvertOptions(
+                column_types=dict.fromkeys(self._needed, text),
+                include_columns=self._needed,
+                strings_can_be_null=False,
+                check_utf8=not data.isascii(),  # Seen in no time, where the check takes a tenth of the parsing.
+            ),
+        )
+
+
+def _unique(names: tuple[str, ...]) -> list[str]:
+    seen: dict[str, int] = {}
+    out = []
+    for name in names:
+        count = seen[name] = seen.get(name, 0) + 1
+        out.append(name if count == 1 else f"{name}#{count}")
+    return out
+
+
+def _one_chunk(column: pa.ChunkedArray) -> pa.Array:
+    # Columns of one small block; a chunked column would have a dictionary for each of its chunks.
+    combined = column.unify_dictionaries().combine_chunks()
+    return combined.chunk(0) if isinstance(combined, pa.ChunkedArray) else combined
+
+
+def guess_delimiter(path: str) -> str:
+    """Tab where the first line has one, else the commonest of , ; | in it."""
+    first = read_head(path, 1 << 16).split(b"\n")[0].decode("utf8", "replace")
+    return "\t" if "\t" in first else max(",;|", key=first.count)
+
+
+def read_header(path: str, delimiter: str, quote: str) -> tuple[str, ...]:
+    """The names in a file's first line."""
+    head = read_head(path, 1 << 20)
+    first = head.removeprefix(b"\xef\xbb\xbf")
+    first = first[: record_end(first, quote.encode(), 1) or len(first)]
+    if not first.strip():
+        raise ConfigError(f"{path} is empty; expected a header and rows")
+    try:
+        table = csv.read_csv(
+            pa.BufferReader(first.rstrip(b"\r\n") + b"\n"),
+            csv.ReadOptions(autogenerate_column_names=True),
+            csv.ParseOptions(delimiter=delimiter, quote_char=quote or False, newlines_in_values=bool(quote)),
+            csv.ConvertOptions(column_types={f"f{i}": pa.string() for i in range(first.count(delimiter.encode()) + 1)}),
+        )
+    except pa.ArrowInvalid as error:
+        refuse(f"{path}, line 1", error)
+    return tuple(str(column[0].as_py()).strip() for column in table.columns)
+
+
+def _line_of_record(data: bytes, quote: bytes, first_line: int, row: int) -> int:
+    starts = record_starts(data, quote)
+    return first_line + data.count(b"\n", 0, starts[min(row, len(starts) - 1)])
+
+
+def _blank_undecodable(
+    data: bytes, quote: bytes, line_of: Callable[[int], int | None]
+) -> tuple[bytes, dict[int, BadRow]]:
+    """Records that are no UTF-8 replaced by one byte, which then has too few columns; and what is wrong with each."""
+    starts = record_starts(data, quote)
+    out, bad = [], {}
+    for row, (start, stop) in enumerate(zip(starts, [*starts[1:], len(data)], strict=True)):
+        record = data[start:stop]
+        try:
+            record.decode("utf8")
+        except UnicodeDecodeError as error:
+            bad[row] = BadRow(row, line_of(row), f"byte 0x{record[error.start]:02x} is not UTF-8")
+            record = b"?\n"
+        out.append(record)
+    return b"".join(out), bad
+
+
+def _parse_json(data: bytes, first_line: int, needed: list[str]) -> Columns:
+    values: list[dict] = []
+    bad, rows, lines = [], [], {}
+    row = 0
+    for number, line in enumerate(data.split(b"\n"), first_line):
+        if not line.strip():
+            continue
+        try:
+            values.append(_json_object(line))
+            rows.append(row)
+            lines[row] = number
+        except (ValueError, RecursionError) as error:
+            bad.append(BadRow(row, number, f"not a JSON object: {str(error)[:100]}"))
+        row += 1
+    arrays = {name: _json_column([object_.get(name) for object_ in values]) for name in needed}
+    return Columns(arrays, np.asarray(rows, np.int64), row, bad, lines.get)
+
+
+def _json_object(line: bytes) -> dict:
+    values = json.loads(line)
+    if not isinstance(values, dict):
+        raise ValueError(f"it is a {type(values).__name__}")
+    if b"\\u" in line:  # An escaped half of a surrogate pair is no text.
+        json.dumps(values, ensure_ascii=False).encode()
+    return values
+
+
+def _json_column(values: list) -> pa.Array:
+    """Texts, or lists of texts where any value is a list; a number is written as JSON writes it."""
+    if any(isinstance(value, list) for value in values):
+        items = [value if value is None or isinstance(value, list) else [value] for value in values]
+        return pa.array(
+            [None if bag is None else [_json_text(item) for item in bag] for bag in items], pa.list_(pa.string())
+        )
+    return pa.array([_json_text(value) for value in values], pa.string()).dictionary_encode()
+
+
+def _json_text(value: object) -> str | None:
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
+        return str(int(value))
+    return json.dumps(value, ensure_ascii=False)

@@ -1,0 +1,166 @@
+"""Prepare a click log for training: `python -m dlrm_jax.prepare --input='day_*.gz' --output=data/x --schema=infer`."""
+
+import dataclasses
+import os
+import pathlib
+import sys
+import time
+
+from absl import flags
+from tqdm import tqdm
+
+from dlrm_jax import commands
+from dlrm_jax.config import ConfigError
+from dlrm_jax.data import schema_io
+from dlrm_jax.data.blocks import COMPRESSIONS
+from dlrm_jax.data.preparation import BAD_ROW_POLICIES, Options, Progress, prepare
+from dlrm_jax.data.presets import PRESETS
+from dlrm_jax.data.schema import Schema
+from dlrm_jax.data.source import expand
+
+FLAGS = flags.FLAGS
+_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+
+
+def define_flags() -> None:
+    """Define this command's flags."""
+    presets = "; ".join(f"{name}: {text}" for name, (text, _) in PRESETS.items())
+    flags.DEFINE_string("input", "", "Files or globs, separated by commas; plain, gzip, zstd or bz2.")
+    flags.DEFINE_string("output", "", "The new dataset's directory; the same command goes on in it after a stop.")
+    flags.DEFINE_string(
+        "schema",
+        "infer",
+        f"A YAML or JSON file; infer, which guesses and writes OUTPUT/schema.yaml with its reasons; or {presets}.",
+    )
+    flags.DEFINE_enum(
+        "on_bad_row", "error", BAD_ROW_POLICIES, "A row that cannot be used ends the run, or is left out and counted."
+    )
+    flags.DEFINE_string("max_memory", "", "Upper limit for memory, as 4GB; the run ends clearly before it goes beyond.")
+    flags.DEFINE_enum("compression", "none", COMPRESSIONS, "Of the records: zstd halves the disk, none reads faster.")
+    flags.DEFINE_string("describe", "", "Show the statistics of this prepared dataset as a table and pictures instead.")
+
+
+def main() -> None:
+    """Flags to schema and options; prepare; say what there is now."""
+    if FLAGS.describe:
+        from dlrm_jax.data.describe import describe  # Draws pictures, which takes a second to import.
+
+        print(describe(pathlib.Path(FLAGS.describe)))
+        return
+    if not FLAGS.output:
+        raise ConfigError("--output is missing; it names the new dataset's directory")
+    output = pathlib.Path(FLAGS.output)
+    options = Options(FLAGS.on_bad_row, parse_bytes(FLAGS.max_memory), FLAGS.compression)
+    paths = expand(FLAGS.input)
+    schema = choose_schema(FLAGS.schema, paths)
+    for reason in schema.reasons:
+        print(f"schema: {reason}", file=sys.stderr)
+    start = time.perf_counter()
+    with _Bar() as bar:
+        statistics = prepare(paths, output, schema, options, bar.show)
+    _print_summary(output, statistics, time.perf_counter() - start)
+
+
+def choose_schema(name: str, paths: tuple[str, ...]) -> Schema:
+    """The schema that --schema names."""
+    if name == "infer":
+        from dlrm_jax.data.infer import infer
+
+        return infer(paths)
+    if name in PRESETS:
+        schema = PRESETS[name][1]()
+        if schema.format == "mlperf_multi_hot":
+            from dlrm_jax.data.array_source import fit_hotness
+
+            return fit_hotness(schema, paths[0])
+        if schema.format == "text" and schema.columns and _has_header(paths[0], schema):
+            return dataclasses.replace(schema, header=True, columns=(), delimiter=",", quote='"')
+        return schema
+    path = pathlib.Path(name)
+    if path.is_file():
+        return schema_io.load(path)
+    raise ConfigError(f"--schema={name} is neither a file, nor infer, nor one of {', '.join(PRESETS)}")
+
+
+def _has_header(path: str, schema: Schema) -> bool:
+    """Whether a file that usually has no header has one (as the public sample of Criteo's log, a CSV)."""
+    from dlrm_jax.data.records import read_head
+
+    first = read_head(path, 1 << 16).split(b"\n")[0].decode("utf8", "replace")
+    return set(schema.source_columns()) <= {name.strip().strip('"') for name in first.split(",")}
+
+
+def parse_bytes(text: str) -> int:
+    """`4GB`, `512M` or plain bytes; 0 for nothing."""
+    upper = text.strip().upper().removesuffix("B").removesuffix("I")
+    unit = upper[-1:] if upper[-1:].isalpha() else ""
+    try:
+        value = float(upper.removesuffix(unit) or "0") * _UNITS[unit]
+    except (KeyError, ValueError):
+        raise ConfigError(f"--max_memory={text} is no amount of memory, as 4GB or 512MB") from None
+    if not 0 <= value < 2**63:
+        raise ConfigError(f"--max_memory={text} is no amount of memory, as 4GB or 512MB")
+    return int(value)
+
+
+class _Bar:
+    """One bar a pass with rows/s and time left on a terminal, and a plain line every few seconds elsewhere."""
+
+    def __init__(self) -> None:
+        self._terminal = sys.stderr.isatty()
+        self._bar: tqdm | None = None
+        self._phase = ""
+        self._start = self._last = time.perf_counter()
+        self._start_rows = 0
+        self._start_fraction = 0.0
+
+    def __enter__(self) -> "_Bar":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def show(self, progress: Progress) -> None:
+        """Show how far it is."""
+        now = time.perf_counter()
+        if progress.phase != self._phase:
+            self._phase, self._start, self._last = progress.phase, now, now
+            self._start_rows, self._start_fraction = progress.rows, progress.fraction
+            if self._bar is not None:
+                self._bar.close()
+            layout = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}, {remaining} left{postfix}"
+            self._bar = tqdm(total=1.0, desc=progress.phase, bar_format=layout, disable=not self._terminal)
+        seconds, done = max(now - self._start, 1e-9), progress.fraction - self._start_fraction
+        rate = (progress.rows - self._start_rows) / seconds
+        if self._bar is not None and self._terminal:
+            self._bar.set_postfix_str(f"{progress.rows:,} rows, {rate:,.0f} rows/s", refresh=False)
+            self._bar.update(progress.fraction - self._bar.n)
+        elif now - self._last > 5 and done > 0:
+            self._last = now
+            left = (1 - progress.fraction) * seconds / done
+            rows = f"{progress.rows:,} rows  {rate:,.0f} rows/s  {left:.0f} s left"
+            print(f"{progress.phase} {progress.fraction:.0%}  {rows}", file=sys.stderr, flush=True)
+
+
+def _print_summary(output: pathlib.Path, statistics: dict, seconds: float) -> None:
+    skipped = statistics["skipped"]
+    if skipped["rows"]:
+        print(f"skipped {skipped['rows']:,} rows:")
+        for reason, count in sorted(skipped["reasons"].items(), key=lambda item: -item[1])[:20]:
+            print(f"  {count:,}  {reason}")
+        print(f"  the first: {skipped['examples'][0]}")
+    for name, feature in statistics["features"].items():
+        if feature["truncated_ids"]:
+            print(f"{name}: {feature['truncated_ids']:,} ids beyond hotness {feature['hotness']} were left out")
+    splits = statistics["splits"]
+    rows = sum(split["rows"] for split in splits.values())
+    parts = ", ".join(f"{name} {split['rows']:,}" for name, split in splits.items())
+    tables = statistics["tables"].values()
+    print(f"{rows:,} rows ({parts}), {len(tables)} tables of {sum(table['rows'] for table in tables):,} rows in all")
+    print(f"prepared in {seconds:.1f} s ({rows / seconds:,.0f} rows/s); train with --data_dir={os.fspath(output)}")
+
+
+if __name__ == "__main__":
+    define_flags()
+    commands.run_command(main)
