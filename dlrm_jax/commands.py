@@ -24,7 +24,7 @@ def run_command(main: Callable[[], None]) -> None:
                 raise ConfigError(f"unexpected argument {argv[1]!r}; flags look like --name=value")
             main()
         except (ConfigError, OSError) as error:
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)  # One line, whatever a value holds.
             sys.exit(1)
         except KeyboardInterrupt:
             # Before training, and the second Ctrl-C: what was saved is whole, what was not is lost.

@@ -86,7 +86,7 @@ def infer(paths: tuple[str, ...]) -> Schema:
     dense, sparse = _features([c for c in rest if c.name not in (weight, time)], reasons)
     if not sparse:
         raise ConfigError(
-            f"{paths[0]}: found no categorical column among {', '.join(names[:20])}; write a schema that names one"
+            f"{paths[0]}: found no categorical column among {' '.join(', '.join(names[:20]).split())[:300]}; write a schema that names one"
         )
     return Schema(
         name="click_log",

@@ -131,6 +131,9 @@ def _finished(output: pathlib.Path, job: dict[str, Any]) -> dict[str, Any]:
             f"{output} holds a dataset prepared from something else (now != then): {'; '.join(different[:6])}; "
             "choose another --output or delete it"
         )
+    # A run that was killed at the very end left these.
+    shutil.rmtree(output / "staging", ignore_errors=True)
+    (output / ".lock").unlink(missing_ok=True)
     return read_json(output / "statistics.json")
 
 

@@ -106,7 +106,7 @@ def require_columns(path: str, names: list[str], needed: list[str]) -> None:
     """ConfigError naming the first needed column that a file lacks."""
     for name in needed:
         if name not in names:
-            shown = ", ".join(names[:40]) + (", ..." if len(names) > 40 else "")
+            shown = " ".join(", ".join(names[:40]).split())[:500] + (", ..." if len(names) > 40 else "")
             raise ConfigError(f"{path} has no column {name!r}; it has {shown}")
 
 

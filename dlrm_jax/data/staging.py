@@ -7,8 +7,11 @@ DIR/staging/000007.vocab   keys that these rows brought to the vocabularies, in 
 
 import dataclasses
 import json
+import logging
 import os
 import pathlib
+import re
+import shutil
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -19,6 +22,7 @@ from dlrm_jax.config import ConfigError, differences
 
 _VOCAB_SCHEMA = pa.schema([("key", pa.uint64()), ("check", pa.uint64()), ("text", pa.large_string())])
 _META = b"dlrm_jax"
+_LOG = logging.getLogger("dlrm_jax")
 
 
 @dataclasses.dataclass
@@ -43,16 +47,25 @@ class Staging:
         self.directory = output / "staging"
 
     def begin(self, job: dict[str, Any]) -> None:
-        """Create the folder, or go on in one that was left; ConfigError if that one is of another job."""
+        """Create the folder, or go on in one that was left; ConfigError if that one is of another job.
+
+        If the log itself has changed since, what was staged of it is of no use, and it begins anew.
+        """
         path = self.directory / "job.json"
         if path.exists():
-            different = differences(job, json.loads(path.read_text()))
-            if different:
+            then = json.loads(path.read_text())
+            if then["on_bad_row"] == "error":
+                then["on_bad_row"] = job["on_bad_row"]  # So far there was no bad row, so nothing to decide about.
+            different = differences(job, then)
+            changed = all(re.match(r"modified|inputs\[\d+\]\.bytes", line) for line in different)
+            if different and self.num_files() and not changed:
                 raise ConfigError(
                     f"{self.directory} holds an unfinished preparation of something else (now != then): "
                     f"{'; '.join(different[:6])}; delete it to start anew, or give the same input and settings"
                 )
-            return
+            if different:
+                _LOG.info("%s: the log has changed since the last attempt; starting anew", self.directory)
+                shutil.rmtree(self.directory)
         self.directory.mkdir(parents=True, exist_ok=True)
         write_whole(path, json.dumps(job, indent=1).encode())
 

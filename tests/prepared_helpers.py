@@ -1,0 +1,48 @@
+"""Prepare small logs in tests, and read back what came of them."""
+
+import hashlib
+import pathlib
+
+import numpy as np
+
+from dlrm_jax.data.preparation import Options, prepare
+from dlrm_jax.data.prepared import open_prepared
+from dlrm_jax.data.schema import Dense, Label, Schema, Sparse, Split
+
+ALL_TRAIN = Split("files", test_files="nothing")
+
+
+def schema(**changes) -> Schema:
+    """label, one dense column x, one sparse column c; everything is train."""
+    fields = {"name": "log", "label": Label("label"), "dense": (Dense("x"),), "sparse": (Sparse("c"),)}
+    return Schema(**(fields | {"split": ALL_TRAIN} | changes))
+
+
+def prepare_text(
+    directory: pathlib.Path, text: str | bytes, of: Schema, name: str = "log.csv", **options
+) -> pathlib.Path:
+    """Write `text` to a file and prepare it; the output directory."""
+    path = directory / name
+    path.write_bytes(text.encode() if isinstance(text, str) else text)
+    output = directory / "out"
+    prepare((str(path),), output, of, Options(**options))
+    return output
+
+
+def rows_of(output: pathlib.Path, split: str = "train"):
+    """All rows of a split, in order, in memory."""
+    source = open_prepared(output).splits[split]
+    return source.read(np.arange(-(-len(source) // 4096)))
+
+
+def csv_rows(rows: list[tuple]) -> str:
+    return "label,x,c\n" + "".join(",".join(map(str, row)) + "\n" for row in rows)
+
+
+def digest(directory: pathlib.Path) -> dict[str, str]:
+    """A hash of every file below a directory, by its path there."""
+    return {
+        str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(directory.rglob("*"))
+        if path.is_file()
+    }
