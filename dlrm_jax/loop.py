@@ -128,7 +128,8 @@ def train(
                 losses.flush()
                 clock.lap(speed, step)
             if at_log:
-                log.write(step, "train", {"loss": losses.mean(), "learning_rate": float(step_metrics["learning_rate"])})
+                rate, wait = float(step_metrics["learning_rate"]), speed.summary()["input_wait_fraction"]
+                log.write(step, "train", {"loss": losses.mean(), "learning_rate": rate, "input_wait_fraction": wait})
             if at_eval:
                 evaluate_progress(run, state, step, progress, checkpoints, log)
             if at_checkpoint or stop_signal or progress.stopped:
@@ -169,7 +170,7 @@ def evaluate_progress(
 
 def record_of(run: Run, progress: Progress) -> dict[str, Any]:
     """What a checkpoint says besides the state."""
-    return {"identity": run.identity, "progress": dataclasses.asdict(progress)}
+    return {"identity": run.identity, "progress": dataclasses.asdict(progress), "schema": run.dataset.schema}
 
 
 def final_result(

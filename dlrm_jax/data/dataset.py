@@ -74,6 +74,7 @@ class Dataset:
     `table_sizes` maps table name to rows; `optimum`, where the data was planted, holds per split the AUC and
     log loss of the teacher's own probabilities, which no model can beat in expectation. `checksum` stands for all
     values where they are not in memory. `expander`, where given, makes bags of the one-hot ids, batch by batch.
+    `schema` says what the raw log's columns were (schema_io.to_dict); checkpoints keep it.
     """
 
     name: str
@@ -84,6 +85,7 @@ class Dataset:
     optimum: Mapping[str, Mapping[str, float]] | None = None
     checksum: str = ""
     expander: "BatchExpander | None" = None
+    schema: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         for name in SPLITS:

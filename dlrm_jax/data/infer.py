@@ -85,9 +85,8 @@ def infer(paths: tuple[str, ...]) -> Schema:
         reasons.append(f"{time} is the timestamp by its name; the last tenth in time is test, the tenth before val")
     dense, sparse = _features([c for c in rest if c.name not in (weight, time)], reasons)
     if not sparse:
-        raise ConfigError(
-            f"{paths[0]}: found no categorical column among {' '.join(', '.join(names[:20]).split())[:300]}; write a schema that names one"
-        )
+        shown = " ".join(", ".join(names[:20]).split())[:300]
+        raise ConfigError(f"{paths[0]}: no categorical column among {shown}; write a schema that names one")
     return Schema(
         name="click_log",
         label=label,

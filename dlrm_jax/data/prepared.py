@@ -13,7 +13,7 @@ from dlrm_jax.config import ConfigError
 from dlrm_jax.data.blocks import BLOCK_ROWS
 from dlrm_jax.data.dataset import SPLITS, Dataset, Split
 from dlrm_jax.data.schema import Schema
-from dlrm_jax.data.schema_io import from_dict
+from dlrm_jax.data.schema_io import from_dict, to_dict
 from dlrm_jax.data.windows import blocked_windows
 
 WINDOW_BLOCKS = 32
@@ -132,5 +132,6 @@ def open_prepared(directory: pathlib.Path) -> Dataset:
         features=features,
         table_sizes=sizes,
         splits=splits,
+        schema=to_dict(schema),
         checksum="-".join(statistics["splits"][name]["checksum"] for name in SPLITS),
     )

@@ -1,11 +1,13 @@
 """Bytes of text files: streams of compressed ones, and where records end."""
 
 import io
+import pathlib
 import re
 
 import numpy as np
 import pyarrow as pa
 
+from dlrm_jax.config import ConfigError
 from dlrm_jax.data.source import refuse
 
 CHUNK_BYTES = 8 << 20
@@ -25,7 +27,9 @@ def open_binary(path: str) -> tuple[io.FileIO, pa.NativeFile | io.FileIO]:
 
 
 def read_head(path: str, num_bytes: int) -> bytes:
-    """The first bytes of a file's text."""
+    """The first bytes of a file's text; ConfigError for what is no file."""
+    if not pathlib.Path(path).is_file():
+        raise ConfigError(f"--input: {path} is not a file; give files or a glob such as {path}/*")
     try:
         return open_binary(path)[1].read(num_bytes)
     except (OSError, EOFError) as error:

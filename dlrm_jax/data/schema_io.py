@@ -59,25 +59,25 @@ def _build(kind: Any, values: Any, where: str) -> Any:
     require(not unknown, f"{where}: unknown {', '.join(unknown)}; known are {', '.join(fields)}")
     missing = [name for name, f in fields.items() if f.default is dataclasses.MISSING and name not in values]
     require(not missing, f"{where}: {', '.join(missing)} is missing")
-    return kind(**{name: _typed(value, str(fields[name].type), f"{where}: {name}") for name, value in values.items()})
+    return kind(**{name: _typed(value, fields[name].type, f"{where}: {name}") for name, value in values.items()})
 
 
-def _typed(value: Any, kind: str, where: str) -> Any:
+def _typed(value: Any, kind: Any, where: str) -> Any:
     """`value` as the field's type, where nothing is lost by it."""
-    if kind.startswith("tuple[str"):
+    if kind == tuple[str, ...]:
         value = [value] if isinstance(value, str | int | float) else value
         require(isinstance(value, list | tuple), f"{where} is {value!r}; expected a list")
         return tuple(_text(item, where) for item in value)
-    if kind == "str":
+    if kind is str:
         return _text(value, where)
-    if kind == "bool":
+    if kind is bool:
         require(isinstance(value, bool), f"{where} is {value!r}; expected true or false")
-    elif kind == "int":
+    elif kind is int:
         require(
             isinstance(value, int) and not isinstance(value, bool), f"{where} is {value!r}; expected a whole number"
         )
-    elif kind.startswith("float"):
-        optional = "None" in kind and value is None
+    elif kind in (float, float | None):
+        optional = kind is not float and value is None
         number = isinstance(value, int | float) and not isinstance(value, bool)
         require(optional or number, f"{where} is {value!r}; expected a number")
         return None if value is None else float(value)

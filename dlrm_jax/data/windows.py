@@ -24,19 +24,33 @@ def blocked_windows(
 
     Block b holds the rows from b * block_rows; `read` gives some blocks, one after the other, in memory.
     """
+    if not num_rows:
+        return
     num_blocks = -(-num_rows // block_rows)
-    order = np.random.default_rng((seed, epoch)).permutation(num_blocks) if shuffle else np.arange(num_blocks)
-    groups = [order[i : i + blocks_per_window] for i in range(0, num_blocks, blocks_per_window)]
-    ends = np.cumsum([int(np.minimum(num_rows - group * block_rows, block_rows).sum()) for group in groups])
-    first = int(np.searchsorted(ends, start, side="right"))
+    order = np.random.default_rng((seed, epoch)).permutation(num_blocks) if shuffle else None
+    last_place = num_blocks - 1 if order is None else int(np.flatnonzero(order == num_blocks - 1)[0])
+    missing = num_blocks * block_rows - num_rows  # From the last block; all others are full.
+
+    def first_row(group: int) -> int:
+        place = min(group * blocks_per_window, num_blocks)
+        return place * block_rows - (missing if last_place < place else 0)
+
+    def blocks(group: int) -> np.ndarray:
+        places = slice(group * blocks_per_window, min((group + 1) * blocks_per_window, num_blocks))
+        return np.arange(places.start, places.stop) if order is None else order[places]
+
+    num_groups = -(-num_blocks // blocks_per_window)
+    first = start // (blocks_per_window * block_rows)
+    while first < num_groups and first_row(first + 1) <= start:
+        first += 1
     with concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="read") as reader:
-        following = [reader.submit(read, group) for group in groups[first : first + 1]]
-        for i in range(first, len(groups)):
+        following = [reader.submit(read, blocks(group)) for group in range(first, min(first + 1, num_groups))]
+        for i in range(first, num_groups):
             window = following.pop().result()
-            following = [reader.submit(read, group) for group in groups[i + 1 : i + 2]]
+            following = [reader.submit(read, blocks(group)) for group in range(i + 1, min(i + 2, num_groups))]
             rng = np.random.default_rng((seed, epoch, i))
             rows = rng.permutation(len(window)) if shuffle else np.arange(len(window))
-            yield window, rows[max(start - (int(ends[i]) - len(window)), 0) :]
+            yield window, rows[max(start - first_row(i), 0) :]
 
 
 @dataclasses.dataclass(frozen=True)
