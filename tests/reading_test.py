@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from dlrm_jax.config import ConfigError
-from dlrm_jax.data import planted
+from dlrm_jax.data import blocks, planted
 from dlrm_jax.data.dataset import Split
 from dlrm_jax.data.pipeline import Prefetcher, eval_batches, rows_and_labels, steps_per_epoch, train_batches
 from dlrm_jax.data.prepared import open_prepared
@@ -162,3 +162,23 @@ def test_planted_log_is_the_same_in_memory_and_made_as_it_is_read(monkeypatch):
         ours = np.concatenate([batch.ids_BxK for batch in eval_batches(streamed.splits[name], 5_000)])
         np.testing.assert_array_equal(ours, in_memory.splits[name].ids_RxK)
     assert streamed.fingerprint() != planted.generate(4, 150_000).fingerprint()
+
+
+@pytest.mark.parametrize("rows", [0, 1, 100])
+def test_records_are_those_of_tfds_own_serializer(rows):
+    import tensorflow_datasets as tfds
+
+    spec = blocks.features(3, 5, weighted=True)
+    rng = np.random.default_rng(0)
+    block = {
+        "dense": rng.normal(size=(rows, 3)).astype(np.float32),
+        "ids": rng.integers(0, 9, (rows, 10)).astype(np.int32)[:, ::2],
+        "label": np.ones(rows, np.float32),
+        "weight": np.ones(rows, np.float32),
+        "row": np.arange(rows),
+    }
+    example = tfds.core.example_serializer.ExampleSerializer(spec.get_serialized_info())
+    theirs = example.get_tf_example(spec.encode_example(block)).SerializeToString(deterministic=True)
+    assert blocks.serialize(block) == theirs
+    for name, column in spec.deserialize_example_np(theirs).items():
+        np.testing.assert_array_equal(column, block[name])

@@ -22,7 +22,7 @@ from dlrm_jax.data.source import BadRow, Chunk, Columns, Position, Source
 from dlrm_jax.data.staging import Staging, wide_name
 from dlrm_jax.data.vocabulary import Vocabulary
 
-CHUNKS_PER_FILE = 8
+CHUNKS_PER_FILE = 4
 
 
 def parse_chunk(schema: Schema, chunk: Chunk, skip_bad: bool, vocabularies: dict[str, Vocabulary]) -> Parsed:

@@ -10,7 +10,7 @@ import pyarrow as pa
 from dlrm_jax.config import ConfigError
 from dlrm_jax.data.source import refuse
 
-CHUNK_BYTES = 8 << 20
+CHUNK_BYTES = 16 << 20
 _COMPRESSIONS = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bz2"}
 _NEWLINE, _CARRIAGE_RETURN = 10, 13
 

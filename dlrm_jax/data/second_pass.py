@@ -40,9 +40,6 @@ class SecondPass:
         self._tables = schema.tables()
         self._counts = Counts(schema, staging, num_files, splitter)
         self._plans: dict[str, TablePlan] = {}
-        num_slots = sum(feature.hotness for feature in schema.sparse)
-        self.spec = blocks.features(max(len(schema.dense), 1), num_slots, bool(schema.weight))
-        self._serialize = blocks.serializer(self.spec)
         self._least = float("inf")
         self._remaps: list[tuple[slice, np.ndarray]] = []
 
@@ -231,10 +228,10 @@ class SecondPass:
             count = sum(len(piece["label"]) for piece in held)
             if count >= blocks.BLOCK_ROWS:
                 block = {key: _joined([piece[key] for piece in held]) for key in part}
-                yield self._serialize({key: column[: blocks.BLOCK_ROWS] for key, column in block.items()})
+                yield blocks.serialize({key: column[: blocks.BLOCK_ROWS] for key, column in block.items()})
                 held = [{key: column[blocks.BLOCK_ROWS :] for key, column in block.items()}]
         if held and any(len(piece["label"]) for piece in held):
-            yield self._serialize({key: _joined([piece[key] for piece in held]) for key in held[0]})
+            yield blocks.serialize({key: _joined([piece[key] for piece in held]) for key in held[0]})
 
     def _parts(self, split: int, start: int, stop: int) -> Iterator[dict[str, np.ndarray]]:
         """The split's rows `start` to `stop`, finished, at most a block at once: so they stay in the cache."""

@@ -1,6 +1,7 @@
 """Delimited text and JSON lines, plain or compressed: cut into chunks of whole records, parsed by pyarrow or json."""
 
 import functools
+import io
 import json
 import pathlib
 from collections.abc import Callable, Iterator
@@ -67,17 +68,23 @@ class TextSource:
             raw, stream = open_binary(path)
             with raw:
                 skip(stream, offset)
-                rest = b""
+                rest, num_bytes = b"", self._chunk_bytes
                 while True:
-                    block = stream.read(self._chunk_bytes)
+                    block = stream.read(num_bytes)
                     data = rest + block
-                    end = record_end(data, self._quote) if block else len(data)
+                    last = not block or (stream is raw and len(block) < num_bytes)
+                    end = len(data) if last else record_end(data, self._quote)
                     if end:
                         yield data[:end], data.count(b"\n", 0, end), raw.tell()
-                    if not block:
+                    if last:
                         return
-                    rest = data[end:]
-                    if len(rest) > MAX_RECORD_BYTES:
+                    if stream is raw:  # Reading the rest once more is cheaper than moving all the data behind it.
+                        raw.seek(end - len(data), io.SEEK_CUR)
+                        rest = b""
+                        num_bytes = self._chunk_bytes if end else 2 * len(data)
+                    else:
+                        rest = data[end:]
+                    if not end and len(data) > MAX_RECORD_BYTES:
                         raise ConfigError(
                             f"{path}: a record does not end within {MAX_RECORD_BYTES >> 20} MB after byte "
                             f"{offset}; an unclosed quote, or not a text file with lines"
@@ -129,7 +136,7 @@ class TextSource:
     def _read_csv(self, data: bytes, names: tuple[str, ...], skip_row: Callable[[csv.InvalidRow], str]) -> pa.Table:
         # Each column arrives as its distinct texts and an index: whatever is done to a text is done once a chunk.
         text = pa.dictionary(pa.int32(), pa.string())
-        if not data.strip(b"\r\n"):
+        if not data.lstrip(b"\r\n"):  # Unlike strip, no copy.
             return pa.table({name: pa.array([], text) for name in self._needed})
         return csv.read_csv(
             pa.BufferReader(data),
