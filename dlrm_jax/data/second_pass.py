@@ -101,13 +101,12 @@ class SecondPass:
         num_keys = counts_SxV.shape[1] if values is None else len(values)
         plan, kept = plan_table(features, counts_SxV, num_keys)
         self._plans[name] = plan
-        final_SxV = np.zeros((3, plan.rows), np.int64)
         if values is None:
-            final_SxV[:, : counts_SxV.shape[1]] = counts_SxV[:, : plan.rows]
+            final_SxV = _widened(counts_SxV, plan.rows)
         else:
-            padded_SxV = np.zeros((3, num_keys), np.int64)
-            padded_SxV[:, : counts_SxV.shape[1]] = counts_SxV[:, :num_keys]
+            padded_SxV = _widened(counts_SxV, num_keys)
             first = int(features[0].oov)
+            final_SxV = np.zeros((3, plan.rows), counts_SxV.dtype)
             final_SxV[:, first : first + len(kept)] = padded_SxV[:, kept]
             infrequent_S = padded_SxV.sum(axis=1) - padded_SxV[:, kept].sum(axis=1)
             if first:
@@ -267,6 +266,13 @@ class SecondPass:
             ids_RxK[:, slots] = remap_V[ids_RxK[:, slots]]
         kept = {name: column for name, column in columns.items() if name in ("label", "row", "weight")}
         return {"dense": dense_RxN, "ids": ids_RxK} | kept
+
+
+def _widened(counts_SxV: np.ndarray, rows: int) -> np.ndarray:
+    """Counts of `rows` ids; those beyond what was counted never occurred."""
+    if counts_SxV.shape[1] >= rows:
+        return counts_SxV[:, :rows]
+    return np.pad(counts_SxV, ((0, 0), (0, rows - counts_SxV.shape[1])))
 
 
 def _joined(pieces: list[np.ndarray]) -> np.ndarray:

@@ -100,7 +100,10 @@ class Counts:
     def count_tables(self, tables: list[list[Sparse]]) -> list[np.ndarray]:
         """counts_SxV of some tables' provisional ids, given the features of each; fills `features` for these."""
         index_of = {feature.name: i for i, feature in enumerate(self._schema.sparse)}
-        counts = [np.zeros((3, features[0].size + 1), np.int64) for features in tables]
+        # Half the memory, where no id can occur 2^31 times.
+        most = self._splitter.num_rows * max(feature.hotness for features in tables for feature in features)
+        dtype = np.int32 if most * max(map(len, tables)) < 2**31 else np.int64
+        counts = [np.zeros((3, features[0].size + 1), dtype) for features in tables]
         for _, _, columns, codes in self._batches(["ids"]):
             ids_KxR = columns["ids"].T
             for i, features in enumerate(tables):
@@ -121,7 +124,7 @@ def _count_bag(
             f"ids: raw gives ids up to {top - 2:,}, so a table of that many rows; say ids: vocabulary or hash instead"
         )
     if top > counts_SxV.shape[1]:
-        grown = np.zeros((3, max(top, counts_SxV.shape[1] * 3 // 2)), np.int64)
+        grown = np.zeros((3, max(top, counts_SxV.shape[1] * 3 // 2)), counts_SxV.dtype)
         grown[:, : counts_SxV.shape[1]] = counts_SxV
         counts_SxV = grown
     empty_before_S = counts_SxV[:, 0].copy()
@@ -131,9 +134,9 @@ def _count_bag(
         rows_S[split] = len(parts[0])
         for ids in parts:
             if counts_SxV.shape[1] < 4 * len(ids):
-                counts_SxV[split] += np.bincount(ids + 1, minlength=counts_SxV.shape[1])
+                counts_SxV[split] += np.bincount(ids + 1, minlength=counts_SxV.shape[1]).astype(counts_SxV.dtype)
             else:
-                np.add.at(counts_SxV[split], ids + 1, 1)
+                np.add.at(counts_SxV[split], ids + 1, counts_SxV.dtype.type(1))
     empty_S = counts_SxV[:, 0] - empty_before_S
     into.lookups_S += rows_S * len(slots) - empty_S
     if len(slots) > 1:

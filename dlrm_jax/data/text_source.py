@@ -68,8 +68,10 @@ class TextSource:
             raw, stream = open_binary(path)
             with raw:
                 skip(stream, offset)
-                rest, num_bytes = b"", self._chunk_bytes
+                rest, larger = b"", 0
                 while True:
+                    # The first chunks are small, so that all cores soon have one.
+                    num_bytes = larger or self._chunk_bytes // (4 if offset < self._chunk_bytes else 1)
                     block = stream.read(num_bytes)
                     data = rest + block
                     last = not block or (stream is raw and len(block) < num_bytes)
@@ -81,7 +83,7 @@ class TextSource:
                     if stream is raw:  # Reading the rest once more is cheaper than moving all the data behind it.
                         raw.seek(end - len(data), io.SEEK_CUR)
                         rest = b""
-                        num_bytes = self._chunk_bytes if end else 2 * len(data)
+                        larger = 0 if end else 2 * len(data)
                     else:
                         rest = data[end:]
                     if not end and len(data) > MAX_RECORD_BYTES:
