@@ -17,7 +17,7 @@ from dlrm_jax.data.prepared import open_prepared, read_json
 from dlrm_jax.data.presets import PRESETS
 from dlrm_jax.data.schema import Dense, Label, Sparse, Split
 from tests.helpers import SHARED
-from tests.prepared_helpers import csv_rows, prepare_text, rows_of, schema
+from tests.prepared_helpers import csv_rows, digest, prepare_text, rows_of, schema
 
 COLOURS = ["red", "green", "", "blue", "red", "red", "green", "black"]
 ROWS = [(i % 2, i, colour) for i, colour in enumerate(COLOURS)]
@@ -269,6 +269,15 @@ def test_many_blocks_and_shards(tmp_path, monkeypatch, compression):
     read = rows_of(output)
     np.testing.assert_array_equal(read.row_R, np.arange(num_rows))
     np.testing.assert_array_equal(read.ids_RxK[:, 0], np.arange(num_rows) % 1000)
+
+
+def test_counting_in_many_readings_changes_nothing(tmp_path, monkeypatch):
+    sparse = tuple(Sparse(name, column="c", table=f"t{i // 2}") for i, name in enumerate("pqrstu"))
+    for name, limit in (("one", 1 << 30), ("many", 1)):
+        monkeypatch.setattr("dlrm_jax.data.second_pass._MAX_COUNT_BYTES", limit)
+        (tmp_path / name).mkdir()
+        prepare_text(tmp_path / name, csv_rows(ROWS), schema(sparse=sparse))
+    assert digest(tmp_path / "one" / "out") == digest(tmp_path / "many" / "out")
 
 
 def test_statistics(tmp_path):

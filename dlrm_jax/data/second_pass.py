@@ -21,6 +21,10 @@ from dlrm_jax.data.staging import Staging, wide_name, write_whole, writing
 from dlrm_jax.data.statistics import Counts, finish_dense, summarise_table, top_ids
 
 _BLOCKS_PER_SHARD = 64
+_COUNT_BYTES = 20
+"""What counting takes for an id: three counts, their sum, and room to grow."""
+_MAX_COUNT_BYTES = 200 << 20
+"""Of one core, unless a single table needs more."""
 
 
 class SecondPass:
@@ -80,14 +84,27 @@ class SecondPass:
         return lengths
 
     def _finish_tables(self) -> dict[str, dict[str, Any]]:
-        """Statistics of all tables, which are dealt out to the cores."""
-        num_groups = min(os.cpu_count() or 1, len(self._tables))
-        groups = [range(i, len(self._tables), num_groups) for i in range(num_groups)]
-        with concurrent.futures.ThreadPoolExecutor(num_groups) as pool:
-            found = {name: out for group in pool.map(self._finish_group, groups) for name, out in group.items()}
+        """Statistics of all tables, in groups that are dealt out to the cores."""
+        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+            found = {name: out for group in pool.map(self._finish_group, self._groups()) for name, out in group.items()}
         return {name: found[name] for name in self._tables}
 
-    def _finish_group(self, group: range) -> dict[str, dict[str, Any]]:
+    def _groups(self) -> list[list[int]]:
+        """Tables that are counted in one reading of the ids: as many as a core's memory for counts holds."""
+        keys = self._staging.num_keys(self._num_files)
+        groups: list[list[int]] = [[] for _ in range(min(os.cpu_count() or 1, len(self._tables)))]
+        held = [0] * len(groups)
+        for i, features in enumerate(self._tables.values()):
+            place = i % len(groups)
+            counts = _COUNT_BYTES * (keys[i] or features[0].size or features[0].modulo)
+            if groups[place] and held[place] + counts > _MAX_COUNT_BYTES:
+                groups.append(groups[place])
+                groups[place], held[place] = [], 0
+            groups[place].append(i)
+            held[place] += counts
+        return groups
+
+    def _finish_group(self, group: list[int]) -> dict[str, dict[str, Any]]:
         names = [list(self._tables)[i] for i in group]
         counts = self._counts.count_tables([self._tables[name] for name in names])
         return {name: self._finish_table(i, name, c) for i, name, c in zip(group, names, counts, strict=True)}

@@ -5,6 +5,7 @@ DIR/staging/000007.rows    Arrow file of columns; its metadata say where in the 
 DIR/staging/000007.vocab   keys that these rows brought to the vocabularies, in the order of their ids
 """
 
+import collections
 import dataclasses
 import json
 import logging
@@ -88,7 +89,7 @@ class Staging:
     ) -> None:
         """Write one file, a part a batch; the rows come last, so that they are there only if all is."""
         additions = list(additions)
-        tables = {_META: json.dumps([addition.table for addition in additions]).encode()}
+        tables = {_META: json.dumps([(addition.table, len(addition.keys)) for addition in additions]).encode()}
         _write_arrow(
             self.directory / f"{index:06d}.vocab",
             _VOCAB_SCHEMA.with_metadata(tables),
@@ -114,11 +115,20 @@ class Staging:
                 batch = reader.get_batch(i)
                 yield {name: _to_numpy(batch.column(name)) for name in batch.schema.names}
 
+    def num_keys(self, num_files: int) -> collections.Counter[int]:
+        """How many keys each vocabulary, by its table's number, has after some files."""
+        count: collections.Counter[int] = collections.Counter()
+        for index in range(num_files):
+            with pa.OSFile(str(self.directory / f"{index:06d}.vocab")) as file:
+                for table, keys in json.loads(pa.ipc.open_file(file).schema.metadata[_META]):
+                    count[table] += keys
+        return count
+
     def additions(self, index: int, table: int | None = None) -> Iterator[Additions]:
         """What a file brought to the vocabularies, or to that of one table."""
         with pa.OSFile(str(self.directory / f"{index:06d}.vocab")) as file:
             reader = pa.ipc.open_file(file)
-            for i, of in enumerate(json.loads(reader.schema.metadata[_META])):
+            for i, (of, _) in enumerate(json.loads(reader.schema.metadata[_META])):
                 if table not in (None, of):
                     continue
                 batch = reader.get_batch(i)
