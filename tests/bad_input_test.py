@@ -95,6 +95,18 @@ def test_what_only_skipped_rows_hold_enters_no_vocabulary(tmp_path):
     assert pq.read_table(output / "vocabularies" / "c.parquet")["value"].to_pylist() == ["a", "b"]
 
 
+def test_skipped_rows_do_not_count_as_first_appearance(tmp_path):
+    output = prepare_text(tmp_path, "label,x,c\n9,1,a\n0,1,b\n1,1,a\n", LOG, on_bad_row="skip_and_count")
+    assert rows_of(output).ids_RxK[:, 0].tolist() == [0, 1]
+    assert pq.read_table(output / "vocabularies" / "c.parquet")["value"].to_pylist() == ["b", "a"]
+
+
+@pytest.mark.parametrize("value", ["zz", "0g", "-1"])
+def test_hex_digits_are_looked_at_where_all_have_one_length(tmp_path, value):
+    with pytest.raises(ConfigError, match=f"line 3, column c: '{value}' is not a hexadecimal number"):
+        prepare_text(tmp_path, f"label,x,c\n0,1,ab\n0,1,{value}\n0,1,cd\n", HEX)
+
+
 def test_line_numbers_count_headers_blank_lines_and_quoted_breaks(tmp_path):
     text = 'label,x,c\n0,1,"two\nlines"\n\n1,1,b\n0,bad,c\n'
     with pytest.raises(ConfigError, match="line 6, column x: 'bad'"):

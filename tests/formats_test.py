@@ -2,6 +2,7 @@
 
 import bz2
 import csv
+import dataclasses
 import gzip
 import io
 import json
@@ -13,12 +14,13 @@ import pytest
 
 from dlrm_jax.config import ConfigError
 from dlrm_jax.data import movielens, text_source
-from dlrm_jax.data.array_source import fit_hotness
+from dlrm_jax.data.array_source import ArraySource, fit_hotness
 from dlrm_jax.data.preparation import prepare
 from dlrm_jax.data.prepared import open_prepared
 from dlrm_jax.data.presets import CRITEO_DENSE, PRESETS
 from dlrm_jax.data.schema import Dense, Label, Sparse
-from dlrm_jax.data.source import expand
+from dlrm_jax.data.source import Position, expand
+from dlrm_jax.data.table_source import TableSource
 from tests.helpers import SHARED
 from tests.prepared_helpers import rows_of, schema
 
@@ -146,6 +148,14 @@ def test_numbers_in_parquet_are_ids_without_a_point(tmp_path):
     assert pq.read_table(tmp_path / "out" / "vocabularies" / "c.parquet")["value"].to_pylist() == ["3", "12345678901"]
 
 
+def test_a_dictionary_says_nothing_of_first_appearance():
+    colours = pa.DictionaryArray.from_arrays(pa.array([2, 0, 2]), pa.array(["red", "green", "blue"]))
+    table = pa.table({"label": [0, 1, 1], "x": [1, 2, 3], "c": colours})
+    chunk = next(iter(TableSource("memory", table, schema()).chunks(Position())))
+    assert chunk.parse().arrays["c"].to_pylist() == ["blue", "red", "blue"]
+    assert pa.types.is_string(chunk.parse().arrays["c"].type)
+
+
 def criteo_arrays(num_rows: int = 70, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     rng = np.random.default_rng(seed)
     y, counts = rng.integers(0, 2, num_rows).astype(np.int32), rng.integers(0, 500, (num_rows, 13)).astype(np.int32)
@@ -221,10 +231,8 @@ def test_torchrec_npy(tmp_path):
 
 
 def split_in_parts(preset: str):
-    from dataclasses import replace
-
     found = PRESETS[preset][1]()
-    return replace(found, split=replace(found.split, parts=7))
+    return dataclasses.replace(found, split=dataclasses.replace(found.split, parts=7))
 
 
 def test_mlperf_multi_hot(tmp_path):
@@ -261,6 +269,39 @@ def test_binary_rows_of_another_width_are_refused(tmp_path):
     (tmp_path / "day.bin").write_bytes(b"x" * 161)
     with pytest.raises(ConfigError, match="161 bytes; expected a multiple of 160"):
         prepare((str(tmp_path / "day.bin"),), tmp_path / "out", PRESETS["mlperf_bin"][1]())
+
+
+def test_32_bit_ids_in_signed_arrays_are_unsigned(tmp_path):
+    """TorchRec keeps Criteo's 32-bit categories in int32: the upper half turns negative there."""
+    ids = torchrec_files(tmp_path)
+    ids[0, 0] = -1
+    np.save(tmp_path / "day_0_sparse.npy", ids)
+    raw = split_in_parts("torchrec_npy")
+    counted = dataclasses.replace(raw, sparse=tuple(Sparse(s.name, type="int") for s in raw.sparse))
+    prepare((str(tmp_path / "day_0_dense.npy"),), tmp_path / "out", counted)
+    assert pq.read_table(tmp_path / "out" / "vocabularies" / "C1.parquet")["value"][0].as_py() == 2**32 - 1
+
+
+@pytest.mark.parametrize("first", [0, 1, 40, 69])
+@pytest.mark.parametrize("kind", ["dlrm_npz", "mlperf_bin"])
+def test_arrays_are_read_from_any_row_on(tmp_path, monkeypatch, kind, first):
+    monkeypatch.setattr("dlrm_jax.data.array_source._CHUNK_ROWS", 7)
+    y, counts, ids = criteo_arrays()
+    path = tmp_path / "day"
+    if kind == "dlrm_npz":
+        path = tmp_path / "day.npz"
+        np.savez_compressed(path, X_int=counts, X_cat=ids, y=y)
+    else:
+        np.concatenate([y[:, None], counts, ids], axis=1).astype("<i4").tofile(path)
+    source = ArraySource((str(path),), PRESETS[kind][1](), kind)
+    read = [chunk.parse().arrays["C7"].to_numpy() for chunk in source.chunks(Position(0, first))]
+    np.testing.assert_array_equal(np.concatenate(read), ids[first:, 6])
+
+
+def test_a_byte_order_mark_without_a_header(tmp_path):
+    (tmp_path / "log.csv").write_bytes(b"\xef\xbb\xbf1,2,a\n0,3,b\n")
+    prepare((str(tmp_path / "log.csv"),), tmp_path / "out", schema(header=False, columns=("label", "x", "c")))
+    assert rows_of(tmp_path / "out").label_R.tolist() == [1, 0]
 
 
 def test_movielens_100k_is_the_readers(tmp_path):

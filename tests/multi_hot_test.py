@@ -62,6 +62,9 @@ def test_virtual_bags_are_bit_equal_on_host_and_device(distribution, rows):
         device = jax.jit(lambda x, f=feature: virtual_ids(jnp, x, f, rows, 9, distribution))(ids)
         np.testing.assert_array_equal(host, device)
         assert host.dtype == np.int32 and (host[1:] >= 0).all() and (host < rows).all()
+        assert (host[0] == EMPTY_SLOT).all(), "no id, no bag"
+    other = virtual_ids(np, ids, 24, rows, 9, distribution)
+    assert rows == 1 or (host[:, 1:] != other[:, 1:]).any(), "features draw apart"
 
 
 def test_virtual_laws():

@@ -44,6 +44,8 @@ def test_vocabulary_by_frequency_with_a_threshold_and_an_unknown_id(tmp_path):
     statistics = read_json(tmp_path / "out" / "statistics.json")["tables"]["c"]
     assert statistics["rows"] == 3 and statistics["infrequent_values"] == 1
     assert statistics["coverage"]["train"] == pytest.approx(5 / 6, abs=1e-5)
+    table = pq.read_table(tmp_path / "out" / "vocabularies" / "c.parquet").to_pydict()
+    assert table == {"id": [1, 2], "value": ["a", "b"], "count": [3, 2]}
 
 
 def test_infrequent_values_without_an_unknown_id_leave_the_bag(tmp_path):
@@ -110,6 +112,24 @@ def test_dense_transforms(tmp_path, dense, expected):
     values = [-2, 0, 1, 10]
     output = prepare_text(tmp_path, csv_rows([(0, x, "a") for x in values]), schema(dense=(dense,)))
     np.testing.assert_allclose(rows_of(output).dense_RxN[:, 0], [expected(x) for x in values], rtol=1e-6)
+
+
+def test_statistics_of_many_chunks_are_those_of_all_rows(tmp_path, monkeypatch):
+    monkeypatch.setattr(text_source.TextSource.__init__, "__defaults__", (False, 64))
+    x = np.random.default_rng(0).normal(50, 3, 300).round(3)
+    log = schema(dense=(Dense("x", transform="standardise"),))
+    output = prepare_text(tmp_path, csv_rows([(0, value, "a") for value in x]), log)
+    np.testing.assert_allclose(rows_of(output).dense_RxN[:, 0], (x - x.mean()) / x.std(), rtol=1e-5, atol=1e-6)
+
+
+def test_random_splits_follow_their_seed(tmp_path):
+    rows = []
+    for seed in (0, 0, 1):
+        folder = tmp_path / str(len(rows))
+        folder.mkdir()
+        output = prepare_text(folder, csv_rows([(0, 1, "a")] * 500), schema(split=Split("random", seed=seed)))
+        rows.append(split_rows(output)["test"])
+    assert rows[0] == rows[1] != rows[2]
 
 
 def test_torchrec_log_takes_the_least_of_all_its_columns(tmp_path):

@@ -53,6 +53,14 @@ def test_two_values_of_one_hash_are_refused_not_merged():
         Vocabulary("t", checked=True).encode(np.array([5, 5], np.uint64), np.array([1, 2], np.uint64))
 
 
+def test_a_slot_newer_than_the_keys_that_a_reader_holds_is_no_hit():
+    """As a reader sees it that took the keys before they grew, and the slots after."""
+    vocabulary = Vocabulary("t")
+    vocabulary.encode(np.array([5, 6], np.uint64))
+    vocabulary._keys = np.array([6], np.uint64)
+    assert vocabulary.find(np.array([6], np.uint64)).tolist() == [-1]
+
+
 def test_finding_while_another_thread_adds():
     """A reader sees a key's id or nothing, never another's."""
     keys = np.random.default_rng(1).integers(0, 2**63, 400_000).astype(np.uint64)

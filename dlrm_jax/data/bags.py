@@ -33,15 +33,9 @@ class Bags:
     """The id of each key as far as it is known, -1 where a vocabulary has yet to give one."""
 
     def keep(self, kept_R: np.ndarray) -> "Bags":
-        """The bags of some rows, without the keys that only other rows have."""
-        index = self.index_hxR[:, kept_R]
-        used = np.unique(index[index >= 0])
-        new = np.full(len(self.keys_U) + 1, EMPTY)
-        new[used] = np.arange(len(used))
-        checks = None if self.checks_U is None else self.checks_U[used]
-        texts = None if self.texts_U is None else self.texts_U.take(pa.array(used))
+        """The bags of some rows. Keys that only other rows have stay, unused."""
         truncated = None if self.truncated_R is None else self.truncated_R[kept_R]
-        return Bags(self.keys_U[used], new[index], checks, texts, truncated_R=truncated)
+        return dataclasses.replace(self, index_hxR=self.index_hxR[:, kept_R], ordered=False, truncated_R=truncated)
 
     def slots(self, out_hxR: np.ndarray) -> None:
         """Write the id of each slot, once all ids are known."""
