@@ -60,6 +60,9 @@ class Checkpoints:
         step = int(state.step)
         if step in self._managers[kind].all_steps():
             return  # A resumed run reaches the same bits again.
+        if kind == LATEST:
+            # Its record names the best step so far, which must be on disk first, whenever the process is killed.
+            self.wait()
         self._check_space(sum(leaf.nbytes for leaf in jax.tree.leaves(state)))
         items = ocp.args.Composite(state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(record))
         try:
@@ -101,6 +104,8 @@ class Checkpoints:
         return self._restore(kind, step, state=ocp.args.StandardRestore(abstract_state)).state
 
     def _restore(self, kind: str, step: int | None, **items: Any) -> Any:
+        if step is None:
+            raise ConfigError(f"no {kind} checkpoint in {self.directory / kind}; delete {self.directory} to start anew")
         try:
             return self._managers[kind].restore(step, args=ocp.args.Composite(**items))
         except (ValueError, KeyError, OSError) as error:

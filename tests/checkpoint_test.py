@@ -1,5 +1,7 @@
 """Tests `dlrm_jax/checkpoint.py`."""
 
+import os
+import time
 from types import SimpleNamespace
 
 import jax
@@ -53,6 +55,27 @@ def test_two_latest_and_one_best_are_kept(tmp_path):
         assert checkpoints.find("2") == (LATEST, 2) and checkpoints.find("best") == (BEST, 3)
         with pytest.raises(ConfigError, match=r"no checkpoint '1' in .* \(latest: 2, 3; best: 3\)"):
             checkpoints.find("1")
+
+
+def test_the_latest_checkpoint_never_names_a_best_one_that_is_not_written(tmp_path, monkeypatch):
+    """Whoever is killed right after LATEST appeared must find the BEST that its record speaks of."""
+    rename = os.rename
+
+    def slow_for_best(source, target):
+        if BEST in str(target):
+            time.sleep(1.0)
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", slow_for_best)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(BEST, at_step(3), {})
+        checkpoints.save(LATEST, at_step(3), {"progress": {"best_step": 3}})
+        assert (tmp_path / "checkpoints" / BEST / "3").exists()
+
+
+def test_a_missing_best_is_named(tmp_path):
+    with Checkpoints(tmp_path) as checkpoints, pytest.raises(ConfigError, match=r"no best checkpoint in .*best"):
+        checkpoints.restore(BEST, abstract(make_state))
 
 
 def test_none_yet(tmp_path):
