@@ -11,6 +11,7 @@ import tensorflow_datasets as tfds
 
 from dlrm_jax.config import ConfigError
 from dlrm_jax.data import criteo, records, text_source
+from dlrm_jax.data.final_ids import counting_groups
 from dlrm_jax.data.hashing import hash_integers, hash_strings
 from dlrm_jax.data.preparation import prepare
 from dlrm_jax.data.prepared import open_prepared, read_json
@@ -291,8 +292,20 @@ def test_many_blocks_and_shards(tmp_path, monkeypatch, compression):
     np.testing.assert_array_equal(read.ids_RxK[:, 0], np.arange(num_rows) % 1000)
 
 
+@pytest.mark.parametrize("num_cores", [1, 2, 3, 64])
+@pytest.mark.parametrize("limit", [0, 9, 10, 1000])
+def test_every_table_is_counted_once_within_the_limit(num_cores, limit):
+    num_bytes = [5, 3, 0, 9, 1, 1, 1, 7, 30, 2, 2]
+    groups = counting_groups(num_bytes, num_cores, limit)
+    assert sorted(i for group in groups for i in group) == list(range(len(num_bytes)))
+    assert all(len(group) == 1 or sum(num_bytes[i] for i in group) <= limit for group in groups)
+    assert len(groups) >= min(num_cores, len(num_bytes))
+    if limit == 1000:
+        assert len(groups) == min(num_cores, len(num_bytes))
+
+
 def test_counting_in_many_readings_changes_nothing(tmp_path, monkeypatch):
-    sparse = tuple(Sparse(name, column="c", table=f"t{i // 2}") for i, name in enumerate("pqrstu"))
+    sparse = tuple(Sparse(name, column="c", table=f"t{i // 2}") for i, name in enumerate("abcdefghijklmn"))
     for name, limit in (("one", 1 << 30), ("many", 1)):
         monkeypatch.setattr("dlrm_jax.data.second_pass._MAX_COUNT_BYTES", limit)
         (tmp_path / name).mkdir()

@@ -32,3 +32,17 @@ def plan_table(features: list[Sparse], counts_SxV: np.ndarray, num_keys: int) ->
     remap_V[-1] = -1  # An empty slot is no value, so it is not an unknown one either.
     unchanged = not rule.oov and len(kept) == num_keys and rule.order == "first"
     return TablePlan(max(first + len(kept), 1), None if unchanged else remap_V), kept
+
+
+def counting_groups(num_bytes: list[int], num_cores: int, limit: int) -> list[list[int]]:
+    """Indices of tables dealt out to the cores; a group holds at most `limit` bytes of counts, or one table."""
+    groups: list[list[int]] = []
+    for core in range(min(num_cores, len(num_bytes))):
+        held = limit + 1
+        for i in range(core, len(num_bytes), num_cores):
+            if held + num_bytes[i] > limit:
+                groups.append([])
+                held = 0
+            groups[-1].append(i)
+            held += num_bytes[i]
+    return groups

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from dlrm_jax.data import blocks
 from dlrm_jax.data.columns import SPLIT_NAMES
-from dlrm_jax.data.final_ids import TablePlan, plan_table
+from dlrm_jax.data.final_ids import TablePlan, counting_groups, plan_table
 from dlrm_jax.data.schema import Schema, Sparse
 from dlrm_jax.data.splits import Splitter
 from dlrm_jax.data.staging import Staging, wide_name, write_whole, writing
@@ -92,17 +92,9 @@ class SecondPass:
     def _groups(self) -> list[list[int]]:
         """Tables that are counted in one reading of the ids: as many as a core's memory for counts holds."""
         keys = self._staging.num_keys(self._num_files)
-        groups: list[list[int]] = [[] for _ in range(min(os.cpu_count() or 1, len(self._tables)))]
-        held = [0] * len(groups)
-        for i, features in enumerate(self._tables.values()):
-            place = i % len(groups)
-            counts = _COUNT_BYTES * (keys[i] or features[0].size or features[0].modulo)
-            if groups[place] and held[place] + counts > _MAX_COUNT_BYTES:
-                groups.append(groups[place])
-                groups[place], held[place] = [], 0
-            groups[place].append(i)
-            held[place] += counts
-        return groups
+        tables = enumerate(self._tables.values())
+        num_bytes = [_COUNT_BYTES * (keys[i] or features[0].size or features[0].modulo) for i, features in tables]
+        return counting_groups(num_bytes, os.cpu_count() or 1, _MAX_COUNT_BYTES)
 
     def _finish_group(self, group: list[int]) -> dict[str, dict[str, Any]]:
         names = [list(self._tables)[i] for i in group]
