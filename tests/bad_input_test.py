@@ -10,7 +10,8 @@ import pytest
 
 from dlrm_jax.config import ConfigError
 from dlrm_jax.data import text_source
-from dlrm_jax.data.preparation import prepare
+from dlrm_jax.data.infer import infer
+from dlrm_jax.data.preparation import Options, prepare
 from dlrm_jax.data.prepared import read_json
 from dlrm_jax.data.presets import PRESETS
 from dlrm_jax.data.schema import Dense, Label, Sparse, Split
@@ -176,6 +177,28 @@ def test_damaged_parquet_and_json(tmp_path):
         with pytest.raises(ConfigError, match=r"log\.jsonl, line 2: not a JSON object"):
             prepare_text(tmp_path, lines[0] + "\n" + lines[i] + "\n", LOG, name="log.jsonl")
         shutil.rmtree(tmp_path / "out")
+
+
+@pytest.mark.parametrize("type_", ["string", "large_string", "binary", "large_binary", "list"])
+def test_text_in_parquet_that_is_no_utf8_names_its_row(tmp_path, type_):
+    raw = pa.array([b"a", b"b", b"\xf8q", None, b"c"], pa.binary())
+    texts = raw.view(pa.string())
+    column = {
+        "string": texts,
+        "large_string": pa.array([b"a", b"b", b"\xf8q", None, b"c"], pa.large_binary()).view(pa.large_string()),
+        "binary": raw,
+        "large_binary": pa.array([b"a", b"b", b"\xf8q", None, b"c"], pa.large_binary()),
+        "list": pa.ListArray.from_arrays(pa.array([0, 1, 2, 3, 4, 5]), texts),
+    }[type_]
+    path = tmp_path / "log.parquet"
+    pq.write_table(pa.table({"label": [0, 1, 0, 1, 0], "x": [1, 2, 3, 4, 5], "c": column}), path)
+    log = schema(sparse=(Sparse("c", hotness=2 if type_ == "list" else 1),))
+    with pytest.raises(ConfigError, match=r"log\.parquet, row 2, column c: byte 0xf8 is not UTF-8"):
+        prepare((str(path),), tmp_path / "out", log)
+    prepare((str(path),), tmp_path / "out", log, Options(on_bad_row="skip_and_count"))
+    statistics = read_json(tmp_path / "out" / "statistics.json")
+    assert statistics["skipped"]["rows"] == 1 and statistics["splits"]["train"]["rows"] == 4
+    infer((str(path),))
 
 
 def test_a_bad_value_in_parquet_names_its_row(tmp_path):

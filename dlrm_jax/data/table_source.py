@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dlrm_jax.data.schema import Schema
-from dlrm_jax.data.source import Chunk, Columns, Position, refuse, require_columns
+from dlrm_jax.data.source import BadRow, Chunk, Columns, Position, refuse, require_columns
 
 _CHUNK_ROWS = 32_768
 
@@ -73,14 +73,35 @@ def _chunk(file: int, batch: pa.RecordBatch, end_row: int, done: int) -> Chunk:
 
 def _columns(batch: pa.RecordBatch, first_row: int) -> Columns:
     arrays = {name: _plain(batch.column(name)) for name in batch.schema.names}
-    rows = np.arange(batch.num_rows)
-    return Columns(arrays, rows, len(rows), [], lambda row: first_row + row, "row")
+    bad = _undecodable(arrays, first_row)
+    rows = np.delete(np.arange(batch.num_rows), [wrong.row for wrong in bad])
+    if bad:
+        arrays = {name: array.take(pa.array(rows)) for name, array in arrays.items()}
+    return Columns(arrays, rows, batch.num_rows, bad, lambda row: first_row + row, "row")
 
 
 def _plain(array: pa.Array) -> pa.Array:
     """Without a dictionary: the order of its values says nothing of their first appearance."""
     if pa.types.is_dictionary(array.type):
-        return array.dictionary_decode()
-    if pa.types.is_binary(array.type) or pa.types.is_large_binary(array.type) or pa.types.is_large_string(array.type):
-        return array.cast(pa.string())
-    return array
+        return _plain(array.dictionary_decode())
+    if pa.types.is_large_binary(array.type):
+        array = array.cast(pa.binary())
+    if pa.types.is_binary(array.type):
+        return array.view(pa.string())  # A cast would refuse the chunk for one row; `_undecodable` finds the row.
+    return array.cast(pa.string()) if pa.types.is_large_string(array.type) else array
+
+
+def _undecodable(arrays: dict[str, pa.Array], first_row: int) -> list[BadRow]:
+    """The rows in which a text is no UTF-8, which Parquet's reader does not ask."""
+    bad: dict[int, BadRow] = {}
+    for name, array in arrays.items():
+        try:
+            array.validate(full=True)
+        except pa.ArrowInvalid:
+            for row in range(len(array)):
+                try:
+                    array[row].as_py()
+                except UnicodeDecodeError as error:
+                    reason = f"byte 0x{error.object[error.start]:02x} is not UTF-8"
+                    bad.setdefault(row, BadRow(row, first_row + row, reason, name, unit="row"))
+    return [bad[row] for row in sorted(bad)]
