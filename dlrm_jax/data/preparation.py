@@ -95,7 +95,8 @@ def _run(
 ) -> dict[str, Any]:
     source = open_log(paths, schema)
     # It takes a third of a second to import, in which the parsers of the first chunks do not need Python.
-    threading.Thread(target=importlib.import_module, args=("tensorflow_datasets",), daemon=True).start()
+    importing = threading.Thread(target=importlib.import_module, args=("tensorflow_datasets",), daemon=True)
+    importing.start()
     vocabulary_memory = int((options.max_memory - _FIXED_BYTES) / _BYTES_PER_KEY_RATIO) if options.max_memory else 0
     first = FirstPass(schema, source, staging, options.on_bad_row == "skip_and_count", vocabulary_memory)
     total = max(source.num_bytes, 1)
@@ -113,6 +114,7 @@ def _run(
     write_whole(output / "statistics.json", json.dumps(statistics, indent=1).encode())
     write_whole(output / "schema.yaml", dump_yaml(schema).encode())
     write_whole(output / "schema.json", json.dumps(to_dict(schema), indent=1).encode())
+    importing.join()  # Its lazy imports lock each other out where two threads meet in them (Python 3.11).
     num_slots = sum(feature.hotness for feature in schema.sparse)
     spec = blocks.features(max(len(schema.dense), 1), num_slots, bool(schema.weight))
     blocks.write_metadata(output, staging.directory, schema.name, spec, second.shard_lengths())
