@@ -19,7 +19,7 @@ from dlrm_jax.sparse_optimizer import SparseGrad
 MAX_STACK_ROWS = 2**31 - 1
 """Row numbers are int32; more rows start another stack."""
 
-_FILL_FLOATS = 2**23
+FILL_FLOATS = 2**23
 """Floats drawn at a time when a stack is born."""
 
 POOLING_WEIGHTS = "/pooling_weights"
@@ -85,13 +85,11 @@ def init_tables(config: ModelConfig, seed: int) -> dict[str, jax.Array]:
 def _fill(stack: Stack, config: ModelConfig, seed: int) -> jax.Array:
     sizes = np.array([table.num_embeddings for table in stack.tables])
     table_R = np.repeat(np.arange(len(sizes), dtype=np.int16 if len(sizes) < 2**15 else np.int32), sizes)
-    digests = [hashlib.blake2b(f"{seed}/{table.name}".encode(), digest_size=8).digest() for table in stack.tables]
-    key_Tx2 = np.array([np.frombuffer(digest, np.uint32) for digest in digests])
-    scale_T = np.sqrt(1 / sizes) if config.table_init == "dlrm" else np.full(len(sizes), config.embedding_dim**-0.5)
-    constants = (np.array(stack.first_rows, np.uint32), key_Tx2, scale_T.astype(np.float32))
+    keys_Tx2, scale_T = table_keys(stack.tables, seed), table_scales(config, stack.tables)
+    constants = (np.array(stack.first_rows, np.uint32), keys_Tx2, scale_T)
     rows = jnp.zeros((stack.num_rows, config.embedding_dim), jnp.float32)
     # In pieces, because the compiler keeps a handful of numbers per row beside the rows that it fills.
-    piece = min(max(1, _FILL_FLOATS // config.embedding_dim), stack.num_rows)
+    piece = min(max(1, FILL_FLOATS // config.embedding_dim), stack.num_rows)
     fill = jax.jit(_fill_piece, static_argnames="normal", donate_argnums=0)
     for start in range(0, stack.num_rows, piece):
         start = min(start, stack.num_rows - piece)
@@ -113,14 +111,33 @@ def _fill_piece(
     shape = (table_P.shape[0], rows_RxD.shape[1])
     row_PxD = jax.lax.broadcasted_iota(jnp.uint32, shape, 0) + (start - first_row_T[table_P])[:, None]
     column_PxD = jax.lax.broadcasted_iota(jnp.uint32, shape, 1)
-    bits_PxD = _mix(row_PxD * jnp.uint32(0x9E3779B1) + key_Tx2[table_P, 0][:, None])
-    bits_PxD = _mix(bits_PxD ^ (column_PxD * jnp.uint32(0x85EBCA77) + key_Tx2[table_P, 1][:, None]))
+    drawn_PxD = draw(row_PxD, column_PxD, key_Tx2[table_P][:, None], scale_T[table_P][:, None], normal)
+    return jax.lax.dynamic_update_slice(rows_RxD, drawn_PxD, (start, jnp.uint32(0)))
+
+
+def draw(row: jax.Array, column: jax.Array, key: jax.Array, scale: jax.Array, normal: bool) -> jax.Array:
+    """Initial weights at (row, column) of the tables whose `table_keys` and scales are given; uint32, any one shape."""
+    bits = _mix(row * jnp.uint32(0x9E3779B1) + key[..., 0])
+    bits = _mix(bits ^ (column * jnp.uint32(0x85EBCA77) + key[..., 1]))
     # (k + 1/2) / 2^23 for a signed 24-bit k is exact in float32, symmetric around 0 and never +-1.
-    signed_PxD = jax.lax.bitcast_convert_type(bits_PxD, jnp.int32) >> 8
-    unit_PxD = (signed_PxD.astype(jnp.float32) + 0.5) * jnp.float32(2**-23)
+    signed = jax.lax.bitcast_convert_type(bits, jnp.int32) >> 8
+    unit = (signed.astype(jnp.float32) + 0.5) * jnp.float32(2**-23)
     if normal:
-        unit_PxD = jax.lax.erf_inv(unit_PxD) * jnp.float32(2**0.5)
-    return jax.lax.dynamic_update_slice(rows_RxD, unit_PxD * scale_T[table_P][:, None], (start, jnp.uint32(0)))
+        unit = jax.lax.erf_inv(unit) * jnp.float32(2**0.5)
+    return unit * scale
+
+
+def table_keys(tables: tuple[TableConfig, ...], seed: int) -> np.ndarray:
+    """(T, 2) uint32: what stands for (seed, table name) in `draw`."""
+    digests = [hashlib.blake2b(f"{seed}/{table.name}".encode(), digest_size=8).digest() for table in tables]
+    return np.array([np.frombuffer(digest, np.uint32) for digest in digests])
+
+
+def table_scales(config: ModelConfig, tables: tuple[TableConfig, ...]) -> np.ndarray:
+    """(T,) float32: the half-width or standard deviation of each table's initial weights."""
+    sizes = np.array([table.num_embeddings for table in tables])
+    scale_T = np.sqrt(1 / sizes) if config.table_init == "dlrm" else np.full(len(sizes), config.embedding_dim**-0.5)
+    return scale_T.astype(np.float32)
 
 
 def _mix(x: jax.Array) -> jax.Array:
@@ -139,12 +156,12 @@ def lookup(
     """
     pooled: list[jax.Array] = []
     features: list[int] = []
-    scale_BxK = _slot_scale(config, ids_BxK, id_weights_BxK)
+    scale_BxK = slot_scale(config, ids_BxK, id_weights_BxK)
     for stack in make_stacks(config):
         row_ids = _row_ids(stack, ids_BxK)
         scale = _learned_scale(config, stack, tables, row_ids, scale_BxK[:, stack.slots])
         rows = tables[stack.name].at[jnp.maximum(row_ids, 0)].get(mode="promise_in_bounds")
-        pooled.append(_sum_bags(rows * scale[:, :, None], stack.hotness))
+        pooled.append(sum_bags(rows * scale[:, :, None], stack.hotness))
         features += stack.features
     if len(pooled) == 1:
         return pooled[0]
@@ -160,7 +177,7 @@ def row_gradients(
 ) -> dict[str, SparseGrad]:
     """The gradient of `lookup` in the tables, one row an id slot: what the sparse optimizer sees, keyed as `tables`."""
     grads = {}
-    scale_BxK = _slot_scale(config, ids_BxK, id_weights_BxK)
+    scale_BxK = slot_scale(config, ids_BxK, id_weights_BxK)
     for stack in make_stacks(config):
         row_ids = _row_ids(stack, ids_BxK)
         plain_scale = scale_BxK[:, stack.slots]
@@ -181,13 +198,13 @@ def _row_ids(stack: Stack, ids_BxK: jax.Array) -> jax.Array:
     return jnp.where(ids < 0, ids, ids + stack.slot_first_rows[None])
 
 
-def _slot_scale(config: ModelConfig, ids_BxK: jax.Array, id_weights_BxK: jax.Array | None) -> jax.Array:
+def slot_scale(config: ModelConfig, ids_BxK: jax.Array, id_weights_BxK: jax.Array | None) -> jax.Array:
     """What each slot's row is multiplied with before summing: 0 if empty, 1/count for mean pooling, the id's weight."""
     filled_BxK = (ids_BxK >= 0).astype(jnp.float32)
     scale_BxK = filled_BxK if id_weights_BxK is None else filled_BxK * id_weights_BxK
     if any(feature.pooling == "mean" for feature in config.features):
         hotness = [feature.hotness for feature in config.features]
-        count_BxF = jnp.maximum(_sum_bags(filled_BxK[:, :, None], tuple(hotness))[:, :, 0], 1)
+        count_BxF = jnp.maximum(sum_bags(filled_BxK[:, :, None], tuple(hotness))[:, :, 0], 1)
         mean_K = np.repeat([feature.pooling == "mean" for feature in config.features], hotness)
         count_BxK = count_BxF[:, np.repeat(np.arange(len(hotness)), hotness)]
         scale_BxK = jnp.where(mean_K[None], scale_BxK / count_BxK, scale_BxK)
@@ -204,7 +221,7 @@ def _learned_scale(
     return scale * weights
 
 
-def _sum_bags(slots_BxKxD: jax.Array, hotness: tuple[int, ...]) -> jax.Array:
+def sum_bags(slots_BxKxD: jax.Array, hotness: tuple[int, ...]) -> jax.Array:
     """(B, F, D): sums over each feature's consecutive slots."""
     if len(set(hotness)) == 1:
         batch, _, width = slots_BxKxD.shape

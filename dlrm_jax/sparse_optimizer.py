@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from dlrm_jax.config import OptimizerConfig
+from dlrm_jax.rows import LANES, add_rows, add_unique_rows, num_rows, take_rows
 
 
 class SparseGrad(struct.PyTreeNode):
@@ -22,9 +23,12 @@ class SparseGrad(struct.PyTreeNode):
 
 
 class SparseOptimizer(NamedTuple):
-    """`init(table) -> state`; `update(grad, state, table, learning_rate) -> (table, state)`, in place when donated."""
+    """`init(table, width) -> state`; `update(grad, state, table, rate) -> (table, state)`, in place if donated.
 
-    init: Callable[[jax.Array], Any]
+    `width` is a row's: the table's own, unless several rows share a line (rows.py).
+    """
+
+    init: Callable[[jax.Array, int], Any]
     update: Callable[[SparseGrad, Any, jax.Array, jax.Array], tuple[jax.Array, Any]]
 
 
@@ -45,20 +49,15 @@ def merge_duplicates(grad: SparseGrad, num_rows: int) -> SparseGrad:
     return SparseGrad(ids_M=ids_M, rows_MxD=rows_MxD)
 
 
-def _inside(grad: SparseGrad, table: jax.Array) -> jax.Array:
-    """Ids with everything outside the table moved to its end, where a scatter drops it (negative ids would wrap)."""
-    return jnp.where(grad.ids_M < 0, table.shape[0], grad.ids_M)
-
-
 def sgd() -> SparseOptimizer:
     """w[r] -= lr * g[r]; no state."""
 
-    def init(table: jax.Array) -> tuple[()]:
-        del table
+    def init(table: jax.Array, width: int) -> tuple[()]:
+        del table, width
         return ()
 
     def update(grad: SparseGrad, state: tuple[()], table: jax.Array, rate: jax.Array) -> tuple[jax.Array, tuple[()]]:
-        return table.at[_inside(grad, table)].add(-rate * grad.rows_MxD, mode="drop"), state
+        return add_rows(table, grad.ids_M, -rate * grad.rows_MxD), state
 
     return SparseOptimizer(init, update)
 
@@ -66,28 +65,36 @@ def sgd() -> SparseOptimizer:
 def adagrad(eps: float) -> SparseOptimizer:
     """s[r] += g[r]^2, w[r] -= lr * g[r] / (sqrt(s[r]) + eps); state: one float per weight."""
 
-    def init(table: jax.Array) -> jax.Array:
+    def init(table: jax.Array, width: int) -> jax.Array:
+        del width
         return jnp.zeros_like(table)
 
     def update(grad: SparseGrad, sums: jax.Array, table: jax.Array, rate: jax.Array) -> tuple[jax.Array, jax.Array]:
-        merged = merge_duplicates(grad, table.shape[0])
+        merged = merge_duplicates(grad, num_rows(table, grad.rows_MxD.shape[1]))
         return _adaptive_update(merged, jnp.square(merged.rows_MxD), sums, table, rate, eps)
 
     return SparseOptimizer(init, update)
 
 
-def rowwise_adagrad(eps: float) -> SparseOptimizer:
+def rowwise_adagrad(eps: float, mean_square: Callable[[jax.Array], jax.Array] | None = None) -> SparseOptimizer:
     """m[r] += mean_d(g[r, d]^2), w[r] -= lr * g[r] / (sqrt(m[r]) + eps); state: one float per row, as (V, 1).
 
-    FBGEMM calls it EXACT_ROWWISE_ADAGRAD; the reference has it in optim/rwsadagrad.py.
+    FBGEMM calls it EXACT_ROWWISE_ADAGRAD; the reference has it in optim/rwsadagrad.py. `mean_square`, (M, D) to
+    (M, 1), is given where a row's columns lie on several devices. Of a table in lines of 128 lanes (rows.py) the state
+    is kept in such lines too.
     """
 
-    def init(table: jax.Array) -> jax.Array:
-        return jnp.zeros((table.shape[0], 1), table.dtype)
+    def init(table: jax.Array, width: int) -> jax.Array:
+        rows = num_rows(table, width)
+        shape = (rows, 1) if table.shape[1] == width else (-(-rows // LANES), LANES)
+        return jnp.zeros(shape, table.dtype)
 
     def update(grad: SparseGrad, means: jax.Array, table: jax.Array, rate: jax.Array) -> tuple[jax.Array, jax.Array]:
-        merged = merge_duplicates(grad, table.shape[0])
-        squares_Mx1 = jnp.mean(jnp.square(merged.rows_MxD), axis=1, keepdims=True)
+        merged = merge_duplicates(grad, num_rows(table, grad.rows_MxD.shape[1]))
+        if mean_square is None:
+            squares_Mx1 = jnp.mean(jnp.square(merged.rows_MxD), axis=1, keepdims=True)
+        else:
+            squares_Mx1 = mean_square(merged.rows_MxD)
         return _adaptive_update(merged, squares_Mx1, means, table, rate, eps)
 
     return SparseOptimizer(init, update)
@@ -97,10 +104,10 @@ def _adaptive_update(
     merged: SparseGrad, squares: jax.Array, accumulator: jax.Array, table: jax.Array, rate: jax.Array, eps: float
 ) -> tuple[jax.Array, jax.Array]:
     # A slot that merging emptied has id V: it reads row V - 1 (clamped), adds nothing, and its writes are dropped.
-    new = accumulator.at[merged.ids_M].get(mode="clip") + squares
-    step = -rate * merged.rows_MxD / (jnp.sqrt(new) + eps)
-    table = table.at[merged.ids_M].add(step, mode="drop")
-    return table, accumulator.at[merged.ids_M].set(new, mode="drop")
+    old = take_rows(accumulator, merged.ids_M, squares.shape[1])
+    step = -rate * merged.rows_MxD / (jnp.sqrt(old + squares) + eps)
+    table = add_rows(table, merged.ids_M, step)
+    return table, add_unique_rows(accumulator, merged.ids_M, old, squares)
 
 
 def make_sparse_optimizer(config: OptimizerConfig) -> SparseOptimizer:

@@ -31,13 +31,18 @@ def new_state(optimizer: OptimizerConfig, dense_params: Any, tables: dict[str, j
         dense_params=dense_params,
         dense_opt_state=make_dense_optimizer(optimizer).init(dense_params),
         tables=tables,
-        table_opt_state={name: sparse.init(table) for name, table in tables.items()},
+        table_opt_state={name: sparse.init(table, table.shape[1]) for name, table in tables.items()},
     )
 
 
-def init_state(model: ModelConfig, optimizer: OptimizerConfig, seed: int) -> TrainState:
-    """A fresh state; every weight is a function of `seed` and its own name alone."""
+def init_dense(model: ModelConfig, seed: int) -> Any:
+    """Fresh dense parameters; every weight is a function of `seed` and its own name alone."""
     dense = jnp.zeros((1, model.num_dense))
     pooled = jnp.zeros((1, len(model.features), model.embedding_dim))
-    dense_params = jax.jit(DLRM(model).init)(jax.random.key(seed), dense, pooled)["params"]
+    return DLRM(model).init(jax.random.key(seed), dense, pooled)["params"]
+
+
+def init_state(model: ModelConfig, optimizer: OptimizerConfig, seed: int) -> TrainState:
+    """A fresh state on one device."""
+    dense_params = jax.jit(init_dense, static_argnums=(0, 1))(model, seed)
     return new_state(optimizer, dense_params, embedding.init_tables(model, seed))

@@ -1,4 +1,4 @@
-"""One CPU device, no silent broadcasting between ranks, and the same examples from hypothesis in every run."""
+"""Eight CPU devices, no silent broadcasting between ranks, the same examples from hypothesis in every run."""
 
 import os
 
@@ -7,6 +7,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 import hypothesis
 import jax
 
+jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # `HYPOTHESIS_PROFILE=explore python -m pytest tests/fuzz_test.py` looks for new failures; what it finds becomes a test.

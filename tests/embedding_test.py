@@ -92,7 +92,7 @@ def test_init_depends_on_seed_table_name_and_position_alone():
 
 def test_init_in_pieces_equals_init_at_once(monkeypatch):
     whole = embedding.init_tables(tiny_model(), 1)["stack_0"]
-    monkeypatch.setattr(embedding, "_FILL_FLOATS", 16)
+    monkeypatch.setattr(embedding, "FILL_FLOATS", 16)
     np.testing.assert_array_equal(embedding.init_tables(tiny_model(), 1)["stack_0"], whole)
 
 

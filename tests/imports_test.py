@@ -9,9 +9,9 @@ import pytest
 from tests.helpers import ROOT
 
 LAYERS = (
-    {"config"},
-    {"batch", "sparse_optimizer", "dense_optimizer", "interaction", "loss", "schedule"},
-    {"data.hashing", "data.schema", "data.source"},
+    {"config", "rows"},
+    {"batch", "sparse_optimizer", "dense_optimizer", "interaction", "loss", "schedule", "sharding.mesh"},
+    {"data.hashing", "data.schema", "data.source", "sharding.plan", "sharding.collective"},
     {
         "data.vocabulary",
         "data.columns",
@@ -24,18 +24,24 @@ LAYERS = (
     {"data.bags", "data.array_source", "data.table_source", "data.text_source", "data.splits", "data.blocks"},
     {"metrics", "model", "embedding", "data.dataset", "data.text", "data.statistics", "data.numbering"},
     {"data.windows", "data.trace", "data.multi_hot", "data.first_pass", "data.second_pass"},
-    {"state", "reporting", "data.planted", "data.criteo", "data.movielens", "data.synthetic", "data.prepared"},
-    {"data.pipeline", "data.open_log", "data.describe"},
+    {"state", "table_ops", "reporting", "data.planted", "data.criteo", "data.movielens", "data.synthetic"},
+    {"data.prepared", "sharding.storage", "sharding.hlo", "sharding.hardware"},
+    {"sharding.bags", "sharding.birth"},
+    {"sharding.replicated", "sharding.owned", "sharding.routed", "sharding.columns"},
+    {"data.pipeline", "data.open_log", "data.describe", "sharding.exchange"},
+    {"sharding.placed"},
     {"step", "checkpoint", "data.load", "data.infer", "data.preparation"},
     {"data.builder"},
     {"compat", "run_config", "monitor"},
+    {"sharding.cost", "sharding.topology", "sharding.calibrate"},
+    {"sharding.planner"},
     {"evaluation"},
     {"loop"},
     {"flags", "commands"},
-    {"train", "evaluate", "prepare"},
+    {"train", "evaluate", "prepare", "plan"},
 )
 LAYER_OF = {module: layer for layer, modules in enumerate(LAYERS) for module in modules}
-COMMANDS = {"flags", "commands", "train", "evaluate", "prepare"}
+COMMANDS = {"flags", "commands", "train", "evaluate", "prepare", "plan"}
 
 
 def modules() -> dict[str, ast.Module]:

@@ -41,12 +41,13 @@ def _weights(split: Split) -> np.ndarray:
 
 
 def batches_of(
-    windows: Iterator[tuple[Split, np.ndarray]], batch_size: int, shard: tuple[int, int] = (0, 1)
+    windows: Iterator[tuple[Split, np.ndarray]], batch_size: int, shard: tuple[int, int] = (0, 1), multiple: int = 1
 ) -> Iterator[Batch]:
-    """The rows of `windows` in batches, the last one padded.
+    """The rows of `windows` in batches, the last one padded; each is padded to a multiple of `multiple`, the devices.
 
     `shard` (i, n) gives process i of n its part of each batch of `batch_size`: all together see one global order.
     """
+    padded_size = padded(batch_size, multiple)
     parts: list[tuple[Split, np.ndarray]] = []
     held = 0
     for split, order in windows:
@@ -56,10 +57,15 @@ def batches_of(
             parts.append((split, rows))
             start, held = start + len(rows), held + len(rows)
             if held == batch_size:
-                yield take(_part(parts, batch_size, shard), batch_size // shard[1])
+                yield take(_part(parts, padded_size, shard), padded_size // shard[1])
                 parts, held = [], 0
     if held:
-        yield take(_part(parts, batch_size, shard), batch_size // shard[1])
+        yield take(_part(parts, padded_size, shard), padded_size // shard[1])
+
+
+def padded(batch_size: int, multiple: int) -> int:
+    """The least multiple of `multiple` that holds `batch_size` rows."""
+    return -(-batch_size // multiple) * multiple
 
 
 def _part(
@@ -77,21 +83,27 @@ def _part(
 
 
 def train_batches(
-    split: Rows, batch_size: int, seed: int, start_step: int, shuffle: bool = True, shard: tuple[int, int] = (0, 1)
+    split: Rows,
+    batch_size: int,
+    seed: int,
+    start_step: int,
+    shuffle: bool = True,
+    shard: tuple[int, int] = (0, 1),
+    multiple: int = 1,
 ) -> Iterator[Batch]:
     """Batches from number `start_step` on, for ever; each epoch holds every row once, its last batch padded.
 
-    Batch k depends on (seed, k) alone: starting at k reads nothing before it. `shard`: see `batches_of`.
+    Batch k depends on (seed, k) alone: starting at k reads nothing before it. `shard`, `multiple`: see `batches_of`.
     """
     epoch, position = divmod(start_step, steps_per_epoch(len(split), batch_size))
     while True:
-        yield from batches_of(split.windows(seed, epoch, shuffle, position * batch_size), batch_size, shard)
+        yield from batches_of(split.windows(seed, epoch, shuffle, position * batch_size), batch_size, shard, multiple)
         epoch, position = epoch + 1, 0
 
 
-def eval_batches(split: Rows, batch_size: int) -> Iterator[Batch]:
-    """Every row once, in order, the last batch padded."""
-    return batches_of(split.windows(0, 0, shuffle=False), batch_size)
+def eval_batches(split: Rows, batch_size: int, shard: tuple[int, int] = (0, 1), multiple: int = 1) -> Iterator[Batch]:
+    """Every row once, in order, the last batch padded. `shard`, `multiple`: see `batches_of`."""
+    return batches_of(split.windows(0, 0, shuffle=False), batch_size, shard, multiple)
 
 
 def rows_and_labels(split: Rows) -> tuple[np.ndarray, np.ndarray]:
@@ -104,12 +116,19 @@ def rows_and_labels(split: Rows) -> tuple[np.ndarray, np.ndarray]:
 class Prefetcher:
     """Iterates over (host batch, batch on device), prepared by a background thread; use as a context manager.
 
-    What `source` raises is raised by `next`, then and ever after. `wait_seconds` is the time that `next` waited: the
-    input's share of a step.
+    `put` says how a batch gets there. What `source` raises is raised by `next`, then and ever after. `wait_seconds` is
+    the time that `next` waited: the input's share of a step.
     """
 
-    def __init__(self, source: Iterator[Batch], depth: int = 2, expander: BatchExpander | None = None) -> None:
+    def __init__(
+        self,
+        source: Iterator[Batch],
+        depth: int = 2,
+        expander: BatchExpander | None = None,
+        put: Callable[[Batch], Batch] = jax.device_put,
+    ) -> None:
         self.wait_seconds = 0.0
+        self._put_on_device = put
         self._source = source
         self._on_host = expander.on_host if expander and not expander.on_device else None
         self._on_device = expander.device_function() if expander and expander.on_device else None
@@ -148,7 +167,7 @@ class Prefetcher:
         try:
             for batch in self._source:
                 batch = self._on_host(batch) if self._on_host else batch
-                on_device = jax.device_put(batch)
+                on_device = self._put_on_device(batch)
                 if not self._put((batch, self._on_device(on_device) if self._on_device else on_device)):
                     return
             self._put(StopIteration())

@@ -1,0 +1,1 @@
+"""Placement of tables over a mesh: plans, storage, exchange, and what they cost."""

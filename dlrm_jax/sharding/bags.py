@@ -1,0 +1,57 @@
+"""From looked-up rows to pooled vectors and back, on one device's part of a batch.
+
+With learned pooling weights a row carries its weight in one more column: (..., D + 1).
+"""
+
+import jax
+import jax.numpy as jnp
+
+from dlrm_jax.embedding import POOLING_WEIGHTS
+from dlrm_jax.rows import take_rows
+from dlrm_jax.sharding.storage import PlacedStack
+from dlrm_jax.sparse_optimizer import SparseGrad, SparseOptimizer
+
+
+def read_rows(stack: PlacedStack, tables: dict[str, jax.Array], row_ids: jax.Array) -> jax.Array:
+    """(*row_ids.shape, W): local rows by number; where a number is outside, any row."""
+    flat = row_ids.reshape(-1)
+    rows = take_rows(tables[stack.name], flat, stack.width)
+    if stack.name + POOLING_WEIGHTS in tables:
+        rows = jnp.concatenate([rows, take_rows(tables[stack.name + POOLING_WEIGHTS], flat, 1)], axis=1)
+    return rows.reshape(*row_ids.shape, -1)
+
+
+def scaled(stack: PlacedStack, rows: jax.Array, scale: jax.Array) -> jax.Array:
+    """What each slot adds to its bag: its row times `scale` and its learned weight."""
+    if rows.shape[-1] > stack.width:
+        scale = scale * rows[..., -1]
+    return rows[..., : stack.width] * scale[..., None]
+
+
+def slot_gradients(stack: PlacedStack, d_slots: jax.Array, scale: jax.Array, rows: jax.Array | None) -> jax.Array:
+    """The gradient of `scaled` in the rows, (..., W): `rows` are those looked up, None without learned weights."""
+    if rows is None:
+        return d_slots * scale[..., None]
+    d_weights = (d_slots * rows[..., : stack.width]).sum(axis=-1) * scale
+    return jnp.concatenate([d_slots * (scale * rows[..., -1])[..., None], d_weights[..., None]], axis=-1)
+
+
+def apply_gradients(
+    stack: PlacedStack,
+    optimizers: tuple[SparseOptimizer, SparseOptimizer],
+    tables: dict[str, jax.Array],
+    opt_state: dict[str, jax.Array],
+    ids_M: jax.Array,
+    grads_MxW: jax.Array,
+    rate: jax.Array,
+) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+    """The stack's tables and optimizer state after one update; `optimizers` of the rows and of learned weights."""
+    parts = {stack.name: (optimizers[0], grads_MxW[:, : stack.width])}
+    if grads_MxW.shape[1] > stack.width:
+        parts[stack.name + POOLING_WEIGHTS] = optimizers[1], grads_MxW[:, stack.width :]
+    new_tables, new_state = {}, {}
+    for name, (optimizer, rows_MxD) in parts.items():
+        new_tables[name], new_state[name] = optimizer.update(
+            SparseGrad(ids_M, rows_MxD), opt_state[name], tables[name], rate
+        )
+    return new_tables, new_state

@@ -1,0 +1,82 @@
+"""Placed states as tables by name, on the host: what placement must not change."""
+
+import itertools
+
+import numpy as np
+
+from dlrm_jax.batch import EMPTY_SLOT, Batch
+from dlrm_jax.embedding import POOLING_WEIGHTS
+from dlrm_jax.sharding.storage import COLUMNS, OWNED, ROUTED
+
+
+def by_name(placed, arrays) -> dict[str, np.ndarray]:
+    """Each table's logical (rows, D) array, and its learned weights, from how they are stored. Slow and plain."""
+    named = {}
+    for stack in placed.stacks:
+        whole = rows_and_columns(stack, np.asarray(arrays[stack.name]), stack.width)
+        for t, table in enumerate(stack.tables):
+            named[table.name] = whole[row_numbers(stack, t)][:, : stack.dim]
+        if stack.name + POOLING_WEIGHTS in arrays:
+            weights = np.asarray(arrays[stack.name + POOLING_WEIGHTS])
+            parts = np.split(weights, stack.num_shards) if stack.form in (OWNED, ROUTED) else [weights]
+            column = np.concatenate([part.reshape(-1)[: stack.rows] for part in parts])[:, None]
+            for t, table in enumerate(stack.tables):
+                named[table.name + POOLING_WEIGHTS] = column[row_numbers(stack, t)]
+    return named
+
+
+def rows_and_columns(stack, array: np.ndarray, width: int) -> np.ndarray:
+    """(all shards' rows, all columns), lines unpacked."""
+    parts = np.split(array, stack.num_shards, axis=1) if stack.form == COLUMNS else [array]
+    return np.concatenate([part.reshape(-1, width) for part in parts], axis=1)
+
+
+def row_numbers(stack, t: int) -> np.ndarray:
+    """Where each row of table `t` is in the stored rows."""
+    return np.array(
+        [
+            (stack.first_T[t] + row % stack.count_T[t]) * (stack.rows if stack.form in (OWNED, ROUTED) else 0)
+            + stack.offset_T[t]
+            + row // stack.count_T[t]
+            for row in range(stack.tables[t].num_embeddings)
+        ]
+    )
+
+
+def pad(batch: Batch, multiple: int) -> Batch:
+    """The batch with rows of weight 0 behind, up to a multiple."""
+    size = len(batch.label_B)
+    missing = -size % multiple
+
+    def more(column, filler):
+        return None if column is None else np.concatenate([column, np.full((missing, *column.shape[1:]), filler)])
+
+    padded = Batch(
+        dense_BxN=more(batch.dense_BxN, 0),
+        ids_BxK=more(batch.ids_BxK, EMPTY_SLOT),
+        label_B=more(batch.label_B, 0),
+        weight_B=more(batch.weight_B, 0),
+        id_weights_BxK=more(batch.id_weights_BxK, 0),
+    )
+    kinds = ("float32", "int32", "float32", "float32", "float32")
+    names = ("dense_BxN", "ids_BxK", "label_B", "weight_B", "id_weights_BxK")
+    return Batch(
+        **{
+            name: None if getattr(padded, name) is None else getattr(padded, name).astype(kind)
+            for name, kind in zip(names, kinds, strict=True)
+        }
+    )
+
+
+def largest(arrays: dict[str, np.ndarray]) -> float:
+    return max(float(np.abs(array).max()) for array in arrays.values())
+
+
+def difference(got: dict[str, np.ndarray], want: dict[str, np.ndarray]) -> float:
+    """The largest difference of any weight over the largest weight."""
+    assert got.keys() == want.keys()
+    return max(float(np.abs(got[name] - want[name]).max()) for name in want) / largest(want)
+
+
+def product(*columns):
+    return list(itertools.product(*columns))
