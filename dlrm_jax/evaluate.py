@@ -15,7 +15,8 @@ from dlrm_jax.data.load import load_dataset
 from dlrm_jax.data.pipeline import rows_and_labels
 from dlrm_jax.evaluation import Evaluator, evaluate_splits
 from dlrm_jax.monitor import Speed
-from dlrm_jax.state import TrainState, init_state
+from dlrm_jax.placement import place_run
+from dlrm_jax.sharding.options import ShardingOptions
 
 FLAGS = flags.FLAGS
 
@@ -60,17 +61,15 @@ def main() -> None:
     model = config.model.build(raw)
     dataset, _ = run_config.check_dataset(raw, model, config.ids_out_of_range)
 
-    def fresh_state() -> TrainState:
-        return init_state(model, config.optimizer, config.seed)
-
+    placed = place_run(dataclasses.replace(config, sharding=ShardingOptions()), model, dataset)
     with checkpoint.Checkpoints(workdir) as checkpoints:
         kind, step = checkpoints.find(FLAGS.checkpoint)
         identity = json.loads(json.dumps(config.identity(model, raw)))
         different = differences(identity, checkpoints.record(kind)["identity"])
         if different:
             raise ConfigError(f"the checkpoint belongs to other data (now != then): {'; '.join(different[:8])}")
-        state = checkpoints.restore(kind, checkpoint.abstract(fresh_state), step)
-    evaluate = Evaluator(config, model, raw.expander)
+        state = checkpoints.restore(kind, placed, step)
+    evaluate = Evaluator(config, placed, raw.expander)
     result = evaluate_splits(config, dataset, evaluate, state) | Speed().summary()
     split = dataset.splits[FLAGS.split]
     shown = result[FLAGS.split] if FLAGS.split in result else evaluate(state, split)

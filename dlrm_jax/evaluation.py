@@ -8,10 +8,10 @@ import numpy as np
 
 from dlrm_jax import metrics, reporting
 from dlrm_jax.batch import Batch
-from dlrm_jax.config import ModelConfig
 from dlrm_jax.data.dataset import BatchExpander, Dataset, Rows
-from dlrm_jax.data.pipeline import Prefetcher, eval_batches
+from dlrm_jax.data.pipeline import Prefetcher, eval_batches, padded, process_shard
 from dlrm_jax.run_config import RunConfig
+from dlrm_jax.sharding.placed import Placed
 from dlrm_jax.state import TrainState
 from dlrm_jax.step import make_eval_step
 
@@ -19,9 +19,10 @@ from dlrm_jax.step import make_eval_step
 class Evaluator:
     """Metrics and predictions of a state on a split; compiles once."""
 
-    def __init__(self, config: RunConfig, model: ModelConfig, expander: BatchExpander | None = None) -> None:
-        self._config, self._expander = config, expander
-        self._step = jax.jit(make_eval_step(model, config.loss))
+    def __init__(self, config: RunConfig, placed: Placed, expander: BatchExpander | None = None) -> None:
+        self._config, self._placed, self._expander = config, placed, expander
+        # Every process gets all rows' scores, which ranking needs.
+        self._step = jax.jit(make_eval_step(placed.model, config.loss, placed.ops), out_shardings=placed.everywhere)
 
     def __call__(self, state: TrainState, split: Rows) -> dict[str, Any]:
         """The evaluation metrics of `state` on every row of `split`."""
@@ -36,8 +37,10 @@ class Evaluator:
         return np.concatenate([np.zeros(0, np.float32), *parts])[: len(split)]  # The rest pads the last batch.
 
     def _run(self, state: TrainState, split: Rows) -> Iterator[tuple[Batch, metrics.BatchSums]]:
-        batch_size = min(self._config.eval_batch_size, max(len(split), 1))
-        with Prefetcher(eval_batches(split, batch_size), expander=self._expander) as batches:
+        devices = self._placed.num_devices
+        batch_size = padded(min(self._config.eval_batch_size, max(len(split), 1)), devices)
+        source = eval_batches(split, batch_size, process_shard())
+        with Prefetcher(source, expander=self._expander, put=self._placed.put) as batches:
             for host_batch, batch in batches:
                 yield host_batch, self._step(state, batch)
 

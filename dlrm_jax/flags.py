@@ -19,6 +19,8 @@ from dlrm_jax.config import (
 from dlrm_jax.data.load import DATASETS, DataConfig
 from dlrm_jax.data.multi_hot import DISTRIBUTIONS, MULTI_HOT
 from dlrm_jax.run_config import TARGET_METRICS, ModelOptions, RunConfig
+from dlrm_jax.sharding.options import AUTO, EXCHANGE_DTYPES, ShardingOptions
+from dlrm_jax.sharding.plan import SHARDINGS
 
 FLAGS = flags.FLAGS
 
@@ -28,6 +30,7 @@ def define_run_flags() -> None:
     _define_data_flags()
     _define_model_flags()
     _define_optimizer_flags()
+    _define_sharding_flags()
     _define_run_flags()
 
 
@@ -106,6 +109,38 @@ def _define_optimizer_flags() -> None:
     flags.DEFINE_enum("lr_compat", "none", SCHEDULE_COMPAT, "`dlrm` keeps the reference's schedule quirks.")
 
 
+def _define_sharding_flags() -> None:
+    flags.DEFINE_enum(
+        "sharding",
+        AUTO,
+        (*SHARDINGS, AUTO),
+        "Where tables lie on several devices: a copy each, whole tables, rows, columns, rows within groups of devices; "
+        "auto plans each table by its cost (dlrm_jax.plan shows it).",
+    )
+    flags.DEFINE_string(
+        "sharding_plan", "", "JSON file that places single tables otherwise; what dlrm_jax.plan --json writes."
+    )
+    flags.DEFINE_string(
+        "mesh", "", "Devices, as data:2,model:4: tables are split over model, copied over data. Default: all on model."
+    )
+    flags.DEFINE_integer("group_size", 0, "Devices of a group of table_row_wise; 0: half of the model axis.")
+    flags.DEFINE_enum("exchange_dtype", "float32", EXCHANGE_DTYPES, "How vectors travel between devices.")
+    flags.DEFINE_integer(
+        "exchange_capacity",
+        0,
+        "Rows that a device asks of each peer at once (row_wise, table_row_wise); more take further rounds. "
+        "0: what the first batches need.",
+    )
+    flags.DEFINE_string(
+        "coordinator_address", "", "HOST:PORT of process 0, where several processes train together; the same for all."
+    )
+    flags.DEFINE_integer("num_processes", 0, "How many processes train together; 0: one, or what the cluster says.")
+    flags.DEFINE_integer("process_id", -1, "This process's number among them, from 0.")
+    flags.DEFINE_bool(
+        "pipeline_exchange", False, "Exchange the next batch's ids during this batch's compute; equal results."
+    )
+
+
 def _define_run_flags() -> None:
     flags.DEFINE_integer("batch_size", 128, "Examples per update.")
     flags.DEFINE_integer("num_micro_batches", 1, "Split each batch into this many parts and add their gradients.")
@@ -162,6 +197,16 @@ def config_from_flags() -> RunConfig:
         **_values("batch_size", "num_micro_batches", "num_epochs", "num_steps", "eval_batch_size", "eval_every"),
         **_values("checkpoint_every", "log_every", "target_metric", "target_value", "patience", "shuffle"),
         **_values("ids_out_of_range", "seed"),
+        sharding=sharding_from_flags(),
+    )
+
+
+def sharding_from_flags() -> ShardingOptions:
+    """The ShardingOptions that the parsed flags describe."""
+    return ShardingOptions(
+        plan=FLAGS.sharding_plan,
+        pipeline=FLAGS.pipeline_exchange,
+        **_values("sharding", "mesh", "group_size", "exchange_dtype", "exchange_capacity"),
     )
 
 

@@ -4,20 +4,23 @@ import dataclasses
 import json
 import logging
 import pathlib
+from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import Any
 
 import jax
 
-from dlrm_jax import checkpoint, reporting
+from dlrm_jax import checkpoint, processes, reporting
+from dlrm_jax.batch import Batch
 from dlrm_jax.config import ConfigError, differences
 from dlrm_jax.data.load import load_dataset
-from dlrm_jax.data.pipeline import Prefetcher, steps_per_epoch, train_batches
+from dlrm_jax.data.pipeline import Prefetcher, process_shard, steps_per_epoch, train_batches
 from dlrm_jax.evaluation import Evaluator, evaluate_splits
 from dlrm_jax.monitor import Clock, Interrupted, LossWindow, Speed, catch_signals
+from dlrm_jax.placement import place_run
 from dlrm_jax.run_config import RunConfig, check_dataset
-from dlrm_jax.state import TrainState, init_state
-from dlrm_jax.step import make_train_step
+from dlrm_jax.state import TrainState
+from dlrm_jax.stepper import Stepper
 
 _LOG = logging.getLogger("dlrm_jax")
 
@@ -45,11 +48,22 @@ class Run:
         self.num_steps = config.num_steps or config.num_epochs * per_epoch
         self.eval_every = config.eval_every or per_epoch
         self.checkpoint_every = config.checkpoint_every or per_epoch
-        self.evaluate = Evaluator(config, self.model, raw.expander)
+        self.placed = place_run(config, self.model, self.dataset)
+        self.evaluate = Evaluator(config, self.placed, raw.expander)
+        self.writes = processes.is_first()
 
-    def fresh_state(self) -> TrainState:
-        """The state at step 0."""
-        return init_state(self.model, self.config.optimizer, self.config.seed)
+    def batches(self, start_step: int) -> Iterator[Batch]:
+        """This process's part of the training batches from `start_step` on."""
+        config = self.config
+        return train_batches(
+            self.dataset.splits["train"],
+            config.batch_size,
+            config.seed,
+            start_step,
+            shuffle=config.shuffle,
+            shard=process_shard(),
+            multiple=self.placed.num_devices * config.num_micro_batches,
+        )
 
 
 def train_and_evaluate(config: RunConfig, workdir: pathlib.Path, flagfile: str | None = None) -> dict[str, Any]:
@@ -65,24 +79,27 @@ def train_and_evaluate(config: RunConfig, workdir: pathlib.Path, flagfile: str |
     with ExitStack() as stack:
         checkpoints = stack.enter_context(checkpoint.Checkpoints(workdir))
         state, progress = restore_or_init(run, checkpoints)
-        reporting.write_json_atomically(workdir / "config.json", dataclasses.asdict(config))
-        if flagfile is not None:
-            (workdir / "flags.txt").write_text(flagfile)
-        log = stack.enter_context(reporting.MetricsLog(workdir, int(state.step)))
+        if run.writes:
+            reporting.write_json_atomically(workdir / "config.json", dataclasses.asdict(config))
+            reporting.write_json_atomically(workdir / "plan.json", run.placed.plan.to_dict())
+            if flagfile is not None:
+                (workdir / "flags.txt").write_text(flagfile)
+        log = stack.enter_context(reporting.MetricsLog(workdir, int(state.step), silent=not run.writes))
         stop_signal = stack.enter_context(catch_signals())
         state, speed = train(run, state, progress, checkpoints, log, stop_signal)
         checkpoints.wait()
         result = final_result(run, state, progress, checkpoints, speed)
-    reporting.write_json_atomically(workdir / "result.json", result)
-    optimum = run.dataset.optimum
-    reporting.plot_curves(workdir, dict(optimum["val"]) if optimum else None)
+    if run.writes:
+        reporting.write_json_atomically(workdir / "result.json", result)
+        optimum = run.dataset.optimum
+        reporting.plot_curves(workdir, dict(optimum["val"]) if optimum else None)
     return result
 
 
 def restore_or_init(run: Run, checkpoints: checkpoint.Checkpoints) -> tuple[TrainState, Progress]:
     """The last checkpoint of this workdir, or a fresh state; ConfigError if the workdir belongs to another run."""
     if checkpoints.step(checkpoint.LATEST) is None:
-        return run.fresh_state(), Progress()
+        return run.placed.init_state(run.config.seed), Progress()
     record = checkpoints.record(checkpoint.LATEST)
     different = differences(run.identity, record["identity"])
     if different:
@@ -90,7 +107,7 @@ def restore_or_init(run: Run, checkpoints: checkpoint.Checkpoints) -> tuple[Trai
             f"{run.workdir} holds another run; choose another --workdir or the same settings. "
             f"Differing (this command != the workdir): {'; '.join(different[:8])}"
         )
-    state = checkpoints.restore(checkpoint.LATEST, checkpoint.abstract(run.fresh_state))
+    state = checkpoints.restore(checkpoint.LATEST, run.placed)
     _LOG.info("resumed at step %d of %d", int(state.step), run.num_steps)
     return state, Progress(**record["progress"])
 
@@ -105,26 +122,23 @@ def train(
 ) -> tuple[TrainState, Speed]:
     """Steps until the end, a stopping rule or a signal, with evaluations and checkpoints on their steps."""
     config, step, speed = run.config, int(state.step), Speed()
-    train_step = jax.jit(
-        make_train_step(run.model, config.loss, config.optimizer, config.num_micro_batches), donate_argnums=0
-    )
     losses = LossWindow(run.workdir, run.dataset.dense_names)
-    split = run.dataset.splits["train"]
-    source = train_batches(split, config.batch_size, config.seed, step, shuffle=config.shuffle)
     with (
-        Prefetcher(source, expander=run.dataset.expander) as batches,
-        reporting.Progress(run.num_steps, step, config.batch_size) as bar,
+        Prefetcher(run.batches(step), expander=run.dataset.expander, put=run.placed.put) as batches,
+        reporting.Progress(run.num_steps, step, config.batch_size, silent=not run.writes) as bar,
     ):
-        clock = Clock(batches, config.batch_size)
+        clock, alone = Clock(batches, config.batch_size), jax.process_count() == 1
+        train_step = Stepper(config, run.placed, batches)
         while step < run.num_steps and progress.stopped is None:
-            host_batch, batch = next(batches)
-            state, step_metrics = train_step(state, batch)
+            host_batch, state, step_metrics = train_step(state)
             step += 1
             losses.push(step, host_batch, step_metrics)
             bar.update(step, losses.last)
             at_log, at_eval = step % config.log_every == 0, step % run.eval_every == 0 or step == run.num_steps
             at_checkpoint = step % run.checkpoint_every == 0 or at_eval
-            if stop_signal or at_log or at_checkpoint or clock.just_started:
+            # Several processes stop at one step, so they ask each other where they would wait for each other anyway.
+            signum = processes.largest(stop_signal[0] if stop_signal else 0) if alone or at_log or at_checkpoint else 0
+            if signum or at_log or at_checkpoint or clock.just_started:
                 losses.flush()
                 clock.lap(speed, step)
             if at_log:
@@ -132,11 +146,11 @@ def train(
                 log.write(step, "train", {"loss": losses.mean(), "learning_rate": rate, "input_wait_fraction": wait})
             if at_eval:
                 evaluate_progress(run, state, step, progress, checkpoints, log)
-            if at_checkpoint or stop_signal or progress.stopped:
-                checkpoints.save(checkpoint.LATEST, state, record_of(run, progress))
-            if stop_signal and progress.stopped is None and step < run.num_steps:
+            if at_checkpoint or signum or progress.stopped:
+                checkpoints.save(checkpoint.LATEST, state, run.placed, record_of(run, progress))
+            if signum and progress.stopped is None and step < run.num_steps:
                 checkpoints.wait()
-                raise Interrupted(stop_signal[0], step)
+                raise Interrupted(signum, step)
             clock.resume()
     return state, speed
 
@@ -159,7 +173,7 @@ def evaluate_progress(
     progress.evals_since_best += 1
     if config.is_better(value, progress.best_value):
         progress.best_value, progress.best_step, progress.evals_since_best = value, step, 0
-        checkpoints.save(checkpoint.BEST, state, record_of(run, progress))
+        checkpoints.save(checkpoint.BEST, state, run.placed, record_of(run, progress))
     reached = f"val {config.target_metric} {value:.6f} at step {step}"
     if config.reaches_target(value):
         progress.stopped = f"{reached} reached the target {config.target_value}"
@@ -178,7 +192,7 @@ def final_result(
 ) -> dict[str, Any]:
     """Evaluate the best state (the last one where nothing was validated) and put together `result.json`."""
     if progress.best_step is not None and progress.best_step != int(state.step):
-        state = checkpoints.restore(checkpoint.BEST, checkpoint.abstract(run.fresh_state))
+        state = checkpoints.restore(checkpoint.BEST, run.placed)
     if progress.stopped:
         _LOG.info("stopped early: %s", progress.stopped)
     result = evaluate_splits(run.config, run.dataset, run.evaluate, state) | speed.summary()

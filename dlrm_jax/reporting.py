@@ -66,9 +66,15 @@ def read_metrics(workdir: pathlib.Path) -> list[dict[str, Any]]:
 
 
 class MetricsLog:
-    """Appends to metrics.jsonl and TensorBoard; lines beyond `resume_step` are dropped: they will come again."""
+    """Appends to metrics.jsonl and TensorBoard; lines beyond `resume_step` are dropped: they will come again.
 
-    def __init__(self, workdir: pathlib.Path, resume_step: int) -> None:
+    Nothing at all if `silent`, as in all but one of several processes.
+    """
+
+    def __init__(self, workdir: pathlib.Path, resume_step: int, silent: bool = False) -> None:
+        self._silent = silent
+        if silent:
+            return
         from tensorboardX import SummaryWriter  # Half a second to import, and only training needs it.
 
         path = workdir / "metrics.jsonl"
@@ -84,11 +90,15 @@ class MetricsLog:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         del kind, error, traceback
+        if self._silent:
+            return
         self._file.close()
         self._events.close()
 
     def write(self, step: int, split: str, values: dict[str, Any]) -> None:
         """One line `{"step", "split", **values}`, on disk when this returns."""
+        if self._silent:
+            return
         values = json_ready(values)
         self._file.write(json.dumps({"step": step, "split": split, **values}) + "\n")
         self._file.flush()
@@ -98,11 +108,14 @@ class MetricsLog:
 
 
 class Progress:
-    """A bar with samples/s, loss and time left on a terminal, and a plain line every few seconds elsewhere."""
+    """A bar with samples/s, loss and time left on a terminal, and a plain line every few seconds elsewhere.
 
-    def __init__(self, num_steps: int, start_step: int, batch_size: int) -> None:
+    Nothing at all if `silent`, as in all but one of several processes.
+    """
+
+    def __init__(self, num_steps: int, start_step: int, batch_size: int, silent: bool = False) -> None:
         self._batch_size, self._start_step, self._num_steps = batch_size, start_step, num_steps
-        self._terminal = sys.stderr.isatty()
+        self._silent, self._terminal = silent, sys.stderr.isatty() and not silent
         self._bar = tqdm(
             total=num_steps, initial=start_step, unit="step", disable=not self._terminal, dynamic_ncols=True
         )
@@ -119,6 +132,8 @@ class Progress:
 
     def update(self, step: int, loss: float) -> None:
         """Show that `step` steps are done."""
+        if self._silent:
+            return
         now = time.perf_counter()
         seconds, done = now - self._start, step - self._start_step
         rate = done / seconds

@@ -15,6 +15,7 @@ from dlrm_jax.config import (
 )
 from dlrm_jax.data.dataset import Dataset, Rows, Split
 from dlrm_jax.data.load import DataConfig
+from dlrm_jax.sharding.options import ShardingOptions
 
 TARGET_METRICS = ("auc", "log_loss", "accuracy", "normalized_entropy")
 _SMALLER_IS_BETTER = ("log_loss", "normalized_entropy")
@@ -65,6 +66,7 @@ class RunConfig:
     shuffle: bool = True
     ids_out_of_range: str = "error"
     seed: int = 0
+    sharding: ShardingOptions = dataclasses.field(default_factory=ShardingOptions)
 
     def __post_init__(self) -> None:
         for field in ("batch_size", "num_micro_batches", "num_epochs", "eval_batch_size", "log_every"):
@@ -140,6 +142,7 @@ def from_dict(values: dict[str, Any]) -> RunConfig:
         model=ModelOptions(**model),
         loss=LossConfig(**{**loss, "class_weights": tuple(loss["class_weights"])}),
         optimizer=OptimizerConfig(**{**optimizer, "schedule": ScheduleConfig(**optimizer["schedule"])}),
+        sharding=ShardingOptions(**values.pop("sharding", {})),
         **values,
     )
 

@@ -1,11 +1,13 @@
 """Train a DLRM: `python -m dlrm_jax.train --flagfile=experiments/quickstart.flags`."""
 
+import logging
 import pathlib
 import sys
 
 from absl import flags
 
 from dlrm_jax import flags as run_flags
+from dlrm_jax import processes
 from dlrm_jax.commands import run_command
 from dlrm_jax.config import ConfigError
 from dlrm_jax.data.prepared import is_prepared, read_schema
@@ -19,6 +21,9 @@ FLAGS = flags.FLAGS
 
 def main() -> None:
     """Flags to config, config to result, result to the screen."""
+    processes.join(FLAGS.coordinator_address, FLAGS.num_processes, FLAGS.process_id)
+    if not processes.is_first():
+        logging.getLogger("dlrm_jax").setLevel(logging.WARNING)  # Said once is enough.
     config = config_from_flags()
     if not FLAGS.workdir and not is_prepared(pathlib.Path(config.data.data_dir)):
         raise ConfigError("--workdir is missing; it says where checkpoints, logs and results go")
@@ -28,6 +33,8 @@ def main() -> None:
     except Interrupted as interrupted:
         print(interrupted, file=sys.stderr)
         sys.exit(128 + interrupted.signum)
+    if not processes.is_first():
+        return
     print(format_table({name: result[name] for name in ("val", "test")}, result.get("optimum")))
     if result["input_wait_fraction"] is not None:
         wait = f"{result['input_wait_fraction']:.1%} of the time waiting for input"

@@ -8,27 +8,25 @@ import jax
 import numpy as np
 import pytest
 
-from dlrm_jax.checkpoint import BEST, LATEST, Checkpoints, abstract
+from dlrm_jax.checkpoint import BEST, LATEST, Checkpoints
 from dlrm_jax.config import ConfigError
-from dlrm_jax.state import init_state
+from dlrm_jax.sharding.placed import on_one_device
 from tests.helpers import optimizer, tiny_model
 
-
-def make_state():
-    return init_state(tiny_model(learned_pooling=True), optimizer("adagrad", "adam"), 0)
+PLACED = on_one_device(tiny_model(learned_pooling=True), optimizer("adagrad", "adam"))
 
 
 def at_step(step: int):
-    return make_state().replace(step=jax.numpy.int32(step))
+    return PLACED.init_state(0).replace(step=jax.numpy.int32(step))
 
 
 def test_everything_comes_back_bit_by_bit(tmp_path):
     state = at_step(7)
     with Checkpoints(tmp_path) as checkpoints:
-        checkpoints.save(LATEST, state, {"progress": {"best_value": 0.5}})
+        checkpoints.save(LATEST, state, PLACED, {"progress": {"best_value": 0.5}})
     with Checkpoints(tmp_path) as checkpoints:
-        restored = checkpoints.restore(LATEST, abstract(make_state))
-        assert checkpoints.record(LATEST) == {"progress": {"best_value": 0.5}}
+        restored = checkpoints.restore(LATEST, PLACED)
+        assert checkpoints.record(LATEST)["progress"] == {"best_value": 0.5}
     assert jax.tree.structure(restored) == jax.tree.structure(state)
     jax.tree.map(np.testing.assert_array_equal, restored, state)
 
@@ -38,10 +36,10 @@ def test_a_saved_state_may_be_donated_at_once(tmp_path):
     expected = {name: np.array(table) for name, table in state.tables.items()}
     double = jax.jit(lambda s: s.replace(tables=jax.tree.map(lambda x: 2 * x, s.tables)), donate_argnums=0)
     with Checkpoints(tmp_path) as checkpoints:
-        checkpoints.save(LATEST, state, {})
+        checkpoints.save(LATEST, state, PLACED, {})
         jax.block_until_ready(double(state))
         checkpoints.wait()
-        restored = checkpoints.restore(LATEST, abstract(make_state))
+        restored = checkpoints.restore(LATEST, PLACED)
     for name in expected:
         np.testing.assert_array_equal(restored.tables[name], expected[name])
 
@@ -49,8 +47,8 @@ def test_a_saved_state_may_be_donated_at_once(tmp_path):
 def test_two_latest_and_one_best_are_kept(tmp_path):
     with Checkpoints(tmp_path) as checkpoints:
         for step in (1, 2, 3):
-            checkpoints.save(LATEST, at_step(step), {})
-            checkpoints.save(BEST, at_step(step), {})
+            checkpoints.save(LATEST, at_step(step), PLACED, {})
+            checkpoints.save(BEST, at_step(step), PLACED, {})
         checkpoints.wait()
         assert checkpoints.find("2") == (LATEST, 2) and checkpoints.find("best") == (BEST, 3)
         with pytest.raises(ConfigError, match=r"no checkpoint '1' in .* \(latest: 2, 3; best: 3\)"):
@@ -68,14 +66,14 @@ def test_the_latest_checkpoint_never_names_a_best_one_that_is_not_written(tmp_pa
 
     monkeypatch.setattr(os, "rename", slow_for_best)
     with Checkpoints(tmp_path) as checkpoints:
-        checkpoints.save(BEST, at_step(3), {})
-        checkpoints.save(LATEST, at_step(3), {"progress": {"best_step": 3}})
+        checkpoints.save(BEST, at_step(3), PLACED, {})
+        checkpoints.save(LATEST, at_step(3), PLACED, {"progress": {"best_step": 3}})
         assert (tmp_path / "checkpoints" / BEST / "3").exists()
 
 
 def test_a_missing_best_is_named(tmp_path):
     with Checkpoints(tmp_path) as checkpoints, pytest.raises(ConfigError, match=r"no best checkpoint in .*best"):
-        checkpoints.restore(BEST, abstract(make_state))
+        checkpoints.restore(BEST, PLACED)
 
 
 def test_none_yet(tmp_path):
@@ -87,7 +85,7 @@ def test_none_yet(tmp_path):
 
 def test_leftovers_of_a_killed_save_are_ignored_and_removed(tmp_path):
     with Checkpoints(tmp_path) as checkpoints:
-        checkpoints.save(LATEST, at_step(5), {})
+        checkpoints.save(LATEST, at_step(5), PLACED, {})
     leftover = tmp_path / "checkpoints" / LATEST / "9.orbax-checkpoint-tmp"
     leftover.mkdir()
     with Checkpoints(tmp_path) as checkpoints:
@@ -95,23 +93,24 @@ def test_leftovers_of_a_killed_save_are_ignored_and_removed(tmp_path):
     assert not leftover.exists()
 
 
-def test_a_damaged_checkpoint_is_named(tmp_path):
+@pytest.mark.parametrize("part", ["dense", "tables"])
+def test_a_damaged_checkpoint_is_named(tmp_path, part):
     with Checkpoints(tmp_path) as checkpoints:
-        checkpoints.save(LATEST, at_step(5), {})
-    for path in (tmp_path / "checkpoints" / LATEST / "5" / "state").rglob("*"):
+        checkpoints.save(LATEST, at_step(5), PLACED, {})
+    for path in (tmp_path / "checkpoints" / LATEST / "5" / part).rglob("*"):
         if path.is_file():
             path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with Checkpoints(tmp_path) as checkpoints, pytest.raises(ConfigError, match=r"cannot read checkpoint .*latest/5"):
-        checkpoints.restore(LATEST, abstract(make_state))
+        checkpoints.restore(LATEST, PLACED)
 
 
 def test_a_full_disk_is_one_clear_error_and_the_last_checkpoint_stays(tmp_path, monkeypatch):
     with Checkpoints(tmp_path) as checkpoints:
-        checkpoints.save(LATEST, at_step(1), {})
+        checkpoints.save(LATEST, at_step(1), PLACED, {})
         checkpoints.wait()
         monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=100))
         with pytest.raises(ConfigError, match=r"no space for a checkpoint of 0\.0 MB in .*0\.0 MB free"):
-            checkpoints.save(LATEST, at_step(2), {})
+            checkpoints.save(LATEST, at_step(2), PLACED, {})
         assert checkpoints.step(LATEST) == 1
 
 
@@ -122,4 +121,4 @@ def test_a_write_that_fails_is_one_clear_error(tmp_path, monkeypatch):
     with Checkpoints(tmp_path) as checkpoints:
         monkeypatch.setattr(checkpoints._managers[LATEST], "save", fail)
         with pytest.raises(ConfigError, match=r"cannot write a checkpoint in .*RESOURCE_EXHAUSTED: no space; the last"):
-            checkpoints.save(LATEST, at_step(2), {})
+            checkpoints.save(LATEST, at_step(2), PLACED, {})

@@ -17,7 +17,8 @@ from dlrm_jax import checkpoint, loop
 from dlrm_jax.config import ConfigError, LossConfig
 from dlrm_jax.data.load import DataConfig, load_dataset
 from dlrm_jax.run_config import ModelOptions, RunConfig
-from dlrm_jax.state import init_state
+from dlrm_jax.sharding.options import ShardingOptions
+from dlrm_jax.sharding.placed import on_one_device
 from tests.helpers import ROOT, optimizer
 
 CONFIG = RunConfig(
@@ -30,14 +31,14 @@ CONFIG = RunConfig(
     eval_every=20,
     checkpoint_every=10,
     log_every=10,
+    sharding=ShardingOptions(mesh="model:1"),
 )
 
 
 def final_state(workdir: pathlib.Path, config: RunConfig = CONFIG):
     model = config.model.build(load_dataset(config.data))
     with checkpoint.Checkpoints(workdir) as checkpoints:
-        abstract = checkpoint.abstract(lambda: init_state(model, config.optimizer, config.seed))
-        return checkpoints.restore(checkpoint.LATEST, abstract)
+        return checkpoints.restore(checkpoint.LATEST, on_one_device(model, config.optimizer))
 
 
 def assert_same_bits(a, b):

@@ -63,6 +63,11 @@ def batches_of(
         yield take(_part(parts, padded_size, shard), padded_size // shard[1])
 
 
+def process_shard() -> tuple[int, int]:
+    """This process's `shard`."""
+    return jax.process_index(), jax.process_count()
+
+
 def padded(batch_size: int, multiple: int) -> int:
     """The least multiple of `multiple` that holds `batch_size` rows."""
     return -(-batch_size // multiple) * multiple

@@ -38,7 +38,7 @@ class MeshShape:
 def parse_mesh(text: str, num_devices: int) -> MeshShape:
     """`data:2,model:4` as a MeshShape; an empty text puts all devices on `model`.
 
-    Raises ConfigError for another axis, a number that is none, or a product that is not `num_devices`.
+    Raises ConfigError for another axis, a number that is none, or a product of more than `num_devices`.
     """
     if not text:
         return MeshShape(1, num_devices)
@@ -49,10 +49,8 @@ def parse_mesh(text: str, num_devices: int) -> MeshShape:
             raise ConfigError(f"--mesh={text}: {part!r} is not data:N or model:N, as in --mesh=data:2,model:4")
         sizes[axis] = int(size)
     shape = MeshShape(**sizes)
-    if shape.size != num_devices:
-        raise ConfigError(
-            f"--mesh={text} has {shape.size} devices, but there are {num_devices}; the product must agree"
-        )
+    if shape.size > num_devices:
+        raise ConfigError(f"--mesh={text} has {shape.size} devices, but there are {num_devices}; make it smaller")
     return shape
 
 

@@ -126,15 +126,34 @@ class Placed:
         put = functools.partial(jax.make_array_from_process_local_data, self.batch_sharding)
         return jax.tree.map(put, local)
 
-    def jit_step(self, step: Callable[..., Any], num_batches: int = 1) -> Any:
+    @property
+    def everywhere(self) -> NamedSharding:
+        """The sharding of what every device and process has whole."""
+        return replicated(self.mesh)
+
+    def jit_step(self, step: Callable[..., Any]) -> Any:
         """`step(state, batch)` compiled with explicit shardings, the state's arrays given away to the new one."""
-        del num_batches
-        metrics = replicated(self.mesh)
         return jax.jit(
             step,
             donate_argnums=0,
             in_shardings=(self.shardings, self.batch_sharding),
-            out_shardings=(self.shardings, metrics),
+            out_shardings=(self.shardings, self.everywhere),
+        )
+
+    def jit_route(self) -> Any:
+        """`batch -> routes`, compiled."""
+        split = self.batch_sharding
+        route = lambda batch: self.ops.route(batch.ids_BxK, batch.id_weights_BxK)  # noqa: E731
+        return jax.jit(route, in_shardings=(split,), out_shardings=split)
+
+    def jit_pipelined_step(self, step: Callable[..., Any]) -> Any:
+        """`step(state, batch, routes, next batch)` (step.make_pipelined_step) compiled as `jit_step` does."""
+        split = self.batch_sharding
+        return jax.jit(
+            step,
+            donate_argnums=(0, 2),
+            in_shardings=(self.shardings, split, split, split),
+            out_shardings=(self.shardings, self.everywhere, split),
         )
 
 

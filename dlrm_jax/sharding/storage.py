@@ -13,6 +13,7 @@ shards' rows one below the other.
 
 import dataclasses
 import itertools
+from typing import Any
 
 import numpy as np
 from jax.sharding import PartitionSpec
@@ -59,6 +60,22 @@ class PlacedStack:
     hotness: tuple[int, ...]
     slots: np.ndarray
     table_K: np.ndarray
+
+    @property
+    def layout(self) -> tuple[Any, ...]:
+        """What decides where each number lies: arrays of equal layouts are the same arrays, on any mesh."""
+        shards = self.num_shards if self.form != REPLICATED else 1
+        return (
+            self.name,
+            self.tables,
+            self.first_T,
+            self.count_T,
+            self.offset_T,
+            shards,
+            self.rows,
+            self.width,
+            self.pack,
+        )
 
     @property
     def shape(self) -> tuple[int, int]:

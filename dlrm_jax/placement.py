@@ -1,0 +1,45 @@
+"""Where a run's tables lie: the flags, the model, the data and the devices at hand, as a Placed."""
+
+import itertools
+import logging
+from collections.abc import Iterator
+
+import jax
+
+from dlrm_jax.batch import Batch
+from dlrm_jax.config import ConfigError, ModelConfig
+from dlrm_jax.data.dataset import Dataset
+from dlrm_jax.data.pipeline import train_batches
+from dlrm_jax.run_config import RunConfig
+from dlrm_jax.sharding.mesh import parse_mesh
+from dlrm_jax.sharding.options import AUTO, place
+from dlrm_jax.sharding.placed import Placed, on_one_device
+from dlrm_jax.sharding.plan import ROW_WISE, Plan, make_plan
+
+_LOG = logging.getLogger("dlrm_jax")
+_SAMPLED_BATCHES = 4
+
+
+def place_run(config: RunConfig, model: ModelConfig, dataset: Dataset) -> Placed:
+    """The model of a run on all devices of all processes."""
+    shape = parse_mesh(config.sharding.mesh, jax.device_count())
+    if shape.size < jax.device_count():
+        if jax.process_count() > 1:
+            raise ConfigError(f"--mesh={config.sharding.mesh} leaves devices out; of several processes all are used")
+        _LOG.info("--mesh=%s takes %d of %d devices", config.sharding.mesh, shape.size, jax.device_count())
+    if shape.size == 1:
+        return on_one_device(model, config.optimizer)
+    auto = automatic(model, config) if config.sharding.sharding == AUTO else None
+    return place(model, config.optimizer, config.sharding, auto, sample_batches(config, dataset))
+
+
+def automatic(model: ModelConfig, config: RunConfig) -> Plan:
+    """What --sharding=auto means here."""
+    return make_plan(model, parse_mesh(config.sharding.mesh, jax.device_count()), ROW_WISE)
+
+
+def sample_batches(config: RunConfig, dataset: Dataset) -> Iterator[Batch]:
+    """The first global batches, the same in every process, with their bags."""
+    source = train_batches(dataset.splits["train"], config.batch_size, config.seed, 0, shuffle=config.shuffle)
+    for batch in itertools.islice(source, _SAMPLED_BATCHES):
+        yield dataset.expander.on_host(batch) if dataset.expander else batch
