@@ -131,11 +131,6 @@ def _define_sharding_flags() -> None:
         "Rows that a device asks of each peer at once (row_wise, table_row_wise); more take further rounds. "
         "0: what the first batches need.",
     )
-    flags.DEFINE_string(
-        "coordinator_address", "", "HOST:PORT of process 0, where several processes train together; the same for all."
-    )
-    flags.DEFINE_integer("num_processes", 0, "How many processes train together; 0: one, or what the cluster says.")
-    flags.DEFINE_integer("process_id", -1, "This process's number among them, from 0.")
     flags.DEFINE_bool(
         "pipeline_exchange", False, "Exchange the next batch's ids during this batch's compute; equal results."
     )

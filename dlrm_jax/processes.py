@@ -1,6 +1,10 @@
 """Many processes as one run: how they find each other, agree, and end together. Nothing happens at import."""
 
+import contextlib
+import faulthandler
 import os
+import sys
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -9,7 +13,7 @@ from jax.experimental import multihost_utils
 
 from dlrm_jax.config import ConfigError, require
 
-HEARTBEAT_SECONDS = 30
+HEARTBEAT_SECONDS = 15
 """A process that is silent for so long is taken for dead, and the others end."""
 
 
@@ -39,6 +43,8 @@ def _in_a_cluster() -> bool:
 
 
 def _initialize(**who: Any) -> None:
+    # When another process dies JAX says so and aborts; what Python would add is where this one was, at length.
+    faulthandler.disable()
     try:
         jax.distributed.initialize(**who, initialization_timeout=120, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
     except (RuntimeError, ValueError) as error:
@@ -55,3 +61,18 @@ def largest(value: int) -> int:
     if jax.process_count() == 1:
         return value
     return int(multihost_utils.process_allgather(np.int32(value)).max())
+
+
+@contextlib.contextmanager
+def ending_together(but_for: type[Exception]) -> Iterator[None]:
+    """What stops this process stops the others: they notice that it is gone, where a tidy exit would wait for them.
+
+    `but_for` is what all processes raise together.
+    """
+    try:
+        yield
+    except Exception as error:
+        if jax.process_count() == 1 or isinstance(error, but_for):
+            raise
+        print(f"error: process {jax.process_index()}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        os._exit(1)

@@ -19,6 +19,15 @@ from dlrm_jax.reporting import format_table
 FLAGS = flags.FLAGS
 
 
+def define_process_flags() -> None:
+    """Which of several processes this is: not kept in flags.txt, since it differs between them."""
+    flags.DEFINE_string(
+        "coordinator_address", "", "HOST:PORT of process 0, where several processes train together; the same for all."
+    )
+    flags.DEFINE_integer("num_processes", 0, "How many processes train together; 0: one, or what the cluster says.")
+    flags.DEFINE_integer("process_id", -1, "This process's number among them, from 0.")
+
+
 def main() -> None:
     """Flags to config, config to result, result to the screen."""
     processes.join(FLAGS.coordinator_address, FLAGS.num_processes, FLAGS.process_id)
@@ -29,7 +38,8 @@ def main() -> None:
         raise ConfigError("--workdir is missing; it says where checkpoints, logs and results go")
     workdir = pathlib.Path(FLAGS.workdir or f"runs/{read_schema(pathlib.Path(config.data.data_dir)).name}")
     try:
-        result = train_and_evaluate(config, workdir, flagfile_text())
+        with processes.ending_together(but_for=Interrupted):
+            result = train_and_evaluate(config, workdir, flagfile_text())
     except Interrupted as interrupted:
         print(interrupted, file=sys.stderr)
         sys.exit(128 + interrupted.signum)
@@ -44,5 +54,6 @@ def main() -> None:
 
 if __name__ == "__main__":
     define_run_flags()
+    define_process_flags()
     flags.adopt_module_key_flags(run_flags)  # Else --help would not list them.
     run_command(main)

@@ -61,6 +61,13 @@ SETTINGS = {
     "target_metric": ("log_loss", "target_metric", "log_loss"),
     "target_value": ("0.4", "target_value", 0.4),
     "patience": ("17", "patience", 17),
+    "sharding": ("column_wise", "sharding.sharding", "column_wise"),
+    "sharding_plan": ("plan.json", "sharding.plan", "plan.json"),
+    "mesh": ("data:2", "sharding.mesh", "data:2"),
+    "group_size": ("2", "sharding.group_size", 2),
+    "exchange_dtype": ("bfloat16", "sharding.exchange_dtype", "bfloat16"),
+    "exchange_capacity": ("64", "sharding.exchange_capacity", 64),
+    "pipeline_exchange": ("true", "sharding.pipeline", True),
 }
 
 

@@ -1,8 +1,8 @@
 """Placed states as tables by name, on the host: what placement must not change."""
 
-import itertools
-
+import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from dlrm_jax.batch import EMPTY_SLOT, Batch
 from dlrm_jax.embedding import POOLING_WEIGHTS
@@ -13,16 +13,26 @@ def by_name(placed, arrays) -> dict[str, np.ndarray]:
     """Each table's logical (rows, D) array, and its learned weights, from how they are stored. Slow and plain."""
     named = {}
     for stack in placed.stacks:
-        whole = rows_and_columns(stack, np.asarray(arrays[stack.name]), stack.width)
+        everything = rows_and_columns(stack, whole(arrays[stack.name]), stack.width)
         for t, table in enumerate(stack.tables):
-            named[table.name] = whole[row_numbers(stack, t)][:, : stack.dim]
+            named[table.name] = everything[row_numbers(stack, t)][:, : stack.dim]
         if stack.name + POOLING_WEIGHTS in arrays:
-            weights = np.asarray(arrays[stack.name + POOLING_WEIGHTS])
+            weights = whole(arrays[stack.name + POOLING_WEIGHTS])
             parts = np.split(weights, stack.num_shards) if stack.form in (OWNED, ROUTED) else [weights]
             column = np.concatenate([part.reshape(-1)[: stack.rows] for part in parts])[:, None]
             for t, table in enumerate(stack.tables):
                 named[table.name + POOLING_WEIGHTS] = column[row_numbers(stack, t)]
     return named
+
+
+def whole(array) -> np.ndarray:
+    """A global array on the host, whichever processes hold it."""
+    return np.asarray(array if array.is_fully_addressable else multihost_utils.process_allgather(array, tiled=True))
+
+
+def local(batch: Batch) -> Batch:
+    """This process's rows."""
+    return jax.tree.map(lambda x: np.split(x, jax.process_count())[jax.process_index()], batch)
 
 
 def rows_and_columns(stack, array: np.ndarray, width: int) -> np.ndarray:
@@ -76,7 +86,3 @@ def difference(got: dict[str, np.ndarray], want: dict[str, np.ndarray]) -> float
     """The largest difference of any weight over the largest weight."""
     assert got.keys() == want.keys()
     return max(float(np.abs(got[name] - want[name]).max()) for name in want) / largest(want)
-
-
-def product(*columns):
-    return list(itertools.product(*columns))

@@ -15,7 +15,7 @@ from dlrm_jax.sharding.plan import SHARDINGS, make_plan
 from dlrm_jax.state import init_state
 from dlrm_jax.step import logits, make_pipelined_step, make_train_step
 from tests.helpers import optimizer, random_batch, tiny_model
-from tests.placement_helpers import by_name, difference, pad
+from tests.placement_helpers import by_name, difference, local, pad, whole
 
 NUM_STEPS, BATCH = 20, 22  # Divided by none of the meshes.
 TOLERANCE = {"sgd": 1e-6, "adagrad": 1e-5, "rowwise_adagrad": 1e-5}
@@ -71,13 +71,14 @@ def check(placed, table, learned=False, weighted=False, micro_batches=1):
         np.testing.assert_array_equal(rows, born[name], err_msg=name)
     batches = [pad(batch(i, weighted), placed.num_devices * micro_batches) for i in range(NUM_STEPS)]
     score = jax.jit(functools.partial(logits, placed.model, ops=placed.ops))
-    np.testing.assert_allclose(score(state, placed.put(batches[0]))[:BATCH], first, rtol=0, atol=1e-6)
+    scores = whole(score(state, placed.put(local(batches[0]))))
+    np.testing.assert_allclose(scores[:BATCH], first, rtol=0, atol=1e-6)
     train_step = placed.jit_step(
         make_train_step(placed.model, LossConfig(), placed.optimizer, micro_batches, placed.ops)
     )
     counters = []
     for i in range(NUM_STEPS):
-        state, metrics = train_step(state, placed.put(batches[i]))
+        state, metrics = train_step(state, placed.put(local(batches[i])))
         assert abs(float(metrics["loss"]) - losses[i]) < 1e-6
         counters.append(float(metrics.get(OVERFLOWS, 0)))
     assert difference(by_name(placed, state.tables), trained) < TOLERANCE[table]

@@ -1,0 +1,25 @@
+"""One of several processes that check placements together: `python -m tests.one_of_several PORT NUMBER OF DEVICES`."""
+
+import sys
+
+import jax
+
+from dlrm_jax import processes
+
+
+def main() -> None:
+    port, number, count, devices = map(int, sys.argv[1:])
+    jax.config.update("jax_num_cpu_devices", devices)
+    processes.join(f"127.0.0.1:{port}", count, number)
+    from tests.placement_test import OPTIMIZERS, SHARDINGS, check, place
+
+    total = count * devices
+    for i, sharding in enumerate((*SHARDINGS, "mix")):
+        table = OPTIMIZERS[i % 3]
+        mesh = (1, total) if i % 2 else (2, total // 2)
+        check(place(mesh, sharding, table, capacity=2), table, weighted=True)
+        print(f"{sharding} on {mesh} equals one device", flush=True)
+
+
+if __name__ == "__main__":
+    main()
