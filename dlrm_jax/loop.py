@@ -17,7 +17,7 @@ from dlrm_jax.data.load import load_dataset
 from dlrm_jax.data.pipeline import Prefetcher, process_shard, steps_per_epoch, train_batches
 from dlrm_jax.evaluation import Evaluator, evaluate_splits
 from dlrm_jax.monitor import Clock, Interrupted, LossWindow, Speed, catch_signals
-from dlrm_jax.placement import place_run
+from dlrm_jax.placement import place_run, prediction
 from dlrm_jax.run_config import RunConfig, check_dataset
 from dlrm_jax.state import TrainState
 from dlrm_jax.stepper import Stepper
@@ -86,9 +86,10 @@ def train_and_evaluate(config: RunConfig, workdir: pathlib.Path, flagfile: str |
                 (workdir / "flags.txt").write_text(flagfile)
         log = stack.enter_context(reporting.MetricsLog(workdir, int(state.step), silent=not run.writes))
         stop_signal = stack.enter_context(catch_signals())
-        state, speed = train(run, state, progress, checkpoints, log, stop_signal)
+        state, speed, memory = train(run, state, progress, checkpoints, log, stop_signal)
         checkpoints.wait()
         result = final_result(run, state, progress, checkpoints, speed)
+        result["step_cost"] = predicted_and_measured(run, speed, memory)
     if run.writes:
         reporting.write_json_atomically(workdir / "result.json", result)
         optimum = run.dataset.optimum
@@ -119,7 +120,7 @@ def train(
     checkpoints: checkpoint.Checkpoints,
     log: reporting.MetricsLog,
     stop_signal: list[int],
-) -> tuple[TrainState, Speed]:
+) -> tuple[TrainState, Speed, int | None]:
     """Steps until the end, a stopping rule or a signal, with evaluations and checkpoints on their steps."""
     config, step, speed = run.config, int(state.step), Speed()
     losses = LossWindow(run.workdir, run.dataset.dense_names)
@@ -152,7 +153,8 @@ def train(
                 checkpoints.wait()
                 raise Interrupted(signum, step)
             clock.resume()
-    return state, speed
+        memory = train_step.memory_bytes()
+    return state, speed, memory
 
 
 def evaluate_progress(
@@ -180,6 +182,15 @@ def evaluate_progress(
     elif config.patience and progress.evals_since_best >= config.patience:
         progress.stopped = f"{reached} is the {config.patience}th evaluation without improvement"
     _LOG.info("%s%s", reached, f"; stopping: {progress.stopped}" if progress.stopped else "")
+
+
+def predicted_and_measured(run: Run, speed: Speed, memory: int | None) -> dict[str, dict[str, float | None]]:
+    """Seconds a step and bytes a device: as the planner has them, and as the clock and XLA have them."""
+    cost, rate = prediction(run.config, run.placed), speed.summary()["samples_per_second"]
+    return {
+        "predicted": {"seconds": cost.step_seconds, "bytes": cost.bytes_held},
+        "measured": {"seconds": run.config.batch_size / rate if rate else None, "bytes": memory},
+    }
 
 
 def record_of(run: Run, progress: Progress) -> dict[str, Any]:

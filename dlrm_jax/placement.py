@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+import pathlib
 from collections.abc import Iterator
 
 import jax
@@ -10,11 +11,15 @@ from dlrm_jax.batch import Batch
 from dlrm_jax.config import ConfigError, ModelConfig
 from dlrm_jax.data.dataset import Dataset
 from dlrm_jax.data.pipeline import train_batches
+from dlrm_jax.data.prepared import is_prepared, read_json
 from dlrm_jax.run_config import RunConfig
-from dlrm_jax.sharding.mesh import parse_mesh
+from dlrm_jax.sharding.cost import Cost, Load, estimate
+from dlrm_jax.sharding.hardware import at_hand
+from dlrm_jax.sharding.mesh import MeshShape, parse_mesh
 from dlrm_jax.sharding.options import AUTO, place
 from dlrm_jax.sharding.placed import Placed, on_one_device
-from dlrm_jax.sharding.plan import ROW_WISE, Plan, make_plan
+from dlrm_jax.sharding.planner import Setting, auto_plan
+from dlrm_jax.sharding.skew import skews
 
 _LOG = logging.getLogger("dlrm_jax")
 _SAMPLED_BATCHES = 4
@@ -29,13 +34,29 @@ def place_run(config: RunConfig, model: ModelConfig, dataset: Dataset) -> Placed
         _LOG.info("--mesh=%s takes %d of %d devices", config.sharding.mesh, shape.size, jax.device_count())
     if shape.size == 1:
         return on_one_device(model, config.optimizer)
-    auto = automatic(model, config) if config.sharding.sharding == AUTO else None
+    auto = auto_plan(setting_of(config, model, shape)) if config.sharding.sharding == AUTO else None
     return place(model, config.optimizer, config.sharding, auto, sample_batches(config, dataset))
 
 
-def automatic(model: ModelConfig, config: RunConfig) -> Plan:
-    """What --sharding=auto means here."""
-    return make_plan(model, parse_mesh(config.sharding.mesh, jax.device_count()), ROW_WISE)
+def setting_of(config: RunConfig, model: ModelConfig, shape: MeshShape) -> Setting:
+    """What the planner plans for here: the devices at hand, and ids as the dataset's statistics have them."""
+    device = jax.devices()[0]
+    directory = pathlib.Path(config.data.data_dir)
+    of_tables = skews(read_json(directory / "statistics.json")) if is_prepared(directory) else {}
+    return Setting(
+        model=model,
+        optimizer=config.optimizer,
+        mesh=shape,
+        load=Load(config.batch_size, config.data.id_skew, of_tables),
+        hardware=at_hand(device.device_kind, device.platform),
+        group_size=config.sharding.group_size,
+    )
+
+
+def prediction(config: RunConfig, placed: Placed) -> Cost:
+    """What a step of `placed` should cost."""
+    setting = setting_of(config, placed.model, placed.plan.mesh)
+    return estimate(setting.model, setting.optimizer, placed.plan, setting.load, setting.hardware, placed.options)
 
 
 def sample_batches(config: RunConfig, dataset: Dataset) -> Iterator[Batch]:

@@ -162,6 +162,17 @@ def format_table(results: dict[str, dict[str, Any] | None], optimum: dict[str, f
     return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
 
 
+def format_cost(cost: dict[str, dict[str, float | None]]) -> str:
+    """Predicted beside measured: time of a step, memory of a device."""
+
+    def one(values: dict[str, float | None]) -> str:
+        seconds, held = values["seconds"], values["bytes"]
+        time_text = "-" if seconds is None else f"{seconds * 1e3:,.3f} ms a step"
+        return f"{time_text}, {'-' if held is None else f'{held / 1e6:,.1f} MB a device'}"
+
+    return f"predicted {one(cost['predicted'])}; measured {one(cost['measured'])}"
+
+
 def _cell(value: float | int | None) -> str:
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return "-"

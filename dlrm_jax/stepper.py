@@ -23,17 +23,32 @@ class Stepper:
         else:
             self._step = placed.jit_step(make_train_step(*settings))
         self._ahead: tuple[Batch, Batch, Any] | None = None
+        self._executable: Any = None
 
     def __call__(self, state: TrainState) -> tuple[Batch, TrainState, dict[str, Any]]:
         """(the batch as it was on the host, the new state, its metrics); `state`'s arrays are given away."""
         if not self._pipelined:
             host_batch, batch = next(self._batches)
-            return host_batch, *self._step(state, batch)
+            return host_batch, *self._compiled(state, batch)(state, batch)
         if self._ahead is None:
             host_batch, batch = next(self._batches)
             self._ahead = host_batch, batch, self._route(batch)
         host_batch, batch, routes = self._ahead
         next_host_batch, next_batch = next(self._batches)
-        state, step_metrics, next_routes = self._step(state, batch, routes, next_batch)
+        arguments = (state, batch, routes, next_batch)
+        state, step_metrics, next_routes = self._compiled(*arguments)(*arguments)
         self._ahead = next_host_batch, next_batch, next_routes
         return host_batch, state, step_metrics
+
+    def _compiled(self, *arguments: Any) -> Any:
+        if self._executable is None:
+            self._executable = self._step.lower(*arguments).compile()
+        return self._executable
+
+    def memory_bytes(self) -> int | None:
+        """What the compiled step holds on a device, by XLA's account; None before the first step."""
+        if self._executable is None:
+            return None
+        memory = self._executable.memory_analysis()
+        not_aliased = memory.output_size_in_bytes - memory.alias_size_in_bytes
+        return memory.argument_size_in_bytes + memory.temp_size_in_bytes + not_aliased

@@ -14,7 +14,7 @@ from dlrm_jax.data.prepared import is_prepared, read_schema
 from dlrm_jax.flags import config_from_flags, define_run_flags, flagfile_text
 from dlrm_jax.loop import train_and_evaluate
 from dlrm_jax.monitor import Interrupted
-from dlrm_jax.reporting import format_table
+from dlrm_jax.reporting import format_cost, format_table
 
 FLAGS = flags.FLAGS
 
@@ -49,6 +49,7 @@ def main() -> None:
     if result["input_wait_fraction"] is not None:
         wait = f"{result['input_wait_fraction']:.1%} of the time waiting for input"
         print(f"{result['samples_per_second']:,.0f} samples/s; {wait}")
+    print(format_cost(result["step_cost"]))
     print(f"step {result['step']}; results, curves and checkpoints are in {workdir}")
 
 

@@ -21,6 +21,11 @@ def read_rows(stack: PlacedStack, tables: dict[str, jax.Array], row_ids: jax.Arr
     return rows.reshape(*row_ids.shape, -1)
 
 
+def scale_of(routes: dict[str, jax.Array]) -> jax.Array:
+    """What each slot's row is multiplied with: `scale`, or 1 where `rows` has a row; then scales need not travel."""
+    return routes["scale"] if "scale" in routes else (routes["rows"] >= 0).astype(jnp.float32)
+
+
 def scaled(stack: PlacedStack, rows: jax.Array, scale: jax.Array) -> jax.Array:
     """What each slot adds to its bag: its row times `scale` and its learned weight."""
     if rows.shape[-1] > stack.width:

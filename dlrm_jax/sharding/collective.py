@@ -19,6 +19,12 @@ def from_all(x: jax.Array, axis: str, size: int) -> jax.Array:
     return x if size == 1 else jax.lax.all_gather(x, axis, axis=0, tiled=True)
 
 
+def from_everywhere(x: jax.Array, num_copies: int, num_shards: int) -> jax.Array:
+    """As `from_all` over the whole mesh."""
+    axes = tuple(axis for axis, size in ((DATA, num_copies), (MODEL, num_shards)) if size > 1)
+    return jax.lax.all_gather(x, axes, axis=0, tiled=True) if axes else x
+
+
 def from_copies(x: jax.Array, num_copies: int) -> jax.Array:
     """As `from_all` along `data`."""
     return from_all(x, DATA, num_copies)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dlrm_jax.embedding import sum_bags
-from dlrm_jax.sharding.bags import apply_gradients, read_rows, scaled, slot_gradients
+from dlrm_jax.sharding.bags import apply_gradients, read_rows, scale_of, scaled, slot_gradients
 from dlrm_jax.sharding.collective import from_all, from_copies, sum_over_shards, to_owners
 from dlrm_jax.sharding.mesh import MODEL
 from dlrm_jax.sharding.storage import PlacedStack
@@ -20,14 +20,14 @@ def route(stack: PlacedStack, ids_bxk: jax.Array, scale_bxk: jax.Array, plain_sc
     offset_k = np.array(stack.offset_T, np.int32)[stack.table_K]
     rows = from_all(jnp.where(ids_bxk < 0, -1, ids_bxk + offset_k[None]), MODEL, stack.num_shards)
     if plain_scale:
-        return {"rows": rows, "scale": (rows >= 0).astype(jnp.float32)}
+        return {"rows": rows}
     return {"rows": rows, "scale": from_all(scale_bxk, MODEL, stack.num_shards)}
 
 
 def lookup(stack: PlacedStack, tables: Arrays, routes: Arrays, dtype: str) -> tuple[jax.Array, Arrays]:
     """pooled_bxfxD, its columns from every shard."""
     rows = read_rows(stack, tables, routes["rows"])
-    pooled_Bxfxw = sum_bags(scaled(stack, rows, routes["scale"]), stack.hotness)
+    pooled_Bxfxw = sum_bags(scaled(stack, rows, scale_of(routes)), stack.hotness)
     shards = stack.num_shards
     parts_Sxbxfxw = to_owners(pooled_Bxfxw.reshape(shards, -1, *pooled_Bxfxw.shape[1:]), shards, dtype)
     pooled_bxfxD = jnp.moveaxis(parts_Sxbxfxw, 0, 2).reshape(*parts_Sxbxfxw.shape[1:3], -1)
@@ -49,7 +49,8 @@ def update(
     padded = jnp.pad(d_pooled, ((0, 0), (0, 0), (0, shards * width - stack.dim)))
     parts_Sxbxfxw = jnp.moveaxis(padded.reshape(*padded.shape[:2], shards, width), 2, 0)
     d_Bxfxw = to_owners(parts_Sxbxfxw, shards, dtype).reshape(-1, *parts_Sxbxfxw.shape[2:])
-    row_ids, scale, d_Bxfxw = (from_copies(x, stack.num_copies) for x in (routes["rows"], routes["scale"], d_Bxfxw))
+    everyones = {name: from_copies(x, stack.num_copies) for name, x in routes.items()}
+    row_ids, scale, d_Bxfxw = everyones["rows"], scale_of(everyones), from_copies(d_Bxfxw, stack.num_copies)
     d_slots = d_Bxfxw[:, np.repeat(np.arange(len(stack.hotness)), stack.hotness)]
     rows = read_rows(stack, tables, row_ids) if len(tables) > 1 else None
     grads = slot_gradients(stack, d_slots, scale, rows)

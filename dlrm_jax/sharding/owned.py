@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dlrm_jax.sharding.bags import apply_gradients, read_rows, scaled, slot_gradients
+from dlrm_jax.sharding.bags import apply_gradients, read_rows, scale_of, scaled, slot_gradients
 from dlrm_jax.sharding.collective import from_copies, shard_index, to_owners
 from dlrm_jax.sharding.storage import PlacedStack
 
@@ -52,7 +52,7 @@ def route(stack: PlacedStack, ids_bxk: jax.Array, scale_bxk: jax.Array, plain_sc
     rows = to_owners(jnp.where(empty, -1, _parts(rows_bxk, slot_SxK)), stack.num_shards)
     rows = rows.reshape(-1, slot_SxK.shape[1])
     if plain_scale:
-        return {"rows": rows, "scale": (rows >= 0).astype(jnp.float32)}
+        return {"rows": rows}
     scale = to_owners(jnp.where(empty, 0, _parts(scale_bxk, slot_SxK)), stack.num_shards)
     return {"rows": rows, "scale": scale.reshape(rows.shape)}
 
@@ -65,7 +65,7 @@ def _parts(x_bxk: jax.Array, columns_SxK: np.ndarray) -> jax.Array:
 def lookup(stack: PlacedStack, tables: Arrays, routes: Arrays, dtype: str) -> tuple[jax.Array, Arrays]:
     """pooled_bxfxD, each feature from its owner."""
     parcel, shards = parcels(stack), stack.num_shards
-    slots_BxKxD = scaled(stack, read_rows(stack, tables, routes["rows"]), routes["scale"])
+    slots_BxKxD = scaled(stack, read_rows(stack, tables, routes["rows"]), scale_of(routes))
     pooled_BxFxD = _sum_bags(stack, slots_BxKxD, parcel)
     pooled_SxbxFxD = to_owners(pooled_BxFxD.reshape(shards, -1, *pooled_BxFxD.shape[1:]), shards, dtype)
     shard_F, place_F = np.nonzero(parcel.feature_SxF >= 0)
@@ -99,7 +99,8 @@ def update(
     empty = jnp.asarray(parcel.feature_SxF < 0)[:, None, :, None]
     parts_SxbxFxD = jnp.where(empty, 0, _parts(d_pooled, parcel.feature_SxF))
     d_BxFxD = to_owners(parts_SxbxFxD, shards, dtype).reshape(-1, *parts_SxbxFxD.shape[2:])
-    row_ids, scale, d_BxFxD = (from_copies(x, stack.num_copies) for x in (routes["rows"], routes["scale"], d_BxFxD))
+    everyones = {name: from_copies(x, stack.num_copies) for name, x in routes.items()}
+    row_ids, scale, d_BxFxD = everyones["rows"], scale_of(everyones), from_copies(d_BxFxD, stack.num_copies)
     d_slots = d_BxFxD
     if max(stack.hotness) > 1:
         d_slots = jnp.take(d_BxFxD, jnp.asarray(parcel.bag_SxK)[shard_index(shards)], axis=1)

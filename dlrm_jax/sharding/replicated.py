@@ -8,8 +8,7 @@ import numpy as np
 
 from dlrm_jax.embedding import sum_bags
 from dlrm_jax.sharding.bags import apply_gradients, read_rows, scaled, slot_gradients
-from dlrm_jax.sharding.collective import from_all, from_copies
-from dlrm_jax.sharding.mesh import MODEL
+from dlrm_jax.sharding.collective import from_everywhere
 from dlrm_jax.sharding.storage import PlacedStack
 from dlrm_jax.sparse_optimizer import SparseGrad, merge_duplicates
 
@@ -54,5 +53,5 @@ def update(
     if most < len(ids_M) and stack.num_shards * stack.num_copies > 1:
         merged = merge_duplicates(SparseGrad(ids_M, grads_MxW), stack.rows)
         ids_M, grads_MxW = merged.ids_M[:most], merged.rows_MxD[:most]
-    ids_M, grads_MxW = (from_copies(from_all(x, MODEL, stack.num_shards), stack.num_copies) for x in (ids_M, grads_MxW))
+    ids_M, grads_MxW = (from_everywhere(x, stack.num_copies, stack.num_shards) for x in (ids_M, grads_MxW))
     return apply_gradients(stack, optimizers, tables, opt_state, ids_M, grads_MxW, rate)

@@ -1,0 +1,114 @@
+"""Plan a run before it is made: `python -m dlrm_jax.plan --flagfile=FILE --devices=8 --hardware=h100`.
+
+Nothing is allocated; with --hardware no accelerator is touched. The table says where each embedding table lies and
+why, what a device holds and sends, how long a step should take, and how the other strategies compare.
+"""
+
+import pathlib
+
+from absl import flags
+
+from dlrm_jax import flags as run_flags
+from dlrm_jax import reporting
+from dlrm_jax.commands import run_command
+from dlrm_jax.config import ConfigError, FeatureConfig, ModelConfig, TableConfig
+from dlrm_jax.data.load import load_dataset
+from dlrm_jax.data.prepared import is_prepared, read_json
+from dlrm_jax.flags import config_from_flags, define_run_flags
+from dlrm_jax.run_config import RunConfig
+from dlrm_jax.sharding import hardware, planner, report
+from dlrm_jax.sharding.calibrate import calibrate
+from dlrm_jax.sharding.cost import Load
+from dlrm_jax.sharding.mesh import parse_mesh
+from dlrm_jax.sharding.options import choose_plan
+from dlrm_jax.sharding.skew import skews
+from dlrm_jax.sharding.topology import compile_report, parse_topology
+
+FLAGS = flags.FLAGS
+
+
+def define_plan_flags() -> None:
+    """Define this command's own flags."""
+    flags.DEFINE_integer("devices", 0, "Devices to plan for; 0: those of --mesh or --topology, else 8.")
+    flags.DEFINE_string("hardware", "", f"What they are: {', '.join(hardware.HARDWARE)}. Default: the device at hand.")
+    flags.DEFINE_string("topology", "", "TPU pod, as v5p:4x4x4: plan for it, and compile the real step for it.")
+    flags.DEFINE_bool("calibrate", False, "Measure the device at hand first, and plan with what it can do.")
+    flags.DEFINE_string("json", "", "Write the plan and its costs here; --sharding_plan reads it back.")
+    flags.DEFINE_string("picture", "", "Draw bytes and time of every strategy here, as PNG.")
+
+
+def model_of(config: RunConfig) -> ModelConfig:
+    """The model; synthetic data need not be made to know its tables."""
+    if config.data.dataset != "synthetic" or config.data.data_dir:
+        return config.model.build(load_dataset(config.data))
+    sizes, hotness = config.data.table_sizes, config.data.hotness
+    if len(hotness) not in (1, len(sizes)):
+        raise ConfigError(f"--hotness has {len(hotness)} numbers for {len(sizes)} tables; give one, or one each")
+    names = [f"C{i + 1}" for i in range(len(sizes))]
+    each = hotness * len(sizes) if len(hotness) == 1 else hotness
+    features = tuple(FeatureConfig(name, name, hotness=h) for name, h in zip(names, each, strict=True))
+    tables = tuple(TableConfig(n, rows, config.model.embedding_dim) for n, rows in zip(names, sizes, strict=True))
+    options = {k: v for k, v in vars(config.model).items() if k != "embedding_dim"}
+    return ModelConfig(num_dense=config.data.num_dense, tables=tables, features=features, **options)
+
+
+def load_of(config: RunConfig) -> Load:
+    """Batch size, and how ids fall off: from a prepared dataset's statistics, else by --id_skew."""
+    directory = pathlib.Path(config.data.data_dir)
+    of_tables = skews(read_json(directory / "statistics.json")) if is_prepared(directory) else {}
+    return Load(config.batch_size, config.data.id_skew, of_tables)
+
+
+def hardware_of() -> hardware.Hardware:
+    """The hardware to plan for."""
+    if FLAGS.calibrate:
+        return calibrate()
+    if FLAGS.topology:
+        return hardware.find(parse_topology(FLAGS.topology).generation)
+    if FLAGS.hardware:
+        return hardware.find(FLAGS.hardware)
+    import jax  # Only now is a device touched.
+
+    return hardware.at_hand(jax.devices()[0].device_kind, jax.devices()[0].platform)
+
+
+def main() -> None:
+    """Flags to setting, setting to costs, costs to the screen, a file and a picture."""
+    config = config_from_flags()
+    topology = parse_topology(FLAGS.topology) if FLAGS.topology else None
+    chosen = sum(int(part.partition(":")[2] or 0) > 0 for part in config.sharding.mesh.split(",") if part)
+    num_devices = topology.num_chips if topology else FLAGS.devices or (0 if chosen else 8)
+    if num_devices < 0:
+        raise ConfigError(f"--devices={num_devices} is not a number of devices")
+    mesh = parse_mesh(config.sharding.mesh, num_devices or 2**31)
+    setting = planner.Setting(
+        model=model_of(config),
+        optimizer=config.optimizer,
+        mesh=mesh,
+        load=load_of(config),
+        hardware=hardware_of(),
+        group_size=config.sharding.group_size,
+        packed=topology is not None,
+    )
+    ranked = planner.ranking(setting)
+    auto = dict(ranked)[planner.AUTO].plan
+    plan = choose_plan(setting.model, config.sharding, mesh, auto)
+    cost = setting.cost_of(plan)
+    print(report.text(setting, cost, ranked))
+    compiled = compile_report(setting, config.loss, cost, topology) if topology else None
+    if compiled is not None:
+        print(compiled.text())
+    if FLAGS.json:
+        values = report.as_dict(setting, cost, ranked) | ({"compiled": compiled.to_dict()} if compiled else {})
+        reporting.write_json_atomically(pathlib.Path(FLAGS.json), values)
+    if FLAGS.picture:
+        report.draw(setting, ranked, pathlib.Path(FLAGS.picture))
+    if setting.over(cost) > 0:
+        raise ConfigError(planner.does_not_fit(setting, cost))
+
+
+if __name__ == "__main__":
+    define_run_flags()
+    define_plan_flags()
+    flags.adopt_module_key_flags(run_flags)
+    run_command(main)
