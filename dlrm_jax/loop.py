@@ -16,7 +16,7 @@ from dlrm_jax.config import ConfigError, differences
 from dlrm_jax.data.load import load_dataset
 from dlrm_jax.data.pipeline import Prefetcher, process_shard, steps_per_epoch, train_batches
 from dlrm_jax.evaluation import Evaluator, evaluate_splits
-from dlrm_jax.monitor import Clock, Interrupted, LossWindow, Speed, catch_signals
+from dlrm_jax.monitor import EXCHANGE_OVERFLOWS, Clock, Interrupted, LossWindow, Speed, catch_signals
 from dlrm_jax.placement import place_run, prediction
 from dlrm_jax.run_config import RunConfig, check_dataset
 from dlrm_jax.state import TrainState
@@ -144,7 +144,9 @@ def train(
                 clock.lap(speed, step)
             if at_log:
                 rate, wait = float(step_metrics["learning_rate"]), speed.summary()["input_wait_fraction"]
-                log.write(step, "train", {"loss": losses.mean(), "learning_rate": rate, "input_wait_fraction": wait})
+                values = {"loss": losses.mean(), "learning_rate": rate, "input_wait_fraction": wait}
+                rounds = {} if losses.overflows is None else {EXCHANGE_OVERFLOWS: losses.overflows}
+                log.write(step, "train", values | rounds)
             if at_eval:
                 evaluate_progress(run, state, step, progress, checkpoints, log)
             if at_checkpoint or signum or progress.stopped:
@@ -154,6 +156,8 @@ def train(
                 raise Interrupted(signum, step)
             clock.resume()
         memory = train_step.memory_bytes()
+        if losses.overflows:
+            _LOG.warning("%d steps needed further rounds of the exchange; raise --exchange_capacity", losses.overflows)
     return state, speed, memory
 
 

@@ -17,6 +17,7 @@ from dlrm_jax.config import ConfigError
 from dlrm_jax.data.pipeline import Prefetcher
 
 _LOG = logging.getLogger("dlrm_jax")
+EXCHANGE_OVERFLOWS = "exchange_overflows"
 
 
 class LossWindow:
@@ -27,6 +28,8 @@ class LossWindow:
         self._pending: tuple[int, Batch, dict[str, jax.Array]] | None = None
         self._losses: list[float] = []
         self.last = float("nan")
+        self.overflows: int | None = None
+        """Steps so far whose exchange took further rounds; None where there is no such exchange."""
 
     def push(self, step: int, batch: Batch, step_metrics: dict[str, jax.Array]) -> None:
         """Note a dispatched step, and read the one before it."""
@@ -51,6 +54,8 @@ class LossWindow:
         loss = float(step_metrics["loss"])
         if not bool(step_metrics["finite"]):
             self._stop(step, batch, loss)
+        if EXCHANGE_OVERFLOWS in step_metrics:
+            self.overflows = (self.overflows or 0) + int(step_metrics[EXCHANGE_OVERFLOWS] > 0)
         self._losses.append(loss)
         self.last = loss
 

@@ -48,7 +48,7 @@ def setting_of(config: RunConfig, model: ModelConfig, shape: MeshShape) -> Setti
         optimizer=config.optimizer,
         mesh=shape,
         load=Load(config.batch_size, config.data.id_skew, of_tables),
-        hardware=at_hand(device.device_kind, device.platform),
+        hardware=at_hand(device.device_kind, device.platform, jax.local_device_count()),
         group_size=config.sharding.group_size,
     )
 

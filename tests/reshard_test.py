@@ -1,6 +1,7 @@
 """Promise 5 on other devices: what one plan saved, another reads bit by bit, and no more of it than a shard at once."""
 
 import dataclasses
+import json
 
 import jax
 import numpy as np
@@ -98,6 +99,15 @@ def test_a_run_goes_on_under_another_plan(tmp_path):
     assert result["step"] == alone["step"]
     for metric in ("auc", "log_loss"):
         assert result["test"][metric] == pytest.approx(alone["test"][metric], abs=1e-5)
+
+
+def test_further_rounds_are_counted_and_said(tmp_path, caplog):
+    options = ShardingOptions("row_wise", mesh="model:4", exchange_capacity=2)
+    with caplog.at_level("WARNING", logger="dlrm_jax"):
+        loop.train_and_evaluate(dataclasses.replace(CONFIG, sharding=options, num_steps=20), tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["exchange_overflows"] for line in lines if line["split"] == "train"] == [10, 20]
+    assert "20 steps needed further rounds" in caplog.text
 
 
 def test_the_pipelined_loop_ends_in_the_same_bits_and_resumes(tmp_path):

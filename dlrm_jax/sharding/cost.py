@@ -12,6 +12,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from dlrm_jax.config import ModelConfig, OptimizerConfig, TableConfig
+from dlrm_jax.rows import LANES
 from dlrm_jax.sharding.exchange import ExchangeOptions
 from dlrm_jax.sharding.hardware import Hardware
 from dlrm_jax.sharding.owned import parcels
@@ -41,16 +42,15 @@ class Load:
 
 
 def routed_capacity(stack: PlacedStack, load: Load) -> int:
-    """Rows that a device will ask of one peer: the expected distinct ones of its share of the batch, and a tenth."""
+    """Rows that a device will ask of one peer: the expected distinct ones of its share, and three deviations more."""
     devices = stack.num_shards * stack.num_copies
     per_shard = np.zeros(stack.num_shards)
     for t, table in enumerate(stack.tables):
         draws = -(-load.batch_size // devices) * int((stack.table_K == t).sum())
         shards = slice(stack.first_T[t], stack.first_T[t] + stack.count_T[t])
-        # The most frequent ids' owners get more than their share; a deviation on top stands for the luck of a batch.
-        mean = load.distinct(table, draws) / stack.count_T[t]
-        per_shard[shards] += mean + 3 * math.sqrt(mean)
-    return -(-int(per_shard.max() * 1.05 + 1) // 8) * 8
+        per_shard[shards] += load.distinct(table, draws) / stack.count_T[t]
+    most = float(per_shard.max())
+    return -(-int(most + 3 * math.sqrt(most) + 1) // 8) * 8
 
 
 def capacities(stacks: tuple[PlacedStack, ...], load: Load) -> dict[str, int]:
@@ -277,7 +277,10 @@ def _memory(
         tables += (rows + learned) * FLOAT
         states += {"sgd": 0, "adagrad": rows + learned, "rowwise_adagrad": per_row + learned}[optimizer.table] * FLOAT
     dense = dense_parameters(model) * FLOAT
-    slots = sum(_slots_looked_up(stack, load) * (2 * stack.width + 4) for stack in stacks) * FLOAT
+    # On a TPU rows of a slot are padded to whole lines of lanes, like those of the table.
+    widths = [stack.width if stack.pack == 1 else max(stack.width, LANES) for stack in stacks]
+    looked_up = [_slots_looked_up(stack, load) for stack in stacks]
+    slots = sum(count * (width + 4) for count, width in zip(looked_up, widths, strict=True)) * FLOAT
     outputs = sum(o for _, o in _layers(model)) + 3 * interaction_width(model)
     batch = b * (model.num_dense + model.num_slots + 2) * FLOAT
     return {

@@ -50,10 +50,12 @@ def find(name: str) -> Hardware:
     return HARDWARE[name]
 
 
-def at_hand(device_kind: str, platform: str) -> Hardware:
-    """The entry of a device as JAX describes it; that of the CPU where none fits."""
+def at_hand(device_kind: str, platform: str, num_devices: int = 1) -> Hardware:
+    """The entry of a device as JAX describes it; where none fits that of the CPU, which `num_devices` share."""
     kind = device_kind.lower().replace(" ", "").replace("lite", "e")
     for name in ("h200", "h100", "a100", "v6e", "v5p", "v5e", "v4"):
         if name in kind and platform != "cpu":
             return HARDWARE[name]
-    return HARDWARE["cpu"]
+    cpu = HARDWARE["cpu"]
+    shared = {name: getattr(cpu, name) / num_devices for name in ("memory_rate", "flops", "link_rate")}
+    return dataclasses.replace(cpu, launch=cpu.launch * num_devices, latency=cpu.latency * num_devices, **shared)

@@ -61,6 +61,7 @@ def devices(topology: Topology) -> list[Any]:
     if importlib.util.find_spec("libtpu") is None:
         raise ConfigError('--topology needs libtpu, which is not installed: pip install "dlrm_jax[tpu-plan]"')
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # Else it asks a cloud's metadata server, for minutes.
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # No TPU is used, so several may compile at once.
     from jax.experimental import topologies
 
     try:

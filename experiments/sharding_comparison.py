@@ -1,0 +1,190 @@
+"""Every sharding strategy on the devices at hand: time, bytes, balance and memory, predicted beside measured.
+
+    python experiments/sharding_comparison.py --flagfile=experiments/shape_kaggle.flags --max_table_rows=1000000 \
+        --devices=8 [--json=FILE] [--picture=FILE] [--fake] [--readme]
+
+`--fake` makes N CPU devices of this machine, which tells what is sent and held, not how fast real links are. All
+strategies start from the same weights and take the same batches, alternately; times are medians.
+"""
+
+import json
+import os
+import pathlib
+import sys
+import time
+
+from absl import app, flags
+
+FLAGS = flags.FLAGS
+flags.DEFINE_integer("devices", 8, "Devices to use.")
+flags.DEFINE_bool("fake", False, "Make that many CPU devices out of this machine.")
+flags.DEFINE_integer("max_table_rows", 0, "Cut tables to so many rows; 0: as they are.")
+flags.DEFINE_integer("rounds", 12, "Timed steps of each strategy.")
+flags.DEFINE_string("json", "", "Write all numbers here.")
+flags.DEFINE_string("picture", "", "Draw them here, as PNG.")
+flags.DEFINE_bool("readme", False, "Renew the section of experiments/README.md.")
+
+
+def main(argv: list[str]) -> None:
+    """Prepare all strategies, step them in turn, and report."""
+    del argv
+    import jax
+
+    if FLAGS.fake:
+        os.environ["JAX_PLATFORMS"] = "cpu"
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", FLAGS.devices)
+    results = compare(jax.devices()[: FLAGS.devices])
+    print(table(results))
+    if FLAGS.json:
+        pathlib.Path(FLAGS.json).write_text(json.dumps(results, indent=1) + "\n")
+    if FLAGS.picture:
+        draw(results, pathlib.Path(FLAGS.picture))
+    if FLAGS.readme:
+        from measure import ROOT, replace_section, where_and_when
+
+        from dlrm_jax.reporting import versions
+
+        command = f"`python experiments/sharding_comparison.py {' '.join(_own_flags())}`"
+        text = f"{table(results)}\n\nMeasured {where_and_when(versions())}; {command}."
+        replace_section(ROOT / "experiments" / "README.md", "sharding", text)
+
+
+def _own_flags() -> list[str]:
+    kept = ("--flagfile", "--devices", "--fake", "--max_table_rows", "--mesh", "--batch_size")
+    return [argument for argument in sys.argv[1:] if argument.split("=")[0] in kept]
+
+
+def compare(devices: list) -> dict[str, dict]:
+    """Numbers of each strategy by name."""
+    import dataclasses
+
+    import jax
+    import numpy as np
+
+    from dlrm_jax.batch import Batch
+    from dlrm_jax.config import TableConfig
+    from dlrm_jax.flags import config_from_flags
+    from dlrm_jax.plan import load_of, model_of
+    from dlrm_jax.sharding import planner, report
+    from dlrm_jax.sharding.hardware import at_hand
+    from dlrm_jax.sharding.hlo import collectives, totals
+    from dlrm_jax.sharding.mesh import make_mesh, parse_mesh
+    from dlrm_jax.sharding.placed import Placed
+    from dlrm_jax.step import make_train_step
+
+    config = config_from_flags()
+    model = model_of(config)
+    if FLAGS.max_table_rows:
+        cut = tuple(
+            TableConfig(t.name, min(t.num_embeddings, FLAGS.max_table_rows), t.embedding_dim) for t in model.tables
+        )
+        model = dataclasses.replace(model, tables=cut)
+    shape = parse_mesh(config.sharding.mesh, len(devices))
+    hardware = at_hand(devices[0].device_kind, devices[0].platform, len(devices))
+    setting = planner.Setting(model, config.optimizer, shape, load_of(config), hardware, config.sharding.group_size)
+    batch = _power_law_batch(model, config.batch_size, config.data.id_skew, np.random.default_rng(config.seed), Batch)
+    runs, results = {}, {}
+    for name, cost in planner.ranking(setting):
+        placed = Placed(model, config.optimizer, cost.plan, make_mesh(shape, devices), cost.options)
+        step = placed.jit_step(make_train_step(model, config.loss, config.optimizer, 1, placed.ops))
+        state, on_devices = placed.init_state(config.seed), placed.put(batch)
+        compiled = step.lower(state, on_devices).compile()
+        memory, sent = compiled.memory_analysis(), totals(collectives(compiled.as_text()))
+        held = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+        held += memory.output_size_in_bytes - memory.alias_size_in_bytes
+        runs[name] = [compiled, state, on_devices, []]
+        least, most = report.balance(cost)
+        results[name] = {
+            "sent": sent,
+            "sent_predicted": dict(cost.sent.bytes_by_kind),
+            "bytes": held,
+            "bytes_predicted": cost.bytes_held,
+            "tables_least": least,
+            "tables_most": most,
+            "seconds_predicted": cost.step_seconds,
+        }
+    for _ in range(FLAGS.rounds + 2):
+        for name, run in runs.items():
+            compiled, state, on_devices, taken = run
+            start = time.perf_counter()
+            run[1], metrics = compiled(state, on_devices)
+            jax.block_until_ready((run[1], metrics))
+            taken.append(time.perf_counter() - start)
+            results[name]["loss"] = float(metrics["loss"])
+    for name, run in runs.items():
+        results[name]["seconds"] = float(np.median(run[3][2:]))
+    return results
+
+
+def _power_law_batch(model, size: int, skew: float, rng, make):
+    """A batch whose ids follow rank^-skew, ranks being ids."""
+    import numpy as np
+
+    columns = []
+    for feature in model.features:
+        rows = model.table(feature.table).num_embeddings
+        uniform = rng.random((size, feature.hotness))
+        power = 1 - skew
+        if abs(power) < 1e-6:
+            ranks = np.exp(uniform * np.log(rows))
+        else:
+            ranks = (uniform * (rows**power - 1) + 1) ** (1 / power)
+        columns.append(np.minimum(ranks.astype(np.int64) - 1, rows - 1).clip(0))
+    return make(
+        dense_BxN=rng.normal(size=(size, model.num_dense)).astype(np.float32),
+        ids_BxK=np.concatenate(columns, axis=1).astype(np.int32),
+        label_B=rng.integers(0, 2, size).astype(np.float32),
+        weight_B=np.ones(size, np.float32),
+    )
+
+
+def table(results: dict[str, dict]) -> str:
+    """Markdown, fastest first."""
+    lines = [
+        "| strategy | step | predicted | sent | predicted | memory a device | predicted | tables of a device |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, row in sorted(results.items(), key=lambda item: item[1]["seconds"]):
+        sent, predicted = (sum(row[key].values()) / 1e6 for key in ("sent", "sent_predicted"))
+        lines.append(
+            f"| {name} | {row['seconds'] * 1e3:.2f} ms | {row['seconds_predicted'] * 1e3:.2f} ms | {sent:.3f} MB "
+            f"| {predicted:.3f} MB | {row['bytes'] / 1e6:.1f} MB | {row['bytes_predicted'] / 1e6:.1f} MB "
+            f"| {row['tables_least'] / 1e6:.1f}-{row['tables_most'] / 1e6:.1f} MB |"
+        )
+    return "\n".join(lines)
+
+
+def draw(results: dict[str, dict], path: pathlib.Path) -> None:
+    """Bars: time, bytes and memory, measured beside predicted."""
+    import numpy as np
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 4), layout="constrained")
+    names = sorted(results, key=lambda name: results[name]["seconds"])
+
+    def values(key: str, scale: float) -> list[float]:
+        found = [results[name][key] for name in names]
+        return [scale * (sum(value.values()) if isinstance(value, dict) else value) for value in found]
+
+    columns = (
+        ("step, ms", values("seconds", 1e3), values("seconds_predicted", 1e3)),
+        ("sent a device and step, MB", values("sent", 1e-6), values("sent_predicted", 1e-6)),
+        ("memory a device, MB", values("bytes", 1e-6), values("bytes_predicted", 1e-6)),
+    )
+    places = np.arange(len(names))
+    for axis, (title, measured, predicted) in zip(figure.subplots(1, 3), columns, strict=True):
+        axis.bar(places - 0.2, measured, 0.4, label="measured")
+        axis.bar(places + 0.2, predicted, 0.4, label="predicted")
+        axis.set_xticks(places, names, rotation=40, ha="right")
+        axis.set_title(title)
+        axis.set_ylim(0, 1.25 * max(*measured, *predicted))
+        axis.legend()
+    figure.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":
+    from dlrm_jax.flags import define_run_flags
+
+    define_run_flags()
+    app.run(main)
