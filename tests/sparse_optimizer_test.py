@@ -40,7 +40,7 @@ def test_update_equals_the_dense_formula_over_steps(name):
     ours = sparse_optimizer.make_sparse_optimizer(optimizer(name))
     table = jax.random.normal(jax.random.key(0), (V, D))
     expected, expected_state = np.asarray(table, np.float64), np.zeros((V, D if name == "adagrad" else 1))
-    state = ours.init(table)
+    state = ours.init(table, D)
     update = jax.jit(ours.update, donate_argnums=(1, 2))
     for seed in range(4):
         grad = gradient(seed)
@@ -54,7 +54,7 @@ def test_rows_not_looked_up_keep_their_bits(name):
     ours = sparse_optimizer.make_sparse_optimizer(optimizer(name))
     table = jax.random.normal(jax.random.key(0), (V, D))
     grad = SparseGrad(jnp.array([2, 2, -1, V]), jnp.ones((4, D)))
-    new_table, _ = ours.update(grad, ours.init(table), table, jnp.float32(0.1))
+    new_table, _ = ours.update(grad, ours.init(table, D), table, jnp.float32(0.1))
     untouched = np.arange(V) != 2
     np.testing.assert_array_equal(new_table[untouched], table[untouched])
     assert (np.asarray(new_table[2]) != np.asarray(table[2])).all()
