@@ -45,3 +45,11 @@ def test_totals_leave_out_control_and_keep_loops_apart():
 def test_largest_result():
     assert largest_result(TEXT, ("copy",)) == 6400
     assert largest_result(TEXT, ("sort",)) == 0
+
+
+def test_an_asynchronous_collective_counts_once_though_several_fusions_name_it():
+    step = '  %ag.{i} = s32[2048,6]{{0,1}} all-gather(%p), dimensions={{0}}, frontend_attributes={{chain_id="{chain}"}}'
+    lines = [step.format(i=i, chain=chain) for i, chain in enumerate("0001")]
+    assert totals(collectives("\n".join(["ENTRY %main (p: s32[256,6]) -> s32[2048,6] {", *lines, "}"]))) == {
+        "all-gather": 2 * 2048 * 6 * 4
+    }

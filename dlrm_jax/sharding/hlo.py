@@ -7,6 +7,8 @@ _BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, 
 _KINDS = ("all-to-all", "all-gather", "all-reduce", "reduce-scatter", "collective-permute")
 _LINE = re.compile(rf"^\s*(?:ROOT )?%?[\w.\-]+ = (?P<shape>.*?) (?P<kind>{'|'.join(_KINDS)})(?P<start>-start)?\(")
 _SHAPE = re.compile(r"\b([a-z]+\d+|pred)\[([\d,]*)\]")
+# A TPU's asynchronous collective is spread over several fusions, each of which names it.
+_CHAIN = re.compile(r'chain_id="(\d+)"')
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) (?:\(.*)?\{?.*->.*\{\s*$")
 _CALLED = re.compile(r"(?:body|condition|to_apply|calls|branch_computations)=\{?%?([\w.\-]+(?:, ?%[\w.\-]+)*)\}?")
 
@@ -26,7 +28,7 @@ class Collective:
 
 def collectives(text: str) -> tuple[Collective, ...]:
     """All collectives of a module as `compiled.as_text()` writes it."""
-    found, loops = [], _in_loops(text)
+    found, loops, chains = [], _in_loops(text), set()
     name = ""
     for line in text.splitlines():
         if header := _COMPUTATION.match(line):
@@ -38,6 +40,11 @@ def collectives(text: str) -> tuple[Collective, ...]:
                 shapes = shapes[len(shapes) // 2 :]  # (operands, results): async forms hold both.
             sizes = [_size(kind, dims) for kind, dims in shapes]
             texts = tuple(f"{kind}[{dims}]" for kind, dims in shapes)
+            if chain := _CHAIN.search(line):
+                key = (match["kind"], chain[1], texts)
+                if key in chains:
+                    continue
+                chains.add(key)
             found.append(Collective(match["kind"], sum(sizes), texts, name in loops))
     return tuple(found)
 
