@@ -42,7 +42,10 @@ def init_dense(model: ModelConfig, seed: int) -> Any:
     return DLRM(model).init(jax.random.key(seed), dense, pooled)["params"]
 
 
+compiled_init_dense = jax.jit(init_dense, static_argnums=(0, 1))
+"""`init_dense`, compiled once for each model and seed."""
+
+
 def init_state(model: ModelConfig, optimizer: OptimizerConfig, seed: int) -> TrainState:
     """A fresh state on one device."""
-    dense_params = jax.jit(init_dense, static_argnums=(0, 1))(model, seed)
-    return new_state(optimizer, dense_params, embedding.init_tables(model, seed))
+    return new_state(optimizer, compiled_init_dense(model, seed), embedding.init_tables(model, seed))

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from dlrm_jax.batch import Batch
@@ -17,7 +18,7 @@ from dlrm_jax.sharding.mesh import MeshShape, batch_sharding, make_mesh, replica
 from dlrm_jax.sharding.plan import DATA_PARALLEL, Plan, make_plan
 from dlrm_jax.sharding.storage import PlacedStack, place_stacks
 from dlrm_jax.sparse_optimizer import make_sparse_optimizer
-from dlrm_jax.state import TrainState, init_dense, new_state
+from dlrm_jax.state import TrainState, compiled_init_dense, init_dense, new_state
 from dlrm_jax.table_ops import TableOps, local_ops
 
 
@@ -55,16 +56,19 @@ class Placed:
         return batch_sharding(self.mesh)
 
     def init_state(self, seed: int) -> TrainState:
-        """A fresh state, each part born where it stays; equal bits under every plan."""
-        return jax.jit(self._birth, static_argnums=0, out_shardings=self.shardings)(seed)
+        """A fresh state, tables born where they stay; equal bits under every plan."""
+        # Apart from the tables, as on one device: it takes seconds to compile, and is the same under every plan.
+        dense_params = jax.tree.map(np.asarray, compiled_init_dense(self.model, seed))
+        birth = jax.jit(self._birth, static_argnums=0, in_shardings=self.everywhere, out_shardings=self.shardings)
+        return birth(seed, dense_params)
 
-    def _birth(self, seed: int) -> TrainState:
+    def _birth(self, seed: int, dense_params: Any) -> TrainState:
         tables: dict[str, Any] = {}
         for stack in self.stacks:
             tables[stack.name] = fill_stack(self.model, stack, self.mesh, seed)
             if self.model.learned_pooling:
                 tables[stack.name + POOLING_WEIGHTS] = jax.numpy.ones(stack.row_shape(), "float32")
-        state = new_state(self.optimizer, init_dense(self.model, seed), {})
+        state = new_state(self.optimizer, dense_params, {})
         return state.replace(tables=tables, table_opt_state=self._opt_state(tables))
 
     def _opt_state(self, tables: dict[str, Any]) -> dict[str, Any]:
@@ -86,9 +90,14 @@ class Placed:
         return states
 
     @functools.cached_property
+    def _shapes(self) -> TrainState:
+        dense_params = jax.eval_shape(functools.partial(init_dense, self.model, 0))
+        return jax.eval_shape(functools.partial(self._birth, 0), dense_params)
+
+    @functools.cached_property
     def shardings(self) -> TrainState:
         """Where each part of the state lies: tables as the plan says, the rest on every device."""
-        shapes = jax.eval_shape(self._birth, 0)
+        shapes = self._shapes
         everywhere = jax.tree.map(lambda _: replicated(self.mesh), shapes)
         place = functools.partial(NamedSharding, self.mesh)
         states = opt_state_specs(self.optimizer, self.model, self.stacks)
@@ -105,7 +114,7 @@ class Placed:
         """Shapes, dtypes and placement of the state, without making it."""
         return jax.tree.map(
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-            jax.eval_shape(self._birth, 0),
+            self._shapes,
             self.shardings,
         )
 
