@@ -22,7 +22,8 @@ def test_result_and_files_are_complete(tmp_path):
     result = loop.train_and_evaluate(CONFIG, tmp_path, "--seed=0\n")
     assert json.loads((tmp_path / "result.json").read_text()) == json.loads(json.dumps(result))
     assert set(result) == {
-        *("step", "val", "test", "optimum", "samples_per_second", "input_wait_fraction", "step_cost", "seed", "versions")
+        *("step", "val", "test", "optimum", "samples_per_second", "input_wait_fraction", "step_cost", "seed"),
+        "versions",
     }
     for side in ("predicted", "measured"):
         assert all(result["step_cost"][side][what] > 0 for what in ("seconds", "bytes"))

@@ -20,7 +20,7 @@ def test_every_cell_runs_and_strategies_learn_the_same(monkeypatch):
     cells = json.loads((ROOT / "experiments" / "sharding_comparison.ipynb").read_text())["cells"]
     shown: list = []
     display = types.ModuleType("IPython.display")
-    display.__dict__.update(Image=lambda path: path.read_bytes(), Markdown=str, display=lambda *what: shown.extend(what))
+    display.__dict__.update(Image=lambda path: path.read_bytes(), Markdown=str, display=lambda *x: shown.extend(x))
     monkeypatch.setitem(sys.modules, "IPython", types.ModuleType("IPython"))
     monkeypatch.setitem(sys.modules, "IPython.display", display)
     monkeypatch.chdir(ROOT / "experiments")

@@ -25,6 +25,10 @@ FLOAT = INT = 4
 _OPT_COPIES = {"sgd": 0, "momentum": 1, "adagrad": 1, "adam": 2, "adamw": 2}
 _KERNELS = 80
 """Kernels of a training step besides the collectives (counted in a compiled step of the Kaggle configuration)."""
+_PACKED_COPIES = 2.5
+"""Arrays of a line for each id slot that live at once where rows share lines: read, selected, and half a gradient."""
+_ON_CHIP_BYTES = 64 << 20
+"""Temporaries that a TPU keeps in its vector memory, seen in compiled steps (memory space 1) of up to such a size."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,7 +210,7 @@ def estimate(
         "network": sent.total * peers / hardware.link_rate + sent.count * hardware.latency,
         "launch": _KERNELS * hardware.launch,
     }
-    memory = _memory(model, optimizer, stacks, load, sent)
+    memory = _memory(model, optimizer, stacks, load, sent, on_tpu=packed)
     return Cost(plan, stacks, options, memory, sent, flops, traffic + row_traffic, seconds)
 
 
@@ -265,6 +269,7 @@ def _memory(
     stacks: tuple[PlacedStack, ...],
     load: Load,
     sent: Sent,
+    on_tpu: bool,
 ) -> dict[str, int]:
     devices = stacks[0].num_shards * stacks[0].num_copies
     b = -(-load.batch_size // devices)
@@ -277,16 +282,21 @@ def _memory(
         tables += (rows + learned) * FLOAT
         states += {"sgd": 0, "adagrad": rows + learned, "rowwise_adagrad": per_row + learned}[optimizer.table] * FLOAT
     dense = dense_parameters(model) * FLOAT
-    # On a TPU rows of a slot are padded to whole lines of lanes, like those of the table.
-    widths = [stack.width if stack.pack == 1 else max(stack.width, LANES) for stack in stacks]
+    # Where rows share a line, an id slot takes a whole one.
+    widths = [stack.width if stack.pack == 1 else _PACKED_COPIES * LANES for stack in stacks]
     looked_up = [_slots_looked_up(stack, load) for stack in stacks]
-    slots = sum(count * (width + 4) for count, width in zip(looked_up, widths, strict=True)) * FLOAT
+    slots = int(sum(count * (width + 4) for count, width in zip(looked_up, widths, strict=True))) * FLOAT
     outputs = sum(o for _, o in _layers(model)) + 3 * interaction_width(model)
     batch = b * (model.num_dense + model.num_slots + 2) * FLOAT
+    activations = 2 * b * outputs * FLOAT + slots + dense
+    exchange = sent.total - (dense + FLOAT if devices > 1 else 0)
+    if on_tpu:
+        on_chip = min(_ON_CHIP_BYTES, activations + exchange)
+        activations, exchange = activations - min(on_chip, activations), exchange - max(0, on_chip - activations)
     return {
         "tables": tables,
         "optimizer state": states,
         "dense parameters": dense * (1 + _OPT_COPIES[optimizer.dense]),
-        "activations": batch + 2 * b * outputs * FLOAT + slots + dense,
-        "exchange buffers": sent.total - (dense + FLOAT if devices > 1 else 0),
+        "activations": batch + activations,
+        "exchange buffers": exchange,
     }
