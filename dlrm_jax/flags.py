@@ -42,7 +42,10 @@ def _define_data_flags() -> None:
     flags.DEFINE_enum("split", "random", ("random", "time"), "How movielens_100k is split into train, val and test.")
     flags.DEFINE_integer("num_examples", 0, "Examples to generate for planted and synthetic; 0 for their default.")
     flags.DEFINE_integer(
-        "max_rows_per_table", 0, "criteo_kaggle: categorical values are taken modulo this before ids are given; 0: no."
+        "max_rows_per_table",
+        0,
+        "criteo_kaggle: categorical values are taken modulo this before ids are given; synthetic: larger tables are "
+        "cut to it, so that a model fits the machine at hand; 0: no.",
     )
     flags.DEFINE_integer("num_dense", 13, "synthetic: dense columns.")
     flags.DEFINE_list("table_sizes", ["1000"] * 8, "synthetic: rows of each table.")

@@ -12,7 +12,7 @@ from dlrm_jax import flags as run_flags
 from dlrm_jax import reporting
 from dlrm_jax.commands import run_command
 from dlrm_jax.config import ConfigError, FeatureConfig, ModelConfig, TableConfig
-from dlrm_jax.data.load import load_dataset
+from dlrm_jax.data.load import load_dataset, synthetic_spec
 from dlrm_jax.data.prepared import is_prepared, read_json
 from dlrm_jax.flags import config_from_flags, define_run_flags
 from dlrm_jax.run_config import RunConfig
@@ -41,13 +41,11 @@ def model_of(config: RunConfig) -> ModelConfig:
     """The model; synthetic data need not be made to know its tables."""
     if config.data.dataset != "synthetic" or config.data.data_dir:
         return config.model.build(load_dataset(config.data))
-    sizes, hotness = config.data.table_sizes, config.data.hotness
-    if len(hotness) not in (1, len(sizes)):
-        raise ConfigError(f"--hotness has {len(hotness)} numbers for {len(sizes)} tables; give one, or one each")
-    names = [f"C{i + 1}" for i in range(len(sizes))]
-    each = hotness * len(sizes) if len(hotness) == 1 else hotness
-    features = tuple(FeatureConfig(name, name, hotness=h) for name, h in zip(names, each, strict=True))
-    tables = tuple(TableConfig(n, rows, config.model.embedding_dim) for n, rows in zip(names, sizes, strict=True))
+    spec = synthetic_spec(config.data)
+    names = [f"C{i + 1}" for i in range(len(spec.table_sizes))]
+    features = tuple(FeatureConfig(name, name, hotness=h) for name, h in zip(names, spec.bag_sizes, strict=True))
+    dim = config.model.embedding_dim
+    tables = tuple(TableConfig(n, rows, dim) for n, rows in zip(names, spec.table_sizes, strict=True))
     options = {k: v for k, v in vars(config.model).items() if k != "embedding_dim"}
     return ModelConfig(num_dense=config.data.num_dense, tables=tables, features=features, **options)
 

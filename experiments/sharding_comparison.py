@@ -1,6 +1,6 @@
 """Every sharding strategy on the devices at hand: time, bytes, balance and memory, predicted beside measured.
 
-    python experiments/sharding_comparison.py --flagfile=experiments/shape_kaggle.flags --max_table_rows=1000000 \
+    python experiments/sharding_comparison.py --flagfile=experiments/shape_kaggle.flags --max_rows_per_table=1000000 \
         --devices=8 [--json=FILE] [--picture=FILE] [--fake] [--readme]
 
 `--fake` makes N CPU devices of this machine, which tells what is sent and held, not how fast real links are. All
@@ -18,7 +18,6 @@ from absl import app, flags
 FLAGS = flags.FLAGS
 flags.DEFINE_integer("devices", 8, "Devices to use.")
 flags.DEFINE_bool("fake", False, "Make that many CPU devices out of this machine.")
-flags.DEFINE_integer("max_table_rows", 0, "Cut tables to so many rows; 0: as they are.")
 flags.DEFINE_integer("rounds", 12, "Timed steps of each strategy.")
 flags.DEFINE_string("json", "", "Write all numbers here.")
 flags.DEFINE_string("picture", "", "Draw them here, as PNG.")
@@ -51,19 +50,16 @@ def main(argv: list[str]) -> None:
 
 
 def _own_flags() -> list[str]:
-    kept = ("--flagfile", "--devices", "--fake", "--max_table_rows", "--mesh", "--batch_size")
+    kept = ("--flagfile", "--devices", "--fake", "--max_rows_per_table", "--mesh", "--batch_size")
     return [argument for argument in sys.argv[1:] if argument.split("=")[0] in kept]
 
 
 def compare(devices: list) -> dict[str, dict]:
     """Numbers of each strategy by name."""
-    import dataclasses
-
     import jax
     import numpy as np
 
     from dlrm_jax.batch import Batch
-    from dlrm_jax.config import TableConfig
     from dlrm_jax.flags import config_from_flags
     from dlrm_jax.plan import load_of, model_of
     from dlrm_jax.sharding import planner, report
@@ -75,11 +71,6 @@ def compare(devices: list) -> dict[str, dict]:
 
     config = config_from_flags()
     model = model_of(config)
-    if FLAGS.max_table_rows:
-        cut = tuple(
-            TableConfig(t.name, min(t.num_embeddings, FLAGS.max_table_rows), t.embedding_dim) for t in model.tables
-        )
-        model = dataclasses.replace(model, tables=cut)
     shape = parse_mesh(config.sharding.mesh, len(devices))
     hardware = at_hand(devices[0].device_kind, devices[0].platform, len(devices))
     setting = planner.Setting(model, config.optimizer, shape, load_of(config), hardware, config.sharding.group_size)

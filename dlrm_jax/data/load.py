@@ -48,6 +48,14 @@ class DataConfig:
         )
 
 
+def synthetic_spec(config: DataConfig) -> synthetic.Spec:
+    """What a synthetic log looks like, its tables cut to `max_rows_per_table`."""
+    sizes = config.table_sizes
+    if config.max_rows_per_table:
+        sizes = tuple(min(rows, config.max_rows_per_table) for rows in sizes)
+    return synthetic.Spec(config.num_dense, sizes, config.hotness, config.id_skew, config.id_trace)
+
+
 def load_dataset(config: DataConfig) -> Dataset:
     """Open, read, or generate the data set that `config` names."""
     dataset = _load(config)
@@ -75,9 +83,7 @@ def _load(config: DataConfig) -> Dataset:
     readers: dict[str, Callable[[], Dataset]] = {
         "planted": lambda: planted.generate(config.seed, config.num_examples or planted.DEFAULT_EXAMPLES),
         "synthetic": lambda: synthetic.generate(
-            synthetic.Spec(config.num_dense, config.table_sizes, config.hotness, config.id_skew, config.id_trace),
-            config.seed,
-            config.num_examples or synthetic.DEFAULT_EXAMPLES,
+            synthetic_spec(config), config.seed, config.num_examples or synthetic.DEFAULT_EXAMPLES
         ),
         "movielens_100k": lambda: movielens.read(config.data_dir, config.split),
         "criteo_kaggle": lambda: criteo.read(config.data_dir, config.max_rows_per_table),

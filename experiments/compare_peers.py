@@ -1,0 +1,320 @@
+"""Ours beside what a user would pick instead: PyTorch (eager, compiled), and JAX with dense gradients through optax.
+
+    pip install "dlrm_jax[peers]" && python experiments/compare_peers.py \
+        [--configs=kaggle_b128,kaggle_b2048,synthetic,rm1,rm2] [--json=FILE] [--picture=FILE] [--readme]
+
+Each peer starts from our weights, and must have our logits before, and our logits and weights after some steps. Then
+all sides step in turn in one process, a turn being some steps on end, of which the first is not counted; times are
+medians. Ids are uniform over each table, batches ready in memory. `--readme` renews the table of experiments/README.md.
+"""
+
+import argparse
+import functools
+import importlib.util
+import pathlib
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
+import jax
+import numpy as np
+from absl import flags
+from measure import replace_section, where_and_when
+
+from dlrm_jax import embedding
+from dlrm_jax.batch import Batch
+from dlrm_jax.config import ModelConfig
+from dlrm_jax.data.load import synthetic_spec
+from dlrm_jax.data.synthetic import device_batch
+from dlrm_jax.flags import config_from_flags, define_run_flags
+from dlrm_jax.plan import model_of
+from dlrm_jax.reporting import versions, write_json_atomically
+from dlrm_jax.run_config import RunConfig
+from dlrm_jax.sharding.placed import Placed, on_one_device
+from dlrm_jax.step import logits, make_train_step
+
+HERE = pathlib.Path(__file__).resolve().parent
+CONFIGS = {
+    "kaggle_b128": ("shape_kaggle", "--batch_size=128"),
+    "kaggle_b2048": ("shape_kaggle", "--batch_size=2048"),
+    "synthetic": ("shape_reference_benchmark",),
+    "rm1": ("shape_deeprec_rm1",),
+    "rm2": ("shape_deeprec_rm2",),
+}
+OPTIMIZERS = ("sgd", "rowwise_adagrad")
+FORWARD = "forward"
+SIDES = {"ours": "dlrm_jax", "torch": "PyTorch", "torch_compiled": "torch.compile", "dense_jax": "JAX, dense tables"}
+GOALS = {
+    ("kaggle_b2048", "sgd"): 1.3,
+    ("kaggle_b2048", "rowwise_adagrad"): 1.5,
+    ("kaggle_b2048", FORWARD): 1.2,
+    ("kaggle_b128", "sgd"): 2.8,
+    ("synthetic", "sgd"): 2.0,
+    ("rm1", "sgd"): 2.0,
+    ("rm2", "sgd"): 2.0,
+}
+"""How many times as fast as eager PyTorch we mean to be on two CPU cores."""
+
+BATCHES, STEPS_CHECKED = 4, 3
+LOGIT_TOLERANCE, WEIGHT_TOLERANCE = 2e-4, 2e-5
+TURN_SECONDS, LEAST_STEPS, MOST_STEPS, MOST_SECONDS = 0.25, 3, 21, 45
+
+
+class Ours:
+    """Our own step as a run compiles it."""
+
+    def __init__(self, config: RunConfig, placed: Placed) -> None:
+        self.model, self.state = placed.model, placed.init_state(config.seed)
+        self._step = placed.jit_step(make_train_step(placed.model, config.loss, config.optimizer, 1, placed.ops))
+        self._forward = jax.jit(lambda state, batch: logits(placed.model, state, batch, placed.ops))
+
+    def forward(self, batch: Batch) -> jax.Array:
+        """logits_B."""
+        return jax.block_until_ready(self._forward(self.state, batch))
+
+    def train_step(self, batch: Batch) -> float:
+        """One update of everything; returns the loss."""
+        self.state, metrics = jax.block_until_ready(self._step(self.state, batch))
+        return float(metrics["loss"])
+
+    def tables(self) -> Iterator[np.ndarray]:
+        """The tables' weights, in the model's order."""
+        return (np.asarray(rows) for _, rows in embedding.named_tables(self.model, self.state.tables))
+
+    def dense_weights(self) -> dict[str, list[np.ndarray]]:
+        """(in, out) kernels and biases, in order, by MLP."""
+        return {
+            part: [
+                np.asarray(self.state.dense_params[part][f"layer_{i}"][name])
+                for i in range(len(self.state.dense_params[part]))
+                for name in ("kernel", "bias")
+            ]
+            for part in ("bottom_mlp", "top_mlp")
+        }
+
+
+def config_of(name: str, optimizer: str, extra: list[str]) -> RunConfig:
+    """The run of a preset, the MLPs' optimizer going with the tables'."""
+    preset, *changes = CONFIGS[name]
+    dense = "sgd" if optimizer == "sgd" else "adagrad"
+    flags.FLAGS.unparse_flags()
+    arguments = [f"--flagfile={HERE / preset}.flags", "--id_skew=0", *changes, *extra]
+    arguments += [f"--table_optimizer={optimizer}", f"--dense_optimizer={dense}"]
+    if optimizer != "sgd":
+        # With a tiny epsilon, Adagrad makes a whole step of what rounding left of a gradient that is 0.
+        arguments += ["--learning_rate=0.01", "--adagrad_eps=1e-4"]
+    flags.FLAGS(["compare_peers", *arguments])
+    return config_from_flags()
+
+
+def random_batches(config: RunConfig, placed: Placed) -> list[Batch]:
+    """BATCHES different ones."""
+    draw = jax.jit(device_batch, static_argnums=(0, 1))
+    keys = jax.random.split(jax.random.key(config.seed), BATCHES)
+    return [placed.put(draw(synthetic_spec(config.data), config.batch_size, key)) for key in keys]
+
+
+def largest_difference(ours: Ours, peer: Any) -> float:
+    """Between two sides' weights, all of them."""
+    mine, theirs = ours.dense_weights(), peer.dense_weights()
+    pairs = [pair for part in mine for pair in zip(mine[part], theirs[part], strict=True)]
+    worst = max(float(np.abs(a - b).max()) for a, b in pairs)
+    return max([worst, *(float(np.abs(a - b).max()) for a, b in zip(ours.tables(), peer.tables(), strict=True))])
+
+
+def check_equal(what: str, ours: Ours, peer: Any, batches: list[Batch]) -> dict[str, float]:
+    """Largest differences of logits before and after some steps and of weights after; exits where they are large."""
+
+    def of_logits() -> float:
+        a, b = np.asarray(ours.forward(batches[0])), np.asarray(peer.forward(peer.batch(batches[0])))
+        return float(np.abs(a - b).max() / max(1.0, np.abs(a).max()))
+
+    found = {"logits_before": of_logits()}
+    for batch in batches[:STEPS_CHECKED]:
+        ours.train_step(batch)
+        peer.train_step(peer.batch(batch))
+    found |= {"logits_after": of_logits(), "weights_after": largest_difference(ours, peer)}
+    print(f"{what}: " + ", ".join(f"{name} differ by {value:.1e}" for name, value in found.items()), flush=True)
+    if (
+        max(found["logits_before"], found["logits_after"]) > LOGIT_TOLERANCE
+        or found["weights_after"] > WEIGHT_TOLERANCE
+    ):
+        raise SystemExit(f"{what} is not equal to ours: {found}")
+    return found
+
+
+def in_turns(sides: dict[str, Callable[[int], Any]], turns: int) -> dict[str, list[float]]:
+    """Seconds of every counted step of each side; a side is given the number of the step."""
+    steps = {}
+    for name, step in sides.items():
+        step(0)
+        start = time.perf_counter()
+        step(1)
+        steps[name] = int(np.clip(TURN_SECONDS / (time.perf_counter() - start), LEAST_STEPS, MOST_STEPS))
+    taken: dict[str, list[float]] = {name: [] for name in sides}
+    end = time.perf_counter() + MOST_SECONDS
+    for turn in range(turns):
+        if turn > 1 and time.perf_counter() > end:
+            break
+        for name, step in sides.items():
+            for i in range(steps[name]):
+                start = time.perf_counter()
+                step(i)
+                if i:
+                    taken[name].append(time.perf_counter() - start)
+    return taken
+
+
+def fits(model: ModelConfig, copies: int) -> str:
+    """Why so many copies of the tables do not fit into the memory that is free; empty if they do."""
+    need = copies * sum(4 * table.num_embeddings * table.embedding_dim for table in model.tables)
+    meminfo = dict(line.split(":") for line in pathlib.Path("/proc/meminfo").read_text().splitlines())
+    free = int(meminfo["MemAvailable"].split()[0]) * 1024
+    return "" if need < free else f"needs {need / 1e9:.0f} GB, {free / 1e9:.0f} GB are free"
+
+
+def compare(name: str, optimizer: str, extra: list[str], turns: int) -> dict[str, Any]:
+    """All numbers of a configuration under one optimizer; for SGD the forward pass too."""
+    config = config_of(name, optimizer, extra)
+    report: dict[str, Any] = {kind: {} for kind in ((optimizer, FORWARD) if optimizer == "sgd" else (optimizer,))}
+    for kind, copies in (("torch", 3), ("dense_jax", 4)):
+        what = f"{name}, {optimizer}, {SIDES[kind]}"
+        if reason := fits(model_of(config), copies):
+            print(f"{what}: left out: {reason}")
+            continue
+        differences, measured = compare_one(what, kind, config, list(report), turns)
+        for key, rows in measured.items():
+            report[key] |= {way: row | {"differences": differences} for way, row in rows.items()}
+    return report
+
+
+def compare_one(
+    what: str, kind: str, config: RunConfig, measured: list[str], turns: int
+) -> tuple[dict[str, float], dict[str, dict]]:
+    """(differences, rows by what is measured) of one peer; PyTorch's gives rows of the eager and the compiled way."""
+    from peers.dense_jax import DenseJax
+    from peers.torch_dlrm import TorchDLRM
+
+    placed = on_one_device(model_of(config), config.optimizer)
+    batches = random_batches(config, placed)
+    ours = Ours(config, placed)
+    peer_class = TorchDLRM if kind == "torch" else DenseJax
+    peer: Any = peer_class(placed.model, config.optimizer, config.loss.name, ours.state)
+    differences = check_equal(what, ours, peer, batches)
+    theirs = [peer.batch(batch) for batch in batches]
+    rows = {}
+    for key in measured:
+        step = "forward" if key == FORWARD else "train_step"
+        sides = {"ours": stepping(getattr(ours, step), batches), kind: stepping(getattr(peer, step), theirs)}
+        if kind == "torch":
+            sides["torch_compiled"] = stepping(functools.partial(getattr(peer, step), compiled=True), theirs)
+        rows[key] = rows_of(in_turns(sides, turns))
+    return differences, rows
+
+
+def stepping(step: Callable[[Any], Any], batches: list[Any]) -> Callable[[int], Any]:
+    """The i-th step, with one batch after the other."""
+    return lambda i: step(batches[i % len(batches)])
+
+
+def rows_of(taken: dict[str, list[float]]) -> dict[str, Any]:
+    """Median and quartiles of each side, and how many times as fast ours is; `ours` is that of the same turns."""
+    medians = {side: 1e3 * float(np.median(times)) for side, times in taken.items()}
+    rows: dict[str, Any] = {}
+    for side, times in taken.items():
+        if side == "ours":
+            continue
+        quartiles = [1e3 * float(q) for q in np.quantile(times, (0.25, 0.75))]
+        ours_quartiles = [1e3 * float(q) for q in np.quantile(taken["ours"], (0.25, 0.75))]
+        rows[side] = {
+            "ours_ms": medians["ours"],
+            "peer_ms": medians[side],
+            "ratio": medians[side] / medians["ours"],
+            "ours_quartiles_ms": ours_quartiles,
+            "peer_quartiles_ms": quartiles,
+        }
+    return rows
+
+
+def table(results: dict[str, dict]) -> str:
+    """Markdown, a row a configuration and optimizer."""
+    lines = [
+        "| configuration | step | ours | PyTorch | ratio | goal | torch.compile | ratio | JAX, dense tables | ratio |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, kinds in results.items():
+        for kind, row in kinds.items():
+            goal = GOALS.get((name, kind))
+            met = "" if goal is None else f"{goal}x: {'met' if row['torch']['ratio'] >= goal else 'missed'}"
+            cells = [name, kind.replace("_", "-"), f"{row['torch']['ours_ms']:.2f} ms"]
+            for side in ("torch", "torch_compiled", "dense_jax"):
+                shown = row.get(side)
+                cells += [f"{shown['peer_ms']:.1f} ms", f"**{shown['ratio']:.2f}x**"] if shown else ["-", "-"]
+                if side == "torch":
+                    cells.append(met)
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def draw(results: dict[str, dict], path: pathlib.Path) -> None:
+    """How many times as fast as each peer, a group of bars a configuration."""
+    from matplotlib.figure import Figure
+
+    names = [f"{name}\n{kind}" for name, kinds in results.items() for kind in kinds]
+    rows = [row for kinds in results.values() for row in kinds.values()]
+    figure = Figure(figsize=(12, 4.5), layout="constrained")
+    axis = figure.subplots()
+    peers = [side for side in SIDES if side != "ours"]
+    for i, side in enumerate(peers):
+        ratios = [row[side]["ratio"] if side in row else np.nan for row in rows]
+        bars = axis.bar(np.arange(len(rows)) + (i - 1) * 0.27, ratios, 0.27, label=SIDES[side])
+        axis.bar_label(bars, ["" if np.isnan(r) else f"{r:.2g}" for r in ratios], fontsize=7)
+    axis.axhline(1, color="black", linewidth=0.8)
+    axis.set_yscale("log")
+    axis.set_xticks(np.arange(len(rows)), names, fontsize=7)
+    axis.set_ylabel("their step time over ours")
+    axis.legend()
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    """Compare, print, and write what was asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--configs", default=",".join(CONFIGS), help="some of " + ", ".join(CONFIGS))
+    parser.add_argument("--optimizers", default=",".join(OPTIMIZERS))
+    parser.add_argument("--turns", type=int, default=7)
+    parser.add_argument("--max_rows_per_table", type=int, default=0, help="cut tables, to fit this machine; 0: no")
+    parser.add_argument("--json", type=pathlib.Path)
+    parser.add_argument("--picture", type=pathlib.Path)
+    parser.add_argument("--readme", action="store_true", help="renew the section of experiments/README.md")
+    arguments = parser.parse_args()
+    names = arguments.configs.split(",")
+    if unknown := sorted(set(names) - set(CONFIGS)):
+        parser.error(f"--configs: {unknown[0]!r} is not known; choose of {', '.join(CONFIGS)}")
+    if importlib.util.find_spec("torch") is None:
+        raise SystemExit("PyTorch is missing; nothing is installed here: pip install torch")
+    define_run_flags()
+    extra = [f"--max_rows_per_table={arguments.max_rows_per_table}"] if arguments.max_rows_per_table else []
+    results: dict[str, dict] = {name: {} for name in names}
+    for name in names:
+        for optimizer in arguments.optimizers.split(","):
+            results[name] |= compare(name, optimizer, extra, arguments.turns)
+        print(table({name: results[name]}), flush=True)
+    import torch
+
+    used = versions() | {"torch": torch.__version__}
+    if arguments.json:
+        write_json_atomically(arguments.json, {"configs": results, "versions": used})
+    if arguments.picture:
+        draw(results, arguments.picture)
+    if arguments.readme:
+        command = f"`python experiments/compare_peers.py --configs={arguments.configs}`"
+        text = f"{table(results)}\n\nMeasured {where_and_when(used)}, torch {used['torch']}; {command}."
+        replace_section(HERE / "README.md", "peers", text)
+
+
+if __name__ == "__main__":
+    main()
