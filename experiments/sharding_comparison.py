@@ -33,8 +33,8 @@ def main(argv: list[str]) -> None:
         os.environ["JAX_PLATFORMS"] = "cpu"
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", FLAGS.devices)
-    results = compare(jax.devices()[: FLAGS.devices])
-    print(table(results))
+    results, sentence = compare(jax.devices()[: FLAGS.devices])
+    print(f"{table(results)}\n\n{sentence}")
     if FLAGS.json:
         pathlib.Path(FLAGS.json).write_text(json.dumps(results, indent=1) + "\n")
     if FLAGS.picture:
@@ -45,7 +45,7 @@ def main(argv: list[str]) -> None:
         from dlrm_jax.reporting import versions
 
         command = f"`python experiments/sharding_comparison.py {' '.join(_own_flags())}`"
-        text = f"{table(results)}\n\nMeasured {where_and_when(versions())}; {command}."
+        text = f"{table(results)}\n\n{sentence}\n\nMeasured {where_and_when(versions())}; {command}."
         replace_section(ROOT / "experiments" / "README.md", "sharding", text)
 
 
@@ -54,12 +54,12 @@ def _own_flags() -> list[str]:
     return [argument for argument in sys.argv[1:] if argument.split("=")[0] in kept]
 
 
-def compare(devices: list) -> dict[str, dict]:
-    """Numbers of each strategy by name."""
+def compare(devices: list) -> tuple[dict[str, dict], str]:
+    """Numbers of each strategy by name, and a sentence on what row_wise sends."""
     import jax
     import numpy as np
 
-    from dlrm_jax.batch import Batch
+    from dlrm_jax.data import synthetic
     from dlrm_jax.flags import config_from_flags
     from dlrm_jax.plan import load_of, model_of
     from dlrm_jax.sharding import planner, report
@@ -74,7 +74,11 @@ def compare(devices: list) -> dict[str, dict]:
     shape = parse_mesh(config.sharding.mesh, len(devices))
     hardware = at_hand(devices[0].device_kind, devices[0].platform, len(devices))
     setting = planner.Setting(model, config.optimizer, shape, load_of(config), hardware, config.sharding.group_size)
-    batch = _power_law_batch(model, config.batch_size, config.data.id_skew, np.random.default_rng(config.seed), Batch)
+    sizes = tuple(model.table(feature.table).num_embeddings for feature in model.features)
+    bags = tuple(feature.hotness for feature in model.features)
+    spec = synthetic.Spec(model.num_dense, sizes, bags, config.data.id_skew)
+    draw = jax.jit(synthetic.device_batch, static_argnums=(0, 1))
+    batch = jax.device_get(draw(spec, config.batch_size, jax.random.key(config.seed)))
     runs, results = {}, {}
     for name, cost in planner.ranking(setting):
         placed = Placed(model, config.optimizer, cost.plan, make_mesh(shape, devices), cost.options)
@@ -105,28 +109,25 @@ def compare(devices: list) -> dict[str, dict]:
             results[name]["loss"] = float(metrics["loss"])
     for name, run in runs.items():
         results[name]["seconds"] = float(np.median(run[3][2:]))
-    return results
+    return results, volumes(model, batch.ids_BxK, results["row_wise"]["sent"]) if shape.model > 1 else ""
 
 
-def _power_law_batch(model, size: int, skew: float, rng, make):
-    """A batch whose ids follow rank^-skew, ranks being ids."""
+def volumes(model, ids_BxK, sent: dict[str, int]) -> str:
+    """What row_wise sends, beside the least possible and beside the form that reduces partial sums of all owners."""
     import numpy as np
 
-    columns = []
+    needed, start = 0.0, 0
     for feature in model.features:
-        rows = model.table(feature.table).num_embeddings
-        uniform = rng.random((size, feature.hotness))
-        power = 1 - skew
-        if abs(power) < 1e-6:
-            ranks = np.exp(uniform * np.log(rows))
-        else:
-            ranks = (uniform * (rows**power - 1) + 1) ** (1 / power)
-        columns.append(np.minimum(ranks.astype(np.int64) - 1, rows - 1).clip(0))
-    return make(
-        dense_BxN=rng.normal(size=(size, model.num_dense)).astype(np.float32),
-        ids_BxK=np.concatenate(columns, axis=1).astype(np.int32),
-        label_B=rng.integers(0, 2, size).astype(np.float32),
-        weight_B=np.ones(size, np.float32),
+        columns = ids_BxK[:, start : start + feature.hotness]
+        needed += sum(len(np.unique(part)) for part in np.split(columns, FLAGS.devices)) / FLAGS.devices
+        start += feature.hotness
+    row_bytes = 4 * model.embedding_dim
+    ideal, scattered = 2 * needed * row_bytes, 2 * len(ids_BxK) * len(model.features) * row_bytes
+    exchanged = sent["all-to-all"]
+    return (
+        f"row_wise exchanges {exchanged / 1e6:.3f} MB a device and step, {exchanged / ideal:.2f} of the "
+        f"{ideal / 1e6:.3f} MB that each needed row takes once each way; reducing all owners' partial sums would take "
+        f"{scattered / 1e6:.3f} MB, {scattered / ideal:.1f} of it."
     )
 
 
