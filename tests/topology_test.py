@@ -54,7 +54,7 @@ def test_no_temporary_grows_with_the_tables(tmp_path, dim, sharding):
         arguments.append(report["arguments"])
     assert abs(report["predicted_held"] / report["held"] - 1) < 0.05
     grown = arguments[1] - arguments[0]
-    assert grown >= 12_000_000 * dim * 4 / 8
+    assert grown > 0.99 * 12_000_000 * dim * 4 / 8
     assert temporaries[1] - temporaries[0] < grown / 4
 
 
