@@ -7,7 +7,7 @@ scatter serve them all. Only this file knows row offsets; everybody else speaks 
 import dataclasses
 import hashlib
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -147,12 +147,22 @@ def _mix(x: jax.Array) -> jax.Array:
     return x ^ (x >> 16)
 
 
+def read_rows(table_RxD: jax.Array, row_ids: jax.Array) -> jax.Array:
+    """The rows of these numbers, whose shape (..., D) they give; an empty slot reads row 0, and counts for nothing."""
+    return table_RxD.at[jnp.maximum(row_ids, 0)].get(mode="promise_in_bounds")
+
+
 def lookup(
-    config: ModelConfig, tables: dict[str, jax.Array], ids_BxK: jax.Array, id_weights_BxK: jax.Array | None = None
+    config: ModelConfig,
+    tables: dict[str, jax.Array],
+    ids_BxK: jax.Array,
+    id_weights_BxK: jax.Array | None = None,
+    take: Callable[[jax.Array, jax.Array], jax.Array] = read_rows,
 ) -> jax.Array:
     """pooled_BxFxD: each bag's rows, times `id_weights_BxK` if given, summed or averaged over its non-empty slots.
 
-    An empty bag pools to zeros. Ids must be inside their table or EMPTY_SLOT (batch.check_ids sees to it).
+    An empty bag pools to zeros. Ids must be inside their table or EMPTY_SLOT (batch.check_ids sees to it). `take` reads
+    float32 rows from however a stack is stored (serving/quantise.py).
     """
     pooled: list[jax.Array] = []
     features: list[int] = []
@@ -160,7 +170,7 @@ def lookup(
     for stack in make_stacks(config):
         row_ids = _row_ids(stack, ids_BxK)
         scale = _learned_scale(config, stack, tables, row_ids, scale_BxK[:, stack.slots])
-        rows = tables[stack.name].at[jnp.maximum(row_ids, 0)].get(mode="promise_in_bounds")
+        rows = take(tables[stack.name], row_ids)
         pooled.append(sum_bags(rows * scale[:, :, None], stack.hotness))
         features += stack.features
     if len(pooled) == 1:
@@ -186,7 +196,7 @@ def row_gradients(
         d_rows = d_slots * scale[:, :, None]
         grads[stack.name] = SparseGrad(ids_M=row_ids.reshape(-1), rows_MxD=d_rows.reshape(-1, config.embedding_dim))
         if config.learned_pooling:
-            rows = tables[stack.name].at[jnp.maximum(row_ids, 0)].get(mode="promise_in_bounds")
+            rows = read_rows(tables[stack.name], row_ids)
             d_weights = (d_slots * rows).sum(axis=2) * plain_scale
             grads[stack.name + POOLING_WEIGHTS] = SparseGrad(row_ids.reshape(-1), d_weights.reshape(-1, 1))
     return grads

@@ -9,11 +9,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from dlrm_jax.data.dense import LARGEST, transform
 from dlrm_jax.data.schema import Dense, Label
 
 SPLIT_NAMES = ("train", "val", "test")
-_LARGEST = 1e30
-"""Numbers whose mean is taken must stay squarable, and fit into float32."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -241,20 +240,10 @@ def read_dense(dense: Dense, array: pa.Array, null_values: tuple[str, ...]) -> t
         bad += distinct.missing(dense.source)
         bad += distinct.bad(np.isnan(numbers), dense.source, "is not a number")
     if dense.needs_statistics:
-        bad += distinct.bad(np.abs(numbers) > _LARGEST, dense.source, f"is beyond {_LARGEST:g}")
+        bad += distinct.bad(np.abs(numbers) > LARGEST, dense.source, f"is beyond {LARGEST:g}")
         fill = np.nan if dense.missing == "mean" else dense.fill
         return distinct.spread(np.where(np.isnan(numbers), fill, numbers), fill), bad
-    numbers = _pad(np.where(np.isnan(numbers), dense.fill, numbers), dense.fill)
-    with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
-        values = transform(dense.transform, numbers).astype(np.float32)
+    values = transform(dense.transform, _pad(np.where(np.isnan(numbers), dense.fill, numbers), dense.fill))
     undefined = ~np.isfinite(values)
     bad += distinct.bad(undefined[:-1] & ~wrong, dense.source, f"has no finite float32 under {dense.transform}")
     return values[distinct.index_R], bad
-
-
-def transform(name: str, numbers: np.ndarray) -> np.ndarray:
-    """The transforms that need nothing but the number."""
-    if name == "log1p":
-        # float32 before the logarithm, as the reference computes it.
-        return np.log(np.maximum(numbers, 0).astype(np.float32) + 1)
-    return np.log(numbers + 3) if name == "nvidia_log" else numbers

@@ -8,8 +8,12 @@
 `mix` is the finaliser of splitmix64 (Steele, Lea, Flood 2014, "Fast splittable pseudorandom number generators").
 """
 
+from typing import TYPE_CHECKING
+
 import numpy as np
-import pyarrow as pa
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MASK = (1 << 64) - 1
@@ -33,9 +37,9 @@ def hash_integers(values: np.ndarray, seed: int = 0) -> np.ndarray:
     return mix(values.astype(np.int64, copy=False).view(np.uint64) + offset)
 
 
-def hash_strings(values: pa.Array, seed: int = 0) -> np.ndarray:
+def hash_strings(values: "pa.Array", seed: int = 0) -> np.ndarray:
     """uint64 hashes of the UTF-8 bytes of a string array without nulls."""
-    values = values.cast(pa.large_string())
+    values = values.cast("large_string")
     _, offset_buffer, data_buffer = values.buffers()
     offsets = np.frombuffer(offset_buffer, np.int64)[values.offset : values.offset + len(values) + 1]
     start, length = offsets[:-1], np.diff(offsets)
@@ -61,9 +65,23 @@ def hash_strings(values: pa.Array, seed: int = 0) -> np.ndarray:
     return hashes
 
 
+def hash_integer(value: int, seed: int = 0) -> int:
+    """`hash_integers` of one Python integer."""
+    return _mix(value + (seed + 1) * int(_GOLDEN) & _MASK)
+
+
+def hash_text(text: bytes, seed: int = 0) -> int:
+    """`hash_strings` of one text's UTF-8 bytes."""
+    return _continue_hash(hash_integer(len(text), seed), text)
+
+
+def _mix(h: int) -> int:
+    h = (h ^ (h >> 30)) * 0xBF58476D1CE4E5B9 & _MASK
+    h = (h ^ (h >> 27)) * 0x94D049BB133111EB & _MASK
+    return h ^ (h >> 31)
+
+
 def _continue_hash(h: int, tail: bytes) -> int:
     for start in range(0, len(tail), 8):
-        h ^= int.from_bytes(tail[start : start + 8], "little")
-        for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):
-            h = (h ^ (h >> shift)) * factor & _MASK
+        h = _mix(h ^ int.from_bytes(tail[start : start + 8], "little"))
     return h

@@ -5,8 +5,6 @@ import json
 import pathlib
 from typing import Any
 
-import yaml
-
 from dlrm_jax.config import ConfigError, require
 from dlrm_jax.data.schema import Dense, Label, Schema, Sparse, Split
 
@@ -91,6 +89,8 @@ def _text(value: Any, where: str) -> str:
 
 def load(path: pathlib.Path) -> Schema:
     """Read a YAML or JSON file."""
+    import yaml  # Here, since serving reads schemas where only jax and numpy are.
+
     try:
         text = path.read_text(encoding="utf8")
     except UnicodeDecodeError:
@@ -104,6 +104,8 @@ def load(path: pathlib.Path) -> Schema:
 
 def dump_yaml(schema: Schema) -> str:
     """A schema as YAML, the reasons of a guess as comments above it."""
+    import yaml
+
     values = to_dict(schema)
     comments = "".join(f"# {reason}\n" for reason in values.pop("reasons", []))
     return comments + yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=110)

@@ -1,6 +1,7 @@
 """The second pass of a preparation: staged rows become final ids, in shards that are whole or absent."""
 
 import concurrent.futures
+import dataclasses
 import json
 import os
 import pathlib
@@ -14,11 +15,12 @@ import pyarrow.parquet as pq
 
 from dlrm_jax.data import blocks
 from dlrm_jax.data.columns import SPLIT_NAMES
+from dlrm_jax.data.dense import finish_dense
 from dlrm_jax.data.final_ids import TablePlan, counting_groups, plan_table
 from dlrm_jax.data.schema import Schema, Sparse
 from dlrm_jax.data.splits import Splitter
 from dlrm_jax.data.staging import Staging, wide_name, write_whole, writing
-from dlrm_jax.data.statistics import Counts, finish_dense, summarise_table, top_ids
+from dlrm_jax.data.statistics import Counts, summarise_table, top_ids
 
 _BLOCKS_PER_SHARD = 64
 _COUNT_BYTES = 20
@@ -69,6 +71,9 @@ class SecondPass:
             },
             "features": self._feature_statistics(),
             "tables": tables,
+            "dense": {
+                self._schema.dense[i].name: dataclasses.asdict(own) for i, own in self._counts.dense.items() if own.count
+            },
             "positives_over_time": self._counts.time_bins,
         }
 

@@ -8,7 +8,8 @@ import numpy as np
 
 from dlrm_jax.config import ConfigError
 from dlrm_jax.data.columns import SPLIT_NAMES
-from dlrm_jax.data.schema import Dense, Schema, Sparse
+from dlrm_jax.data.dense import DenseStatistics
+from dlrm_jax.data.schema import Schema, Sparse
 from dlrm_jax.data.splits import Splitter
 from dlrm_jax.data.staging import Staging, wide_name
 
@@ -16,33 +17,6 @@ NUM_TIME_BINS = 100
 NUM_TOP_IDS = 10
 _CURVE_POINTS = 60
 _MAX_COUNTED = 500_000_000
-
-
-@dataclasses.dataclass
-class DenseStatistics:
-    """Of one dense column over all rows, missing ones left out."""
-
-    count: int = 0
-    mean: float = 0.0
-    squares: float = 0.0
-    """Sum of squared distances from the mean."""
-    least: float = float("inf")
-
-    def add(self, values: np.ndarray) -> None:
-        """Merge the statistics of some values (Chan, Golub, LeVeque 1979, equation 2.1)."""
-        values = values[~np.isnan(values)]
-        if not len(values):
-            return
-        mean = float(values.mean())
-        count, delta = self.count + len(values), mean - self.mean
-        self.squares += float(((values - mean) ** 2).sum()) + delta**2 * self.count * len(values) / count
-        self.mean += delta * len(values) / count
-        self.count, self.least = count, min(self.least, float(values.min()))
-
-    @property
-    def deviation(self) -> float:
-        """The standard deviation; 1 for a constant column."""
-        return (self.squares / self.count) ** 0.5 or 1.0 if self.count else 1.0
 
 
 @dataclasses.dataclass
@@ -144,18 +118,6 @@ def _count_bag(
         empty_S = np.bincount(np.broadcast_to(codes, empty_R.shape)[empty_R], minlength=3)
     into.empty_S += empty_S
     return counts_SxV
-
-
-def finish_dense(dense: Dense, values: np.ndarray, own: DenseStatistics, least: float) -> np.ndarray:
-    """The transforms that need statistics, NaN being missing; `least` is that of all torchrec_log columns."""
-    values = np.where(np.isnan(values), own.mean, values)
-    if dense.transform == "torchrec_log":
-        values = np.log(values - least + 2)
-    elif dense.transform == "standardise":
-        values = (values - own.mean) / own.deviation
-    elif dense.transform == "log1p":
-        values = np.log(np.maximum(values, 0) + 1)
-    return values.astype(np.float32)
 
 
 def summarise_table(counts_SxV: np.ndarray, top: np.ndarray, texts: list[str]) -> dict[str, Any]:

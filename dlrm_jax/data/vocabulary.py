@@ -6,6 +6,7 @@ from dlrm_jax.config import ConfigError
 
 _FREE = np.int32(-1)
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_MASK = (1 << 64) - 1
 _MAX_IDS = 2**31 - 1
 
 
@@ -77,6 +78,16 @@ class Vocabulary:
             found = np.flatnonzero(ids >= 0)
             self._require_same(known_checks.take(ids[found]), checks[found])
         return ids
+
+    def find_one(self, key: int, check: int | None = None) -> int:
+        """`find` of one Python integer; -1 too if `check` is that of another value."""
+        slots, mask = self._slots, len(self._slots) - 1
+        position = (key * int(_GOLDEN) & _MASK) >> (64 - mask.bit_length())
+        while (candidate := slots[position]) >= 0:
+            if self._keys[candidate] == key:
+                return int(candidate) if check is None or self._checks[candidate] == check else -1
+            position = (position + 1) & mask
+        return -1
 
     def _require_same(self, ours: np.ndarray, theirs: np.ndarray) -> None:
         if not np.array_equal(ours, theirs):

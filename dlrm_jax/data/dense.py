@@ -1,0 +1,58 @@
+"""Dense columns: what a number becomes, in preparation and in serving. NumPy alone."""
+
+import dataclasses
+
+import numpy as np
+
+from dlrm_jax.data.schema import Dense
+
+LARGEST = 1e30
+"""Numbers whose mean is taken must stay squarable, and fit into float32."""
+
+
+@dataclasses.dataclass
+class DenseStatistics:
+    """Of one dense column over all rows, missing ones left out."""
+
+    count: int = 0
+    mean: float = 0.0
+    squares: float = 0.0
+    """Sum of squared distances from the mean."""
+    least: float = float("inf")
+
+    def add(self, values: np.ndarray) -> None:
+        """Merge the statistics of some values (Chan, Golub, LeVeque 1979, equation 2.1)."""
+        values = values[~np.isnan(values)]
+        if not len(values):
+            return
+        mean = float(values.mean())
+        count, delta = self.count + len(values), mean - self.mean
+        self.squares += float(((values - mean) ** 2).sum()) + delta**2 * self.count * len(values) / count
+        self.mean += delta * len(values) / count
+        self.count, self.least = count, min(self.least, float(values.min()))
+
+    @property
+    def deviation(self) -> float:
+        """The standard deviation; 1 for a constant column."""
+        return (self.squares / self.count) ** 0.5 or 1.0 if self.count else 1.0
+
+
+def transform(name: str, numbers: np.ndarray) -> np.ndarray:
+    """The transforms that need nothing but the number, as float32; not finite where they are not defined."""
+    with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
+        if name == "log1p":
+            # float32 before the logarithm, as the reference computes it.
+            return np.log(np.maximum(numbers, 0).astype(np.float32) + 1)
+        return (np.log(numbers + 3) if name == "nvidia_log" else numbers).astype(np.float32)
+
+
+def finish_dense(dense: Dense, values: np.ndarray, own: DenseStatistics, least: float) -> np.ndarray:
+    """The transforms that need statistics, NaN being missing; `least` is that of all torchrec_log columns."""
+    values = np.where(np.isnan(values), own.mean, values)
+    if dense.transform == "torchrec_log":
+        values = np.log(values - least + 2)
+    elif dense.transform == "standardise":
+        values = (values - own.mean) / own.deviation
+    elif dense.transform == "log1p":
+        values = np.log(np.maximum(values, 0) + 1)
+    return values.astype(np.float32)

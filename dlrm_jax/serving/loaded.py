@@ -1,0 +1,191 @@
+"""An exported model in a process of its own: jax and numpy, no training code, no flags."""
+
+import dataclasses
+import pathlib
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+from jax import export as jax_export
+
+from dlrm_jax.config import ConfigError
+from dlrm_jax.data.vocabulary import Vocabulary
+from dlrm_jax.serving import signature as signatures
+from dlrm_jax.serving.errors import BadRequest
+from dlrm_jax.serving.signature import EMPTY_SLOT, Signature
+from dlrm_jax.serving.store import Version, open_version
+from dlrm_jax.serving.transform import Reader
+
+BATCH_SIZES = (1, 4, 16, 64, 128, 256, 512, 1024, 2048)
+"""Batches are filled up to the next of these; larger ones are cut."""
+
+SELF_CHECK_TOLERANCE = 1e-4
+"""Probabilities of another device may differ so much from those at export; on the same kind it is about 1e-7."""
+
+
+class Program:
+    """A compiled forward pass, one executable a batch size, for any weights of its shapes."""
+
+    def __init__(self, serialized: bytes) -> None:
+        try:
+            exported = jax_export.deserialize(bytearray(serialized))
+        except ImportError:
+            raise ConfigError('reading StableHLO needs flatbuffers: pip install "dlrm_jax[serve]"') from None
+        self.serialized, self._call = serialized, jax.jit(exported.call)
+        self._compiled: dict[int, Any] = {}
+        self._lock = threading.Lock()
+
+    def compiled(self, weights: Mapping[str, jax.Array], size: int, num_dense: int, num_slots: int) -> Any:
+        """The executable for batches of `size`; made now if it is not there."""
+        with self._lock:
+            if size not in self._compiled:
+                dense = jax.ShapeDtypeStruct((size, num_dense), np.float32)
+                ids = jax.ShapeDtypeStruct((size, num_slots), np.int32)
+                self._compiled[size] = self._call.lower(weights, dense, ids).compile()
+            return self._compiled[size]
+
+
+@dataclasses.dataclass(frozen=True)
+class Scores:
+    """What a model says of B rows."""
+
+    probability: np.ndarray
+    logit: np.ndarray
+
+
+class Servable:
+    """One version of a model, ready to score. Its methods may be called from several threads."""
+
+    def __init__(
+        self, version: Version, batch_sizes: Sequence[int] = BATCH_SIZES, max_bag: int = 1000, like: Any = None
+    ) -> None:
+        """Read a version. From `like`, another version's Servable, the compiled program is kept where it is the same."""
+        self.version = version
+        self.signature: Signature = signatures.from_dict(version.read_json("signature.json"))
+        self.metrics: dict[str, Any] = version.read_json("metrics.json")
+        self.batch_sizes = tuple(sorted(batch_sizes))
+        self._limit_K = np.repeat([f.rows for f in self.signature.features], [f.hotness for f in self.signature.features])
+        self._weights = _read_weights(version)
+        program = (version.directory / "program.stablehlo").read_bytes()
+        shapes = {name: (value.shape, value.dtype) for name, value in self._weights.items()}
+        same = like is not None and (like._program.serialized, like._shapes) == (program, shapes)
+        self._program: Program = like._program if same else Program(program)
+        self._shapes = shapes
+        self.reader = Reader(self.signature, _read_vocabularies(version), max_bag)
+
+    def warm_up(self) -> None:
+        """Compile every batch size and run it once, so that nothing is compiled later."""
+        for size in self.batch_sizes:
+            self._run(
+                np.zeros((size, len(self.signature.dense_names)), np.float32),
+                np.full((size, self.signature.num_slots), EMPTY_SLOT, np.int32),
+            )
+
+    def self_check(self) -> float:
+        """The largest difference from the probabilities noted at export; ConfigError beyond the tolerance."""
+        with np.load(self.version.directory / "self_check.npz") as noted:
+            got = self.score(noted["dense"], noted["ids"]).probability
+            difference = float(np.abs(got - noted["probability"]).max(initial=0.0))
+        if not difference <= SELF_CHECK_TOLERANCE:
+            raise ConfigError(
+                f"{self.version.directory}: probabilities differ by {difference:.3g} from those noted at export; at "
+                f"most {SELF_CHECK_TOLERANCE:g} is rounding"
+            )
+        return difference
+
+    def predict(self, dense_BxN: Any, ids_BxK: Any) -> np.ndarray:
+        """The probability of each of B rows. BadRequest for a wrong shape, an id outside its table, NaN."""
+        return self.score(*self.checked(dense_BxN, ids_BxK)).probability
+
+    def predict_rows(self, rows: Sequence[Mapping[str, Any]], shared: Mapping[str, Any] | None = None) -> np.ndarray:
+        """The probability of each row of raw values, as the training log had them; `shared` values are in all rows."""
+        dense_BxN, ids_BxK, _ = self.reader.read(rows, shared)
+        return self.score(dense_BxN, ids_BxK).probability
+
+    def checked(self, dense_BxN: Any, ids_BxK: Any) -> tuple[np.ndarray, np.ndarray]:
+        """Inputs as float32 and int32 arrays, every number usable."""
+        dense_BxN, ids_BxK = np.asarray(dense_BxN), np.asarray(ids_BxK)
+        num_dense, num_slots = len(self.signature.dense_names), self.signature.num_slots
+        if dense_BxN.ndim != 2 or dense_BxN.shape[1] != num_dense:
+            raise BadRequest(f"dense has shape {list(dense_BxN.shape)}; expected [rows, {num_dense}]")
+        if ids_BxK.ndim != 2 or ids_BxK.shape[1] != num_slots:
+            raise BadRequest(f"ids has shape {list(ids_BxK.shape)}; expected [rows, {num_slots}]")
+        if len(dense_BxN) != len(ids_BxK):
+            raise BadRequest(f"dense has {len(dense_BxN)} rows, ids {len(ids_BxK)}")
+        if not np.issubdtype(ids_BxK.dtype, np.integer):
+            raise BadRequest(f"ids are {ids_BxK.dtype}; they must be integers")
+        if dense_BxN.dtype != np.float32:
+            with np.errstate(over="ignore"):
+                dense_BxN = dense_BxN.astype(np.float32)
+        if not np.isfinite(dense_BxN).all():
+            row, column = np.argwhere(~np.isfinite(dense_BxN))[0]
+            raise BadRequest(
+                f"dense, row {row}, feature {self.signature.dense_names[column]!r}: {dense_BxN[row, column]} is not a "
+                "finite float32"
+            )
+        bad_BxK = (ids_BxK >= self._limit_K) | (ids_BxK < EMPTY_SLOT)
+        if bad_BxK.any():
+            row, slot = np.argwhere(bad_BxK)[0]
+            feature = next(f for i, f in enumerate(self._slot_features()) if i == slot)
+            raise BadRequest(
+                f"ids, row {row}, feature {feature.name!r}: id {ids_BxK[row, slot]} is outside table {feature.table!r} "
+                f"(ids 0 to {feature.rows - 1}, {EMPTY_SLOT} for an empty slot)"
+            )
+        return dense_BxN, ids_BxK.astype(np.int32, copy=False)
+
+    def _slot_features(self) -> list[signatures.ServedFeature]:
+        return [feature for feature in self.signature.features for _ in range(feature.hotness)]
+
+    def score(self, dense_BxN: np.ndarray, ids_BxK: np.ndarray) -> Scores:
+        """Scores of inputs that were `checked`."""
+        rows, largest = len(dense_BxN), self.batch_sizes[-1]
+        parts = []
+        for start in range(0, rows, largest):
+            dense, ids = dense_BxN[start : start + largest], ids_BxK[start : start + largest]
+            count = len(dense)
+            size = next(size for size in self.batch_sizes if size >= count)
+            if size > count:
+                dense = np.concatenate([dense, np.zeros((size - count, dense.shape[1]), np.float32)])
+                ids = np.concatenate([ids, np.full((size - count, ids.shape[1]), EMPTY_SLOT, np.int32)])
+            parts.append([np.asarray(output)[:count] for output in self._run(dense, ids)])
+        if len(parts) == 1:
+            return Scores(*parts[0])
+        empty = np.zeros(0, np.float32)
+        return Scores(*(np.concatenate([empty, *(part[i] for part in parts)]) for i in range(2)))
+
+    def _run(self, dense: np.ndarray, ids: np.ndarray) -> Any:
+        return self._program.compiled(self._weights, len(dense), dense.shape[1], ids.shape[1])(self._weights, dense, ids)
+
+
+def load(
+    model_dir: str | pathlib.Path, version: int | None = None, batch_sizes: Sequence[int] = BATCH_SIZES
+) -> Servable:
+    """A version of an exported model (the latest by default), every file checked against its hash."""
+    return Servable(open_version(pathlib.Path(model_dir), version), batch_sizes)
+
+
+def _read_weights(version: Version) -> dict[str, jax.Array]:
+    weights = {}
+    for name, facts in version.read_json("weights.json").items():
+        parts = [_read_array(version, file, facts["dtype"]) for file in facts["files"]]
+        weights[name] = jax.device_put(parts[0] if len(parts) == 1 else np.concatenate(parts))
+    return weights
+
+
+def _read_array(version: Version, file: str, dtype: str) -> np.ndarray:
+    array = np.load(version.directory / file, mmap_mode="r", allow_pickle=False)
+    return array.view(ml_dtypes.bfloat16) if dtype == "bfloat16" else array
+
+
+def _read_vocabularies(version: Version) -> dict[str, Vocabulary]:
+    if not (version.directory / "vocabularies.json").is_file():
+        return {}
+    out = {}
+    for table, files in version.read_json("vocabularies.json").items():
+        columns = [np.load(version.directory / file, allow_pickle=False) for file in files]
+        out[table] = Vocabulary(table, checked=len(columns) == 2)
+        out[table].encode(*columns)
+    return out

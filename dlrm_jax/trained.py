@@ -1,0 +1,64 @@
+"""A finished or running training run, found again in its workdir: configuration, data, weights."""
+
+import dataclasses
+import json
+import pathlib
+
+from dlrm_jax import run_config
+from dlrm_jax.checkpoint import Checkpoints
+from dlrm_jax.config import ConfigError, ModelConfig, differences
+from dlrm_jax.data.dataset import Dataset
+from dlrm_jax.data.load import load_dataset
+from dlrm_jax.placement import place_run
+from dlrm_jax.run_config import RunConfig
+from dlrm_jax.sharding.options import ShardingOptions
+from dlrm_jax.sharding.placed import Placed, on_one_device
+from dlrm_jax.state import TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """A run's settings, its `dataset` with checked ids, and one checkpoint's `state` on the devices at hand."""
+
+    config: RunConfig
+    model: ModelConfig
+    dataset: Dataset
+    placed: Placed
+    state: TrainState
+
+
+def load_config(workdir: pathlib.Path, data_dir: str | None = None) -> RunConfig:
+    """The RunConfig saved in a workdir; `data_dir` says where the raw log is now, if it moved."""
+    path = workdir / "config.json"
+    try:
+        config = run_config.from_dict(json.loads(path.read_text()))
+    except FileNotFoundError:
+        raise ConfigError(f"{path} does not exist; --workdir must name the directory of a training run") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{path} is not a run's configuration: {error}") from error
+    if data_dir is not None:
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, data_dir=data_dir))
+    return config
+
+
+def restore(workdir: pathlib.Path, which: str, data_dir: str | None = None, one_device: bool = False) -> Trained:
+    """The run of a workdir at checkpoint `which` (best, latest, a step); ConfigError if its data has changed since.
+
+    On all devices, or all on the first one.
+    """
+    config = load_config(workdir, data_dir)
+    raw = load_dataset(config.data)
+    model = config.model.build(raw)
+    dataset, _ = run_config.check_dataset(raw, model, config.ids_out_of_range)
+    if one_device:
+        placed = on_one_device(model, config.optimizer)
+    else:
+        placed = place_run(dataclasses.replace(config, sharding=ShardingOptions()), model, dataset)
+    with Checkpoints(workdir) as checkpoints:
+        kind, step = checkpoints.find(which)
+        identity = json.loads(json.dumps(config.identity(model, raw)))
+        different = differences(identity, checkpoints.record(kind)["identity"])
+        if different:
+            raise ConfigError(f"the checkpoint belongs to other data (now != then): {'; '.join(different[:8])}")
+        state = checkpoints.restore(kind, placed, step)
+    return Trained(config, model, dataset, placed, state)

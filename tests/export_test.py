@@ -1,0 +1,202 @@
+"""An exported model: the same probabilities, in a process without the training code, and never a changed file."""
+
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from dlrm_jax.config import ConfigError, LossConfig
+from dlrm_jax.serving import load
+from dlrm_jax.serving.errors import BadRequest
+from dlrm_jax.serving.store import versions, write_version
+from dlrm_jax.state import TrainState
+from dlrm_jax.step import make_eval_step
+from tests.commands_test import run
+from tests.helpers import ROOT, random_batch, tiny_model
+from tests.serving_helpers import export_tiny, lively_state
+
+MODELS = {
+    "dot": {},
+    "learned": {"learned_pooling": True},
+    "cross": {"interaction": "cross", "cross_layers": 2, "cross_rank": 3},
+    "cat": {"interaction": "cat"},
+}
+
+
+def in_training(model, state: TrainState, batch, loss=None) -> np.ndarray:
+    """What evaluation says of a batch."""
+    return np.asarray(jax.jit(make_eval_step(model, loss or LossConfig()))(state, batch).prob_B)
+
+
+@pytest.mark.parametrize("changes", MODELS.values(), ids=MODELS.keys())
+def test_probabilities_are_those_of_training(tmp_path, changes):
+    model = tiny_model(**changes)
+    export_tiny(tmp_path, model)
+    servable = load(tmp_path)
+    for size in (1, 16, 64):
+        batch = random_batch(model, size, seed=size)
+        want = in_training(model, lively_state(model), batch)
+        got = servable.predict(batch.dense_BxN, batch.ids_BxK)
+        np.testing.assert_array_equal(got, want)
+        part = servable.predict(batch.dense_BxN[: size // 2 + 1], batch.ids_BxK[: size // 2 + 1])
+        np.testing.assert_allclose(part, want[: size // 2 + 1], atol=1e-6)
+
+
+def test_batches_larger_than_any_executable_are_cut(tmp_path):
+    model = tiny_model()
+    export_tiny(tmp_path, model, loss=LossConfig(threshold=0.3))
+    batch = random_batch(model, 50)
+    want = in_training(model, lively_state(model), batch, LossConfig(threshold=0.3))
+    got = load(tmp_path, batch_sizes=(8, 2)).predict(batch.dense_BxN, batch.ids_BxK)
+    np.testing.assert_allclose(got, want, atol=1e-6)
+    assert got.min() == np.float32(0.3) and len(load(tmp_path).predict(batch.dense_BxN[:0], batch.ids_BxK[:0])) == 0
+
+
+@pytest.mark.parametrize(("kind", "atol"), [("bfloat16", 0.02), ("int8", 0.02), ("int4", 0.3)])
+def test_tables_in_few_bits_come_close(tmp_path, kind, atol):
+    model = tiny_model()
+    version = export_tiny(tmp_path, model, kind)
+    batch = random_batch(model, 64)
+    want = in_training(model, lively_state(model), batch)
+    got = load(tmp_path).predict(batch.dense_BxN, batch.ids_BxK)
+    assert 0 < np.abs(got - want).max() < atol
+    on_disk = sum(path.stat().st_size - 128 for path in (version.directory / "tables").iterdir())
+    assert on_disk == version.manifest["table_bytes"]
+
+
+def test_it_loads_where_only_jax_and_numpy_are(tmp_path):
+    model = tiny_model()
+    export_tiny(tmp_path, model)
+    batch = random_batch(model, 4)
+    blocked = ("flax", "optax", "orbax", "tensorflow_datasets", "tensorflow", "pyarrow", "absl", "yaml", "tqdm")
+    script = f"""
+import sys
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {blocked!r}:
+            raise ImportError("blocked: " + name)
+sys.meta_path.insert(0, Blocked())
+import json
+import dlrm_jax.serving
+model = dlrm_jax.serving.load({str(tmp_path)!r}, batch_sizes=(4,))
+print(json.dumps(model.predict({batch.dense_BxN.tolist()}, {batch.ids_BxK.tolist()}).tolist()))
+loaded = {{name.split(".")[0] for name in sys.modules}}
+assert not loaded & set({blocked!r}), loaded & set({blocked!r})
+"""
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    finished = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120, env=environment
+    )
+    assert finished.returncode == 0, finished.stderr
+    np.testing.assert_array_equal(
+        np.array(json.loads(finished.stdout), np.float32), in_training(model, lively_state(model), batch)
+    )
+
+
+def test_a_changed_a_short_and_a_missing_file_are_named(tmp_path):
+    version = export_tiny(tmp_path, tiny_model())
+    for name in version.manifest["files"]:
+        path = version.directory / name
+        whole = path.read_bytes()
+        path.write_bytes(whole[:-1])
+        with pytest.raises(ConfigError, match=f"{path.name} has {len(whole) - 1} bytes, not {len(whole)}"):
+            load(tmp_path)
+        path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+        with pytest.raises(ConfigError, match=f"{path.name} was changed"):
+            load(tmp_path)
+        path.unlink()
+        with pytest.raises(ConfigError, match=f"{path.name} is missing"):
+            load(tmp_path)
+        path.write_bytes(whole)
+    load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{", "is not a manifest"),
+        ("[]", "is not a manifest"),
+        ('{"format_version": 9, "files": {}}', "has format version 9; this program reads 1"),
+        ('{"format_version": 1, "files": {}}', "names no files"),
+        ('{"format_version": 1, "files": {"../x": {"bytes": 1, "sha256": ""}}}', "outside its directory"),
+    ],
+)
+def test_a_wrong_manifest_is_refused(tmp_path, text, words):
+    version = export_tiny(tmp_path, tiny_model())
+    (version.directory / "manifest.json").write_text(text)
+    with pytest.raises(ConfigError, match=words):
+        load(tmp_path)
+
+
+def test_versions_stand_side_by_side(tmp_path):
+    model = tiny_model()
+    for seed in range(3):
+        assert export_tiny(tmp_path, model, seed=seed).number == seed + 1
+    batch = random_batch(model, 4)
+    for seed in range(3):
+        want = in_training(model, lively_state(model, seed), batch)
+        np.testing.assert_array_equal(load(tmp_path, seed + 1).predict(batch.dense_BxN, batch.ids_BxK), want)
+    assert load(tmp_path).version.number == 3
+    with pytest.raises(ConfigError, match="has no version 7; it has 1, 2, 3"):
+        load(tmp_path, 7)
+    with pytest.raises(ConfigError, match="holds no model version"):
+        load(tmp_path / "no")
+
+
+def test_an_export_that_fails_leaves_nothing(tmp_path):
+    def write(directory):
+        (directory / "half").write_text("x")
+        raise RuntimeError("killed")
+
+    with pytest.raises(RuntimeError):
+        write_version(tmp_path, write, {})
+    assert versions(tmp_path) == [] and not list(tmp_path.iterdir())
+
+
+def test_a_self_check_sees_other_weights(tmp_path):
+    version = export_tiny(tmp_path, tiny_model())
+    assert load(tmp_path).self_check() <= 1e-6
+    noted = dict(np.load(version.directory / "self_check.npz"))
+    servable = load(tmp_path)
+    np.savez(version.directory / "self_check.npz", **noted | {"probability": noted["probability"] + 0.1})
+    with pytest.raises(ConfigError, match="probabilities differ by 0.1"):
+        servable.self_check()
+
+
+@pytest.mark.parametrize(
+    ("dense", "ids", "words"),
+    [
+        ([[0.0] * 2], [[0] * 7], r"dense has shape \[1, 2\]; expected \[rows, 3\]"),
+        ([[0.0] * 3], [[0] * 6], r"ids has shape \[1, 6\]; expected \[rows, 7\]"),
+        ([[0.0] * 3] * 2, [[0] * 7], "dense has 2 rows, ids 1"),
+        ([[0.0] * 3], [[0.0] * 7], "they must be integers"),
+        ([[0.0, np.nan, 0]], [[0] * 7], "dense, row 0, feature 'x1': nan is not a finite float32"),
+        ([[0.0, 1e39, 0]], [[0] * 7], "dense, row 0, feature 'x1': inf is not a finite"),
+        ([[0.0] * 3], [[0, 0, 0, 7, 0, 0, 0]], "row 0, feature 'history': id 7 is outside table 'item'"),
+        ([[0.0] * 3], [[0, -2, 0, 0, 0, 0, 0]], "feature 'item': id -2 is outside"),
+        ([[0.0] * 3], [[2**40, 0, 0, 0, 0, 0, 0]], "feature 'user': id 1099511627776 is outside"),
+    ],
+)
+def test_bad_numbers_are_named(tmp_path, dense, ids, words):
+    export_tiny(tmp_path, tiny_model())
+    with pytest.raises(BadRequest, match=words):
+        load(tmp_path).predict(dense, ids)
+
+
+@pytest.mark.end_to_end
+def test_the_command_exports_what_training_evaluated(tmp_path):
+    small = ["--num_examples=3000", "--batch_size=100", f"--workdir={tmp_path / 'run'}"]
+    assert run("train", *small).returncode == 0
+    finished = run("export", f"--workdir={tmp_path / 'run'}", f"--out={tmp_path / 'models'}", "--tables=int8")
+    assert finished.returncode == 0, finished.stderr
+    facts = json.loads(finished.stdout.strip().splitlines()[-1])
+    assert facts["version"] == 1 and facts["name"] == "planted"
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    metrics = load(tmp_path / "models").metrics
+    assert metrics["test"]["auc"] == pytest.approx(result["test"]["auc"], abs=2e-3)
+    wrong = run("export", f"--workdir={tmp_path / 'no'}", f"--out={tmp_path / 'models'}")
+    assert wrong.returncode == 1 and "config.json does not exist" in wrong.stderr and "Traceback" not in wrong.stderr

@@ -1,0 +1,45 @@
+"""Small models trained on nothing, exported for tests of serving."""
+
+import pathlib
+
+import numpy as np
+
+from dlrm_jax.config import LossConfig, ModelConfig
+from dlrm_jax.data.dataset import Dataset, Split
+from dlrm_jax.embedding import named_tables
+from dlrm_jax.serving.export import export_model
+from dlrm_jax.serving.store import Version
+from dlrm_jax.state import TrainState, init_state
+from tests.helpers import optimizer, random_batch
+
+
+def random_dataset(model: ModelConfig, rows: int = 200) -> Dataset:
+    """Random rows in every split."""
+    splits = {}
+    for seed, name in enumerate(("train", "val", "test")):
+        batch = random_batch(model, rows, seed)
+        splits[name] = Split(batch.dense_BxN, batch.ids_BxK, batch.label_B, np.arange(rows))
+    return Dataset(
+        name="tiny",
+        dense_names=tuple(f"x{i}" for i in range(model.num_dense)),
+        features=model.features,
+        table_sizes={table.name: table.num_embeddings for table in model.tables},
+        splits=splits,
+    )
+
+
+def lively_state(model: ModelConfig, seed: int = 0) -> TrainState:
+    """A fresh state with tables large enough that each id shows in the probability."""
+    state = init_state(model, optimizer(), seed)
+    return state.replace(tables={name: table * 3 for name, table in state.tables.items()})
+
+
+def export_tiny(
+    model_dir: pathlib.Path, model: ModelConfig, kind: str = "float32", seed: int = 0, loss: LossConfig | None = None
+) -> Version:
+    """Export a random model on random data."""
+    state = lively_state(model, seed)
+    tables = {name: np.asarray(rows) for name, rows in named_tables(model, state.tables)}
+    return export_model(
+        model_dir, model, loss or LossConfig(), state.dense_params, tables, random_dataset(model), kind
+    )
