@@ -51,7 +51,7 @@ def dot_interaction(bottom_BxD: jax.Array, pooled_BxFxD: jax.Array, with_diagona
 
 def cat_interaction(bottom_BxD: jax.Array, pooled_BxFxD: jax.Array) -> jax.Array:
     """(B, (F + 1) D): everything side by side."""
-    return jnp.concatenate([bottom_BxD, pooled_BxFxD.reshape(len(pooled_BxFxD), -1)], axis=1)
+    return jnp.concatenate([bottom_BxD, pooled_BxFxD.reshape(pooled_BxFxD.shape[0], -1)], axis=1)
 
 
 class LowRankCross(nn.Module):

@@ -37,7 +37,7 @@ def test_probabilities_are_those_of_training(tmp_path, changes):
     model = tiny_model(**changes)
     export_tiny(tmp_path, model)
     servable = load(tmp_path)
-    for size in (1, 16, 64):
+    for size in (1, 16):
         batch = random_batch(model, size, seed=size)
         want = in_training(model, lively_state(model), batch)
         got = servable.predict(batch.dense_BxN, batch.ids_BxK)

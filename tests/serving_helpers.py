@@ -40,6 +40,6 @@ def export_tiny(
     """Export a random model on random data."""
     state = lively_state(model, seed)
     tables = {name: np.asarray(rows) for name, rows in named_tables(model, state.tables)}
-    return export_model(
-        model_dir, model, loss or LossConfig(), state.dense_params, tables, random_dataset(model), kind
-    )
+    data = random_dataset(model)
+    loss = loss or LossConfig()
+    return export_model(model_dir, model, loss, state.dense_params, tables, data, kind, evaluated=("test",))

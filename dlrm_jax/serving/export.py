@@ -115,7 +115,8 @@ def export_model(
     dense = _flat(dense_params)
     weights = {name: jnp.asarray(value) for name, value in dense.items()} | embedding.stack_tables(model, stored)
     forward = make_forward(model, loss, kind)
-    scores = {name: _evaluate(jax.jit(forward), weights, loss, dataset, name) for name in evaluated}
+    score = jax.jit(forward)
+    scores = {name: _evaluate(score, weights, loss, dataset, name) for name in evaluated}
 
     def write(directory: pathlib.Path) -> None:
         shapes = {name: jax.ShapeDtypeStruct(value.shape, value.dtype) for name, value in weights.items()}
@@ -126,7 +127,7 @@ def export_model(
         _write_json(directory / "metrics.json", reporting.json_ready(scores))
         if signature.schema is not None and data_dir is not None:
             _write_vocabularies(directory, signature, data_dir)
-        _write_self_check(directory, jax.jit(forward), weights, dataset.splits["train"], dataset)
+        _write_self_check(directory, score, weights, dataset.splits["train"], dataset)
 
     table_bytes = sum(rows.nbytes for rows in stored.values())
     facts = {"name": signature.name, "tables": kind, "table_bytes": table_bytes, **(facts or {})}

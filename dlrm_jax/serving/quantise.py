@@ -86,7 +86,21 @@ def dequantise_rows(packed: jax.Array, bits: int, embedding_dim: int, header: st
     codes = packed[..., :num_bytes]
     if bits == 4:
         codes = jnp.stack([codes & 15, codes >> 4], axis=-1).reshape(*codes.shape[:-1], -1)[..., :embedding_dim]
+    scale, bias = jnp.split(_headers(packed[..., num_bytes:], header), 2, axis=-1)
+    return codes.astype(jnp.float32) * scale + bias
+
+
+def _headers(stored: jax.Array, header: str) -> jax.Array:
+    """float32 numbers (..., 2) of their bytes, the lowest first."""
     dtype = HEADERS[header]
-    headers = packed[..., num_bytes:].reshape(*packed.shape[:-1], 2, dtype.itemsize)
-    headers = jax.lax.bitcast_convert_type(headers, dtype).astype(jnp.float32)
-    return codes.astype(jnp.float32) * headers[..., :1] + headers[..., 1:]
+    # bfloat16 is the upper half of a float32. Bytes are put together by shifts, since jax.export cannot refine a
+    # bitcast of bytes under a symbolic batch size.
+    word = jnp.uint16 if header == "float16" else jnp.uint32
+    first = 16 if header == "bfloat16" else 0
+    size = dtype.itemsize
+    words = [
+        sum((stored[..., i * size + j].astype(word) << word(first + 8 * j) for j in range(size)), start=word(0))
+        for i in range(2)
+    ]
+    kind = jnp.float16 if header == "float16" else jnp.float32
+    return jax.lax.bitcast_convert_type(jnp.stack(words, axis=-1), kind).astype(jnp.float32)

@@ -39,7 +39,6 @@ class Reader:
     def __init__(self, signature: Signature, vocabularies: Mapping[str, Vocabulary], max_bag: int = 1000) -> None:
         self._signature, self._max_bag = signature, max_bag
         self._schema = schema_from_dict(dict(signature.schema)) if signature.schema is not None else None
-        self._hotness = [feature.hotness for feature in signature.features]
         if self._schema is None:
             self._dense = [(name, _number_of(name)) for name in signature.dense_names]
             self._bags = [(f.name, _ids_of(f.name, f.rows), -1) for f in signature.features]
@@ -79,7 +78,8 @@ class Reader:
         ids_BxK = np.full((num_rows, self._signature.num_slots), EMPTY_SLOT, np.int32)
         unknown: dict[str, int] = {}
         start = 0
-        for (name, read, when_unknown), hotness in zip(self._bags, self._hotness, strict=True):
+        for (name, read, when_unknown), feature in zip(self._bags, self._signature.features, strict=True):
+            hotness = feature.hotness
             for row, bag in enumerate(self._column(rows, shared, name, read)):
                 if bag:
                     self._check_bag(name, bag, row)
@@ -87,7 +87,7 @@ class Reader:
             slots = ids_BxK[:, start : start + hotness]
             missed = slots == UNKNOWN
             if missed.any():
-                unknown[name] = unknown.get(name, 0) + int(missed.sum())
+                unknown[feature.name] = int(missed.sum())
                 slots[missed] = when_unknown
             start += hotness
         return dense_BxN, ids_BxK, unknown
