@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -12,7 +13,7 @@ import pytest
 from dlrm_jax.config import ConfigError, LossConfig
 from dlrm_jax.serving import load
 from dlrm_jax.serving.errors import BadRequest
-from dlrm_jax.serving.store import versions, write_version
+from dlrm_jax.serving.store import open_version, versions, write_version
 from dlrm_jax.state import TrainState
 from dlrm_jax.step import make_eval_step
 from tests.commands_test import run
@@ -27,6 +28,20 @@ MODELS = {
 }
 
 
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """One model, exported once."""
+    model_dir = tmp_path_factory.mktemp("exported")
+    export_tiny(model_dir, tiny_model())
+    return model_dir
+
+
+@pytest.fixture
+def copied(exported, tmp_path):
+    """A copy of it, to be spoilt."""
+    return shutil.copytree(exported, tmp_path / "model")
+
+
 def in_training(model, state: TrainState, batch, loss=None) -> np.ndarray:
     """What evaluation says of a batch."""
     return np.asarray(jax.jit(make_eval_step(model, loss or LossConfig()))(state, batch).prob_B)
@@ -36,14 +51,14 @@ def in_training(model, state: TrainState, batch, loss=None) -> np.ndarray:
 def test_probabilities_are_those_of_training(tmp_path, changes):
     model = tiny_model(**changes)
     export_tiny(tmp_path, model)
-    servable = load(tmp_path)
-    for size in (1, 16):
+    servable, state = load(tmp_path), lively_state(model)
+    for size in (1, 16) if not changes else (16,):
         batch = random_batch(model, size, seed=size)
-        want = in_training(model, lively_state(model), batch)
+        want = in_training(model, state, batch)
         got = servable.predict(batch.dense_BxN, batch.ids_BxK)
         np.testing.assert_array_equal(got, want)
-        part = servable.predict(batch.dense_BxN[: size // 2 + 1], batch.ids_BxK[: size // 2 + 1])
-        np.testing.assert_allclose(part, want[: size // 2 + 1], atol=1e-6)
+        part = servable.predict(batch.dense_BxN[:4], batch.ids_BxK[:4])
+        np.testing.assert_allclose(part, want[:4], atol=1e-6)
 
 
 def test_batches_larger_than_any_executable_are_cut(tmp_path):
@@ -68,9 +83,8 @@ def test_tables_in_few_bits_come_close(tmp_path, kind, atol):
     assert on_disk == version.manifest["table_bytes"]
 
 
-def test_it_loads_where_only_jax_and_numpy_are(tmp_path):
+def test_it_loads_where_only_jax_and_numpy_are(exported):
     model = tiny_model()
-    export_tiny(tmp_path, model)
     batch = random_batch(model, 4)
     blocked = ("flax", "optax", "orbax", "tensorflow_datasets", "tensorflow", "pyarrow", "absl", "yaml", "tqdm")
     script = f"""
@@ -82,7 +96,7 @@ class Blocked:
 sys.meta_path.insert(0, Blocked())
 import json
 import dlrm_jax.serving
-model = dlrm_jax.serving.load({str(tmp_path)!r}, batch_sizes=(4,))
+model = dlrm_jax.serving.load({str(exported)!r}, batch_sizes=(4,))
 print(json.dumps(model.predict({batch.dense_BxN.tolist()}, {batch.ids_BxK.tolist()}).tolist()))
 loaded = {{name.split(".")[0] for name in sys.modules}}
 assert not loaded & set({blocked!r}), loaded & set({blocked!r})
@@ -97,22 +111,21 @@ assert not loaded & set({blocked!r}), loaded & set({blocked!r})
     )
 
 
-def test_a_changed_a_short_and_a_missing_file_are_named(tmp_path):
-    version = export_tiny(tmp_path, tiny_model())
-    for name in version.manifest["files"]:
-        path = version.directory / name
+def test_a_changed_a_short_and_a_missing_file_are_named(copied):
+    for name in open_version(copied).manifest["files"]:
+        path = copied / "1" / name
         whole = path.read_bytes()
         path.write_bytes(whole[:-1])
         with pytest.raises(ConfigError, match=f"{path.name} has {len(whole) - 1} bytes, not {len(whole)}"):
-            load(tmp_path)
+            open_version(copied)
         path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
         with pytest.raises(ConfigError, match=f"{path.name} was changed"):
-            load(tmp_path)
+            open_version(copied)
         path.unlink()
         with pytest.raises(ConfigError, match=f"{path.name} is missing"):
-            load(tmp_path)
+            open_version(copied)
         path.write_bytes(whole)
-    load(tmp_path)
+    open_version(copied)
 
 
 @pytest.mark.parametrize(
@@ -125,23 +138,22 @@ def test_a_changed_a_short_and_a_missing_file_are_named(tmp_path):
         ('{"format_version": 1, "files": {"../x": {"bytes": 1, "sha256": ""}}}', "outside its directory"),
     ],
 )
-def test_a_wrong_manifest_is_refused(tmp_path, text, words):
-    version = export_tiny(tmp_path, tiny_model())
-    (version.directory / "manifest.json").write_text(text)
+def test_a_wrong_manifest_is_refused(copied, text, words):
+    (copied / "1" / "manifest.json").write_text(text)
     with pytest.raises(ConfigError, match=words):
-        load(tmp_path)
+        load(copied)
 
 
 def test_versions_stand_side_by_side(tmp_path):
     model = tiny_model()
-    for seed in range(3):
+    for seed in range(2):
         assert export_tiny(tmp_path, model, seed=seed).number == seed + 1
     batch = random_batch(model, 4)
-    for seed in range(3):
+    for seed in range(2):
         want = in_training(model, lively_state(model, seed), batch)
         np.testing.assert_array_equal(load(tmp_path, seed + 1).predict(batch.dense_BxN, batch.ids_BxK), want)
-    assert load(tmp_path).version.number == 3
-    with pytest.raises(ConfigError, match="has no version 7; it has 1, 2, 3"):
+    assert load(tmp_path).version.number == 2
+    with pytest.raises(ConfigError, match="has no version 7; it has 1, 2"):
         load(tmp_path, 7)
     with pytest.raises(ConfigError, match="holds no model version"):
         load(tmp_path / "no")
@@ -157,13 +169,12 @@ def test_an_export_that_fails_leaves_nothing(tmp_path):
     assert versions(tmp_path) == [] and not list(tmp_path.iterdir())
 
 
-def test_a_self_check_sees_other_weights(tmp_path):
-    version = export_tiny(tmp_path, tiny_model())
-    assert load(tmp_path).self_check() <= 1e-6
-    noted = dict(np.load(version.directory / "self_check.npz"))
-    servable = load(tmp_path)
-    np.savez(version.directory / "self_check.npz", **noted | {"probability": noted["probability"] + 0.1})
-    with pytest.raises(ConfigError, match="probabilities differ by 0.1"):
+def test_a_self_check_sees_other_weights(copied):
+    servable = load(copied)
+    assert servable.self_check() <= 1e-6
+    noted = dict(np.load(copied / "1" / "self_check.npz"))
+    np.savez(copied / "1" / "self_check.npz", **noted | {"probability": noted["probability"] + 0.1})
+    with pytest.raises(ConfigError, match=r"probabilities differ by 0\.1"):
         servable.self_check()
 
 
@@ -181,10 +192,9 @@ def test_a_self_check_sees_other_weights(tmp_path):
         ([[0.0] * 3], [[2**40, 0, 0, 0, 0, 0, 0]], "feature 'user': id 1099511627776 is outside"),
     ],
 )
-def test_bad_numbers_are_named(tmp_path, dense, ids, words):
-    export_tiny(tmp_path, tiny_model())
+def test_bad_numbers_are_named(exported, dense, ids, words):
     with pytest.raises(BadRequest, match=words):
-        load(tmp_path).predict(dense, ids)
+        load(exported).predict(dense, ids)
 
 
 @pytest.mark.end_to_end

@@ -12,6 +12,7 @@ LAYERS = (
     {"config", "rows"},
     {"batch", "sparse_optimizer", "dense_optimizer", "interaction", "loss", "schedule", "sharding.mesh"},
     {"data.hashing", "data.schema", "data.source", "sharding.plan", "sharding.collective"},
+    {"data.dense", "serving.errors", "serving.signature", "serving.store"},
     {
         "data.vocabulary",
         "data.columns",
@@ -21,6 +22,12 @@ LAYERS = (
         "data.records",
         "data.final_ids",
     },
+    {"serving.transform"},
+    {"serving.loaded"},
+    {"serving.telemetry", "serving.protocol", "serving.page", "serving.openapi"},
+    {"serving.batching", "serving.repository"},
+    {"serving.app"},
+    {"serving.server"},
     {"data.bags", "data.array_source", "data.table_source", "data.text_source", "data.splits", "data.blocks"},
     {"metrics", "model", "embedding", "data.dataset", "data.text", "data.statistics", "data.numbering"},
     {"data.windows", "data.trace", "data.multi_hot", "data.first_pass", "data.second_pass"},
@@ -38,12 +45,15 @@ LAYERS = (
     {"compat", "run_config", "monitor"},
     {"sharding.topology"},
     {"evaluation", "placement", "stepper"},
+    {"serving.quantise"},
+    {"serving.export"},
+    {"trained"},
     {"loop"},
     {"flags", "commands"},
-    {"train", "evaluate", "prepare", "plan"},
+    {"train", "evaluate", "prepare", "plan", "export", "serve"},
 )
 LAYER_OF = {module: layer for layer, modules in enumerate(LAYERS) for module in modules}
-COMMANDS = {"flags", "commands", "train", "evaluate", "prepare", "plan"}
+COMMANDS = {"flags", "commands", "train", "evaluate", "prepare", "plan", "export", "serve"}
 
 
 def modules() -> dict[str, ast.Module]:
@@ -79,6 +89,16 @@ def test_module_imports_lower_layers_only(name):
 def test_only_commands_read_flags():
     readers = {name for name, tree in modules().items() if {"absl.flags", "absl.app"} & imported(tree)}
     assert readers <= COMMANDS
+
+
+def test_loading_a_model_imports_no_training_code():
+    """Where a model is served there need be no Flax, Optax, Orbax, TFDS or Arrow."""
+    script = (
+        "import sys, dlrm_jax.serving\n"
+        "heavy = {'flax', 'optax', 'orbax', 'tensorflow_datasets', 'pyarrow', 'absl', 'yaml'}\n"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True, timeout=120)
 
 
 def test_preparation_imports_no_jax():

@@ -22,9 +22,9 @@ from dlrm_jax.serving.export import export_model
 from dlrm_jax.serving.signature import ServedFeature, Signature
 from dlrm_jax.serving.transform import Reader
 from tests.export_test import in_training
+from tests.helpers import tiny_model
 from tests.prepared_helpers import prepare_text, rows_of, schema
 from tests.serving_helpers import lively_state, random_dataset
-from tests.helpers import tiny_model
 
 DENSE = (
     Dense("plain"),

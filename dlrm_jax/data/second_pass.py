@@ -72,7 +72,9 @@ class SecondPass:
             "features": self._feature_statistics(),
             "tables": tables,
             "dense": {
-                self._schema.dense[i].name: dataclasses.asdict(own) for i, own in self._counts.dense.items() if own.count
+                self._schema.dense[i].name: dataclasses.asdict(own)
+                for i, own in self._counts.dense.items()
+                if own.count
             },
             "positives_over_time": self._counts.time_bins,
         }

@@ -1,12 +1,12 @@
 """A trained state as a version of MODEL_DIR: its forward pass as StableHLO, weights, signature, vocabularies, metrics.
 
-    program.stablehlo     jax.export of (weights, dense_BxN, ids_BxK) -> probability_B, logit_B; any B, for CPU, GPU, TPU
-    signature.json        what it takes (signature.py)
-    weights.json          name of each array of `weights` -> the files whose rows, one below the other, it is
-    weights/, tables/     .npy files; tables by name, as --tables stores them (quantise.py)
-    vocabularies/         keys of each table's values in the order of their ids (transform.py)
-    self_check.npz        a few rows and their probabilities, for who loads it to compare
-    metrics.json          of this very program on val and test
+program.stablehlo     jax.export of (weights, dense_BxN, ids_BxK) -> probability_B, logit_B; any B
+signature.json        what it takes (signature.py)
+weights.json          name of each array of `weights` -> the files whose rows, one below the other, it is
+weights/, tables/     .npy files; tables by name, as --tables stores them (quantise.py)
+vocabularies/         keys of each table's values in the order of their ids (transform.py)
+self_check.npz        a few rows and their probabilities, for who loads it to compare
+metrics.json          of this very program on val and test
 """
 
 import json
@@ -134,9 +134,7 @@ def export_model(
     return write_version(model_dir, write, facts | {"platforms": list(PLATFORMS), "versions": reporting.versions()})
 
 
-def make_signature(
-    model: ModelConfig, dataset: Dataset, kind: str, data_dir: pathlib.Path | None = None
-) -> Signature:
+def make_signature(model: ModelConfig, dataset: Dataset, kind: str, data_dir: pathlib.Path | None = None) -> Signature:
     """The inputs of a model on a dataset. Where bags are made of one-hot ids (--multi_hot), bags are what is served."""
     features = tuple(
         ServedFeature(f.name, f.table, f.hotness, f.pooling, model.table(f.table).num_embeddings)

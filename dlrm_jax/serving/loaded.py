@@ -62,12 +62,14 @@ class Servable:
     def __init__(
         self, version: Version, batch_sizes: Sequence[int] = BATCH_SIZES, max_bag: int = 1000, like: Any = None
     ) -> None:
-        """Read a version. From `like`, another version's Servable, the compiled program is kept where it is the same."""
+        """Read a version. The compiled program of `like`, another version's Servable, is kept where it is the same."""
         self.version = version
         self.signature: Signature = signatures.from_dict(version.read_json("signature.json"))
         self.metrics: dict[str, Any] = version.read_json("metrics.json")
         self.batch_sizes = tuple(sorted(batch_sizes))
-        self._limit_K = np.repeat([f.rows for f in self.signature.features], [f.hotness for f in self.signature.features])
+        self._limit_K = np.repeat(
+            [f.rows for f in self.signature.features], [f.hotness for f in self.signature.features]
+        )
         self._weights = _read_weights(version)
         program = (version.directory / "program.stablehlo").read_bytes()
         shapes = {name: (value.shape, value.dtype) for name, value in self._weights.items()}
@@ -157,7 +159,9 @@ class Servable:
         return Scores(*(np.concatenate([empty, *(part[i] for part in parts)]) for i in range(2)))
 
     def _run(self, dense: np.ndarray, ids: np.ndarray) -> Any:
-        return self._program.compiled(self._weights, len(dense), dense.shape[1], ids.shape[1])(self._weights, dense, ids)
+        return self._program.compiled(self._weights, len(dense), dense.shape[1], ids.shape[1])(
+            self._weights, dense, ids
+        )
 
 
 def load(

@@ -23,7 +23,7 @@ class ServedFeature:
 
 @dataclasses.dataclass(frozen=True)
 class Signature:
-    """Inputs of a model. `schema`, where the training data had one, says how raw values become these (schema_io.to_dict).
+    """Inputs of a model. `schema` (schema_io.to_dict), where the data had one, says how raw values become these.
 
     `dense_statistics` are those of data/dense.py by column; `kind` is how tables are stored.
     """
@@ -34,7 +34,7 @@ class Signature:
     embedding_dim: int
     kind: str
     schema: dict[str, Any] | None = None
-    dense_statistics: dict[str, dict[str, float]] | None = None
+    dense_statistics: dict[str, dict[str, Any]] | None = None
 
     @property
     def num_slots(self) -> int:

@@ -148,7 +148,9 @@ class Reader:
         if self._schema is None:
             hotness = next(feature.hotness for feature in self._signature.features if feature.name == name)
             if len(bag) > hotness:
-                raise BadRequest(f"row {row}, feature {name!r}: {len(bag)} ids in one bag, but its hotness is {hotness}")
+                raise BadRequest(
+                    f"row {row}, feature {name!r}: {len(bag)} ids in one bag, but its hotness is {hotness}"
+                )
 
 
 class _Refused(ValueError):
@@ -225,9 +227,7 @@ def _parse_number(text: str) -> float:
     raise _Refused(f"{shown(text)} is not a number")
 
 
-def _bag_of(
-    sparse: Sparse, nulls: frozenset[str], vocabulary: Vocabulary | None, rows: int
-) -> tuple[Column, int]:
+def _bag_of(sparse: Sparse, nulls: frozenset[str], vocabulary: Vocabulary | None, rows: int) -> tuple[Column, int]:
     """(a value to the ids of its bag, the id that stands for unknown values)."""
     id_of = _remembering(_id_of(sparse, vocabulary, rows))
     fill = [id_of(sparse.fill)] if sparse.missing == "fill" else []

@@ -1,0 +1,98 @@
+"""Serve an exported model over HTTP: `python -m dlrm_jax.serve --model=models/quickstart --port=8000`."""
+
+import importlib.util
+import pathlib
+
+from absl import flags
+
+from dlrm_jax.commands import run_command
+from dlrm_jax.config import ConfigError, require
+
+FLAGS = flags.FLAGS
+_NEEDED = ("starlette", "uvicorn", "httptools", "uvloop", "orjson", "prometheus_client", "flatbuffers")
+
+
+def define_flags() -> None:
+    """Define this command's flags."""
+    flags.DEFINE_string(
+        "model", None, "Directory that dlrm_jax.export wrote; its latest version is served.", required=True
+    )
+    flags.DEFINE_string("host", "127.0.0.1", "Address to listen on; by default only this machine can ask.")
+    flags.DEFINE_integer("port", 8000, "Port to listen on; 0: a free one, which the log names.")
+    flags.DEFINE_list("batch_sizes", [], "Batch sizes that are compiled ahead; default 1,4,16,...,2048.")
+    flags.DEFINE_float("max_delay_ms", 0.0, "How long a batch waits for more requests while the model is idle.")
+    flags.DEFINE_integer("max_queued_rows", 8192, "Rows that may wait; a request beyond is refused at once (429).")
+    flags.DEFINE_integer("max_rows", 4096, "Rows of one request.")
+    flags.DEFINE_integer("max_bag", 1000, "Values of one bag in a raw row.")
+    flags.DEFINE_integer("max_body_bytes", 16 << 20, "Bytes of one request's body.")
+    flags.DEFINE_integer("max_connections", 2000, "Connections; one beyond is answered 503.")
+    flags.DEFINE_float("request_seconds", 1.0, "A request that is not scored by then is answered 503.")
+    flags.DEFINE_float("body_seconds", 10.0, "A request whose body has not come by then is answered 408.")
+    flags.DEFINE_float("poll_seconds", 5.0, "How often to look for a newer version; SIGHUP looks at once.")
+    flags.DEFINE_float("drain_seconds", 10.0, "After SIGTERM, how long open requests may take.")
+    flags.DEFINE_string("token_file", "", "File with a token that every request but health must bear.")
+    flags.DEFINE_string("tls_cert", "", "Certificate (PEM) for HTTPS.")
+    flags.DEFINE_string("tls_key", "", "Its key (PEM).")
+    flags.DEFINE_enum(
+        "log_level", "info", ("debug", "info", "warning", "error"), "Which events are logged; debug: bad requests."
+    )
+
+
+def main() -> None:
+    """Flags to settings, settings to a server."""
+    missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
+    require(not missing, f'{", ".join(missing)} is not installed: pip install "dlrm_jax[serve]"')
+    from dlrm_jax.serving.app import Limits
+    from dlrm_jax.serving.loaded import BATCH_SIZES
+    from dlrm_jax.serving.server import Settings, run_server
+
+    limits = Limits(FLAGS.max_body_bytes, FLAGS.max_rows, FLAGS.request_seconds, FLAGS.body_seconds)
+    for name in ("max_queued_rows", "max_rows", "max_bag", "max_body_bytes", "max_connections"):
+        require(FLAGS[name].value >= 1, f"--{name} is {FLAGS[name].value}; it must be at least 1")
+    for name in ("request_seconds", "body_seconds", "poll_seconds"):
+        require(FLAGS[name].value > 0, f"--{name} is {FLAGS[name].value}; it must be positive")
+    require(FLAGS.max_delay_ms >= 0, f"--max_delay_ms is {FLAGS.max_delay_ms}; it must not be negative")
+    require(bool(FLAGS.tls_cert) == bool(FLAGS.tls_key), "--tls_cert and --tls_key go together: give both or none")
+    run_server(
+        Settings(
+            model_dir=pathlib.Path(FLAGS.model),
+            host=FLAGS.host,
+            port=FLAGS.port,
+            batch_sizes=_batch_sizes() or BATCH_SIZES,
+            max_delay=FLAGS.max_delay_ms / 1e3,
+            max_queued_rows=FLAGS.max_queued_rows,
+            max_bag=FLAGS.max_bag,
+            poll_seconds=FLAGS.poll_seconds,
+            drain_seconds=FLAGS.drain_seconds,
+            max_connections=FLAGS.max_connections,
+            limits=limits,
+            token=_token(),
+            tls_cert=FLAGS.tls_cert,
+            tls_key=FLAGS.tls_key,
+            log_level=FLAGS.log_level,
+        )
+    )
+
+
+def _batch_sizes() -> tuple[int, ...]:
+    try:
+        sizes = tuple(sorted({int(size) for size in FLAGS.batch_sizes}))
+    except ValueError:
+        raise ConfigError(
+            f"--batch_sizes={','.join(FLAGS.batch_sizes)} is not a list of numbers, as 1,16,256"
+        ) from None
+    require(not sizes or sizes[0] >= 1, f"--batch_sizes={','.join(FLAGS.batch_sizes)}: a batch has at least one row")
+    return sizes
+
+
+def _token() -> str:
+    if not FLAGS.token_file:
+        return ""
+    token = pathlib.Path(FLAGS.token_file).read_text().strip()
+    require(bool(token), f"--token_file: {FLAGS.token_file} is empty")
+    return token
+
+
+if __name__ == "__main__":
+    define_flags()
+    run_command(main)

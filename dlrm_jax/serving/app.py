@@ -1,0 +1,370 @@
+"""The server's HTTP surface: the Open Inference Protocol v2, /v1/score, metrics and a page; on Starlette.
+
+A request is read, parsed, checked and transformed on the event loop, and scored in a batch with others (batching.py).
+Bad input is the client's error and names the field; nothing of one request outlives it.
+"""
+
+import asyncio
+import base64
+import contextlib
+import dataclasses
+import hmac
+import logging
+import math
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import orjson
+from starlette.applications import Starlette
+from starlette.datastructures import Headers
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from dlrm_jax.serving import page
+from dlrm_jax.serving.batching import Batcher
+from dlrm_jax.serving.errors import BadRequest, Busy, TooLate, shown
+from dlrm_jax.serving.loaded import Scores, Servable
+from dlrm_jax.serving.openapi import describe_api
+from dlrm_jax.serving.protocol import (
+    HEADER_LENGTH,
+    infer_response,
+    model_metadata,
+    parse_infer,
+    parse_json,
+    wanted_outputs,
+)
+from dlrm_jax.serving.repository import Repository, describe
+from dlrm_jax.serving.telemetry import Telemetry, log
+
+_SERVER = "dlrm_jax"
+_JSON = b"application/json"
+_OPEN_PATHS = ("/v2/health/live", "/v2/health/ready")
+"""What an orchestrator may ask without the token."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """Bounds of a request."""
+
+    max_body_bytes: int = 16 << 20
+    max_rows: int = 4096
+    request_seconds: float = 1.0
+    body_seconds: float = 10.0
+
+
+class HttpError(Exception):
+    """A refusal with a status of its own."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+@dataclasses.dataclass
+class Service:
+    """What the routes share."""
+
+    repository: Repository
+    batcher: Batcher
+    telemetry: Telemetry
+    limits: Limits
+    draining: bool = False
+
+    def servable(self) -> Servable:
+        """The version that answers; Busy while there is none yet, or no more."""
+        current = self.repository.current
+        if current is None or self.draining:
+            raise Busy("the model is loading" if current is None else "the server is stopping", 1.0)
+        return current
+
+    def named(self, scope: Scope) -> Servable:
+        """The version that a path names."""
+        servable, path = self.servable(), scope["path_params"]
+        if path["name"] != servable.signature.name:
+            raise HttpError(404, f"no model {shown(path['name'])}; this server has {servable.signature.name!r}")
+        if path.get("version", str(servable.version.number)) != str(servable.version.number):
+            raise HttpError(404, f"version {shown(path['version'])} is not loaded; {servable.version.number} is")
+        return servable
+
+    async def score(self, servable: Servable, dense: Any, ids: Any, start: float) -> Scores:
+        """Scores within the request's time."""
+        if len(dense) > self.limits.max_rows:
+            raise BadRequest(f"{len(dense)} rows in one request; at most {self.limits.max_rows}")
+        return await self.batcher.score(servable, dense, ids, start + self.limits.request_seconds)
+
+
+async def _read_body(scope: Scope, receive: Receive, limits: Limits) -> bytes:
+    headers = Headers(scope=scope)
+    if headers.get("content-encoding", "identity") != "identity":
+        raise HttpError(415, f"Content-Encoding is {shown(headers['content-encoding'])}; send the body as it is")
+    length = headers.get("content-length")
+    if length is not None and length.isdecimal() and int(length) > limits.max_body_bytes:
+        raise HttpError(413, f"the body has {length} bytes; at most {limits.max_body_bytes}")
+    message = await receive()
+    if message["type"] == "http.request" and not message.get("more_body"):
+        return message["body"]  # Mostly it comes whole.
+    try:
+        async with asyncio.timeout(limits.body_seconds):
+            return await _gather(message, receive, limits)
+    except TimeoutError:
+        raise HttpError(408, f"the body did not arrive within {limits.body_seconds:g} s") from None
+
+
+async def _gather(message: Any, receive: Receive, limits: Limits) -> bytes:
+    parts, size = [], 0
+    while True:
+        if message["type"] == "http.disconnect":
+            raise HttpError(400, "the connection ended before the body did")
+        parts.append(message.get("body", b""))
+        size += len(parts[-1])
+        if size > limits.max_body_bytes:
+            raise HttpError(413, f"the body has more than {limits.max_body_bytes} bytes")
+        if not message.get("more_body"):
+            return b"".join(parts)
+        message = await receive()
+
+
+async def _send(send: Send, status: int, body: bytes, kind: bytes = _JSON, *more: tuple[bytes, bytes]) -> None:
+    length = str(len(body)).encode()
+    headers = [(b"content-type", kind), (b"content-length", length), *more]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+
+
+def _require_type(scope: Scope, allowed: tuple[str, ...]) -> None:
+    for name, value in scope["headers"]:
+        if name == b"content-type":
+            kind = value.split(b";")[0].strip().lower().decode("latin-1")
+            if kind not in allowed:
+                raise HttpError(415, f"Content-Type is {shown(kind)}; expected {' or '.join(allowed)}")
+
+
+Handler = Callable[[Service, Scope, Receive, Send], Awaitable[int]]
+
+
+class _Endpoint:
+    """A handler as an ASGI application: errors become statuses, answers are counted."""
+
+    def __init__(self, service: Service, handler: Handler) -> None:
+        self._service, self._handler = service, handler
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        service = self._service
+        try:
+            status = await self._handler(service, scope, receive, send)
+        except Exception as error:
+            status = await _refuse(service, scope, send, error)
+        service.telemetry.response(status)
+
+
+async def _refuse(service: Service, scope: Scope, send: Send, error: Exception) -> int:
+    """Answer an error."""
+    more: list[tuple[bytes, bytes]] = []
+    match error:
+        case BadRequest():
+            status, reason = 400, "bad_request"
+        case HttpError():
+            status, reason = error.status, "bad_request"
+        case Busy():
+            status, reason = (503 if service.repository.current is None or service.draining else 429), "busy"
+            more = [(b"retry-after", str(math.ceil(error.retry_after)).encode())]
+        case TooLate():
+            status, reason = 503, "too_late"
+            more = [(b"retry-after", b"1")]
+        case _:
+            status, reason = 500, "failed"
+            log("request_failed", level=logging.ERROR, path=scope["path"], error=repr(error))
+            logging.getLogger("dlrm_jax.serving").debug("traceback", exc_info=error)
+    service.telemetry.rejected(reason)
+    if reason == "bad_request":
+        log("bad_request", level=logging.DEBUG, path=scope["path"], status=status, error=str(error))
+    text = str(error) if status != 500 else "internal error; the server's log has it"
+    body = orjson.dumps({"error": text.encode("utf8", "replace").decode()})
+    await _send(send, status, body, _JSON, *more)
+    return status
+
+
+async def _score(service: Service, scope: Scope, receive: Receive, send: Send) -> int:
+    """POST /v1/score."""
+    start = time.monotonic()
+    servable = service.servable()
+    service.batcher.admit()  # Before the work of reading it.
+    _require_type(scope, ("application/json",))
+    body = await _read_body(scope, receive, service.limits)
+    read = time.monotonic()
+    rows, shared = _rows_of(parse_json(body), service.limits)
+    dense, ids, unknown = servable.reader.read(rows, shared)
+    service.telemetry.stage("read", read - start)
+    service.telemetry.stage("parse", time.monotonic() - read)
+    scores = await service.score(servable, dense, ids, start)
+    answer: dict[str, Any] = {"probability": scores.probability, "model_version": str(servable.version.number)}
+    if unknown:
+        answer["unknown"] = unknown
+        service.telemetry.unknown(unknown)
+    await _send(send, 200, orjson.dumps(answer, option=orjson.OPT_SERIALIZE_NUMPY))
+    service.telemetry.scored(len(rows), time.monotonic() - start)
+    return 200
+
+
+def _rows_of(request: dict[str, Any], limits: Limits) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    stray = sorted(request.keys() - {"rows", "shared"})
+    if stray:
+        raise BadRequest(f"unknown field {shown(stray[0])}; known are rows, shared")
+    rows, shared = request.get("rows"), request.get("shared", {})
+    if not isinstance(rows, list):
+        raise BadRequest(f"rows is {shown(rows)}; expected a list of objects")
+    if len(rows) > limits.max_rows:
+        raise BadRequest(f"rows has {len(rows)} rows; at most {limits.max_rows}")
+    for i, row in enumerate(rows):
+        if not isinstance(row, dict):
+            raise BadRequest(f"row {i} is {shown(row)}; expected an object")
+    if not isinstance(shared, dict):
+        raise BadRequest(f"shared is {shown(shared)}; expected an object")
+    return rows, shared
+
+
+async def _infer(service: Service, scope: Scope, receive: Receive, send: Send) -> int:
+    """POST /v2/models/NAME/infer."""
+    start = time.monotonic()
+    servable = service.named(scope)
+    service.batcher.admit()
+    _require_type(scope, ("application/json", "application/octet-stream"))
+    body = await _read_body(scope, receive, service.limits)
+    read = time.monotonic()
+    request, dense, ids = parse_infer(body, Headers(scope=scope).get(HEADER_LENGTH))
+    wanted = wanted_outputs(request)
+    dense, ids = servable.checked(dense, ids)
+    service.telemetry.stage("read", read - start)
+    service.telemetry.stage("parse", time.monotonic() - read)
+    scores = await service.score(servable, dense, ids, start)
+    answer, head = infer_response(request, wanted, servable, scores)
+    if head is None:
+        await _send(send, 200, answer)
+    else:
+        length = (HEADER_LENGTH.encode(), str(head).encode())
+        await _send(send, 200, answer, b"application/octet-stream", length)
+    service.telemetry.scored(len(dense), time.monotonic() - start)
+    return 200
+
+
+def _json_get(answer: Callable[[Service, Scope], tuple[int, Any]]) -> Handler:
+    async def handler(service: Service, scope: Scope, receive: Receive, send: Send) -> int:
+        del receive
+        status, value = answer(service, scope)
+        await _send(send, status, orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY))
+        return status
+
+    return handler
+
+
+def _ready(service: Service, scope: Scope) -> tuple[int, Any]:
+    del scope
+    ready = service.repository.current is not None and not service.draining
+    return (200 if ready else 503), {"ready": ready}
+
+
+def _model_ready(service: Service, scope: Scope) -> tuple[int, Any]:
+    return 200, {"name": service.named(scope).signature.name, "ready": True}
+
+
+def _server(service: Service, scope: Scope) -> tuple[int, Any]:
+    del scope
+    version = service.servable().version.manifest["versions"].get("dlrm_jax") or "unknown"
+    return 200, {"name": _SERVER, "version": version, "extensions": ["binary_tensor_data"]}
+
+
+def _status(service: Service, scope: Scope) -> tuple[int, Any]:
+    del scope
+    return 200, {
+        "ready": service.repository.current is not None and not service.draining,
+        "uptime_seconds": round(time.time() - service.telemetry.started, 1),
+        "model": describe(service.servable()),
+        "example": page.example_row(service.servable()),
+        "recent": service.telemetry.recently(),
+        "queued_rows": service.batcher.queued_rows,
+        "refused": {str(number): why for number, why in service.repository.refused.items()},
+    }
+
+
+async def _metrics(service: Service, scope: Scope, receive: Receive, send: Send) -> int:
+    del scope, receive
+    await _send(send, 200, service.telemetry.exposition(), b"text/plain; version=0.0.4; charset=utf-8")
+    return 200
+
+
+async def _not_found(request: Request, error: Exception) -> Response:
+    status = getattr(error, "status_code", 404)
+    allowed = getattr(error, "headers", None)
+    text = "no such path; /openapi.json lists them" if status == 404 else "method not allowed"
+    return Response(orjson.dumps({"error": text}), status, allowed, "application/json")
+
+
+class _Guard:
+    """Lets only requests with the bearer token in, but for health."""
+
+    def __init__(self, app: ASGIApp, token: str) -> None:
+        self._app, self._token = app, token.encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"] not in _OPEN_PATHS and not self._allows(scope):
+            challenge = (b"www-authenticate", b"Bearer")
+            await _send(send, 401, b'{"error":"a bearer token is needed"}', _JSON, challenge)
+            return
+        await self._app(scope, receive, send)
+
+    def _allows(self, scope: Scope) -> bool:
+        given = dict(scope["headers"]).get(b"authorization", b"")
+        kind, _, rest = given.partition(b" ")
+        if kind.lower() == b"basic":  # What a browser sends for the page, the token as password.
+            with contextlib.suppress(ValueError):
+                rest = base64.b64decode(rest, validate=True).partition(b":")[2]
+        elif kind.lower() != b"bearer":
+            return False
+        return hmac.compare_digest(rest.strip(), self._token)
+
+
+def make_app(service: Service, start: Callable[[], None], token: str = "") -> ASGIApp:
+    """The application. `start` is called in its event loop; `token`, if not empty, is asked of every request."""
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        del app
+        service.batcher.start()
+        start()
+        yield
+        await service.repository.stop()
+        await service.batcher.stop()
+
+    def route(path: str, handler: Handler, method: str = "GET") -> Route:
+        return Route(path, _Endpoint(service, handler), methods=[method])
+
+    async def index(request: Request) -> Response:
+        del request
+        return HTMLResponse(page.PAGE, headers=page.SECURITY_HEADERS)
+
+    api = describe_api()
+    model = "/v2/models/{name}"
+    routes = [
+        route(f"{model}/infer", _infer, "POST"),
+        route("/v1/score", _score, "POST"),
+        route(f"{model}/versions/{{version}}/infer", _infer, "POST"),
+        route("/v2/health/live", _json_get(lambda service, scope: (200, {"live": True}))),
+        route("/v2/health/ready", _json_get(_ready)),
+        route("/v2", _json_get(_server)),
+        route(f"{model}/ready", _json_get(_model_ready)),
+        route(f"{model}/versions/{{version}}/ready", _json_get(_model_ready)),
+        route(model, _json_get(lambda service, scope: (200, model_metadata(service.named(scope))))),
+        route(
+            f"{model}/versions/{{version}}",
+            _json_get(lambda service, scope: (200, model_metadata(service.named(scope)))),
+        ),
+        route("/metrics", _metrics),
+        route("/status.json", _json_get(_status)),
+        route("/openapi.json", _json_get(lambda service, scope: (200, api))),
+        Route("/", index),
+    ]
+    app = Starlette(routes=routes, lifespan=lifespan, exception_handlers={404: _not_found, 405: _not_found})
+    return _Guard(app, token) if token else app

@@ -1,0 +1,120 @@
+"""The version that answers, and how a newer one takes its place: loaded beside it, checked, then swapped."""
+
+import asyncio
+import contextlib
+import logging
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+from dlrm_jax.config import ConfigError, differences
+from dlrm_jax.serving.loaded import Servable
+from dlrm_jax.serving.store import MANIFEST, Version, open_version, versions
+from dlrm_jax.serving.telemetry import Telemetry, log
+
+Loader = Callable[[Version, Servable | None], Servable]
+
+
+class Repository:
+    """Follows a model directory, which it only reads."""
+
+    def __init__(self, model_dir: pathlib.Path, load: Loader, telemetry: Telemetry, poll_seconds: float) -> None:
+        self._model_dir, self._load, self._telemetry, self._poll = model_dir, load, telemetry, poll_seconds
+        self.current: Servable | None = None
+        self.refused: dict[int, str] = {}
+        """Newer versions that were not taken, and why."""
+        self._tried: set[tuple[int, int]] = set()
+        self._task: asyncio.Task[None] | None = None
+        self._look = asyncio.Event()
+
+    def start(self, first: Version, failed: Callable[[BaseException], None]) -> None:
+        """Load the first version, in the background, then follow. `failed` is told why there is nothing to serve."""
+        self._task = asyncio.create_task(self._follow(first))
+
+        def ended(task: asyncio.Task[None]) -> None:
+            if not task.cancelled() and (error := task.exception()) is not None:
+                failed(error)
+
+        self._task.add_done_callback(ended)
+
+    async def stop(self) -> None:
+        """Follow no more."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.wait([self._task])
+
+    def look_now(self) -> None:
+        """Look for a newer version without waiting for the next poll."""
+        self._look.set()
+
+    async def _follow(self, first: Version) -> None:
+        servable = await asyncio.to_thread(self._ready, first, None)
+        self._take(servable)
+        while True:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._look.wait(), self._poll)
+            self._look.clear()
+            await self._reload()
+
+    async def _reload(self) -> None:
+        current = self.current
+        assert current is not None
+        newer = [number for number in versions(self._model_dir) if number > current.version.number]
+        for number in reversed(newer):
+            key = (number, _modified(self._model_dir / str(number) / MANIFEST))
+            if key in self._tried:
+                continue
+            self._tried.add(key)
+            try:
+                self._take(await asyncio.to_thread(self._open, number, current))
+                self.refused = {refused: why for refused, why in self.refused.items() if refused > number}
+                return
+            except Exception as error:  # Whatever is wrong with a new version, the present one goes on.
+                reason = " ".join(str(error).split()) or repr(error)
+                self.refused[number] = reason
+                self._telemetry.refused()
+                log("reload_refused", level=logging.WARNING, version=number, reason=reason)
+
+    def _open(self, number: int, current: Servable) -> Servable:
+        return self._ready(open_version(self._model_dir, number), current)
+
+    def _ready(self, version: Version, like: Servable | None) -> Servable:
+        servable = self._load(version, like)
+        if like is not None:
+            changed = differences(servable.signature.interface(), like.signature.interface())
+            if changed:
+                raise ConfigError(f"its schema differs (new != present): {'; '.join(changed[:4])}")
+        servable.self_check()
+        servable.warm_up()
+        return servable
+
+    def _take(self, servable: Servable) -> None:
+        self.current = servable
+        self._telemetry.loaded(servable.version.number)
+        log("model_ready", model=servable.signature.name, version=servable.version.number)
+
+
+def _modified(path: pathlib.Path) -> int:
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:
+        return 0
+
+
+def describe(servable: Servable) -> dict[str, Any]:
+    """A version for a person."""
+    signature, manifest = servable.signature, servable.version.manifest
+    return {
+        "name": signature.name,
+        "version": servable.version.number,
+        "step": manifest.get("step"),
+        "tables": signature.kind,
+        "table_bytes": manifest.get("table_bytes"),
+        "metrics": servable.metrics,
+        "dense": list(signature.dense_names),
+        "features": [
+            {"name": f.name, "table": f.table, "rows": f.rows, "hotness": f.hotness} for f in signature.features
+        ],
+        "columns": list(servable.reader.columns),
+        "raw": signature.schema is not None,
+    }

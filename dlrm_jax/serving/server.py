@@ -1,0 +1,184 @@
+"""Running the application: uvicorn with a bound on headers, an orderly end, and a reload on SIGHUP."""
+
+import asyncio
+import contextlib
+import dataclasses
+import logging
+import pathlib
+import signal
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import uvicorn
+import uvloop
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from dlrm_jax.config import ConfigError
+from dlrm_jax.serving.app import Limits, Service, make_app
+from dlrm_jax.serving.batching import Batcher
+from dlrm_jax.serving.loaded import BATCH_SIZES, Servable
+from dlrm_jax.serving.repository import Repository
+from dlrm_jax.serving.store import Version, open_version
+from dlrm_jax.serving.telemetry import LOG, JsonLines, Telemetry, log
+
+_MAX_HEADER_BYTES = 64 << 10
+_HEADER_SECONDS = 10.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """A server. Seconds, bytes and rows; `port` 0 takes a free one."""
+
+    model_dir: pathlib.Path
+    host: str = "127.0.0.1"
+    port: int = 8000
+    batch_sizes: tuple[int, ...] = BATCH_SIZES
+    max_delay: float = 0.0
+    max_queued_rows: int = 8192
+    max_bag: int = 1000
+    poll_seconds: float = 5.0
+    drain_seconds: float = 10.0
+    max_connections: int = 2000
+    limits: Limits = dataclasses.field(default_factory=Limits)
+    token: str = ""
+    tls_cert: str = ""
+    tls_key: str = ""
+    log_level: str = "info"
+
+
+class _BoundedHead(HttpToolsProtocol):
+    """Ends a connection whose request line and headers are too long, or take too long."""
+
+    _timer: asyncio.TimerHandle | None = None
+    _head_bytes = 0
+    _in_head = True
+
+    def connection_made(self, transport: Any) -> None:
+        """A client is there; its first request is awaited."""
+        super().connection_made(transport)
+        self._await_head()
+
+    def data_received(self, data: bytes) -> None:
+        """Some bytes came."""
+        if self._in_head:
+            self._head_bytes += len(data)
+        super().data_received(data)
+        if self._in_head and self._head_bytes > _MAX_HEADER_BYTES and not self.transport.is_closing():
+            body = b'{"error":"headers are too long"}'
+            head = b"HTTP/1.1 431 Request Header Fields Too Large\r\ncontent-type: application/json\r\n"
+            self.transport.write(head + b"content-length: %d\r\nconnection: close\r\n\r\n%s" % (len(body), body))
+            self.transport.close()
+
+    def on_message_begin(self) -> None:
+        """A request begins."""
+        super().on_message_begin()
+        if not self._in_head:
+            self._await_head()
+
+    def on_headers_complete(self) -> None:
+        """Its headers are there."""
+        self._in_head = False
+        if self._timer is not None:
+            self._timer.cancel()
+        super().on_headers_complete()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The client is gone."""
+        if self._timer is not None:
+            self._timer.cancel()
+        super().connection_lost(exc)
+
+    def _await_head(self) -> None:
+        self._in_head, self._head_bytes = True, 0
+        self._timer = self.loop.call_later(_HEADER_SECONDS, self.transport.close)
+
+
+class _Server(uvicorn.Server):
+    """uvicorn's server, with our way of ending: exit status 0 after a drain, and the port told when it listens."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Signals are taken by `run`."""
+        yield
+
+    async def startup(self, sockets: Any = None) -> None:
+        """Listen."""
+        await super().startup(sockets=sockets)
+        for server in self.servers:
+            for sock in server.sockets:
+                log("listening", host=sock.getsockname()[0], port=sock.getsockname()[1])
+
+
+def run_server(settings: Settings) -> None:
+    """Serve until SIGTERM or SIGINT, then answer what was asked. ConfigError if there is nothing to serve."""
+    _log_json_lines(settings.log_level)
+    first = open_version(settings.model_dir)
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(_serve(settings, first))
+
+
+def _log_json_lines(level: str) -> None:
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonLines())
+    LOG.handlers, LOG.propagate = [handler], False
+    LOG.setLevel(level.upper())
+
+
+async def _serve(settings: Settings, first: Version) -> None:
+    telemetry = Telemetry()
+    failure: list[BaseException] = []
+
+    def load(version: Version, like: Servable | None) -> Servable:
+        return Servable(version, settings.batch_sizes, settings.max_bag, like)
+
+    repository = Repository(settings.model_dir, load, telemetry, settings.poll_seconds)
+    batcher = Batcher(telemetry, max(settings.batch_sizes), settings.max_delay, settings.max_queued_rows)
+    service = Service(repository, batcher, telemetry, settings.limits)
+
+    def failed(error: BaseException) -> None:
+        failure.append(error)
+        server.should_exit = True
+
+    app = make_app(service, lambda: repository.start(first, failed), settings.token)
+    server = _Server(_uvicorn_config(app, settings))
+
+    def end(name: str) -> None:
+        log("stopping", signal=name, queued_rows=batcher.queued_rows)
+        server.should_exit = True
+
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, end, number.name)
+    loop.add_signal_handler(signal.SIGHUP, repository.look_now)
+    try:
+        await server.serve()
+    except SystemExit:  # uvicorn's way to say that it cannot listen.
+        raise ConfigError(
+            f"cannot listen on {settings.host}:{settings.port}; choose another --port or --host"
+        ) from None
+    if failure:
+        raise failure[0]
+    log("stopped")
+
+
+def _uvicorn_config(app: Any, settings: Settings) -> uvicorn.Config:
+    return uvicorn.Config(
+        app,
+        host=settings.host,
+        port=settings.port,
+        http=_BoundedHead,
+        ws="none",
+        interface="asgi3",
+        lifespan="on",
+        access_log=False,
+        log_config=None,
+        log_level="critical",
+        server_header=False,
+        proxy_headers=False,
+        timeout_keep_alive=30,
+        timeout_graceful_shutdown=int(settings.drain_seconds),
+        limit_concurrency=settings.max_connections,
+        ssl_certfile=settings.tls_cert or None,
+        ssl_keyfile=settings.tls_key or None,
+    )
