@@ -29,7 +29,7 @@ HEADERS = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bf
 def stored_table(rows_RxD: np.ndarray, kind: str) -> np.ndarray:
     """A float32 table as an export stores it: float32, bfloat16, or packed uint8 rows."""
     if kind not in BITS:
-        return rows_RxD.astype(HEADERS[kind])
+        return rows_RxD.astype(HEADERS[kind], copy=False)
     return quantise_rows(rows_RxD, BITS[kind])
 
 

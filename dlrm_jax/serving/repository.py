@@ -9,7 +9,7 @@ from typing import Any
 
 from dlrm_jax.config import ConfigError, differences
 from dlrm_jax.serving.loaded import Servable
-from dlrm_jax.serving.store import MANIFEST, Version, open_version, versions
+from dlrm_jax.serving.store import Version, open_version, versions
 from dlrm_jax.serving.telemetry import Telemetry, log
 
 Loader = Callable[[Version, Servable | None], Servable]
@@ -23,7 +23,7 @@ class Repository:
         self.current: Servable | None = None
         self.refused: dict[int, str] = {}
         """Newer versions that were not taken, and why."""
-        self._tried: set[tuple[int, int]] = set()
+        self._tried: dict[int, list[tuple[str, int, int]]] = {}
         self._task: asyncio.Task[None] | None = None
         self._look = asyncio.Event()
 
@@ -61,10 +61,10 @@ class Repository:
         assert current is not None
         newer = [number for number in versions(self._model_dir) if number > current.version.number]
         for number in reversed(newer):
-            key = (number, _modified(self._model_dir / str(number) / MANIFEST))
-            if key in self._tried:
+            state = _state(self._model_dir / str(number))
+            if self._tried.get(number) == state:
                 continue
-            self._tried.add(key)
+            self._tried[number] = state
             try:
                 self._take(await asyncio.to_thread(self._open, number, current))
                 self.refused = {refused: why for refused, why in self.refused.items() if refused > number}
@@ -94,11 +94,14 @@ class Repository:
         log("model_ready", model=servable.signature.name, version=servable.version.number)
 
 
-def _modified(path: pathlib.Path) -> int:
-    try:
-        return path.stat().st_mtime_ns
-    except OSError:
-        return 0
+def _state(directory: pathlib.Path) -> list[tuple[str, int, int]]:
+    """What changes when a refused version is mended, or was only half copied."""
+    found = []
+    for path in directory.rglob("*"):
+        with contextlib.suppress(OSError):
+            stat = path.stat()
+            found.append((str(path), stat.st_size, stat.st_mtime_ns))
+    return sorted(found)
 
 
 def describe(servable: Servable) -> dict[str, Any]:
