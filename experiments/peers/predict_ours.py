@@ -1,0 +1,33 @@
+"""Milliseconds of one prediction of an exported model: `python experiments/peers/predict_ours.py MODEL_DIR 1 64 2048`."""
+
+import json
+import sys
+import time
+
+import numpy as np
+
+from dlrm_jax.serving import load
+
+
+def main() -> None:
+    """As predict_torch.py, on the same rows."""
+    sizes = tuple(map(int, sys.argv[2:]))
+    model = load(sys.argv[1], batch_sizes=sizes)
+    rng = np.random.default_rng(0)
+    limits = [feature.rows for feature in model.signature.features]
+    out = {}
+    for size in sizes:
+        dense = rng.normal(size=(size, len(model.signature.dense_names))).astype(np.float32)
+        ids = rng.integers(0, limits, (size, len(limits))).astype(np.int32)
+        times = []
+        for _ in range(30 if size > 1000 else 300):
+            start = time.perf_counter()
+            probability = model.predict(dense, ids)
+            times.append(time.perf_counter() - start)
+        median = float(np.median(times[len(times) // 10 :])) * 1e3
+        out[size] = {"median_ms": median, "probability": probability[:8].tolist()}
+    print(json.dumps(out))
+
+
+if __name__ == "__main__":
+    main()
