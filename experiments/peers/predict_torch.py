@@ -11,7 +11,7 @@ from fastapi_torch import DLRM
 
 
 def main() -> None:
-    """Print {batch size: {"median_ms", "probability": the first ones}} as JSON."""
+    """Print {batch size: {"median_ms", "least_ms", "probability": the first ones}} as JSON."""
     model = DLRM(pathlib.Path(sys.argv[1])).eval()
     rng = np.random.default_rng(0)
     limits = [feature["rows"] for feature in model.signature["features"]]
@@ -25,8 +25,12 @@ def main() -> None:
                 start = time.perf_counter()
                 probability = model(torch.from_numpy(dense), torch.from_numpy(ids)).numpy()
                 times.append(time.perf_counter() - start)
-            median = float(np.median(times[len(times) // 10 :])) * 1e3
-            out[size] = {"median_ms": median, "probability": probability[:8].tolist()}
+            kept = np.array(times[len(times) // 10 :]) * 1e3
+            out[size] = {
+                "median_ms": float(np.median(kept)),
+                "least_ms": float(kept.min()),
+                "probability": probability[:8].tolist(),
+            }
     print(json.dumps(out))
 
 
