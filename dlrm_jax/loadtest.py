@@ -1,8 +1,8 @@
 """Ask a server at a steady rate: `python -m dlrm_jax.loadtest --url=http://127.0.0.1:8000 --qps=500 --candidates=64`.
 
-Open loop: requests leave at moments of a Poisson process that were drawn before the first one, whatever the server does,
-and a latency counts from that moment. A client that waits for answers would ask less of a slow server, and see less of
-its slowness.
+Open loop: requests leave at moments of a Poisson process that were drawn before the first one, whatever the server
+does, and a latency counts from that moment. A client that waits for answers would ask less of a slow server, and see
+less of its slowness.
 """
 
 import importlib.util
@@ -35,9 +35,8 @@ def define_flags() -> None:
 
 def main() -> None:
     """Flags to requests, answers to a table."""
-    require(
-        importlib.util.find_spec("httptools") is not None, 'httptools is not installed: pip install "dlrm_jax[serve]"'
-    )
+    missing = [name for name in ("httptools", "uvloop", "flatbuffers") if importlib.util.find_spec(name) is None]
+    require(not missing, f'{", ".join(missing)} is not installed: pip install "dlrm_jax[serve]"')
     from dlrm_jax.serving import load_generator as generator
 
     require(FLAGS.qps > 0 and FLAGS.seconds > 0, "--qps and --seconds must be positive")

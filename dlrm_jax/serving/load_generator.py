@@ -1,11 +1,12 @@
 """Requests at moments that do not depend on the answers, and how long each took from its moment on.
 
-Connections are plain asyncio protocols around httptools' parser, so that the client costs as little as it can: on a small
-machine it takes its time from the server.
+Connections are plain asyncio protocols around httptools' parser, so that the client costs as little as it can: on a
+small machine it takes its time from the server.
 """
 
 import asyncio
 import collections
+import contextlib
 import dataclasses
 import json
 import pathlib
@@ -220,10 +221,8 @@ def run(target: Target, bodies: list[bytes], qps: float, seconds: float, connect
             elif index % 16 == 0:
                 await asyncio.sleep(0)  # Behind time: answers must be read all the same.
             pool.ask(index)
-        try:
+        with contextlib.suppress(TimeoutError):  # Status 0 says that no answer came.
             await asyncio.wait_for(pool.done.wait(), _DRAIN_SECONDS)
-        except TimeoutError:
-            pass  # Status 0 says that no answer came.
         for connection in pool.connections:
             connection.close()
         return pool

@@ -1,4 +1,4 @@
-"""Export a model of Criteo Kaggle's shape with the weights of its birth: `python experiments/peers/kaggle_shaped.py OUT`.
+"""Export a model of Criteo Kaggle's shape with new-born weights: `python experiments/peers/kaggle_shaped.py OUT`.
 
 33.8 M rows of 16, MLPs 512-256-64-16 and 512-256-1 (experiments/shape_kaggle.flags): what a prediction costs does not
 depend on what was learned. `--tables=int8` as in dlrm_jax.export; `--scale` divides the rows of each table.

@@ -1,4 +1,4 @@
-"""Milliseconds of one prediction of an exported model: `python experiments/peers/predict_ours.py MODEL_DIR 1 64 2048`."""
+"""Milliseconds of one prediction of an exported model: `python experiments/peers/predict_ours.py DIR 1 64 2048`."""
 
 import json
 import sys

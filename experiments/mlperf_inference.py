@@ -1,0 +1,136 @@
+"""MLPerf's own load generator drives an exported model in process: `python experiments/mlperf_inference.py --model=DIR`.
+
+`--scenario=Offline|Server` as MLPerf Inference defines them for DLRM; a sample is 100 to 700 user-item pairs (mean 270:
+here drawn from a fixed seed, triangular around it, since the benchmark's own list of sizes belongs to its data). Server
+holds `--latency_ms` at the 99th percentile at `--qps`. `--accuracy` has every sample scored once and prints the AUC of
+the answers beside that of `predict` on the same rows. Needs mlcommons-loadgen; its logs go to `--logs`.
+"""
+
+import argparse
+import array
+import pathlib
+import queue
+import threading
+
+import mlperf_loadgen as loadgen
+import numpy as np
+
+from dlrm_jax.metrics import auc
+from dlrm_jax.serving import load
+
+PAIRS = (100, 250, 460)
+"""Least, most likely and largest number of pairs of a sample; the mean is 270."""
+
+
+class System:
+    """The system under test: samples come in queries, are scored in order, and are answered one by one."""
+
+    def __init__(self, model_dir: pathlib.Path, num_samples: int, max_batch: int) -> None:
+        self.model = load(model_dir, batch_sizes=(256, 512, 1024, max_batch))
+        self.model.warm_up()
+        rng = np.random.default_rng(0)
+        sizes = rng.triangular(*PAIRS, num_samples).astype(int)
+        limits = self.model._limit_K
+        self.dense = [rng.normal(size=(n, len(self.model.signature.dense_names))).astype(np.float32) for n in sizes]
+        self.ids = [rng.integers(0, limits, (n, len(limits))).astype(np.int32) for n in sizes]
+        self._queries: queue.SimpleQueue = queue.SimpleQueue()
+        self._max_batch = max_batch
+        threading.Thread(target=self._work, daemon=True).start()
+
+    def issue(self, samples: list) -> None:
+        """Take a query."""
+        for sample in samples:
+            self._queries.put(sample)
+
+    def _work(self) -> None:
+        held = None
+        while True:
+            batch = [held or self._queries.get()]
+            rows, held = len(self.dense[batch[0].index]), None
+            while rows < self._max_batch and not self._queries.empty():
+                sample = self._queries.get()
+                rows += len(self.dense[sample.index])
+                if rows > self._max_batch:
+                    held = sample  # It would start another execution; the next batch begins with it.
+                    break
+                batch.append(sample)
+            self._answer(batch)
+
+    def _answer(self, batch: list) -> None:
+        dense = np.concatenate([self.dense[sample.index] for sample in batch])
+        ids = np.concatenate([self.ids[sample.index] for sample in batch])
+        scores = self.model.score(dense, ids).probability
+        start = 0
+        kept, responses = [], []
+        for sample in batch:
+            stop = start + len(self.dense[sample.index])
+            kept.append(array.array("B", np.ascontiguousarray(scores[start:stop]).tobytes()))
+            address, length = kept[-1].buffer_info()
+            responses.append(loadgen.QuerySampleResponse(sample.id, address, length))
+            start = stop
+        loadgen.QuerySamplesComplete(responses)
+
+
+def settings_of(flags: argparse.Namespace) -> loadgen.TestSettings:
+    """LoadGen's settings."""
+    settings = loadgen.TestSettings()
+    settings.scenario = getattr(loadgen.TestScenario, flags.scenario)
+    settings.mode = loadgen.TestMode.AccuracyOnly if flags.accuracy else loadgen.TestMode.PerformanceOnly
+    settings.min_duration_ms = int(flags.seconds * 1000)
+    settings.offline_expected_qps = flags.qps
+    settings.server_target_qps = flags.qps
+    settings.server_target_latency_ns = int(flags.latency_ms * 1e6)
+    settings.server_target_latency_percentile = 0.99
+    settings.min_query_count = flags.min_queries if flags.scenario == "Server" else 1
+    return settings
+
+
+def check_accuracy(system: System, logs: pathlib.Path) -> None:
+    """AUC of LoadGen's recorded answers, with labels drawn from the model's own probabilities, beside predict's."""
+    import json
+
+    answered = {
+        entry["qsl_idx"]: bytes.fromhex(entry["data"])
+        for entry in json.loads((logs / "mlperf_log_accuracy.json").read_text())
+    }
+    got = np.concatenate([np.frombuffer(answered[i], np.float32) for i in sorted(answered)])
+    want = np.concatenate([system.model.predict(system.dense[i], system.ids[i]) for i in sorted(answered)])
+    labels = (np.random.default_rng(1).random(len(want)) < want).astype(np.float32)
+    print(
+        f"{len(answered)} samples, {len(want)} pairs: AUC {auc(got, labels):.6f} by LoadGen's log, {auc(want, labels):.6f} by predict, "
+        f"largest difference {np.abs(got - want).max():.2e}"
+    )
+
+
+def main() -> None:
+    """Run a scenario and print LoadGen's summary."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", type=pathlib.Path, required=True)
+    parser.add_argument("--scenario", choices=("Server", "Offline"), default="Server")
+    parser.add_argument("--qps", type=float, default=20.0, help="samples a second")
+    parser.add_argument("--latency_ms", type=float, default=60.0)
+    parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--min_queries", type=int, default=100)
+    parser.add_argument("--samples", type=int, default=1000)
+    parser.add_argument("--max_batch", type=int, default=2048)
+    parser.add_argument("--accuracy", action="store_true")
+    parser.add_argument("--logs", type=pathlib.Path, default=pathlib.Path("runs/mlperf"))
+    flags = parser.parse_args()
+    flags.logs.mkdir(parents=True, exist_ok=True)
+    system = System(flags.model, flags.samples, flags.max_batch)
+    log = loadgen.LogSettings()
+    log.log_output.outdir = str(flags.logs)
+    log.log_output.copy_summary_to_stdout = False
+    under_test = loadgen.ConstructSUT(system.issue, lambda: None)
+    library = loadgen.ConstructQSL(flags.samples, flags.samples, lambda indices: None, lambda indices: None)
+    loadgen.StartTestWithLogSettings(under_test, library, settings_of(flags), log)
+    loadgen.DestroyQSL(library)
+    loadgen.DestroySUT(under_test)
+    if flags.accuracy:
+        check_accuracy(system, flags.logs)
+    else:
+        print((flags.logs / "mlperf_log_summary.txt").read_text())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,197 @@
+"""Soak and overload: `python experiments/soak.py --model=DIR --qps=RATE [--seconds=600] [--part=soak|overload]`.
+
+soak: a server on a copy of DIR, RATE requests a second with a reload (the latest version, exported again as the next
+number) every --reload_seconds, while other clients vanish in mid-request and send malformed ones. Every valid request must
+be answered 200 with the offline scores; memory is sampled. overload: 3 x RATE for a while, then RATE again.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import pathlib
+import random
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+
+import numpy as np
+from measure import ROOT, replace_section
+from serving_comparison import free_port, start
+
+from dlrm_jax.serving import load
+from dlrm_jax.serving import load_generator as generator
+
+MALFORMED = (b"{", b'{"rows": 1}', b'{"rows": [{"x": 1}]}', b"\xff" * 50, b'{"rows": [' + b"[" * 2000, b"")
+
+
+def memory(process: subprocess.Popen) -> float:
+    """Resident MB of a process."""
+    for line in pathlib.Path(f"/proc/{process.pid}/status").read_text().splitlines():
+        if line.startswith("VmRSS"):
+            return int(line.split()[1]) / 1024
+    return float("nan")
+
+
+class Rude(threading.Thread):
+    """Clients that vanish, and that send what is no request, until told to stop."""
+
+    def __init__(self, target: generator.Target, body: bytes) -> None:
+        super().__init__(daemon=True)
+        self._target, self._body, self.stop = target, body, False
+        self.vanished, self.refused, self.others = 0, 0, []
+
+    def run(self) -> None:
+        """Be rude ten times a second."""
+        rng = random.Random(0)
+        while not self.stop:
+            time.sleep(0.1)
+            address = (self._target.host, self._target.port)
+            try:
+                with socket.create_connection(address, timeout=5) as connection:
+                    if rng.random() < 0.5:
+                        connection.sendall(self._body[: rng.randrange(1, len(self._body))])
+                        self.vanished += 1
+                        continue
+                    connection.sendall(generator.http_request(self._target, "/v1/score", rng.choice(MALFORMED)))
+                    status = int(connection.recv(200).split()[1])
+                    self.refused += 400 <= status < 500
+                    if not 400 <= status < 500:
+                        self.others.append(status)
+            except OSError as error:
+                self.others.append(repr(error))
+
+
+class Reloader(threading.Thread):
+    """Makes the latest version the next one, again and again; older ones are removed."""
+
+    def __init__(self, model_dir: pathlib.Path, seconds: float) -> None:
+        super().__init__(daemon=True)
+        self._model_dir, self._seconds, self.stop, self.count = model_dir, seconds, False, 0
+
+    def run(self) -> None:
+        """Copy, rename, and clear away."""
+        number = 1
+        while not self.stop:
+            time.sleep(self._seconds)
+            # Hard links: a version's files do not change, and a copy of gigabytes would be a test of the disk.
+            new = self._model_dir / ".next"
+            shutil.copytree(self._model_dir / str(number), new, copy_function=os.link)
+            new.rename(self._model_dir / str(number + 1))
+            if number > 1:
+                shutil.rmtree(self._model_dir / str(number - 1), ignore_errors=True)
+            number, self.count = number + 1, self.count + 1
+
+
+def soak(flags: argparse.Namespace) -> str:
+    """Markdown of a soak."""
+    with tempfile.TemporaryDirectory(dir=flags.model.resolve().parent) as directory:
+        model_dir = pathlib.Path(directory)
+        shutil.copytree(flags.model / "1", model_dir / "1", copy_function=os.link)
+        port = free_port()
+        command = [sys.executable, "-m", "dlrm_jax.serve", f"--model={model_dir}", f"--port={port}", "--poll_seconds=1"]
+        process, target = start(command, port)
+        bodies = generator.make_requests(target, flags.candidates, True, 0)
+        rude, reloader = Rude(target, bodies[0]), Reloader(model_dir, flags.reload_seconds)
+        rude.start()
+        reloader.start()
+        samples, summaries, latency = [], [], []
+        slices = max(1, round(flags.seconds / 10))
+        for i in range(slices):
+            run = generator.run(target, bodies, flags.qps, flags.seconds / slices, seed=i)
+            summaries.append(run.summary())
+            latency.append(run.latency[run.status == 200])
+            samples.append(memory(process))
+        rude.stop = reloader.stop = True
+        worst = check_scores(flags, target)
+        alive = process.poll() is None
+        process.terminate()
+        status = process.wait(30)
+    served = np.concatenate(latency) * 1e3
+    total, refused, failed = (sum(s[key] for s in summaries) for key in ("requests", "refused", "failed"))
+    third = samples[len(samples) // 3 :]
+    return (
+        f"{flags.seconds:g} s at {flags.qps:g} requests/s of {flags.candidates}: {total:,} valid requests, {refused} refused, "
+        f"{failed} failed; p50 {np.percentile(served, 50):.1f} ms, p99 {np.percentile(served, 99):.1f} ms; {reloader.count} "
+        f"reloads; {rude.vanished} clients vanished, {rude.refused} malformed requests got 4xx, other answers: "
+        f"{rude.others or 'none'}; memory {third[0]:,.0f} MB after a third, {third[-1]:,.0f} MB at the end; largest "
+        f"difference from offline scores {worst:.1e}; alive at the end: {alive}, exit status {status}."
+    )
+
+
+def check_scores(flags: argparse.Namespace, target: generator.Target) -> float:
+    """The largest difference of answers from offline scores, with many requests under way at once."""
+    model = load(flags.model)
+    rng = np.random.default_rng(5)
+    worst = 0.0
+
+    async def ask(dense: np.ndarray, ids: np.ndarray) -> list[float]:
+        tensors = [("dense", "FP32", dense), ("ids", "INT32", ids)]
+        inputs = [{"name": n, "datatype": t, "shape": list(v.shape), "data": v.ravel().tolist()} for n, t, v in tensors]
+        body = json.dumps({"inputs": inputs, "outputs": [{"name": "probability"}]}).encode()
+        reader, writer = await asyncio.open_connection(target.host, target.port)
+        writer.write(generator.http_request(target, f"/v2/models/{target.name}/infer", body))
+        head = await reader.readuntil(b"\r\n\r\n")
+        length = int(next(l.split(b":")[1] for l in head.split(b"\r\n") if l.lower().startswith(b"content-length")))
+        answer = json.loads(await reader.readexactly(length))
+        writer.close()
+        return answer["outputs"][0]["data"]
+
+    async def ask_all(rows: list) -> list:
+        return await asyncio.gather(*(ask(*row) for row in rows))
+
+    for _ in range(10):
+        rows = []
+        for size in rng.integers(1, 30, 20):
+            dense = rng.normal(size=(size, target.num_dense)).astype(np.float32)
+            rows.append((dense, rng.integers(0, target.limits, (size, target.num_slots)).astype(np.int32)))
+        for (dense, ids), got in zip(rows, asyncio.run(ask_all(rows)), strict=True):
+            worst = max(worst, float(np.abs(model.predict(dense, ids) - np.array(got)).max()))
+    return worst
+
+
+def overload(flags: argparse.Namespace) -> str:
+    """Markdown of an overload."""
+    port = free_port()
+    command = [sys.executable, "-m", "dlrm_jax.serve", f"--model={flags.model}", f"--port={port}"]
+    command += [f"--max_queued_rows={flags.max_queued_rows}"]
+    process, target = start(command, port)
+    bodies = generator.make_requests(target, flags.candidates, True, 0)
+    lines = [
+        "| offered | served | refused | failed | p50 served | p99 served | p99 refused |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for factor, seconds in ((1.0, 5.0), (3.0, flags.overload_seconds), (1.0, 1.0), (1.0, 5.0)):
+        s = generator.run(target, bodies, flags.qps * factor, seconds, connections=256).summary()
+        lines.append(
+            f"| {factor:g} x {flags.qps:g}/s, {seconds:g} s | {s['served_qps']:,.0f}/s | {s['refused']} | {s['failed']} | "
+            f"{s['p50_ms']:.1f} ms | {s['p99_ms']:.1f} ms | {s.get('refused_p99_ms', '-')} |"
+        )
+    process.terminate()
+    process.wait(30)
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Run one part and write its section."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", type=pathlib.Path, required=True)
+    parser.add_argument("--qps", type=float, required=True)
+    parser.add_argument("--part", choices=("soak", "overload"), default="soak")
+    parser.add_argument("--candidates", type=int, default=8)
+    parser.add_argument("--seconds", type=float, default=600.0)
+    parser.add_argument("--reload_seconds", type=float, default=20.0)
+    parser.add_argument("--overload_seconds", type=float, default=10.0)
+    parser.add_argument("--max_queued_rows", type=int, default=512)
+    flags = parser.parse_args()
+    text = soak(flags) if flags.part == "soak" else overload(flags)
+    print(text)
+    replace_section(ROOT / "experiments" / "README.md", f"serving_{flags.part}", text)
+
+
+if __name__ == "__main__":
+    main()

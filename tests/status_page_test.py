@@ -1,0 +1,58 @@
+"""The status page in a real browser: what a person reads, and one row scored by hand. Skipped without Chromium."""
+
+import json
+import shutil
+import time
+
+import pytest
+
+from tests.helpers import tiny_model
+from tests.server_process import running
+from tests.serving_helpers import export_tiny
+
+pytestmark = pytest.mark.end_to_end
+webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
+CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
+
+
+def until(condition, seconds=20):
+    end = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.05)
+    return value
+
+
+@pytest.fixture
+def browser(tmp_path):
+    if CHROMIUM is None or DRIVER is None:
+        pytest.skip("chromium and chromedriver are not installed")
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    for flag in ("--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}/profile"):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = webdriver.Chrome(options, webdriver.ChromeService(DRIVER))
+    yield driver
+    driver.quit()
+
+
+def test_a_person_sees_the_model_and_scores_a_row(browser, tmp_path):
+    export_tiny(tmp_path / "model", tiny_model())
+    with running(tmp_path / "model", "--batch_sizes=1,16") as server:
+        browser.get(f"http://127.0.0.1:{server.port}/")
+        text = lambda name: browser.find_element("id", name).text  # noqa: E731
+        until(lambda: text("model") == "tiny, version 1" and text("state") == "ready")
+        assert "test AUC" in text("facts") and "history" in text("features")
+        browser.find_element("id", "score").click()
+        until(lambda: text("answer").startswith("probability 0."))
+        assert float(text("answer").split()[1]) > 0
+        until(lambda: browser.find_element("css selector", "#live td").text not in ("", "0"))
+        box = browser.find_element("id", "row")
+        box.clear()
+        box.send_keys(json.dumps({"x0": "<b>no</b>"}))
+        browser.find_element("id", "score").click()
+        until(lambda: "is missing" in text("answer"))
+        assert browser.find_element("id", "answer").get_attribute("class") == "bad"
+        refused = "status of 400"  # The browser notes the refusal that was asked for; nothing else may be there.
+        assert [line for line in browser.get_log("browser") if refused not in line["message"]] == []
