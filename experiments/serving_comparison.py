@@ -1,8 +1,9 @@
-"""Our server beside FastAPI + PyTorch: rates at a latency limit, and one prediction in process, same weights, same client.
+"""Our server beside FastAPI + PyTorch: rates at a latency limit, and one prediction in process, with equal weights.
 
 `python experiments/serving_comparison.py --model=DIR --torch_python=PYTHON [--part=process|server]` writes the section
-of that part in experiments/README.md. DIR is what experiments/peers/kaggle_shaped.py exports; PYTHON has torch, fastapi,
-uvicorn, uvloop and httptools. Sides take turns; --rounds of them, so that what else the machine does falls on both.
+of that part in experiments/README.md. DIR is what experiments/peers/kaggle_shaped.py exports; PYTHON has torch,
+fastapi, uvicorn, uvloop and httptools. Sides take turns, --rounds of them, so that what else the machine does falls on
+both.
 """
 
 import argparse
@@ -80,7 +81,8 @@ def compare_servers(flags: argparse.Namespace) -> str:
                 if run is not None and (key not in best or run.qps > best[key].qps):
                     best[key] = run
     lines = [
-        f"| candidates | ours: requests/s at p99 <= {flags.p99_ms:g} ms | p50, p99 | FastAPI + PyTorch | p50, p99 | ratio |",
+        f"| candidates | ours: requests/s, p99 <= {flags.p99_ms:g} ms | p50, p99 "
+        "| FastAPI + PyTorch | p50, p99 | ratio |",
         "|---|---|---|---|---|---|",
     ]
     for candidates in flags.candidates:
@@ -123,8 +125,8 @@ def compare_predictions(flags: argparse.Namespace) -> str:
         assert difference < 1e-5, f"the two disagree by {difference}"
         (fast, median), (other_fast, other_median) = sides
         lines.append(
-            f"| {size} | {fast:.2f}, {median:.2f} ms | {other_fast:.2f}, {other_median:.2f} ms | {other_fast / fast:.1f}x | "
-            f"{other_median / median:.1f}x |"
+            f"| {size} | {fast:.2f}, {median:.2f} ms | {other_fast:.2f}, {other_median:.2f} ms "
+            f"| {other_fast / fast:.1f}x | {other_median / median:.1f}x |"
         )
     return "\n".join(lines)
 
@@ -137,7 +139,8 @@ def stamp(flags: argparse.Namespace) -> str:
     load = os.getloadavg()[0]
     return (
         f"Measured {datetime.date.today()}, {os.cpu_count()} {platform.machine()} cores (load of the whole machine at "
-        f"the end: {load:.1f}), jax {metadata.version('jax')}, torch {torch}; `python experiments/serving_comparison.py`."
+        f"the end: {load:.1f}), jax {metadata.version('jax')}, torch {torch}; "
+        "`python experiments/serving_comparison.py`."
     )
 
 

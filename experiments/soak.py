@@ -1,8 +1,8 @@
 """Soak and overload: `python experiments/soak.py --model=DIR --qps=RATE [--seconds=600] [--part=soak|overload]`.
 
-soak: a server on a copy of DIR, RATE requests a second with a reload (the latest version, exported again as the next
-number) every --reload_seconds, while other clients vanish in mid-request and send malformed ones. Every valid request must
-be answered 200 with the offline scores; memory is sampled. overload: 3 x RATE for a while, then RATE again.
+soak: a server on a copy of DIR, RATE requests a second with a reload (the latest version once more, as the next number)
+every --reload_seconds, while other clients vanish in mid-request and send malformed ones. Every valid request must be
+answered 200, and the scores be the offline ones; memory is sampled. overload: 3 x RATE for a while, then RATE again.
 """
 
 import argparse
@@ -115,10 +115,10 @@ def soak(flags: argparse.Namespace) -> str:
     total, refused, failed = (sum(s[key] for s in summaries) for key in ("requests", "refused", "failed"))
     third = samples[len(samples) // 3 :]
     return (
-        f"{flags.seconds:g} s at {flags.qps:g} requests/s of {flags.candidates}: {total:,} valid requests, {refused} refused, "
-        f"{failed} failed; p50 {np.percentile(served, 50):.1f} ms, p99 {np.percentile(served, 99):.1f} ms; {reloader.count} "
-        f"reloads; {rude.vanished} clients vanished, {rude.refused} malformed requests got 4xx, other answers: "
-        f"{rude.others or 'none'}; memory {third[0]:,.0f} MB after a third, {third[-1]:,.0f} MB at the end; largest "
+        f"{flags.seconds:g} s at {flags.qps:g} requests/s of {flags.candidates}: {total:,} valid requests, "
+        f"{refused} refused, {failed} failed; p50 {np.percentile(served, 50):.1f} ms, "
+        f"p99 {np.percentile(served, 99):.1f} ms; {reloader.count} reloads; {rude.vanished} clients vanished, "
+        f"{rude.refused} malformed requests got 4xx, other answers: {rude.others or 'none'}; memory {third[0]:,.0f} MB after a third, {third[-1]:,.0f} MB at the end; largest "
         f"difference from offline scores {worst:.1e}; alive at the end: {alive}, exit status {status}."
     )
 
@@ -136,7 +136,7 @@ def check_scores(flags: argparse.Namespace, target: generator.Target) -> float:
         reader, writer = await asyncio.open_connection(target.host, target.port)
         writer.write(generator.http_request(target, f"/v2/models/{target.name}/infer", body))
         head = await reader.readuntil(b"\r\n\r\n")
-        length = int(next(l.split(b":")[1] for l in head.split(b"\r\n") if l.lower().startswith(b"content-length")))
+        length = int(next(x.split(b":")[1] for x in head.split(b"\r\n") if x.lower().startswith(b"content-length")))
         answer = json.loads(await reader.readexactly(length))
         writer.close()
         return answer["outputs"][0]["data"]
@@ -168,8 +168,8 @@ def overload(flags: argparse.Namespace) -> str:
     for factor, seconds in ((1.0, 5.0), (3.0, flags.overload_seconds), (1.0, 1.0), (1.0, 5.0)):
         s = generator.run(target, bodies, flags.qps * factor, seconds, connections=256).summary()
         lines.append(
-            f"| {factor:g} x {flags.qps:g}/s, {seconds:g} s | {s['served_qps']:,.0f}/s | {s['refused']} | {s['failed']} | "
-            f"{s['p50_ms']:.1f} ms | {s['p99_ms']:.1f} ms | {s.get('refused_p99_ms', '-')} |"
+            f"| {factor:g} x {flags.qps:g}/s, {seconds:g} s | {s['served_qps']:,.0f}/s | {s['refused']} | {s['failed']} "
+            f"| {s['p50_ms']:.1f} ms | {s['p99_ms']:.1f} ms | {s.get('refused_p99_ms', '-')} |"
         )
     process.terminate()
     process.wait(30)

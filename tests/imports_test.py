@@ -24,7 +24,7 @@ LAYERS = (
     },
     {"serving.transform"},
     {"serving.loaded"},
-    {"serving.telemetry", "serving.protocol", "serving.page", "serving.openapi"},
+    {"serving.telemetry", "serving.protocol", "serving.page", "serving.openapi", "serving.load_generator"},
     {"serving.batching", "serving.repository"},
     {"serving.app"},
     {"serving.server"},
@@ -50,10 +50,10 @@ LAYERS = (
     {"trained"},
     {"loop"},
     {"flags", "commands"},
-    {"train", "evaluate", "prepare", "plan", "export", "serve"},
+    {"train", "evaluate", "prepare", "plan", "export", "serve", "loadtest"},
 )
 LAYER_OF = {module: layer for layer, modules in enumerate(LAYERS) for module in modules}
-COMMANDS = {"flags", "commands", "train", "evaluate", "prepare", "plan", "export", "serve"}
+COMMANDS = {"flags", "commands", "train", "evaluate", "prepare", "plan", "export", "serve", "loadtest"}
 
 
 def modules() -> dict[str, ast.Module]:
