@@ -118,8 +118,8 @@ def soak(flags: argparse.Namespace) -> str:
         f"{flags.seconds:g} s at {flags.qps:g} requests/s of {flags.candidates}: {total:,} valid requests, "
         f"{refused} refused, {failed} failed; p50 {np.percentile(served, 50):.1f} ms, "
         f"p99 {np.percentile(served, 99):.1f} ms; {reloader.count} reloads; {rude.vanished} clients vanished, "
-        f"{rude.refused} malformed requests got 4xx, other answers: {rude.others or 'none'}; memory {third[0]:,.0f} MB after a third, {third[-1]:,.0f} MB at the end; largest "
-        f"difference from offline scores {worst:.1e}; alive at the end: {alive}, exit status {status}."
+        f"{rude.refused} malformed requests got 4xx, other answers: {rude.others or 'none'}; "
+        f"memory {third[0]:,.0f} MB after a third, {third[-1]:,.0f} MB at the end; largest difference from offline scores {worst:.1e}; alive at the end: {alive}, exit status {status}."
     )
 
 
@@ -168,8 +168,8 @@ def overload(flags: argparse.Namespace) -> str:
     for factor, seconds in ((1.0, 5.0), (3.0, flags.overload_seconds), (1.0, 1.0), (1.0, 5.0)):
         s = generator.run(target, bodies, flags.qps * factor, seconds, connections=256).summary()
         lines.append(
-            f"| {factor:g} x {flags.qps:g}/s, {seconds:g} s | {s['served_qps']:,.0f}/s | {s['refused']} | {s['failed']} "
-            f"| {s['p50_ms']:.1f} ms | {s['p99_ms']:.1f} ms | {s.get('refused_p99_ms', '-')} |"
+            f"| {factor:g} x {flags.qps:g}/s, {seconds:g} s | {s['served_qps']:,.0f}/s | {s['refused']} "
+            f"| {s['failed']} | {s['p50_ms']:.1f} ms | {s['p99_ms']:.1f} ms | {s.get('refused_p99_ms', '-')} |"
         )
     process.terminate()
     process.wait(30)
