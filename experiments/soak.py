@@ -119,7 +119,8 @@ def soak(flags: argparse.Namespace) -> str:
         f"{refused} refused, {failed} failed; p50 {np.percentile(served, 50):.1f} ms, "
         f"p99 {np.percentile(served, 99):.1f} ms; {reloader.count} reloads; {rude.vanished} clients vanished, "
         f"{rude.refused} malformed requests got 4xx, other answers: {rude.others or 'none'}; "
-        f"memory {third[0]:,.0f} MB after a third, {third[-1]:,.0f} MB at the end; largest difference from offline scores {worst:.1e}; alive at the end: {alive}, exit status {status}."
+        f"memory {third[0]:,.0f} MB after a third, {third[-1]:,.0f} MB at the end; "
+        f"largest difference from offline scores {worst:.1e}; alive at the end: {alive}, exit status {status}."
     )
 
 
