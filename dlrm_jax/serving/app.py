@@ -310,7 +310,7 @@ class _Guard:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"] not in _OPEN_PATHS and not self._allows(scope):
-            challenge = (b"www-authenticate", b"Bearer")
+            challenge = (b"www-authenticate", b'Bearer, Basic realm="dlrm_jax"')
             await _send(send, 401, b'{"error":"a bearer token is needed"}', _JSON, challenge)
             return
         await self._app(scope, receive, send)
