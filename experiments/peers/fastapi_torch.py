@@ -1,6 +1,6 @@
 """What one writes without this project: FastAPI and PyTorch around the weights of an exported model.
 
-`python experiments/peers/fastapi_torch.py MODEL_DIR PORT` answers the Open Inference Protocol's infer in JSON and with
+`python experiments/peers/fastapi_torch.py MODEL_DIR PORT [THREADS]` answers the Open Inference Protocol's infer in JSON and with
 binary tensors, one request at a time as it comes, and /status.json as far as dlrm_jax.loadtest asks for it. Needs
 torch, fastapi, uvicorn, uvloop, httptools.
 """
@@ -115,6 +115,8 @@ def make_app(model: DLRM) -> fastapi.FastAPI:
 def main() -> None:
     """Serve the latest version of a model directory."""
     model_dir, port = pathlib.Path(sys.argv[1]), int(sys.argv[2])
+    if len(sys.argv) > 3:
+        torch.set_num_threads(int(sys.argv[3]))
     latest = max((path for path in model_dir.iterdir() if path.name.isdecimal()), key=lambda path: int(path.name))
     model = DLRM(latest).eval()
     uvicorn.run(make_app(model), host="127.0.0.1", port=port, log_level="warning", access_log=False, loop="uvloop")
