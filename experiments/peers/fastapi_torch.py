@@ -1,8 +1,8 @@
 """What one writes without this project: FastAPI and PyTorch around the weights of an exported model.
 
-`python experiments/peers/fastapi_torch.py MODEL_DIR PORT [THREADS]` answers the Open Inference Protocol's infer in JSON and with
-binary tensors, one request at a time as it comes, and /status.json as far as dlrm_jax.loadtest asks for it. Needs
-torch, fastapi, uvicorn, uvloop, httptools.
+`python experiments/peers/fastapi_torch.py MODEL_DIR PORT [THREADS]` answers the Open Inference Protocol's infer in JSON
+and with binary tensors, one request at a time as it comes, and /status.json as far as dlrm_jax.loadtest asks for it.
+Needs torch, fastapi, uvicorn, uvloop, httptools.
 """
 
 import json

@@ -23,7 +23,10 @@ def timed(model: DLRM, dense: np.ndarray, ids: np.ndarray, threads: int) -> list
 
 
 def main() -> None:
-    """Print {batch size: {"median_ms", "least_ms", "probability": the first ones}} as JSON, on one thread or on all, whichever is faster."""
+    """Print {batch size: {"median_ms", "least_ms", "probability": the first ones}} as JSON.
+
+    On one thread or on all, whichever is faster.
+    """
     model = DLRM(pathlib.Path(sys.argv[1])).eval()
     rng = np.random.default_rng(0)
     limits = [feature["rows"] for feature in model.signature["features"]]
