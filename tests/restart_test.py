@@ -117,6 +117,7 @@ first_pass.CHUNKS_PER_FILE, second_pass._BLOCKS_PER_SHARD = 4, 1
 from tests.restart_test import LOG
 from dlrm_jax.data.preparation import prepare
 import pathlib
+pathlib.Path(sys.argv[3]).touch()
 prepare((sys.argv[1],), pathlib.Path(sys.argv[2]), LOG)
 """
 
@@ -126,11 +127,13 @@ def test_kill_minus_nine_at_any_time(tmp_path):
     prepare((log,), tmp_path / "whole", LOG)
     output, kills = tmp_path / "killed", 0
     for attempt in range(60):
-        process = subprocess.Popen([sys.executable, "-c", SCRIPT, log, str(output)], cwd=ROOT)
+        # Counted from the call, not from the start of the process: imports take seconds on a busy machine.
+        called = tmp_path / f"called_{attempt}"
+        process = subprocess.Popen([sys.executable, "-c", SCRIPT, log, str(output), str(called)], cwd=ROOT)
         started = time.monotonic()
-        while process.poll() is None and not (output / "staging").exists():
+        while process.poll() is None and not called.exists():
             time.sleep(0.005)
-        time.sleep(0.02 + 0.03 * attempt)
+        time.sleep(0.02 * 1.3**attempt)
         if process.poll() is None:
             process.send_signal(signal.SIGKILL)
             kills += 1
