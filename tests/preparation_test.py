@@ -10,7 +10,7 @@ import pytest
 import tensorflow_datasets as tfds
 
 from dlrm_jax.config import ConfigError
-from dlrm_jax.data import criteo, records, text_source
+from dlrm_jax.data import blocks, criteo, records, text_source
 from dlrm_jax.data.final_ids import counting_groups
 from dlrm_jax.data.hashing import hash_integers, hash_strings
 from dlrm_jax.data.preparation import prepare
@@ -278,6 +278,31 @@ def test_tfds_reads_it(tmp_path):
     assert len(source) == 1
     assert source[0]["ids"][:, 0].tolist() == [0, 1, -1, 2, 0, 0, 1, 3]
     assert source[0]["dense"].dtype == np.float32 and source[0]["label"].tolist() == [0, 1] * 4
+
+
+@pytest.mark.parametrize("lengths", [{"train": [3, 2], "val": [1], "test": []}, {"train": [1]}])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_metadata_are_the_bytes_that_tfds_writes(tmp_path, weighted, lengths):
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    template = tfds.core.ShardedFileTemplate(ours, "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}", "log", None, "x")
+    ours.mkdir()
+    for split, counts in lengths.items():
+        for i, rows in enumerate(counts):
+            (ours / blocks.shard_name("log", split, i, len(counts))).write_bytes(b"x" * rows)
+    blocks.write_metadata(ours, "log", (3, 5), weighted, lengths)
+    identity = tfds.core.DatasetIdentity("log", tfds.core.Version(blocks.VERSION), data_dir="", module_name="")
+    features = blocks.features(3, 5, weighted)
+    info = tfds.core.DatasetInfo(builder=identity, features=features, description=blocks._DESCRIPTION)
+    info.set_file_format("array_record")
+    splits = [
+        tfds.core.SplitInfo(name=split, shard_lengths=counts, num_bytes=sum(counts), filename_template=template)
+        for split, counts in lengths.items()
+    ]
+    info.set_splits(tfds.core.SplitDict(splits))
+    theirs.mkdir()
+    info.write_to_directory(theirs)
+    for name in ("features.json", "dataset_info.json"):
+        assert (ours / name).read_text() == (theirs / name).read_text()
 
 
 @pytest.mark.parametrize("compression", ["none", "zstd"])

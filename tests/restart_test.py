@@ -1,7 +1,6 @@
 """Stopping a preparation anywhere: what is finished is kept, and the bytes are those of a run left alone."""
 
 import fcntl
-import importlib
 import os
 import signal
 import subprocess
@@ -11,12 +10,12 @@ import time
 import pytest
 
 from dlrm_jax.config import ConfigError
-from dlrm_jax.data import blocks, preparation, staging, text_source
+from dlrm_jax.data import preparation, staging, text_source
 from dlrm_jax.data.preparation import Options, prepare
 from dlrm_jax.data.prepared import is_prepared
 from dlrm_jax.data.schema import Dense, Sparse, Split
 from tests.helpers import ROOT
-from tests.prepared_helpers import csv_rows, digest, prepare_text, schema
+from tests.prepared_helpers import digest, schema
 
 LOG = schema(
     dense=(Dense("x", transform="standardise", missing="mean"),),
@@ -249,24 +248,3 @@ def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path, monkeypatch):
             prepare((log,), tmp_path / "out", LOG)
     prepare((log,), tmp_path / "out", LOG)
     assert is_prepared(tmp_path / "out")
-
-
-def test_tfds_is_not_asked_for_anything_while_it_is_being_imported(tmp_path, monkeypatch):
-    """Two threads in its lazy imports lock each other out, once in a hundred runs."""
-    imported, load, features = [], importlib.import_module, blocks.features
-
-    def slow(name, *args):
-        module = load(name, *args)
-        if name == "tensorflow_datasets":
-            time.sleep(0.5)
-            imported.append(name)
-        return module
-
-    def asked(*args, **kwargs):
-        assert imported
-        return features(*args, **kwargs)
-
-    monkeypatch.setattr(importlib, "import_module", slow)
-    monkeypatch.setattr(blocks, "features", asked)
-    prepare_text(tmp_path, csv_rows([(i % 2, i, "a") for i in range(9)]), schema())
-    assert imported

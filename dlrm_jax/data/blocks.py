@@ -5,6 +5,7 @@ row (R,) int64 (the row's number in the raw log) and, if the log has weights, we
 """
 
 import functools
+import json
 import os
 import pathlib
 import zlib
@@ -13,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from dlrm_jax.data.staging import writing
+from dlrm_jax.data.staging import write_whole, writing
 
 VERSION = "1.0.0"
 COMPRESSIONS = ("none", "zstd")
@@ -21,6 +22,7 @@ BLOCK_ROWS = 4096
 _DESCRIPTION = (
     "A click log prepared by dlrm_jax. A record is a block of rows; schema.yaml beside this file says of what."
 )
+_TFDS = "tensorflow_datasets.core.features"
 _OPTIONS = {"none": "group_size:1,uncompressed", "zstd": "group_size:1,zstd:1"}
 
 
@@ -108,36 +110,48 @@ def num_records(path: pathlib.Path) -> int:
 
 
 def write_metadata(
-    output: pathlib.Path, staging: pathlib.Path, name: str, spec: Any, shard_lengths: dict[str, list[int]]
+    output: pathlib.Path, name: str, widths: tuple[int, int], weighted: bool, shard_lengths: dict[str, list[int]]
 ) -> None:
-    """TFDS' features.json and dataset_info.json; the latter last, because it makes the dataset count as finished."""
-    import tensorflow_datasets as tfds
+    """TFDS' features.json and dataset_info.json; the latter last, because it makes the dataset count as finished.
 
-    template = tfds.core.ShardedFileTemplate(
-        data_dir=output,
-        dataset_name=name,
-        filetype_suffix="array_record",
-        template="{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}",
-    )
-    identity = tfds.core.DatasetIdentity(name=name, version=tfds.core.Version(VERSION), data_dir="", module_name="")
-    info = tfds.core.DatasetInfo(builder=identity, features=spec, description=_DESCRIPTION)
-    info.set_file_format("array_record")
-    info.set_splits(
-        tfds.core.SplitDict(
-            [
-                tfds.core.SplitInfo(
-                    name=split,
-                    shard_lengths=lengths,
-                    num_bytes=sum(
-                        (output / shard_name(name, split, i, len(lengths))).stat().st_size for i in range(len(lengths))
-                    ),
-                    filename_template=template.replace(split=split),
-                )
-                for split, lengths in shard_lengths.items()
-            ]
-        )
-    )
-    with writing(output / "dataset_info.json"):
-        info.write_to_directory(staging)
-        os.replace(staging / "features.json", output / "features.json")
-        os.replace(staging / "dataset_info.json", output / "dataset_info.json")
+    `widths` are those of dense and ids. The bytes are those that TFDS itself writes, which takes long to import.
+    """
+    write_whole(output / "features.json", _features_json(*widths, weighted).encode())
+    write_whole(output / "dataset_info.json", _info_json(output, name, shard_lengths).encode())
+
+
+def _features_json(num_dense: int, num_slots: int, weighted: bool) -> str:
+    """What `features(...).save_metadata` writes."""
+
+    def tensor(dtype: str, *dims: int) -> dict[str, Any]:
+        shape = {"dimensions": [str(dim) for dim in (-1, *dims)]}
+        return {"pythonClassName": f"{_TFDS}.tensor_feature.Tensor"} | {
+            "tensor": {"dtype": dtype, "encoding": "bytes", "shape": shape}
+        }
+
+    columns = {
+        "dense": tensor("float32", num_dense),
+        "ids": tensor("int32", num_slots),
+        "label": tensor("float32"),
+        "row": tensor("int64"),
+    }
+    if weighted:
+        columns["weight"] = tensor("float32")
+    whole = {"featuresDict": {"features": columns}, "pythonClassName": f"{_TFDS}.features_dict.FeaturesDict"}
+    return json.dumps(whole, indent=4)
+
+
+def _info_json(output: pathlib.Path, name: str, shard_lengths: dict[str, list[int]]) -> str:
+    """What `DatasetInfo.write_to_directory` writes; as protocol buffers do, it leaves out what is 0 or empty."""
+    splits = []
+    for split, lengths in shard_lengths.items():
+        sizes = [(output / shard_name(name, split, i, len(lengths))).stat().st_size for i in range(len(lengths))]
+        values = {
+            "filepathTemplate": "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}",
+            "name": split,
+            "numBytes": str(sum(sizes)),
+            "shardLengths": [str(length) for length in lengths],
+        }
+        splits.append(values if lengths else {key: values[key] for key in ("filepathTemplate", "name")})
+    info = {"description": _DESCRIPTION, "fileFormat": "array_record", "name": name, "splits": splits}
+    return json.dumps(info | {"version": VERSION}, indent=2)

@@ -11,11 +11,9 @@ import collections
 import contextlib
 import dataclasses
 import fcntl
-import importlib
 import json
 import pathlib
 import shutil
-import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -94,9 +92,6 @@ def _run(
     job: dict[str, Any],
 ) -> dict[str, Any]:
     source = open_log(paths, schema)
-    # It takes a third of a second to import, in which the parsers of the first chunks do not need Python.
-    importing = threading.Thread(target=importlib.import_module, args=("tensorflow_datasets",), daemon=True)
-    importing.start()
     vocabulary_memory = int((options.max_memory - _FIXED_BYTES) / _BYTES_PER_KEY_RATIO) if options.max_memory else 0
     first = FirstPass(schema, source, staging, options.on_bad_row == "skip_and_count", vocabulary_memory)
     total = max(source.num_bytes, 1)
@@ -114,10 +109,8 @@ def _run(
     write_whole(output / "statistics.json", json.dumps(statistics, indent=1).encode())
     write_whole(output / "schema.yaml", dump_yaml(schema).encode())
     write_whole(output / "schema.json", json.dumps(to_dict(schema), indent=1).encode())
-    importing.join()  # Its lazy imports lock each other out where two threads meet in them (Python 3.11).
-    num_slots = sum(feature.hotness for feature in schema.sparse)
-    spec = blocks.features(max(len(schema.dense), 1), num_slots, bool(schema.weight))
-    blocks.write_metadata(output, staging.directory, schema.name, spec, second.shard_lengths())
+    widths = (max(len(schema.dense), 1), sum(feature.hotness for feature in schema.sparse))
+    blocks.write_metadata(output, schema.name, widths, bool(schema.weight), second.shard_lengths())
     return statistics
 
 
