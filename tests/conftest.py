@@ -1,8 +1,18 @@
-"""Eight CPU devices, no silent broadcasting between ranks, the same examples from hypothesis in every run."""
+"""Eight CPU devices, no silent broadcasting between ranks, the same examples from hypothesis in every run.
 
+What one test compiled is there for the others, in other processes too: compiling is most of what the tests do.
+"""
+
+import atexit
 import os
+import shutil
+import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # Workers and the commands that tests start inherit it.
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="compiled_")
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
 import hypothesis
 import jax

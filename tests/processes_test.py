@@ -84,6 +84,7 @@ def test_two_processes_write_once_and_equal_one(tmp_path, together):
     np.testing.assert_allclose(*losses, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.end_to_end
 def test_a_signal_to_one_stops_all_at_one_step_and_the_same_command_goes_on(tmp_path, together):
     running = train(tmp_path, 2, 2, num_steps=100_000, eval_every=100_000)
