@@ -85,6 +85,7 @@ def test_flags_change_what_they_promise(tmp_path):
     assert json.loads((tmp_path / "data" / "job.json").read_text())["compression"] == "zstd"
 
 
+@pytest.mark.slow
 def test_prepared_data_refuses_flags_that_would_do_nothing(tmp_path):
     (tmp_path / "train.txt").write_text(kaggle_text(300))
     assert (
@@ -105,6 +106,7 @@ def test_prepared_data_refuses_flags_that_would_do_nothing(tmp_path):
     assert trained.returncode == 0, trained.stderr
 
 
+@pytest.mark.slow
 def test_synthetic_and_multi_hot_runs(tmp_path):
     flags = (
         "--dataset=synthetic",

@@ -69,6 +69,7 @@ def together(tmp_path_factory):
     return workdir, texts
 
 
+@pytest.mark.slow
 @pytest.mark.end_to_end
 def test_two_processes_write_once_and_equal_one(tmp_path, together):
     workdir, texts = together

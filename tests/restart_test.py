@@ -125,14 +125,14 @@ def test_kill_minus_nine_at_any_time(tmp_path):
     log = write_log(tmp_path / "log.csv", 40_000)
     prepare((log,), tmp_path / "whole", LOG)
     output, kills = tmp_path / "killed", 0
-    for attempt in range(60):
+    for attempt in range(14):
         # Counted from the call, not from the start of the process: imports take seconds on a busy machine.
         called = tmp_path / f"called_{attempt}"
         process = subprocess.Popen([sys.executable, "-c", SCRIPT, log, str(output), str(called)], cwd=ROOT)
         started = time.monotonic()
         while process.poll() is None and not called.exists():
             time.sleep(0.005)
-        time.sleep(0.02 * 1.3**attempt)
+        time.sleep(0.05 * 1.6**attempt)
         if process.poll() is None:
             process.send_signal(signal.SIGKILL)
             kills += 1
