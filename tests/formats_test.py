@@ -92,7 +92,7 @@ def expected():
     return np.array(ids), np.array([[-1 if r["x"] is None else r["x"]] for r in RECORDS]), [r["label"] for r in RECORDS]
 
 
-def check(output) -> None:
+def assert_holds_the_log(output) -> None:
     rows = rows_of(output)
     ids, dense, labels = expected()
     np.testing.assert_array_equal(rows.ids_RxK, ids)
@@ -106,13 +106,13 @@ def test_one_log_in_every_format(tmp_path, monkeypatch, name, chunk_bytes):
     monkeypatch.setattr(text_source.TextSource.__init__, "__defaults__", (False, chunk_bytes))
     (tmp_path / name).write_bytes(FILES[name]())
     prepare((str(tmp_path / name),), tmp_path / "out", LOG)
-    check(tmp_path / "out")
+    assert_holds_the_log(tmp_path / "out")
 
 
 def test_zstd(tmp_path):
     zstd_file(tmp_path / "log.csv.zst", as_csv())
     prepare((str(tmp_path / "log.csv.zst"),), tmp_path / "out", LOG)
-    check(tmp_path / "out")
+    assert_holds_the_log(tmp_path / "out")
 
 
 def test_many_files_in_natural_order(tmp_path):
@@ -122,7 +122,7 @@ def test_many_files_in_natural_order(tmp_path):
     paths = expand(str(tmp_path / "day_*.csv"))
     assert [path.rsplit("_", 1)[1] for path in paths] == ["2.csv", "10.csv"]
     prepare(paths, tmp_path / "out", LOG)
-    check(tmp_path / "out")
+    assert_holds_the_log(tmp_path / "out")
 
 
 def test_glob_without_a_file_is_refused(tmp_path):

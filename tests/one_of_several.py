@@ -11,13 +11,13 @@ def main() -> None:
     port, number, count, devices = map(int, sys.argv[1:])
     jax.config.update("jax_num_cpu_devices", devices)
     processes.join(f"127.0.0.1:{port}", count, number)
-    from tests.placement_test import OPTIMIZERS, SHARDINGS, check, place
+    from tests.placement_test import OPTIMIZERS, SHARDINGS, assert_equals_one_device, place
 
     total = count * devices
     for i, sharding in enumerate((*SHARDINGS, "mix")):
         table = OPTIMIZERS[i % 3]
         mesh = (1, total) if i % 2 else (2, total // 2)
-        check(place(mesh, sharding, table, capacity=2), table, weighted=True)
+        assert_equals_one_device(place(mesh, sharding, table, capacity=2), table, weighted=True)
         print(f"{sharding} on {mesh} equals one device", flush=True)
 
 

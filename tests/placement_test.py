@@ -64,7 +64,7 @@ def place(mesh, sharding, table, learned=False, capacity=0, packed=False, dtype=
     return Placed(config, optimizer(table), plan, make_mesh(shape), options, packed)
 
 
-def check(placed, table, learned=False, weighted=False, micro_batches=1):
+def assert_equals_one_device(placed, table, learned=False, weighted=False, micro_batches=1):
     born, first, trained, losses = one_device(table, learned, weighted)
     state = placed.init_state(3)
     for name, rows in by_name(placed, state.tables).items():
@@ -98,25 +98,25 @@ DAILY = {(1, 2), (2, 2), (1, 8)}
     [pytest.param(*case, marks=() if case[0] in DAILY else pytest.mark.slow) for case in CASES],
 )
 def test_every_placement_equals_one_device(mesh, sharding, table):
-    check(place(mesh, sharding, table), table)
+    assert_equals_one_device(place(mesh, sharding, table), table)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("table", OPTIMIZERS)
 @pytest.mark.parametrize("sharding", [*SHARDINGS, "mix"])
 def test_every_placement_with_every_optimizer(sharding, table):
-    check(place((2, 2), sharding, table), table, weighted=True)
+    assert_equals_one_device(place((2, 2), sharding, table), table, weighted=True)
 
 
 @pytest.mark.parametrize("sharding", [*SHARDINGS, "mix"])
 def test_learned_pooling_weights_are_placed_too(sharding):
-    check(place((1, 4), sharding, "rowwise_adagrad", learned=True), "rowwise_adagrad", learned=True)
+    assert_equals_one_device(place((1, 4), sharding, "rowwise_adagrad", learned=True), "rowwise_adagrad", learned=True)
 
 
 @pytest.mark.parametrize(("mesh", "sharding"), [((1, 4), "row_wise"), ((2, 2), "mix"), ((1, 4), "table_row_wise")])
 def test_what_does_not_fit_the_buffers_is_exchanged_in_further_rounds(mesh, sharding):
-    small, counters = check(place(mesh, sharding, "rowwise_adagrad", capacity=1), "rowwise_adagrad")
-    ample, none = check(place(mesh, sharding, "rowwise_adagrad"), "rowwise_adagrad")
+    small, counters = assert_equals_one_device(place(mesh, sharding, "rowwise_adagrad", capacity=1), "rowwise_adagrad")
+    ample, none = assert_equals_one_device(place(mesh, sharding, "rowwise_adagrad"), "rowwise_adagrad")
     assert all(counters) and not any(none)
     jax.tree.map(np.testing.assert_array_equal, small, ample)
 
@@ -125,12 +125,12 @@ def test_what_does_not_fit_the_buffers_is_exchanged_in_further_rounds(mesh, shar
 def test_rows_packed_in_lines_are_the_same_rows(sharding):
     placed = place((2, 2), sharding, "rowwise_adagrad", learned=True, packed=True)
     assert all(stack.pack >= 32 and stack.local_shape[1] == 128 for stack in placed.stacks)
-    check(placed, "rowwise_adagrad", learned=True)
+    assert_equals_one_device(placed, "rowwise_adagrad", learned=True)
 
 
 @pytest.mark.parametrize("sharding", ["table_wise", "row_wise", "data_parallel"])
 def test_micro_batches_on_a_mesh(sharding):
-    check(place((1, 2), sharding, "sgd"), "sgd", micro_batches=2)
+    assert_equals_one_device(place((1, 2), sharding, "sgd"), "sgd", micro_batches=2)
 
 
 def test_the_pipelined_step_is_bit_equal():

@@ -281,16 +281,16 @@ def test_tfds_reads_it(tmp_path):
 
 
 @pytest.mark.parametrize("lengths", [{"train": [3, 2], "val": [1], "test": []}, {"train": [1]}])
-@pytest.mark.parametrize("weighted", [False, True])
-def test_metadata_are_the_bytes_that_tfds_writes(tmp_path, weighted, lengths):
+@pytest.mark.parametrize(("name", "weighted"), [("log", False), ("größe", True)])
+def test_metadata_are_the_bytes_that_tfds_writes(tmp_path, name, weighted, lengths):
     ours, theirs = tmp_path / "ours", tmp_path / "theirs"
-    template = tfds.core.ShardedFileTemplate(ours, "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}", "log", None, "x")
+    template = tfds.core.ShardedFileTemplate(ours, "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}", name, None, "x")
     ours.mkdir()
     for split, counts in lengths.items():
         for i, rows in enumerate(counts):
-            (ours / blocks.shard_name("log", split, i, len(counts))).write_bytes(b"x" * rows)
-    blocks.write_metadata(ours, "log", (3, 5), weighted, lengths)
-    identity = tfds.core.DatasetIdentity("log", tfds.core.Version(blocks.VERSION), data_dir="", module_name="")
+            (ours / blocks.shard_name(name, split, i, len(counts))).write_bytes(b"x" * rows)
+    blocks.write_metadata(ours, name, (3, 5), weighted, lengths)
+    identity = tfds.core.DatasetIdentity(name, tfds.core.Version(blocks.VERSION), data_dir="", module_name="")
     features = blocks.features(3, 5, weighted)
     info = tfds.core.DatasetInfo(builder=identity, features=features, description=blocks._DESCRIPTION)
     info.set_file_format("array_record")
@@ -301,8 +301,8 @@ def test_metadata_are_the_bytes_that_tfds_writes(tmp_path, weighted, lengths):
     info.set_splits(tfds.core.SplitDict(splits))
     theirs.mkdir()
     info.write_to_directory(theirs)
-    for name in ("features.json", "dataset_info.json"):
-        assert (ours / name).read_text() == (theirs / name).read_text()
+    for file in ("features.json", "dataset_info.json"):
+        assert (ours / file).read_bytes() == (theirs / file).read_bytes()
 
 
 @pytest.mark.parametrize("compression", ["none", "zstd"])

@@ -137,6 +137,7 @@ def start(*command: str) -> subprocess.Popen:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("compiled_anew")
 def test_kill_minus_nine_during_training_on_prepared_data(tmp_path):
     """The data position is in the checkpoint: the weights are those of a run that nobody killed."""
     (tmp_path / "train.txt").write_text(kaggle_text(3000))

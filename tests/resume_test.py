@@ -126,6 +126,7 @@ def run_until_step(workdir: pathlib.Path, step: int, signum: int) -> tuple[int, 
 
 @pytest.mark.slow
 @pytest.mark.end_to_end
+@pytest.mark.usefixtures("compiled_anew")
 def test_kill_9_again_and_again_ends_in_the_same_bits(tmp_path, long_state):
     for step in (40, 130, 520):
         status, _ = run_until_step(tmp_path, step, signal.SIGKILL)
@@ -139,6 +140,7 @@ def test_kill_9_again_and_again_ends_in_the_same_bits(tmp_path, long_state):
 @pytest.mark.slow
 @pytest.mark.end_to_end
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.usefixtures("compiled_anew")
 def test_signal_saves_exits_and_goes_on_to_the_same_bits(tmp_path, long_state, signum):
     status, stderr = run_until_step(tmp_path, 150, signum)
     assert status == 128 + signum

@@ -4,7 +4,6 @@ A record is a tf.Example with raw bytes of: dense (R, N) float32, ids (R, K) int
 row (R,) int64 (the row's number in the raw log) and, if the log has weights, weight (R,) float32.
 """
 
-import functools
 import json
 import os
 import pathlib
@@ -26,20 +25,29 @@ _TFDS = "tensorflow_datasets.core.features"
 _OPTIONS = {"none": "group_size:1,uncompressed", "zstd": "group_size:1,zstd:1"}
 
 
+def _columns(num_dense: int, num_slots: int, weighted: bool) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """(dtype, shape behind the rows) of what a block holds."""
+    columns: dict[str, tuple[str, tuple[int, ...]]] = {
+        "dense": ("float32", (num_dense,)),
+        "ids": ("int32", (num_slots,)),
+        "label": ("float32", ()),
+        "row": ("int64", ()),
+    }
+    return columns | ({"weight": ("float32", ())} if weighted else {})
+
+
 def features(num_dense: int, num_slots: int, weighted: bool) -> Any:
     """The tfds.features.FeaturesDict of a block."""
     import tensorflow_datasets as tfds  # Half a second to import.
 
-    tensor = functools.partial(tfds.features.Tensor, encoding=tfds.features.Encoding.BYTES)
-    columns = {
-        "dense": tensor(shape=(None, num_dense), dtype=np.float32),
-        "ids": tensor(shape=(None, num_slots), dtype=np.int32),
-        "label": tensor(shape=(None,), dtype=np.float32),
-        "row": tensor(shape=(None,), dtype=np.int64),
-    }
-    if weighted:
-        columns["weight"] = tensor(shape=(None,), dtype=np.float32)
-    return tfds.features.FeaturesDict(columns)
+    return tfds.features.FeaturesDict(
+        {
+            name: tfds.features.Tensor(
+                shape=(None, *shape), dtype=np.dtype(dtype), encoding=tfds.features.Encoding.BYTES
+            )
+            for name, (dtype, shape) in _columns(num_dense, num_slots, weighted).items()
+        }
+    )
 
 
 def serialize(block: Mapping[str, np.ndarray]) -> bytes:
@@ -121,22 +129,18 @@ def write_metadata(
 
 
 def _features_json(num_dense: int, num_slots: int, weighted: bool) -> str:
-    """What `features(...).save_metadata` writes."""
-
-    def tensor(dtype: str, *dims: int) -> dict[str, Any]:
-        shape = {"dimensions": [str(dim) for dim in (-1, *dims)]}
-        return {"pythonClassName": f"{_TFDS}.tensor_feature.Tensor"} | {
-            "tensor": {"dtype": dtype, "encoding": "bytes", "shape": shape}
-        }
-
+    """What `features(...).save_config` writes."""
     columns = {
-        "dense": tensor("float32", num_dense),
-        "ids": tensor("int32", num_slots),
-        "label": tensor("float32"),
-        "row": tensor("int64"),
+        name: {
+            "pythonClassName": f"{_TFDS}.tensor_feature.Tensor",
+            "tensor": {
+                "dtype": dtype,
+                "encoding": "bytes",
+                "shape": {"dimensions": [str(dim) for dim in (-1, *shape)]},
+            },
+        }
+        for name, (dtype, shape) in _columns(num_dense, num_slots, weighted).items()
     }
-    if weighted:
-        columns["weight"] = tensor("float32")
     whole = {"featuresDict": {"features": columns}, "pythonClassName": f"{_TFDS}.features_dict.FeaturesDict"}
     return json.dumps(whole, indent=4)
 
