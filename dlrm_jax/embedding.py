@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from dlrm_jax.config import ModelConfig, TableConfig
-from dlrm_jax.sparse_optimizer import SparseGrad
+from dlrm_jax.pooling import pool, read_rows
+from dlrm_jax.sparse_optimizer import BagGrad, SparseGrad
 
 MAX_STACK_ROWS = 2**31 - 1
 """Row numbers are int32; more rows start another stack."""
@@ -147,11 +148,6 @@ def _mix(x: jax.Array) -> jax.Array:
     return x ^ (x >> 16)
 
 
-def read_rows(table_RxD: jax.Array, row_ids: jax.Array) -> jax.Array:
-    """The rows of these numbers, whose shape (..., D) they give; an empty slot reads row 0, and counts for nothing."""
-    return table_RxD.at[jnp.maximum(row_ids, 0)].get(mode="promise_in_bounds")
-
-
 def lookup(
     config: ModelConfig,
     tables: dict[str, jax.Array],
@@ -166,16 +162,38 @@ def lookup(
     """
     pooled: list[jax.Array] = []
     features: list[int] = []
-    scale_BxK = slot_scale(config, ids_BxK, id_weights_BxK)
+    scale_BxK = None if _sums_plainly(config, id_weights_BxK) else slot_scale(config, ids_BxK, id_weights_BxK)
     for stack in make_stacks(config):
         row_ids = _row_ids(stack, ids_BxK)
-        scale = _learned_scale(config, stack, tables, row_ids, scale_BxK[:, stack.slots])
-        rows = take(tables[stack.name], row_ids)
-        pooled.append(sum_bags(rows * scale[:, :, None], stack.hotness))
-        features += stack.features
+        scale = None if scale_BxK is None else scale_BxK[:, stack.slots]
+        if config.learned_pooling:
+            # In one read, which the way back shares: it needs the rows again, before the update writes to them.
+            weights = slot_scale(config, ids_BxK, id_weights_BxK)[:, stack.slots]
+            weights = _learned_scale(config, stack, tables, row_ids, weights)
+            pooled.append(sum_bags(take(tables[stack.name], row_ids) * weights[:, :, None], stack.hotness))
+            features += stack.features
+            continue
+        for group, members in _groups(stack):
+            group_scale = None if scale is None else scale[:, group]
+            pooled.append(pool(take, tables[stack.name], row_ids[:, group], group_scale))
+            features += members
     if len(pooled) == 1:
         return pooled[0]
     return jnp.concatenate(pooled, axis=1)[:, np.argsort(features)]
+
+
+def _sums_plainly(config: ModelConfig, id_weights_BxK: jax.Array | None) -> bool:
+    """Whether a bag is the bare sum of its rows."""
+    means = any(feature.pooling == "mean" and feature.hotness > 1 for feature in config.features)
+    return id_weights_BxK is None and not config.learned_pooling and not means
+
+
+def _groups(stack: Stack) -> Iterator[tuple[np.ndarray, list[int]]]:
+    """(slots as (G, h) positions in the stack's slots, features) of the stack's features of one hotness h."""
+    starts = np.cumsum((0, *stack.hotness))
+    for h in sorted(set(stack.hotness)):
+        members = [i for i, hotness in enumerate(stack.hotness) if hotness == h]
+        yield starts[members][:, None] + np.arange(h), [stack.features[i] for i in members]
 
 
 def row_gradients(
@@ -199,6 +217,30 @@ def row_gradients(
             rows = read_rows(tables[stack.name], row_ids)
             d_weights = (d_slots * rows).sum(axis=2) * plain_scale
             grads[stack.name + POOLING_WEIGHTS] = SparseGrad(row_ids.reshape(-1), d_weights.reshape(-1, 1))
+    return grads
+
+
+def bag_gradients(
+    config: ModelConfig, ids_BxK: jax.Array, id_weights_BxK: jax.Array | None, d_pooled_BxFxD: jax.Array
+) -> dict[str, tuple[BagGrad, ...]]:
+    """`row_gradients` by bags, of features of one hotness each. Not where pooling weights are learned."""
+    grads = {}
+    scale_BxK = None if _sums_plainly(config, id_weights_BxK) else slot_scale(config, ids_BxK, id_weights_BxK)
+    for stack in make_stacks(config):
+        row_ids = _row_ids(stack, ids_BxK)
+        scale = None if scale_BxK is None else scale_BxK[:, stack.slots]
+        bags = []
+        for group, members in _groups(stack):
+            by_slot = group.T[:, None]  # (h, 1, G), to have slots first and bags of all examples next to each other.
+            rows = np.arange(ids_BxK.shape[0])[None, :, None]
+            bags.append(
+                BagGrad(
+                    ids_hxN=row_ids[rows, by_slot].reshape(group.shape[1], -1),
+                    scale_hxN=None if scale is None else scale[rows, by_slot].reshape(group.shape[1], -1),
+                    d_bags_NxD=d_pooled_BxFxD[:, np.array(members)].reshape(-1, config.embedding_dim),
+                )
+            )
+        grads[stack.name] = tuple(bags)
     return grads
 
 

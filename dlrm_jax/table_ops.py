@@ -7,6 +7,7 @@ import jax
 
 from dlrm_jax import embedding
 from dlrm_jax.config import ModelConfig, OptimizerConfig
+from dlrm_jax.formulations import by_platform
 from dlrm_jax.sparse_optimizer import make_sparse_optimizer
 
 Arrays = dict[str, Any]
@@ -40,10 +41,27 @@ def local_ops(model: ModelConfig, optimizer: OptimizerConfig | None = None) -> T
         if optimizer is None:
             raise ValueError("update needs an optimizer")
         sparse = make_sparse_optimizer(optimizer)
-        grads = embedding.row_gradients(model, tables, routes["ids"], routes["weights"], d_pooled_BxFxD)
-        new_tables, new_state = {}, {}
-        for name, grad in grads.items():
-            new_tables[name], new_state[name] = sparse.update(grad, opt_state[name], tables[name], rate)
-        return new_tables, new_state, {}
+
+        def by_rows(tables: Arrays, opt_state: Arrays, *args: Any) -> tuple[Arrays, Arrays]:
+            grads = embedding.row_gradients(model, tables, *args)
+            return _update_each(sparse.update, grads, tables, opt_state, rate)
+
+        def by_bags(tables: Arrays, opt_state: Arrays, *args: Any) -> tuple[Arrays, Arrays]:
+            grads = embedding.bag_gradients(model, *args)
+            return _update_each(sparse.update_bags, grads, tables, opt_state, rate)
+
+        args = (tables, opt_state, routes["ids"], routes["weights"], d_pooled_BxFxD)
+        if model.num_slots == len(model.features) or model.learned_pooling:
+            return *by_rows(*args), {}  # With one id a bag, rows and bags are the same thing.
+        return *by_platform(by_bags, by_rows, *args), {}
 
     return TableOps(route, lookup, update)
+
+
+def _update_each(
+    update: Callable[..., Any], grads: Arrays, tables: Arrays, opt_state: Arrays, rate: jax.Array
+) -> tuple[Arrays, Arrays]:
+    new_tables, new_state = {}, {}
+    for name, grad in grads.items():
+        new_tables[name], new_state[name] = update(grad, opt_state[name], tables[name], rate)
+    return new_tables, new_state

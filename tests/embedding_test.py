@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dlrm_jax import embedding
+from dlrm_jax import embedding, pooling
 from dlrm_jax.batch import EMPTY_SLOT
 from dlrm_jax.config import FeatureConfig, ModelConfig, TableConfig
 from tests.helpers import random_batch, tiny_model
@@ -119,3 +119,14 @@ def test_stack_tables_inverts_named_tables():
     assert restacked.keys() == tables.keys()
     for name in tables:
         np.testing.assert_array_equal(restacked[name], tables[name])
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("hotness", [1, 2, 4, 5, 9])
+def test_pooling_in_loops_equals_pooling_whole(hotness, scaled):
+    rng = np.random.default_rng(hotness)
+    table, ids = rng.normal(size=(7, 3)).astype(np.float32), rng.integers(-1, 7, (4, 2, hotness)).astype(np.int32)
+    scale = np.where(ids < 0, 0, rng.random(ids.shape)).astype(np.float32) if scaled else None
+    args = (pooling.read_rows, jnp.asarray(table), ids, scale)
+    whole, loops = pooling.pool_whole(*args), pooling.pool_in_loops(*args)
+    np.testing.assert_allclose(loops, whole, rtol=1e-5, atol=1e-6)

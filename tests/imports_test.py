@@ -9,9 +9,9 @@ import pytest
 from tests.helpers import ROOT
 
 LAYERS = (
-    {"config", "rows"},
+    {"config", "rows", "formulations"},
     {"batch", "sparse_optimizer", "dense_optimizer", "interaction", "loss", "schedule", "sharding.mesh"},
-    {"data.hashing", "data.schema", "data.source", "sharding.plan", "sharding.collective"},
+    {"data.hashing", "data.schema", "data.source", "sharding.plan", "sharding.collective", "pooling"},
     {"data.dense", "serving.errors", "serving.signature", "serving.store"},
     {
         "data.vocabulary",
@@ -44,16 +44,17 @@ LAYERS = (
     {"data.builder"},
     {"compat", "run_config", "monitor"},
     {"sharding.topology"},
-    {"evaluation", "placement", "stepper"},
+    {"evaluation", "placement", "stepper", "step_parts"},
+    {"measuring"},
     {"serving.quantise"},
     {"serving.export"},
     {"trained"},
     {"loop"},
     {"flags", "commands"},
-    {"train", "evaluate", "prepare", "plan", "export", "serve", "loadtest"},
+    {"train", "evaluate", "prepare", "plan", "export", "serve", "loadtest", "benchmark"},
 )
 LAYER_OF = {module: layer for layer, modules in enumerate(LAYERS) for module in modules}
-COMMANDS = {"flags", "commands", "train", "evaluate", "prepare", "plan", "export", "serve", "loadtest"}
+COMMANDS = {"flags", "commands", "train", "evaluate", "prepare", "plan", "export", "serve", "loadtest", "benchmark"}
 
 
 def modules() -> dict[str, ast.Module]:

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dlrm_jax import sparse_optimizer
-from dlrm_jax.sparse_optimizer import SparseGrad
+from dlrm_jax import formulations, sparse_optimizer
+from dlrm_jax.sparse_optimizer import BagGrad, SparseGrad
 from tests.helpers import optimizer
 
 V, D = 6, 3
@@ -74,3 +74,33 @@ def test_one_id_in_every_slot_is_squared_after_summing():
     grad = SparseGrad(jnp.zeros(8, jnp.int32), jnp.ones((8, D)))
     _, state = ours.update(grad, jnp.zeros((V, 1)), jnp.zeros((V, D)), jnp.float32(1.0))
     assert float(state[0, 0]) == 64.0
+
+
+@pytest.mark.parametrize("size", [1, 2, 500])
+def test_both_sorts_give_equal_ids_in_slot_order(size):
+    ids = jnp.asarray(np.random.default_rng(size).integers(0, 2**31 - 1, size) % (2**31 - 1 if size < 500 else 40))
+    for ours, theirs in zip(formulations.sort_packed(ids), formulations.sort_pairs(ids), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+        assert ours.dtype == np.int32
+
+
+@pytest.mark.parametrize("piece", [1, 3, 4096])
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("name", ["sgd", "adagrad", "rowwise_adagrad"])
+def test_update_by_bags_equals_update_by_rows(name, scaled, piece, monkeypatch):
+    """Ids that fill several pieces, that end with one, and void ones; bags of two hotnesses together."""
+    monkeypatch.setattr(sparse_optimizer, "PIECE", piece)
+    rng, bags, ids, rows = np.random.default_rng(piece), [], [], []
+    for hotness, count in ((3, 4), (1, 5)):
+        bag_ids = rng.integers(-1, V + 1, (hotness, count)).astype(np.int32)
+        scale = rng.random((hotness, count)).astype(np.float32) if scaled else np.ones((hotness, count), np.float32)
+        d_bags = rng.normal(size=(count, D)).astype(np.float32)
+        bags.append(BagGrad(jnp.asarray(bag_ids), jnp.asarray(scale) if scaled else None, jnp.asarray(d_bags)))
+        ids.append(bag_ids.reshape(-1))
+        rows.append((scale[:, :, None] * d_bags[None]).reshape(-1, D))
+    grad = SparseGrad(jnp.asarray(np.concatenate(ids)), jnp.asarray(np.concatenate(rows)))
+    ours, table = sparse_optimizer.make_sparse_optimizer(optimizer(name)), jax.random.normal(jax.random.key(0), (V, D))
+    state = jax.tree.map(lambda x: x + 0.5, ours.init(table, D))
+    expected = jax.jit(ours.update)(grad, state, table, jnp.float32(0.1))
+    actual = jax.jit(ours.update_bags)(tuple(bags), state, table, jnp.float32(0.1))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), actual, expected)

@@ -19,7 +19,7 @@ import ml_dtypes
 import numpy as np
 
 from dlrm_jax.config import ConfigError
-from dlrm_jax.embedding import read_rows
+from dlrm_jax.pooling import read_rows
 
 TABLE_TYPES = ("float32", "bfloat16", "int8", "int4")
 BITS = {"int8": 8, "int4": 4}

@@ -68,8 +68,11 @@ class TorchDLRM:
         ]
         self.dense = DenseModel(model, state)
         self.compiled_dense = torch.compile(self.dense)
-        optimizers = {"sgd": torch.optim.SGD, "adagrad": torch.optim.Adagrad}
-        self.dense_optimizer = optimizers[optimizer.dense](self.dense.parameters(), lr=self.rate)
+        parameters = list(self.dense.parameters())
+        if optimizer.dense == "sgd":
+            self.dense_optimizer: torch.optim.Optimizer = torch.optim.SGD(parameters, lr=self.rate)
+        else:
+            self.dense_optimizer = torch.optim.Adagrad(parameters, lr=self.rate, eps=self.eps)
         tables = [bag.weight for bag in self.bags]
         self.table_optimizer = torch.optim.SGD(tables, lr=self.rate) if optimizer.table == "sgd" else None
         self.means = [torch.zeros(len(table)) for table in tables]
