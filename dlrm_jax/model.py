@@ -72,10 +72,11 @@ class DLRM(nn.Module):
         """(B, N), (B, F, D) to (B,)."""
         config = self.config
         bottom_BxD = MLP(config.bottom_mlp, final_relu=True, init_name=config.dense_init, name="bottom_mlp")(dense_BxN)
-        if config.interaction == "dot":
-            interaction_BxI = dot_interaction(bottom_BxD, pooled_BxFxD, config.self_interaction)
-        else:
-            interaction_BxI = cat_interaction(bottom_BxD, pooled_BxFxD)
+        with jax.named_scope("interaction"):
+            if config.interaction == "dot":
+                interaction_BxI = dot_interaction(bottom_BxD, pooled_BxFxD, config.self_interaction)
+            else:
+                interaction_BxI = cat_interaction(bottom_BxD, pooled_BxFxD)
         if config.interaction == "cross":
             interaction_BxI = LowRankCross(config.cross_layers, config.cross_rank, name="cross")(interaction_BxI)
         top_mlp = MLP(config.top_mlp, final_relu=False, init_name=config.dense_init, name="top_mlp")

@@ -27,7 +27,8 @@ TrainStep = Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]
 def logits(model: ModelConfig, state: TrainState, batch: Batch, ops: TableOps | None = None) -> jax.Array:
     """logits_B of a batch; `ops` says where the tables are, by default on one device."""
     ops = ops or local_ops(model)
-    pooled_BxFxD, _ = ops.lookup(state.tables, ops.route(batch.ids_BxK, batch.id_weights_BxK))
+    with jax.named_scope("lookup"):
+        pooled_BxFxD, _ = ops.lookup(state.tables, ops.route(batch.ids_BxK, batch.id_weights_BxK))
     return DLRM(model).apply({"params": state.dense_params}, batch.dense_BxN, pooled_BxFxD)
 
 
@@ -50,7 +51,9 @@ def make_train_step(
     finish = make_routed_step(model, loss, optimizer, num_micro_batches, ops)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
-        return finish(state, batch, ops.route(batch.ids_BxK, batch.id_weights_BxK))
+        with jax.named_scope("route"):
+            routes = ops.route(batch.ids_BxK, batch.id_weights_BxK)
+        return finish(state, batch, routes)
 
     return train_step
 
@@ -82,19 +85,23 @@ def make_routed_step(
     dense_optimizer = make_dense_optimizer(optimizer)
 
     def train_step(state: TrainState, batch: Batch, routes: Any) -> tuple[TrainState, dict[str, jax.Array]]:
-        pooled_BxFxD, routes = ops.lookup(state.tables, routes)
+        with jax.named_scope("lookup"):
+            pooled_BxFxD, routes = ops.lookup(state.tables, routes)
         loss_value, d_params, d_pooled_BxFxD, finite = dense_gradients(
             model, loss, state.dense_params, batch, pooled_BxFxD, num_micro_batches
         )
         rate = schedule(state.step)
-        updates, dense_opt_state = dense_optimizer.update(d_params, state.dense_opt_state, state.dense_params)
-        updates = jax.tree.map(lambda update: -rate * update, updates)
-        tables, table_opt_state, counters = ops.update(
-            state.tables, state.table_opt_state, routes, d_pooled_BxFxD, rate
-        )
+        with jax.named_scope("dense_update"):
+            updates, dense_opt_state = dense_optimizer.update(d_params, state.dense_opt_state, state.dense_params)
+            updates = jax.tree.map(lambda update: -rate * update, updates)
+            dense_params = optax.apply_updates(state.dense_params, updates)
+        with jax.named_scope("sparse_update"):
+            tables, table_opt_state, counters = ops.update(
+                state.tables, state.table_opt_state, routes, d_pooled_BxFxD, rate
+            )
         new_state = TrainState(
             step=state.step + 1,
-            dense_params=optax.apply_updates(state.dense_params, updates),
+            dense_params=dense_params,
             dense_opt_state=dense_opt_state,
             tables=tables,
             table_opt_state=table_opt_state,

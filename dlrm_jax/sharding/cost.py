@@ -214,6 +214,20 @@ def estimate(
     return Cost(plan, stacks, options, memory, sent, flops, traffic + row_traffic, seconds)
 
 
+def forward_work(
+    model: ModelConfig, stacks: tuple[PlacedStack, ...], load: Load, hardware: Hardware
+) -> tuple[float, float, dict[str, float]]:
+    """(operations, bytes read and written, seconds of each) of scoring a batch, on one device."""
+    b = -(-load.batch_size // (stacks[0].num_shards * stacks[0].num_copies))
+    outputs = sum(o for _, o in _layers(model)) + interaction_width(model)
+    rows = float(sum(_slots_looked_up(stack, load) * stack.width for stack in stacks)) * FLOAT
+    # An activation is written and read once, a pooled vector too; weights are read once.
+    streams = 2.0 * FLOAT * b * (outputs + len(model.features) * model.embedding_dim) + FLOAT * dense_parameters(model)
+    flops = _forward_flops(model) * b
+    memory = streams / hardware.memory_rate + rows / (hardware.memory_rate * hardware.row_efficiency)
+    return flops, streams + rows, {"compute": flops / hardware.flops, "memory": memory}
+
+
 def _forward_flops(model: ModelConfig) -> float:
     vectors = len(model.features) + 1
     cross = 2 * _cross_parameters(model)

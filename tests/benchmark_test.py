@@ -1,0 +1,106 @@
+"""Tests `dlrm_jax.benchmark`: where a step's time goes, and the command with its sweeps."""
+
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from dlrm_jax import step_parts
+from dlrm_jax.config import LossConfig
+from dlrm_jax.sharding.exchange import ExchangeOptions
+from dlrm_jax.sharding.mesh import MeshShape, make_mesh
+from dlrm_jax.sharding.placed import Placed, on_one_device
+from dlrm_jax.sharding.plan import make_plan
+from dlrm_jax.step import make_train_step
+from dlrm_jax.step_parts import Event
+from tests.helpers import ROOT, optimizer, tiny_model
+
+
+def benchmark(*flags: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "dlrm_jax.benchmark", "--num_examples=2000", "--batch_size=64", "--seconds=0"]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2"}
+    return subprocess.run(
+        [*command, *flags], cwd=ROOT, capture_output=True, text=True, timeout=300, env=environment, check=False
+    )
+
+
+def test_shares_of_overlapping_events_and_gaps():
+    events = [Event("a", 0, 4), Event("b", 2, 4), Event("a", 6, 10), Event("unknown", 0, 100)]
+    found = step_parts.shares(events, {"a": "MLPs", "b": "lookup"})
+    assert found == {
+        part: pytest.approx({"MLPs": 0.7, "lookup": 0.1, "launch gaps": 0.2}.get(part, 0)) for part in found
+    }
+    assert step_parts.shares([Event("unknown", 0, 1)], {"a": "MLPs"}) == {}
+
+
+@pytest.mark.parametrize("num_devices", [1, 2])
+def test_every_part_of_a_compiled_step_is_found(num_devices):
+    model, shape = tiny_model(), MeshShape(1, num_devices)
+    placed = Placed(model, optimizer(), make_plan(model, shape, "row_wise"), make_mesh(shape), ExchangeOptions())
+    placed = placed if num_devices > 1 else on_one_device(model, optimizer())
+    step = placed.jit_step(make_train_step(model, LossConfig(), placed.optimizer, 1, placed.ops))
+    text = step.lower(placed.abstract_state, placed.abstract_batch(8)).compile().as_text()
+    found = set(step_parts.parts_of(text).values())
+    assert found >= {"lookup", "interaction", "MLPs", "sparse update"}
+    assert ("exchange" in found) == (num_devices > 1)
+
+
+def test_a_profile_of_a_real_step_has_its_operations():
+    compiled = jax.jit(lambda x: (x @ x).sum()).lower(jax.ShapeDtypeStruct((300, 300), "float32")).compile()
+    argument = jax.numpy.ones((300, 300))
+    events = step_parts.profile(lambda: jax.block_until_ready(compiled(argument)), compiled.as_text())
+    shares = step_parts.shares(events, step_parts.parts_of(compiled.as_text()))
+    assert sum(shares.values()) == pytest.approx(1) and shares["other"] > 0
+
+
+@pytest.mark.end_to_end
+def test_the_command_prints_and_writes_what_it_measured(tmp_path):
+    done = benchmark(f"--json={tmp_path}/b.json", f"--picture={tmp_path}/b.png")
+    assert not done.returncode, done.stderr
+    numbers = json.loads((tmp_path / "b.json").read_text())
+    for kind in ("train", "forward"):
+        assert sum(numbers[kind]["parts"].values()) == pytest.approx(1)
+        assert numbers[kind]["parts"]["MLPs"] > 0 and numbers[kind]["compile_seconds"] > 0
+        assert numbers[kind]["samples_per_second"] == pytest.approx(64 / numbers[kind]["step_seconds"])
+        assert f"{numbers[kind]['step_seconds'] * 1e3:,.3f} ms" in done.stdout
+    assert numbers["forward"]["parts"]["sparse update"] == 0 < numbers["train"]["parts"]["sparse update"]
+    assert (tmp_path / "b.png").stat().st_size > 5000
+
+
+@pytest.mark.parametrize(
+    ("sweep", "flags"),
+    [
+        ("batch", ()),
+        ("devices", ("--sharding=row_wise",)),
+        ("rows", ("--dataset=synthetic", "--sweep_values=10,100")),
+        ("hotness", ("--dataset=synthetic", "--sweep_values=1,3")),
+        ("dim", ("--sweep_values=8,16",)),
+    ],
+)
+def test_sweeps(tmp_path, sweep, flags):
+    done = benchmark(f"--sweep={sweep}", *flags, f"--json={tmp_path}/b.json", f"--picture={tmp_path}/b.png")
+    assert not done.returncode, done.stderr
+    points = json.loads((tmp_path / "b.json").read_text())["points"]
+    assert list(points) == {"batch": ["1", "4", "16", "64", "256"], "devices": ["1", "2"]}.get(
+        sweep, [v for flag in flags if "values" in flag for v in flag.split("=")[1].split(",")]
+    )
+    held = [point["train"]["held_bytes"] for point in points.values()]
+    assert held == sorted(held, reverse=sweep == "devices") and len(set(held)) == len(held)
+    assert (tmp_path / "b.png").stat().st_size > 5000
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--sweep_values=3",), "needs --sweep"),
+        (("--sweep=batch", "--sweep_values=3,x"), "--sweep_values=3,x are not all whole numbers"),
+        (("--sweep=rows",), "--sweep=rows changes the data, so it needs --dataset=synthetic"),
+        (("--sweep=devices", "--sweep_values=64"), "--sweep_values has 64 devices, but there are 2"),
+    ],
+)
+def test_what_cannot_be_measured_is_said_in_a_line(flags, message):
+    done = benchmark(*flags)
+    assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr
