@@ -144,6 +144,14 @@ class ModelConfig:
         return next(table for table in self.tables if table.name == name)
 
 
+def model_from_dict(values: dict[str, Any]) -> ModelConfig:
+    """The inverse of dataclasses.asdict, through JSON."""
+    lists = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
+    tables = tuple(TableConfig(**table) for table in values["tables"])
+    features = tuple(FeatureConfig(**feature) for feature in values["features"])
+    return ModelConfig(**{**values, **lists, "tables": tables, "features": features})
+
+
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
     """`bce` on logits, `wbce` (class weights for label 0 and 1) or `mse` on probabilities.

@@ -2,11 +2,16 @@
 
 import importlib.util
 import pathlib
+import typing
 
 from absl import flags
 
 from dlrm_jax.commands import run_command
 from dlrm_jax.config import ConfigError, require
+from dlrm_jax.sharding.plan import SHARDINGS
+
+if typing.TYPE_CHECKING:
+    from dlrm_jax.serving.loaded import MakeEngine
 
 FLAGS = flags.FLAGS
 _NEEDED = ("starlette", "uvicorn", "httptools", "uvloop", "orjson", "prometheus_client", "flatbuffers")
@@ -22,6 +27,9 @@ def define_flags() -> None:
     flags.DEFINE_list("batch_sizes", [], "Batch sizes that are compiled ahead; default 1,4,16,...,2048.")
     flags.DEFINE_float("max_delay_ms", 0.0, "How long a batch waits for more requests while the model is idle.")
     flags.DEFINE_integer("max_queued_rows", 8192, "Rows that may wait; a request beyond is refused at once (429).")
+    flags.DEFINE_float(
+        "max_wait_ms", 50.0, "A request that would wait longer before it is computed is refused at once (429)."
+    )
     flags.DEFINE_integer("max_rows", 4096, "Rows of one request.")
     flags.DEFINE_integer("max_bag", 1000, "Values of one bag in a raw row.")
     flags.DEFINE_integer("max_body_bytes", 16 << 20, "Bytes of one request's body.")
@@ -30,9 +38,17 @@ def define_flags() -> None:
     flags.DEFINE_float("body_seconds", 10.0, "A request whose body has not come by then is answered 408.")
     flags.DEFINE_float("poll_seconds", 5.0, "How often to look for a newer version; SIGHUP looks at once.")
     flags.DEFINE_float("drain_seconds", 10.0, "After SIGTERM, how long open requests may take.")
+    flags.DEFINE_string(
+        "mesh",
+        "",
+        "Devices that share the tables, as model:4 or data:2,model:4 (two copies); default: the first.",
+    )
+    flags.DEFINE_enum("sharding", "auto", (*SHARDINGS, "auto"), "With --mesh: how tables lie on it, as in training.")
+    flags.DEFINE_string("sharding_plan", "", "With --mesh: JSON file that places single tables otherwise.")
     flags.DEFINE_string("token_file", "", "File with a token that every request but health must bear.")
     flags.DEFINE_string("tls_cert", "", "Certificate (PEM) for HTTPS.")
     flags.DEFINE_string("tls_key", "", "Its key (PEM).")
+    flags.DEFINE_bool("access_log", False, "Log every request: path, status, milliseconds.")
     flags.DEFINE_enum(
         "log_level", "info", ("debug", "info", "warning", "error"), "Which events are logged; debug: bad requests."
     )
@@ -49,18 +65,20 @@ def main() -> None:
     limits = Limits(FLAGS.max_body_bytes, FLAGS.max_rows, FLAGS.request_seconds, FLAGS.body_seconds)
     for name in ("max_queued_rows", "max_rows", "max_bag", "max_body_bytes", "max_connections"):
         require(FLAGS[name].value >= 1, f"--{name} is {FLAGS[name].value}; it must be at least 1")
-    for name in ("request_seconds", "body_seconds", "poll_seconds"):
+    for name in ("max_wait_ms", "request_seconds", "body_seconds", "poll_seconds"):
         require(FLAGS[name].value > 0, f"--{name} is {FLAGS[name].value}; it must be positive")
     require(FLAGS.max_delay_ms >= 0, f"--max_delay_ms is {FLAGS.max_delay_ms}; it must not be negative")
     require(bool(FLAGS.tls_cert) == bool(FLAGS.tls_key), "--tls_cert and --tls_key go together: give both or none")
+    batch_sizes = _batch_sizes() or BATCH_SIZES
     run_server(
         Settings(
             model_dir=pathlib.Path(FLAGS.model),
             host=FLAGS.host,
             port=FLAGS.port,
-            batch_sizes=_batch_sizes() or BATCH_SIZES,
+            batch_sizes=batch_sizes,
             max_delay=FLAGS.max_delay_ms / 1e3,
             max_queued_rows=FLAGS.max_queued_rows,
+            max_wait=FLAGS.max_wait_ms / 1e3,
             max_bag=FLAGS.max_bag,
             poll_seconds=FLAGS.poll_seconds,
             drain_seconds=FLAGS.drain_seconds,
@@ -70,6 +88,8 @@ def main() -> None:
             tls_cert=FLAGS.tls_cert,
             tls_key=FLAGS.tls_key,
             log_level=FLAGS.log_level,
+            access_log=FLAGS.access_log,
+            make_engine=_make_engine(batch_sizes[-1]),
         )
     )
 
@@ -83,6 +103,20 @@ def _batch_sizes() -> tuple[int, ...]:
         ) from None
     require(not sizes or sizes[0] >= 1, f"--batch_sizes={','.join(FLAGS.batch_sizes)}: a batch has at least one row")
     return sizes
+
+
+def _make_engine(largest_batch: int) -> "MakeEngine":
+    from dlrm_jax.serving.loaded import OneDevice
+
+    if not FLAGS.mesh:
+        for name in ("sharding", "sharding_plan"):
+            require(not FLAGS[name].present, f"--{name} places tables on several devices: give --mesh=model:N too")
+        return OneDevice
+    from dlrm_jax.serving.placed import engine_maker
+    from dlrm_jax.sharding.options import ShardingOptions
+
+    options = ShardingOptions(sharding=FLAGS.sharding, plan=FLAGS.sharding_plan, mesh=FLAGS.mesh)
+    return engine_maker(options, largest_batch)
 
 
 def _token() -> str:

@@ -2,8 +2,9 @@
 
 `--scenario=Offline|Server` as MLPerf Inference defines them for DLRM; a sample is 100 to 700 user-item pairs (mean 270:
 here drawn from a fixed seed, since the benchmark's own list of sizes belongs to its data). Server
-holds `--latency_ms` at the 99th percentile at `--qps`. `--accuracy` has every sample scored once and prints the AUC of
-the answers beside that of `predict` on the same rows. Needs mlcommons-loadgen; its logs go to `--logs`.
+holds `--latency_ms` at the 99th percentile at `--qps`. `--find` searches the highest rate that LoadGen calls VALID and
+writes the section `mlperf_<scenario>` of experiments/README.md. `--accuracy` has every sample scored once and prints
+the AUC of the answers beside that of `predict` on the same rows. Needs mlcommons-loadgen; its logs go to `--logs`.
 """
 
 import argparse
@@ -15,8 +16,10 @@ import threading
 
 import mlperf_loadgen as loadgen
 import numpy as np
+from measure import ROOT, replace_section, where_and_when
 
 from dlrm_jax.metrics import auc
+from dlrm_jax.reporting import versions
 from dlrm_jax.serving import load
 
 _SHAPE = (1.0, 2.53)
@@ -72,18 +75,74 @@ class System:
         loadgen.QuerySamplesComplete(responses)
 
 
-def settings_of(flags: argparse.Namespace) -> loadgen.TestSettings:
+def settings_of(flags: argparse.Namespace, qps: float) -> loadgen.TestSettings:
     """LoadGen's settings."""
     settings = loadgen.TestSettings()
     settings.scenario = getattr(loadgen.TestScenario, flags.scenario)
     settings.mode = loadgen.TestMode.AccuracyOnly if flags.accuracy else loadgen.TestMode.PerformanceOnly
     settings.min_duration_ms = int(flags.seconds * 1000)
-    settings.offline_expected_qps = flags.qps
-    settings.server_target_qps = flags.qps
+    settings.offline_expected_qps = qps
+    settings.server_target_qps = qps
     settings.server_target_latency_ns = int(flags.latency_ms * 1e6)
     settings.server_target_latency_percentile = 0.99
     settings.min_query_count = flags.min_queries if flags.scenario == "Server" else 1
     return settings
+
+
+def run(system: System, flags: argparse.Namespace, qps: float) -> str:
+    """One test of LoadGen at a rate; its summary."""
+    log = loadgen.LogSettings()
+    log.log_output.outdir = str(flags.logs)
+    log.log_output.copy_summary_to_stdout = False
+    under_test = loadgen.ConstructSUT(system.issue, lambda: None)
+    library = loadgen.ConstructQSL(flags.samples, flags.samples, lambda indices: None, lambda indices: None)
+    loadgen.StartTestWithLogSettings(under_test, library, settings_of(flags, qps), log)
+    loadgen.DestroyQSL(library)
+    loadgen.DestroySUT(under_test)
+    return (flags.logs / "mlperf_log_summary.txt").read_text()
+
+
+def is_valid(summary: str) -> bool:
+    """LoadGen's verdict."""
+    return "Result is : VALID" in summary
+
+
+def number(summary: str, name: str) -> float:
+    """A value of LoadGen's summary."""
+    return float(next(line.split(":")[1] for line in summary.splitlines() if line.startswith(name)))
+
+
+def find(system: System, flags: argparse.Namespace) -> str:
+    """The summary of the highest rate that is VALID, to a tenth.
+
+    Offline's samples are as many as the expected rate needs for the asked time: one test says what to expect.
+    """
+    if flags.scenario == "Offline":
+        rate = number(run(system, flags, flags.qps), "Samples per second")
+        return run(system, flags, 1.2 * rate)
+    best, qps, factor = "", flags.qps, 1.5
+    for _ in range(flags.tries):
+        summary = run(system, flags, qps)
+        print(f"{qps:.1f}/s: {'VALID' if is_valid(summary) else 'INVALID'}", flush=True)
+        if is_valid(summary):
+            best = summary
+        elif best:
+            qps, factor = qps / factor, 1 + (factor - 1) / 2
+        else:
+            qps /= factor**2
+        if factor < 1.1:
+            break
+        qps *= factor
+    return best or summary
+
+
+def section(summary: str) -> str:
+    """Markdown of a summary: the verdict, the rate, the latency."""
+    wanted = ("Scenario", "Mode", "Scheduled samples", "Completed samples", "Samples per second", "Result is")
+    wanted += ("50.00 percentile", "99.00 percentile", "min_duration", "min_query_count", "target_latency (ns)")
+    lines = [line.strip() for line in summary.splitlines() if line.strip().startswith(wanted)]
+    where = f"Measured {where_and_when(versions())}; `python experiments/mlperf_inference.py --find`."
+    return "\n".join(["```", *lines, "```", "", where])
 
 
 def check_accuracy(system: System, logs: pathlib.Path) -> None:
@@ -111,23 +170,23 @@ def main() -> None:
     parser.add_argument("--min_queries", type=int, default=100)
     parser.add_argument("--samples", type=int, default=1000)
     parser.add_argument("--max_batch", type=int, default=2048)
+    parser.add_argument("--find", action="store_true")
+    parser.add_argument("--tries", type=int, default=8)
     parser.add_argument("--accuracy", action="store_true")
     parser.add_argument("--logs", type=pathlib.Path, default=pathlib.Path("runs/mlperf"))
     flags = parser.parse_args()
     flags.logs.mkdir(parents=True, exist_ok=True)
     system = System(flags.model, flags.samples, flags.max_batch)
-    log = loadgen.LogSettings()
-    log.log_output.outdir = str(flags.logs)
-    log.log_output.copy_summary_to_stdout = False
-    under_test = loadgen.ConstructSUT(system.issue, lambda: None)
-    library = loadgen.ConstructQSL(flags.samples, flags.samples, lambda indices: None, lambda indices: None)
-    loadgen.StartTestWithLogSettings(under_test, library, settings_of(flags), log)
-    loadgen.DestroyQSL(library)
-    loadgen.DestroySUT(under_test)
+    if flags.find:
+        text = section(find(system, flags))
+        print(text)
+        replace_section(ROOT / "experiments" / "README.md", f"mlperf_{flags.scenario.lower()}", text)
+        return
+    summary = run(system, flags, flags.qps)
     if flags.accuracy:
         check_accuracy(system, flags.logs)
     else:
-        print((flags.logs / "mlperf_log_summary.txt").read_text())
+        print(summary)
 
 
 if __name__ == "__main__":

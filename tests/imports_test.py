@@ -48,6 +48,7 @@ LAYERS = (
     {"measuring"},
     {"serving.quantise"},
     {"serving.export"},
+    {"serving.placed"},
     {"trained"},
     {"loop"},
     {"flags", "commands"},

@@ -105,6 +105,46 @@ def test_a_full_queue_refuses_at_once():
     assert with_batcher(work) == [4]
 
 
+def test_who_would_wait_too_long_is_refused_at_once():
+    fake = Fake()
+
+    async def work(batcher):
+        await batcher.score(fake, *rows(1), soon())
+        assert 0 < batcher._seconds_of[0] < 10  # It was measured.
+        batcher._seconds_of[0] = 10.0
+        fake.hold.clear()
+        running = await started(batcher, fake, 2)
+        assert 0.05 < batcher.expected_wait() <= 10
+        with pytest.raises(Busy, match=r"would wait \d+ ms, more than 50"):
+            await batcher.score(fake, *rows(3), soon())
+        assert not running.done()
+        fake.hold.set()
+        await running
+        with pytest.raises(Busy, match="would wait 60 ms"):
+            batcher.admit(waited=0.06)
+        batcher.admit(waited=0.04)
+        return (await batcher.score(fake, *rows(4), soon())).probability.tolist()
+
+    assert with_batcher(work, max_wait=0.05) == [4]
+
+
+def test_full_batches_ahead_are_counted():
+    fake = Fake()
+
+    async def work(batcher):
+        batcher._seconds_of = {0: 1.0, 3: 100.0}
+        fake.hold.clear()
+        tasks = [await started(batcher, fake, 1)]
+        tasks += [asyncio.create_task(batcher.score(fake, *rows(*range(8)), soon())) for _ in range(3)]
+        await asyncio.sleep(0)
+        waits = batcher.expected_wait()
+        fake.hold.set()
+        await asyncio.gather(*tasks)
+        return waits
+
+    assert 300 <= with_batcher(work, max_queued_rows=100) <= 301
+
+
 def test_time_runs_out_in_the_queue_and_in_the_thread():
     fake = Fake()
 

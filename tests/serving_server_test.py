@@ -349,6 +349,20 @@ def test_token_tls_a_full_queue_and_an_orderly_end(tmp_path, certificate):
         assert json.loads(server.lines[-1])["event"] == "stopped"
 
 
+def test_who_waited_too_long_is_refused_and_requests_are_logged(tmp_path):
+    """A bound that no request can keep: each has waited for longer before the server comes to it."""
+    export_tiny(tmp_path, tiny_model())
+    row = {"x0": 1, "x1": 2.5, "x2": -3, "user": 10, "item": 6, "history": [1, 2], "flag": None}
+    with running(tmp_path, "--max_wait_ms=0.0001", "--access_log", "--batch_sizes=1") as server:
+        status, headers, answer = server.ask("POST", "/v1/score", {"rows": [row]})
+        assert status == 429 and int(headers["retry-after"]) >= 1 and "would wait" in answer["error"]
+        assert server.ask("GET", "/v2/health/ready")[0] == 200
+        assert b'dlrm_stage_seconds_count{stage="accept"} 1.0' in server.ask("GET", "/metrics")[2]
+        line = server.event("request", status=429)
+        assert (line["method"], line["path"], line["client"]) == ("POST", "/v1/score", "127.0.0.1") and line["ms"] > 0
+        server.event("request", path="/v2/health/ready", status=200)
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
@@ -356,6 +370,7 @@ def test_token_tls_a_full_queue_and_an_orderly_end(tmp_path, certificate):
         (["--model={tmp}", "--batch_sizes=1,x"], "--batch_sizes=1,x is not a list"),
         (["--model={tmp}", "--tls_cert=a"], "go together"),
         (["--model={tmp}", "--max_rows=0"], "--max_rows is 0"),
+        (["--model={tmp}", "--max_wait_ms=0"], "--max_wait_ms is 0"),
         (["--model={tmp}", "--token_file={tmp}/no"], "No such file"),
     ],
 )

@@ -39,6 +39,8 @@ from dlrm_jax.serving.protocol import (
 from dlrm_jax.serving.repository import Repository, describe
 from dlrm_jax.serving.telemetry import Telemetry, log
 
+ARRIVED = "arrived"
+"""Key of the scope's state: when the head of a request was read, in seconds of time.monotonic()."""
 _SERVER = "dlrm_jax"
 _JSON = b"application/json"
 _OPEN_PATHS = ("/v2/health/live", "/v2/health/ready")
@@ -71,6 +73,7 @@ class Service:
     batcher: Batcher
     telemetry: Telemetry
     limits: Limits
+    access_log: bool = False
     draining: bool = False
 
     def servable(self) -> Servable:
@@ -152,12 +155,16 @@ class _Endpoint:
         self._service, self._handler = service, handler
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        service = self._service
+        service, start = self._service, time.monotonic()
         try:
             status = await self._handler(service, scope, receive, send)
         except Exception as error:
             status = await _refuse(service, scope, send, error)
         service.telemetry.response(status)
+        if service.access_log:
+            ms = round((time.monotonic() - scope.get("state", {}).get(ARRIVED, start)) * 1e3, 3)
+            client = (scope.get("client") or ("",))[0]
+            log("request", method=scope["method"], path=scope["path"], status=status, ms=ms, client=client)
 
 
 async def _refuse(service: Service, scope: Scope, send: Send, error: Exception) -> int:
@@ -187,11 +194,19 @@ async def _refuse(service: Service, scope: Scope, send: Send, error: Exception) 
     return status
 
 
+def _arrival(service: Service, scope: Scope) -> tuple[float, float]:
+    """(when the request's head came, now). Between them the event loop was busy with others."""
+    start = time.monotonic()
+    arrived = scope.get("state", {}).get(ARRIVED, start)
+    service.telemetry.stage("accept", start - arrived)
+    return arrived, start
+
+
 async def _score(service: Service, scope: Scope, receive: Receive, send: Send) -> int:
     """POST /v1/score."""
-    start = time.monotonic()
+    arrived, start = _arrival(service, scope)
     servable = service.servable()
-    service.batcher.admit()  # Before the work of reading it.
+    service.batcher.admit(waited=start - arrived)  # Before the work of reading it.
     _require_type(scope, ("application/json",))
     body = await _read_body(scope, receive, service.limits)
     read = time.monotonic()
@@ -199,13 +214,13 @@ async def _score(service: Service, scope: Scope, receive: Receive, send: Send) -
     dense, ids, unknown = servable.reader.read(rows, shared)
     service.telemetry.stage("read", read - start)
     service.telemetry.stage("parse", time.monotonic() - read)
-    scores = await service.score(servable, dense, ids, start)
+    scores = await service.score(servable, dense, ids, arrived)
     answer: dict[str, Any] = {"probability": scores.probability, "model_version": str(servable.version.number)}
     if unknown:
         answer["unknown"] = unknown
         service.telemetry.unknown(unknown)
     await _send(send, 200, orjson.dumps(answer, option=orjson.OPT_SERIALIZE_NUMPY))
-    service.telemetry.scored(len(rows), time.monotonic() - start)
+    service.telemetry.scored(len(rows), time.monotonic() - arrived)
     return 200
 
 
@@ -228,9 +243,9 @@ def _rows_of(request: dict[str, Any], limits: Limits) -> tuple[list[dict[str, An
 
 async def _infer(service: Service, scope: Scope, receive: Receive, send: Send) -> int:
     """POST /v2/models/NAME/infer."""
-    start = time.monotonic()
+    arrived, start = _arrival(service, scope)
     servable = service.named(scope)
-    service.batcher.admit()
+    service.batcher.admit(waited=start - arrived)
     _require_type(scope, ("application/json", "application/octet-stream"))
     body = await _read_body(scope, receive, service.limits)
     read = time.monotonic()
@@ -239,14 +254,14 @@ async def _infer(service: Service, scope: Scope, receive: Receive, send: Send) -
     dense, ids = servable.checked(dense, ids)
     service.telemetry.stage("read", read - start)
     service.telemetry.stage("parse", time.monotonic() - read)
-    scores = await service.score(servable, dense, ids, start)
+    scores = await service.score(servable, dense, ids, arrived)
     answer, head = infer_response(request, wanted, servable, scores)
     if head is None:
         await _send(send, 200, answer)
     else:
         length = (HEADER_LENGTH.encode(), str(head).encode())
         await _send(send, 200, answer, b"application/octet-stream", length)
-    service.telemetry.scored(len(dense), time.monotonic() - start)
+    service.telemetry.scored(len(dense), time.monotonic() - arrived)
     return 200
 
 

@@ -1,7 +1,8 @@
 """Requests of a few rows become batches: whoever waits while one batch is computed shares the next.
 
 A batch waits at most `max_delay` seconds for company, and only for what is not yet full. Requests are never mixed
-across versions: each was checked against the version that scores it.
+across versions: each was checked against the version that scores it. Whoever would wait too long is refused at once, so
+that those who are served keep their latency, whatever is asked.
 """
 
 import asyncio
@@ -9,6 +10,7 @@ import collections
 import concurrent.futures
 import contextlib
 import dataclasses
+import math
 import time
 from collections.abc import Sequence
 
@@ -34,15 +36,19 @@ class _Waiting:
 class Batcher:
     """The queue before a model, and the one thread that runs it."""
 
-    def __init__(self, telemetry: Telemetry, max_batch: int, max_delay: float, max_queued_rows: int) -> None:
+    def __init__(
+        self, telemetry: Telemetry, max_batch: int, max_delay: float, max_queued_rows: int, max_wait: float = math.inf
+    ) -> None:
         self._telemetry, self._max_batch, self._max_delay = telemetry, max_batch, max_delay
-        self._max_queued = max_queued_rows
+        self._max_queued, self._max_wait = max_queued_rows, max_wait
         self._queue: collections.deque[_Waiting] = collections.deque()
         self._running: list[_Waiting] = []
         self._queued_rows = 0
         self._arrived = asyncio.Event()
         self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="score")
-        self._seconds_a_row = 1e-5
+        self._running_since = 0.0
+        self._seconds_of: dict[int, float] = {}
+        """Moving average by batch size, as the exponent of the next power of two."""
         self._tasks: list[asyncio.Task[None]] = []
 
     def start(self) -> None:
@@ -65,11 +71,29 @@ class Batcher:
         """Rows that wait."""
         return self._queued_rows
 
-    def admit(self, rows: int = 1) -> None:
-        """Busy if so many rows more are too many; a request larger than the whole queue may come when it is empty."""
+    def admit(self, rows: int = 1, waited: float = 0.0) -> None:
+        """Busy if so many rows more are too many, or would wait too long, `waited` seconds being over.
+
+        A request larger than the whole queue may come when it is empty.
+        """
+        wait = self.expected_wait()
         if self._queued_rows and self._queued_rows + rows > self._max_queued:
-            wait = self._queued_rows * self._seconds_a_row
             raise Busy(f"{self._queued_rows} rows wait already; at most {self._max_queued}", max(wait, 0.05))
+        if waited + wait > self._max_wait:
+            waits = f"{(waited + wait) * 1e3:.0f} ms, more than {self._max_wait * 1e3:g}"
+            raise Busy(f"the server is busy: this request would wait {waits}", max(wait, 0.05))
+
+    def expected_wait(self) -> float:
+        """Seconds until a request that came now would be computed: the running batch's rest, and full ones ahead."""
+        left = 0.0
+        if self._running:
+            rows = sum(len(waiting.dense) for waiting in self._running)
+            left = max(0.0, self._expected_seconds(rows) - (time.monotonic() - self._running_since))
+        return left + self._queued_rows // self._max_batch * self._expected_seconds(self._max_batch)
+
+    def _expected_seconds(self, rows: int) -> float:
+        """Of a batch; 0 before one of its size was seen."""
+        return self._seconds_of.get((rows - 1).bit_length(), 0.0)
 
     async def score(self, servable: Servable, dense: np.ndarray, ids: np.ndarray, deadline: float) -> Scores:
         """Scores of checked rows; Busy at once if the queue is full, TooLate at `deadline` (time.monotonic())."""
@@ -87,8 +111,8 @@ class Batcher:
             batch = self._take()
             if not batch:
                 continue
-            self._running = batch
             start = time.monotonic()
+            self._running, self._running_since = batch, start
             scores: Sequence[Scores | Exception]
             try:
                 scores = await loop.run_in_executor(self._thread, _run, batch)
@@ -98,7 +122,8 @@ class Batcher:
                 scores = [error] * len(batch)
             seconds, rows = time.monotonic() - start, sum(len(waiting.dense) for waiting in batch)
             self._running = []
-            self._seconds_a_row = 0.9 * self._seconds_a_row + 0.1 * seconds / max(rows, 1)
+            size = (rows - 1).bit_length()
+            self._seconds_of[size] = 0.9 * self._seconds_of.get(size, seconds) + 0.1 * seconds
             self._telemetry.batch(rows)
             for waiting, score in zip(batch, scores, strict=True):
                 self._telemetry.stage("queue", start - waiting.since)

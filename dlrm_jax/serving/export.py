@@ -1,6 +1,7 @@
 """A trained state as a version of MODEL_DIR: its forward pass as StableHLO, weights, signature, vocabularies, metrics.
 
 program.stablehlo     jax.export of (weights, dense_BxN, ids_BxK) -> probability_B, logit_B; any B
+model.json            its configuration, for who places it on several devices (placed.py)
 signature.json        what it takes (signature.py)
 weights.json          name of each array of `weights` -> the files whose rows, one below the other, it is
 weights/, tables/     .npy files; tables by name, as --tables stores them (quantise.py)
@@ -9,6 +10,7 @@ self_check.npz        a few rows and their probabilities, for who loads it to co
 metrics.json          of this very program on val and test
 """
 
+import dataclasses
 import json
 import pathlib
 import re
@@ -48,7 +50,7 @@ def make_forward(model: ModelConfig, loss: LossConfig, kind: str) -> Forward:
 
     def forward(weights: Weights, dense_BxN: jax.Array, ids_BxK: jax.Array) -> tuple[jax.Array, jax.Array]:
         pooled_BxFxD = embedding.lookup(model, weights, ids_BxK, take=take)
-        logit_B = DLRM(model).apply({"params": _nested(weights)}, dense_BxN, pooled_BxFxD)
+        logit_B = DLRM(model).apply({"params": nested(weights)}, dense_BxN, pooled_BxFxD)
         return probability(logit_B, loss.threshold), logit_B
 
     return forward
@@ -62,8 +64,8 @@ def _flat(tree: Any, path: str = "") -> dict[str, np.ndarray]:
     return out
 
 
-def _nested(weights: Weights) -> dict[str, Any]:
-    """The dense parameters among flat names."""
+def nested(weights: Weights) -> dict[str, Any]:
+    """The dense parameters among weights by flat names, as Flax has them."""
     tree: dict[str, Any] = {}
     for name, value in weights.items():
         *parents, leaf = name.split("/")
@@ -122,6 +124,8 @@ def export_model(
         shapes = {name: jax.ShapeDtypeStruct(value.shape, value.dtype) for name, value in weights.items()}
         program = export_program(forward, shapes, model.num_dense, model.num_slots)
         (directory / "program.stablehlo").write_bytes(program)
+        described = {"model": dataclasses.asdict(model), "loss_threshold": loss.threshold}
+        _write_json(directory / "model.json", described)
         _write_json(directory / "signature.json", signature.to_dict())
         _write_json(directory / "weights.json", _write_weights(directory, model, dense, stored))
         _write_json(directory / "metrics.json", reporting.json_ready(scores))

@@ -3,8 +3,8 @@
 import dataclasses
 import pathlib
 import threading
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
 
 import jax
 import ml_dtypes
@@ -48,6 +48,39 @@ class Program:
             return self._compiled[size]
 
 
+class Engine(Protocol):
+    """Where a version's weights lie and how they score; `batch_multiple` divides every batch that it is given."""
+
+    batch_multiple: int
+
+    def run(self, dense_BxN: np.ndarray, ids_BxK: np.ndarray) -> Sequence[Any]:
+        """(probability_B, logit_B)."""
+
+
+class OneDevice:
+    """All weights on the first device, and the exported program."""
+
+    batch_multiple = 1
+    _program: Program
+
+    def __init__(self, version: Version, like: Engine | None = None) -> None:
+        """Read a version's weights; the compiled program of `like` is kept where it is the same."""
+        self._weights = _read_weights(version)
+        program = (version.directory / "program.stablehlo").read_bytes()
+        self._shapes = {name: (value.shape, value.dtype) for name, value in self._weights.items()}
+        known = like if isinstance(like, OneDevice) and like._shapes == self._shapes else None
+        same = known is not None and known._program.serialized == program
+        self._program = known._program if known is not None and same else Program(program)
+
+    def run(self, dense_BxN: np.ndarray, ids_BxK: np.ndarray) -> Sequence[Any]:
+        """(probability_B, logit_B)."""
+        compiled = self._program.compiled(self._weights, len(dense_BxN), dense_BxN.shape[1], ids_BxK.shape[1])
+        return compiled(self._weights, dense_BxN, ids_BxK)
+
+
+MakeEngine = Callable[[Version, Engine | None], Engine]
+
+
 @dataclasses.dataclass(frozen=True)
 class Scores:
     """What a model says of B rows."""
@@ -59,29 +92,32 @@ class Scores:
 class Servable:
     """One version of a model, ready to score. Its methods may be called from several threads."""
 
+    _engine: Engine
+
     def __init__(
-        self, version: Version, batch_sizes: Sequence[int] = BATCH_SIZES, max_bag: int = 1000, like: Any = None
+        self,
+        version: Version,
+        batch_sizes: Sequence[int] = BATCH_SIZES,
+        max_bag: int = 1000,
+        like: "Servable | None" = None,
+        make_engine: MakeEngine = OneDevice,
     ) -> None:
-        """Read a version. The compiled program of `like`, another version's Servable, is kept where it is the same."""
+        """Read a version. What was compiled for `like`, another version's Servable, is kept where it is the same."""
         self.version = version
         self.signature: Signature = signatures.from_dict(version.read_json("signature.json"))
         self.metrics: dict[str, Any] = version.read_json("metrics.json")
-        self.batch_sizes = tuple(sorted(batch_sizes))
         self._limit_K = np.repeat(
             [f.rows for f in self.signature.features], [f.hotness for f in self.signature.features]
         )
-        self._weights = _read_weights(version)
-        program = (version.directory / "program.stablehlo").read_bytes()
-        shapes = {name: (value.shape, value.dtype) for name, value in self._weights.items()}
-        same = like is not None and (like._program.serialized, like._shapes) == (program, shapes)
-        self._program: Program = like._program if same else Program(program)
-        self._shapes = shapes
+        self._engine = make_engine(version, like._engine if like is not None else None)
+        multiple = self._engine.batch_multiple
+        self.batch_sizes = tuple(sorted({-(-size // multiple) * multiple for size in batch_sizes}))
         self.reader = Reader(self.signature, _read_vocabularies(version), max_bag)
 
     def warm_up(self) -> None:
         """Compile every batch size and run it once, so that nothing is compiled later."""
         for size in self.batch_sizes:
-            self._run(
+            self._engine.run(
                 np.zeros((size, len(self.signature.dense_names)), np.float32),
                 np.full((size, self.signature.num_slots), EMPTY_SLOT, np.int32),
             )
@@ -152,16 +188,11 @@ class Servable:
             if size > count:
                 dense = np.concatenate([dense, np.zeros((size - count, dense.shape[1]), np.float32)])
                 ids = np.concatenate([ids, np.full((size - count, ids.shape[1]), EMPTY_SLOT, np.int32)])
-            parts.append([np.asarray(output)[:count] for output in self._run(dense, ids)])
+            parts.append([np.asarray(output)[:count] for output in self._engine.run(dense, ids)])
         if len(parts) == 1:
             return Scores(*parts[0])
         empty = np.zeros(0, np.float32)
         return Scores(*(np.concatenate([empty, *(part[i] for part in parts)]) for i in range(2)))
-
-    def _run(self, dense: np.ndarray, ids: np.ndarray) -> Any:
-        return self._program.compiled(self._weights, len(dense), dense.shape[1], ids.shape[1])(
-            self._weights, dense, ids
-        )
 
 
 def load(
@@ -174,12 +205,20 @@ def load(
 def _read_weights(version: Version) -> dict[str, jax.Array]:
     weights = {}
     for name, facts in version.read_json("weights.json").items():
-        parts = [_read_array(version, file, facts["dtype"]) for file in facts["files"]]
+        parts = [read_array(version, file, facts["dtype"]) for file in facts["files"]]
         weights[name] = jax.device_put(parts[0] if len(parts) == 1 else np.concatenate(parts))
     return weights
 
 
-def _read_array(version: Version, file: str, dtype: str) -> np.ndarray:
+def read_dense(version: Version) -> dict[str, np.ndarray]:
+    """Weights that are no table's, by name."""
+    arrays = version.read_json("weights.json")
+    dense = {name: facts for name, facts in arrays.items() if "tables" not in facts}
+    return {name: read_array(version, facts["files"][0], facts["dtype"]) for name, facts in dense.items()}
+
+
+def read_array(version: Version, file: str, dtype: str) -> np.ndarray:
+    """An array of a version, mapped and not read."""
     array = np.load(version.directory / file, mmap_mode="r", allow_pickle=False)
     return array.view(ml_dtypes.bfloat16) if dtype == "bfloat16" else array
 

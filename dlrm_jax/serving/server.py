@@ -7,6 +7,7 @@ import logging
 import pathlib
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,9 +16,9 @@ import uvloop
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from dlrm_jax.config import ConfigError
-from dlrm_jax.serving.app import Limits, Service, make_app
+from dlrm_jax.serving.app import ARRIVED, Limits, Service, make_app
 from dlrm_jax.serving.batching import Batcher
-from dlrm_jax.serving.loaded import BATCH_SIZES, Servable
+from dlrm_jax.serving.loaded import BATCH_SIZES, MakeEngine, OneDevice, Servable
 from dlrm_jax.serving.repository import Repository
 from dlrm_jax.serving.store import Version, open_version
 from dlrm_jax.serving.telemetry import LOG, JsonLines, Telemetry, log
@@ -36,6 +37,7 @@ class Settings:
     batch_sizes: tuple[int, ...] = BATCH_SIZES
     max_delay: float = 0.0
     max_queued_rows: int = 8192
+    max_wait: float = 0.05
     max_bag: int = 1000
     poll_seconds: float = 5.0
     drain_seconds: float = 10.0
@@ -45,6 +47,8 @@ class Settings:
     tls_cert: str = ""
     tls_key: str = ""
     log_level: str = "info"
+    access_log: bool = False
+    make_engine: MakeEngine = OneDevice
 
 
 class _BoundedHead(HttpToolsProtocol):
@@ -82,6 +86,7 @@ class _BoundedHead(HttpToolsProtocol):
         if self._timer is not None:
             self._timer.cancel()
         super().on_headers_complete()
+        self.scope["state"][ARRIVED] = time.monotonic()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The client is gone."""
@@ -130,11 +135,13 @@ async def _serve(settings: Settings, first: Version) -> None:
     failure: list[BaseException] = []
 
     def load(version: Version, like: Servable | None) -> Servable:
-        return Servable(version, settings.batch_sizes, settings.max_bag, like)
+        return Servable(version, settings.batch_sizes, settings.max_bag, like, settings.make_engine)
 
     repository = Repository(settings.model_dir, load, telemetry, settings.poll_seconds)
-    batcher = Batcher(telemetry, max(settings.batch_sizes), settings.max_delay, settings.max_queued_rows)
-    service = Service(repository, batcher, telemetry, settings.limits)
+    batcher = Batcher(
+        telemetry, max(settings.batch_sizes), settings.max_delay, settings.max_queued_rows, settings.max_wait
+    )
+    service = Service(repository, batcher, telemetry, settings.limits, settings.access_log)
 
     def failed(error: BaseException) -> None:
         failure.append(error)

@@ -12,7 +12,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 _LATENCY_BUCKETS = (0.0005, 0.001, 0.002, 0.004, 0.006, 0.01, 0.015, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
 _ROW_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 _RECENT = 50_000
-STAGES = ("read", "parse", "queue", "compute", "total")
+STAGES = ("accept", "read", "parse", "queue", "compute", "total")
+"""From its head's arrival to the server's turn, its body, its numbers, the wait for a batch, the batch; and all."""
 
 LOG = logging.getLogger("dlrm_jax.serving")
 

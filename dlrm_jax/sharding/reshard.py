@@ -7,7 +7,7 @@ a row-wise shard needs them, and gathers them from the stored array in strided s
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -31,6 +31,13 @@ class Kind:
     def key(self, stack: PlacedStack) -> str:
         """The array's name in its group."""
         return stack.name + POOLING_WEIGHTS if self.weights else stack.name
+
+
+class Rows(Protocol):
+    """Where logical rows of tables come from."""
+
+    def rows(self, kind: Kind, table: str, first: int, step: int, count: int) -> np.ndarray:
+        """(count, columns): logical rows first, first + step, ... of a table."""
 
 
 class Source:
@@ -95,7 +102,7 @@ class Source:
 
 
 def read_array(
-    source: Source, kind: Kind, stack: PlacedStack, shape: tuple[int, int], sharding: NamedSharding
+    source: Rows, kind: Kind, stack: PlacedStack, shape: tuple[int, int], sharding: NamedSharding
 ) -> jax.Array:
     """A stack's array under its own plan, each shard read for the device that holds it."""
     latest: dict[str, Any] = {}
@@ -111,7 +118,7 @@ def read_array(
 
 
 def _read_shard(
-    source: Source, kind: Kind, stack: PlacedStack, shape: tuple[int, int], index: tuple[slice, ...]
+    source: Rows, kind: Kind, stack: PlacedStack, shape: tuple[int, int], index: tuple[slice, ...]
 ) -> np.ndarray:
     split_rows, split_columns = stack.form in (OWNED, ROUTED), stack.form == COLUMNS and not kind.per_row
     lines = shape[0] // stack.num_shards if split_rows else shape[0]

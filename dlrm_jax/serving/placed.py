@@ -1,0 +1,134 @@
+"""An exported model on several devices, under the plans of training: for tables that are larger than one device.
+
+Tables are float32 there, whatever their type in the export, and each device's part is read from the files for itself:
+no device, and no process, holds a whole table that is split.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+
+from dlrm_jax.config import ConfigError, ModelConfig, OptimizerConfig, ScheduleConfig, model_from_dict
+from dlrm_jax.embedding import POOLING_WEIGHTS
+from dlrm_jax.loss import probability
+from dlrm_jax.model import DLRM
+from dlrm_jax.serving.export import nested
+from dlrm_jax.serving.loaded import Engine, read_array, read_dense
+from dlrm_jax.serving.quantise import BITS, dequantise_rows
+from dlrm_jax.serving.store import Version
+from dlrm_jax.sharding import reshard
+from dlrm_jax.sharding.cost import Load
+from dlrm_jax.sharding.exchange import array_specs
+from dlrm_jax.sharding.hardware import at_hand
+from dlrm_jax.sharding.mesh import parse_mesh
+from dlrm_jax.sharding.options import AUTO, ShardingOptions, place
+from dlrm_jax.sharding.placed import Placed
+from dlrm_jax.sharding.planner import Setting, auto_plan
+
+_UNUSED = OptimizerConfig(ScheduleConfig(1.0))
+"""Placement asks for an optimizer; nothing is trained here."""
+
+Forward = Callable[..., tuple[jax.Array, jax.Array]]
+
+
+class SeveralDevices:
+    """Tables placed as `options` say, batches split over all devices of the mesh (loaded.Engine)."""
+
+    _forward: Forward
+
+    def __init__(
+        self, version: Version, options: ShardingOptions, largest_batch: int, like: Engine | None = None
+    ) -> None:
+        """Read a version's weights; what was compiled for `like` is kept where model and plan are the same."""
+        self._model, self._threshold = _read_model(version)
+        self.placed = _place(self._model, options, largest_batch)
+        self.batch_multiple = self.placed.num_devices
+        self._tables = _read_tables(version, self.placed)
+        dense = {name: jax.device_put(value, self.placed.everywhere) for name, value in read_dense(version).items()}
+        self._dense = nested(dense)
+        same = isinstance(like, SeveralDevices) and like._made_for() == self._made_for()
+        self._forward = like._forward if isinstance(like, SeveralDevices) and same else self._jit_forward()
+
+    def run(self, dense_BxN: np.ndarray, ids_BxK: np.ndarray) -> Sequence[Any]:
+        """(probability_B, logit_B)."""
+        return self._forward(self._tables, self._dense, dense_BxN, ids_BxK)
+
+    def _made_for(self) -> tuple[Any, ...]:
+        return self._model, self._threshold, self.placed.plan, self.placed.options
+
+    def _jit_forward(self) -> Forward:
+        model, threshold, placed = self._model, self._threshold, self.placed
+
+        def forward(tables: Any, dense_params: Any, dense_BxN: jax.Array, ids_BxK: jax.Array) -> Any:
+            pooled_BxFxD, _ = placed.ops.lookup(tables, placed.ops.route(ids_BxK, None))
+            logit_B = DLRM(model).apply({"params": dense_params}, dense_BxN, pooled_BxFxD)
+            return probability(logit_B, threshold), logit_B
+
+        split = placed.batch_sharding
+        return jax.jit(forward, in_shardings=(_shardings(placed), placed.everywhere, split, split))
+
+
+def _read_model(version: Version) -> tuple[ModelConfig, float]:
+    try:
+        values = version.read_json("model.json")
+        return model_from_dict(values["model"]), values["loss_threshold"]
+    except FileNotFoundError:
+        raise ConfigError(
+            f"{version.directory} has no model.json, which placing its tables needs; export it anew"
+        ) from None
+
+
+def _place(model: ModelConfig, options: ShardingOptions, largest_batch: int) -> Placed:
+    auto = None
+    if options.sharding == AUTO:
+        device = jax.devices()[0]
+        shape = parse_mesh(options.mesh, jax.device_count())
+        hardware = at_hand(device.device_kind, device.platform, jax.local_device_count())
+        auto = auto_plan(Setting(model, _UNUSED, shape, Load(largest_batch), hardware, options.group_size))
+    return place(model, _UNUSED, options, auto)
+
+
+def _shardings(placed: Placed) -> dict[str, NamedSharding]:
+    specs = array_specs(placed.model, placed.stacks)
+    return {name: NamedSharding(placed.mesh, spec) for name, spec in specs.items()}
+
+
+def _read_tables(version: Version, placed: Placed) -> dict[str, jax.Array]:
+    files, shardings, arrays = _TableFiles(version), _shardings(placed), {}
+    for stack in placed.stacks:
+        for weights, shape in ((False, stack.shape), (True, stack.row_shape())):
+            kind = reshard.Kind("tables", weights, per_row=weights)
+            name = kind.key(stack)
+            if name in shardings:
+                arrays[name] = reshard.read_array(files, kind, stack, shape, shardings[name])
+    return arrays
+
+
+class _TableFiles:
+    """Rows of an export's tables, read where they lie (reshard.Rows)."""
+
+    def __init__(self, version: Version) -> None:
+        self._version = version
+        signature = version.read_json("signature.json")
+        self._kind, self._dim = signature["kind"], signature["embedding_dim"]
+        self._file_of: dict[str, tuple[str, str]] = {}
+        for facts in version.read_json("weights.json").values():
+            for table, file in zip(facts.get("tables", ()), facts["files"], strict=False):
+                self._file_of[table] = (file, facts["dtype"])
+
+    def rows(self, kind: reshard.Kind, table: str, first: int, step: int, count: int) -> np.ndarray:
+        """(count, columns) float32: rows first, first + step, ... of a table."""
+        array = read_array(self._version, *self._file_of[table + POOLING_WEIGHTS if kind.weights else table])
+        rows = np.asarray(array[first : first + step * (count - 1) + 1 : step])
+        if self._kind in BITS and not kind.weights:
+            return np.asarray(dequantise_rows(jnp.asarray(rows), BITS[self._kind], self._dim))
+        return rows.astype(np.float32, copy=False)
+
+
+def engine_maker(options: ShardingOptions, largest_batch: int) -> Callable[[Version, Engine | None], Engine]:
+    """What makes a version's engine under `options` (loaded.MakeEngine)."""
+    return lambda version, like: SeveralDevices(version, options, largest_batch, like)
