@@ -28,7 +28,9 @@ def define_flags() -> None:
     flags.DEFINE_float("max_delay_ms", 0.0, "How long a batch waits for more requests while the model is idle.")
     flags.DEFINE_integer("max_queued_rows", 8192, "Rows that may wait; a request beyond is refused at once (429).")
     flags.DEFINE_float(
-        "max_wait_ms", 50.0, "A request that would wait longer before it is computed is refused at once (429)."
+        "max_wait_ms",
+        50.0,
+        "A request that would wait longer for its turn is refused at once (429).",
     )
     flags.DEFINE_integer("max_rows", 4096, "Rows of one request.")
     flags.DEFINE_integer("max_bag", 1000, "Values of one bag in a raw row.")

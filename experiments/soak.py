@@ -20,9 +20,10 @@ import threading
 import time
 
 import numpy as np
-from measure import ROOT, replace_section
+from measure import ROOT, replace_section, where_and_when
 from serving_comparison import free_port, start
 
+from dlrm_jax.reporting import versions
 from dlrm_jax.serving import load
 from dlrm_jax.serving import load_generator as generator
 
@@ -159,7 +160,7 @@ def overload(flags: argparse.Namespace) -> str:
     """Markdown of an overload."""
     port = free_port()
     command = [sys.executable, "-m", "dlrm_jax.serve", f"--model={flags.model}", f"--port={port}"]
-    command += [f"--max_queued_rows={flags.max_queued_rows}"]
+    command += [f"--max_wait_ms={flags.max_wait_ms}"]
     process, target = start(command, port)
     bodies = generator.make_requests(target, flags.candidates, True, 0)
     lines = [
@@ -187,9 +188,11 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=600.0)
     parser.add_argument("--reload_seconds", type=float, default=20.0)
     parser.add_argument("--overload_seconds", type=float, default=10.0)
-    parser.add_argument("--max_queued_rows", type=int, default=512)
+    parser.add_argument("--max_wait_ms", type=float, default=10.0)
     flags = parser.parse_args()
     text = soak(flags) if flags.part == "soak" else overload(flags)
+    command = f"python experiments/soak.py --part={flags.part} --qps={flags.qps:g} --candidates={flags.candidates}"
+    text += f"\n\nMeasured {where_and_when(versions())}; `{command}`."
     print(text)
     replace_section(ROOT / "experiments" / "README.md", f"serving_{flags.part}", text)
 

@@ -21,6 +21,7 @@ from dlrm_jax.serving.loaded import Scores, Servable
 from dlrm_jax.serving.telemetry import Telemetry, log
 
 _SWEEP_SECONDS = 0.02
+_PULSE_SECONDS = 0.005
 
 
 @dataclasses.dataclass
@@ -50,13 +51,19 @@ class Batcher:
         self._seconds_of: dict[int, float] = {}
         """Moving average by batch size, as the exponent of the next power of two."""
         self._tasks: list[asyncio.Task[None]] = []
+        self._lag = 0.0
+        """Seconds by which the event loop came late to its last pulse: what it reads now may have waited as long."""
+        self._pulse: asyncio.TimerHandle | None = None
 
     def start(self) -> None:
         """Begin to work, in the running event loop."""
+        self._beat(time.monotonic())
         self._tasks = [asyncio.create_task(self._work()), asyncio.create_task(self._sweep())]
 
     async def stop(self) -> None:
         """End; what still waits is told so."""
+        if self._pulse is not None:
+            self._pulse.cancel()
         for task in self._tasks:
             task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
@@ -72,11 +79,11 @@ class Batcher:
         return self._queued_rows
 
     def admit(self, rows: int = 1, waited: float = 0.0) -> None:
-        """Busy if so many rows more are too many, or would wait too long, `waited` seconds being over.
+        """Busy if so many rows more are too many, or would wait too long; `waited` seconds are over since it was read.
 
         A request larger than the whole queue may come when it is empty.
         """
-        wait = self.expected_wait()
+        wait, waited = self.expected_wait(), waited + self._lag
         if self._queued_rows and self._queued_rows + rows > self._max_queued:
             raise Busy(f"{self._queued_rows} rows wait already; at most {self._max_queued}", max(wait, 0.05))
         if waited + wait > self._max_wait:
@@ -84,16 +91,23 @@ class Batcher:
             raise Busy(f"the server is busy: this request would wait {waits}", max(wait, 0.05))
 
     def expected_wait(self) -> float:
-        """Seconds until a request that came now would be computed: the running batch's rest, and full ones ahead."""
+        """Seconds that what is there already takes: the running batch's rest, and all that waits."""
         left = 0.0
         if self._running:
             rows = sum(len(waiting.dense) for waiting in self._running)
             left = max(0.0, self._expected_seconds(rows) - (time.monotonic() - self._running_since))
-        return left + self._queued_rows // self._max_batch * self._expected_seconds(self._max_batch)
+        full, rest = divmod(self._queued_rows, self._max_batch)
+        return left + full * self._expected_seconds(self._max_batch) + self._expected_seconds(rest)
+
+    def _beat(self, due: float) -> None:
+        now = time.monotonic()
+        self._lag = now - due
+        due = now + _PULSE_SECONDS
+        self._pulse = asyncio.get_running_loop().call_later(_PULSE_SECONDS, self._beat, due)
 
     def _expected_seconds(self, rows: int) -> float:
         """Of a batch; 0 before one of its size was seen."""
-        return self._seconds_of.get((rows - 1).bit_length(), 0.0)
+        return self._seconds_of.get((rows - 1).bit_length(), 0.0) if rows else 0.0
 
     async def score(self, servable: Servable, dense: np.ndarray, ids: np.ndarray, deadline: float) -> Scores:
         """Scores of checked rows; Busy at once if the queue is full, TooLate at `deadline` (time.monotonic())."""
