@@ -16,11 +16,14 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from importlib import metadata
 
 from measure import ROOT, replace_section
+from prometheus_client.parser import text_string_to_metric_families
 
 from dlrm_jax.serving import load_generator as generator
+from dlrm_jax.serving.telemetry import STAGES
 
 PEERS = ROOT / "experiments" / "peers"
 
@@ -51,8 +54,31 @@ def commands(flags: argparse.Namespace) -> dict[str, list[str]]:
     return {"ours": ours, "torch": [flags.torch_python, str(PEERS / "fastapi_torch.py"), str(flags.model)]}
 
 
-def highest_rates(flags: argparse.Namespace, side: str) -> dict[int, generator.Run | None]:
-    """The highest rate of one side's server at each number of candidates."""
+def stage_sums(port: int) -> dict[str, tuple[float, float]]:
+    """(seconds, requests) of each stage so far, as our server counts them."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as response:
+        families = text_string_to_metric_families(response.read().decode())
+    samples = [s for family in families if family.name == "dlrm_stage_seconds" for s in family.samples]
+    sums = {s.labels["stage"]: s.value for s in samples if s.name.endswith("_sum")}
+    return {s.labels["stage"]: (sums[s.labels["stage"]], s.value) for s in samples if s.name.endswith("_count")}
+
+
+def breakdown(flags: argparse.Namespace, port: int, target: generator.Target, bodies: list[bytes], qps: float) -> str:
+    """A row of Markdown: mean ms of each stage at a rate."""
+    before = stage_sums(port)
+    run = generator.run(target, bodies, qps, flags.seconds, 64)
+    after = stage_sums(port)
+    means = {}
+    for stage in STAGES:
+        (seconds, count), (seconds_before, count_before) = after[stage], before.get(stage, (0.0, 0.0))
+        means[stage] = (seconds - seconds_before) / max(count - count_before, 1) * 1e3
+    seen = float(run.latency[run.status == 200].mean()) * 1e3
+    cells = [f"{ms:.2f}" for ms in (*means.values(), seen)]
+    return f"| {qps:,.0f}/s | {' | '.join(cells)} |"
+
+
+def highest_rates(flags: argparse.Namespace, side: str, breakdowns: dict[int, str]) -> dict[int, generator.Run | None]:
+    """The highest rate of one side's server at each number of candidates; where our time goes at it."""
     port = free_port()
     command = commands(flags)[side]
     command = [*command[:-1], f"--port={port}"] if side == "ours" else [*command, str(port)]
@@ -64,7 +90,10 @@ def highest_rates(flags: argparse.Namespace, side: str) -> dict[int, generator.R
             generator.run(target, bodies, 50, 1.0)  # What is only slow at first.
             begin = {1: 200.0, 64: 60.0}.get(candidates, 20.0)
             runs = generator.find_max_qps(target, bodies, begin, flags.p99_ms / 1e3, flags.seconds, 64, 0)
-            found[candidates] = generator.best_of(runs, flags.p99_ms / 1e3)
+            best = generator.best_of(runs, flags.p99_ms / 1e3)
+            found[candidates] = best
+            if side == "ours" and best is not None:
+                breakdowns[candidates] = breakdown(flags, port, target, bodies, best.qps)
     finally:
         process.terminate()
         process.wait(30)
@@ -74,9 +103,10 @@ def highest_rates(flags: argparse.Namespace, side: str) -> dict[int, generator.R
 def compare_servers(flags: argparse.Namespace) -> str:
     """Markdown: the best of all rounds."""
     best: dict[tuple[str, int], generator.Run] = {}
+    breakdowns: dict[int, str] = {}
     for _ in range(flags.rounds):
         for side in ("ours", "torch"):
-            for candidates, run in highest_rates(flags, side).items():
+            for candidates, run in highest_rates(flags, side, breakdowns).items():
                 key = (side, candidates)
                 if run is not None and (key not in best or run.qps > best[key].qps):
                     best[key] = run
@@ -94,6 +124,9 @@ def compare_servers(flags: argparse.Namespace) -> str:
             cells += [f"**{summary['qps']:,.0f}**", f"{summary['p50_ms']:.1f}, {summary['p99_ms']:.1f} ms"]
         ratio = f"{rates[0] / rates[1]:.1f}x" if rates[1] else "-"
         lines.append(f"| {candidates} | {' | '.join(cells)} | {ratio} |")
+    lines += ["", "Where our time goes at such a rate, mean milliseconds of a request by stage:", ""]
+    lines += [f"| candidates | rate | {' | '.join(STAGES)} | seen by the client |", "|---" * (3 + len(STAGES)) + "|"]
+    lines += [f"| {candidates} {row}" for candidates, row in breakdowns.items()]
     return "\n".join(lines)
 
 
