@@ -7,6 +7,7 @@ INTERACTIONS = ("dot", "cat", "cross")
 POOLINGS = ("sum", "mean")
 DENSE_INITS = ("dlrm", "torch", "flax")
 TABLE_INITS = ("dlrm", "flax")
+COMPUTE_DTYPES = ("float32", "bfloat16")
 LOSSES = ("bce", "wbce", "mse")
 TABLE_OPTIMIZERS = ("sgd", "adagrad", "rowwise_adagrad")
 DENSE_OPTIMIZERS = ("sgd", "momentum", "adagrad", "adam", "adamw")
@@ -73,7 +74,8 @@ class ModelConfig:
 
     `bottom_mlp` and `top_mlp` are the widths after each layer, without the input: Criteo Kaggle's
     reference "13-512-256-64-16" is `num_dense=13, bottom_mlp=(512, 256, 64, 16)`.
-    `learned_pooling` multiplies each pooled row with a trainable weight of that row.
+    `learned_pooling` multiplies each pooled row with a trainable weight of that row. `compute_dtype` is what MLPs and
+    cross layers compute in; parameters, tables, the dot interaction, logits and gradients of weights are float32.
     """
 
     num_dense: int
@@ -88,6 +90,7 @@ class ModelConfig:
     learned_pooling: bool = False
     dense_init: str = "dlrm"
     table_init: str = "dlrm"
+    compute_dtype: str = "float32"
 
     def __post_init__(self) -> None:
         require(self.num_dense >= 1, f"num_dense is {self.num_dense}; add a constant column if there is no dense one")
@@ -95,6 +98,7 @@ class ModelConfig:
         require_choice("interaction", self.interaction, INTERACTIONS)
         require_choice("dense_init", self.dense_init, DENSE_INITS)
         require_choice("table_init", self.table_init, TABLE_INITS)
+        require_choice("compute_dtype", self.compute_dtype, COMPUTE_DTYPES)
         require_unique("table", [table.name for table in self.tables])
         require_unique("feature", [feature.name for feature in self.features])
         self._check_tables()

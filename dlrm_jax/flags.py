@@ -3,6 +3,7 @@
 from absl import flags
 
 from dlrm_jax.config import (
+    COMPUTE_DTYPES,
     DENSE_INITS,
     DENSE_OPTIMIZERS,
     INTERACTIONS,
@@ -92,6 +93,9 @@ def _define_model_flags() -> None:
     flags.DEFINE_enum(
         "table_init", "dlrm", TABLE_INITS, "Initial rows: U(+-sqrt(1/rows)), or N(0, 1/sqrt(dim)) as Flax."
     )
+    flags.DEFINE_enum(
+        "compute_dtype", "float32", COMPUTE_DTYPES, "What MLPs and cross layers compute in; weights stay float32."
+    )
 
 
 def _define_optimizer_flags() -> None:
@@ -142,6 +146,9 @@ def _define_sharding_flags() -> None:
 def _define_run_flags() -> None:
     flags.DEFINE_integer("batch_size", 128, "Examples per update.")
     flags.DEFINE_integer("num_micro_batches", 1, "Split each batch into this many parts and add their gradients.")
+    flags.DEFINE_integer(
+        "steps_per_dispatch", 1, "Steps that the device takes in one go, where none between them logs or evaluates."
+    )
     flags.DEFINE_integer("num_epochs", 1, "Passes over the training rows.")
     flags.DEFINE_integer("num_steps", 0, "Updates; overrides --num_epochs unless 0.")
     flags.DEFINE_integer("eval_batch_size", 16384, "Examples per evaluation step.")
@@ -178,7 +185,7 @@ def config_from_flags() -> RunConfig:
             bottom_mlp=_numbers("bottom_mlp", int),
             top_mlp=_numbers("top_mlp", int),
             **_values("embedding_dim", "interaction", "self_interaction", "cross_layers", "cross_rank"),
-            **_values("learned_pooling", "dense_init", "table_init"),
+            **_values("learned_pooling", "dense_init", "table_init", "compute_dtype"),
         ),
         loss=LossConfig(FLAGS.loss, _numbers("class_weights", float), FLAGS.loss_threshold),
         optimizer=OptimizerConfig(
@@ -192,7 +199,15 @@ def config_from_flags() -> RunConfig:
             eps=FLAGS.adagrad_eps,
             **_values("momentum", "weight_decay"),
         ),
-        **_values("batch_size", "num_micro_batches", "num_epochs", "num_steps", "eval_batch_size", "eval_every"),
+        **_values(
+            "batch_size",
+            "num_micro_batches",
+            "steps_per_dispatch",
+            "num_epochs",
+            "num_steps",
+            "eval_batch_size",
+            "eval_every",
+        ),
         **_values("checkpoint_every", "log_every", "target_metric", "target_value", "patience", "shuffle"),
         **_values("ids_out_of_range", "seed"),
         sharding=sharding_from_flags(),

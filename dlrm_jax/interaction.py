@@ -57,11 +57,13 @@ def cat_interaction(bottom_BxD: jax.Array, pooled_BxFxD: jax.Array) -> jax.Array
 class LowRankCross(nn.Module):
     """DCNv2's low-rank cross layers: x_{l+1} = x_0 * (W_l V_l x_l + b_l) + x_l (arXiv:2008.13535, section 3.1).
 
-    Maps (B, I) to (B, I). Parameters per layer: `v_l` (I, rank), `w_l` (rank, I), `b_l` (I,).
+    Maps (B, I) to (B, I). Parameters per layer: `v_l` (I, rank), `w_l` (rank, I), `b_l` (I,). Products of matrices are
+    computed in `dtype`, all else in float32.
     """
 
     layers: int
     rank: int
+    dtype: str = "float32"
     matrix_init: Callable[..., jax.Array] = nn.initializers.xavier_normal()
 
     @nn.compact
@@ -72,5 +74,7 @@ class LowRankCross(nn.Module):
             v_IxR = self.param(f"v_{layer}", self.matrix_init, (width, self.rank))
             w_RxI = self.param(f"w_{layer}", self.matrix_init, (self.rank, width))
             b_I = self.param(f"b_{layer}", nn.initializers.zeros, (width,))
-            x_BxI = x0_BxI * (x_BxI @ v_IxR @ w_RxI + b_I[None]) + x_BxI
+            low_rank_BxR = x_BxI.astype(self.dtype) @ v_IxR.astype(self.dtype)
+            crossed_BxI = (low_rank_BxR @ w_RxI.astype(self.dtype)).astype(jnp.float32)
+            x_BxI = x0_BxI * (crossed_BxI + b_I[None]) + x_BxI
         return x_BxI

@@ -52,6 +52,11 @@ class Run:
         self.evaluate = Evaluator(config, self.placed, raw.expander)
         self.writes = processes.is_first()
 
+    def undisturbed(self, step: int) -> int:
+        """Steps from `step` to the next one that logs, evaluates or saves, or the last."""
+        every = (self.config.log_every, self.eval_every, self.checkpoint_every)
+        return min(self.num_steps - step, *(n - step % n for n in every))
+
     def batches(self, start_step: int) -> Iterator[Batch]:
         """This process's part of the training batches from `start_step` on."""
         config = self.config
@@ -131,9 +136,9 @@ def train(
         clock, alone = Clock(batches, config.batch_size), jax.process_count() == 1
         train_step = Stepper(config, run.placed, batches)
         while step < run.num_steps and progress.stopped is None:
-            host_batch, state, step_metrics = train_step(state)
-            step += 1
-            losses.push(step, host_batch, step_metrics)
+            taken, state = train_step(state, run.undisturbed(step))
+            losses.push(step + 1, taken)
+            step += len(taken)
             bar.update(step, losses.last)
             at_log, at_eval = step % config.log_every == 0, step % run.eval_every == 0 or step == run.num_steps
             at_checkpoint = step % run.checkpoint_every == 0 or at_eval
@@ -143,7 +148,7 @@ def train(
                 losses.flush()
                 clock.lap(speed, step)
             if at_log:
-                rate, wait = float(step_metrics["learning_rate"]), speed.summary()["input_wait_fraction"]
+                rate, wait = float(taken[-1][1]["learning_rate"]), speed.summary()["input_wait_fraction"]
                 values = {"loss": losses.mean(), "learning_rate": rate, "input_wait_fraction": wait}
                 rounds = {} if losses.overflows is None else {EXCHANGE_OVERFLOWS: losses.overflows}
                 log.write(step, "train", values | rounds)

@@ -45,21 +45,26 @@ _INITS: dict[str, tuple[Initializer, Callable[[int], Initializer]]] = {
 
 
 class MLP(nn.Module):
-    """Dense layers `layer_0 ...` of the given widths; ReLU after each, after the last only if `final_relu`."""
+    """Dense layers `layer_0 ...` of the given widths; ReLU after each, after the last only if `final_relu`.
+
+    Computes in `dtype`, from float32 parameters, and returns float32.
+    """
 
     widths: tuple[int, ...]
     final_relu: bool
     init_name: str = "dlrm"
+    dtype: str = "float32"
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """(B, in) to (B, widths[-1])."""
         kernel_init, bias_init = _INITS[self.init_name]
         for i, width in enumerate(self.widths):
-            x = nn.Dense(width, kernel_init=kernel_init, bias_init=bias_init(x.shape[1]), name=f"layer_{i}")(x)
+            inits = {"kernel_init": kernel_init, "bias_init": bias_init(x.shape[1])}
+            x = nn.Dense(width, dtype=self.dtype, **inits, name=f"layer_{i}")(x)
             if self.final_relu or i < len(self.widths) - 1:
                 x = nn.relu(x)
-        return x
+        return x.astype(jnp.float32)
 
 
 class DLRM(nn.Module):
@@ -71,13 +76,14 @@ class DLRM(nn.Module):
     def __call__(self, dense_BxN: jax.Array, pooled_BxFxD: jax.Array) -> jax.Array:
         """(B, N), (B, F, D) to (B,)."""
         config = self.config
-        bottom_BxD = MLP(config.bottom_mlp, final_relu=True, init_name=config.dense_init, name="bottom_mlp")(dense_BxN)
+        common = {"init_name": config.dense_init, "dtype": config.compute_dtype}
+        bottom_BxD = MLP(config.bottom_mlp, final_relu=True, **common, name="bottom_mlp")(dense_BxN)
         with jax.named_scope("interaction"):
             if config.interaction == "dot":
                 interaction_BxI = dot_interaction(bottom_BxD, pooled_BxFxD, config.self_interaction)
             else:
                 interaction_BxI = cat_interaction(bottom_BxD, pooled_BxFxD)
         if config.interaction == "cross":
-            interaction_BxI = LowRankCross(config.cross_layers, config.cross_rank, name="cross")(interaction_BxI)
-        top_mlp = MLP(config.top_mlp, final_relu=False, init_name=config.dense_init, name="top_mlp")
-        return top_mlp(interaction_BxI)[:, 0]
+            cross = LowRankCross(config.cross_layers, config.cross_rank, config.compute_dtype, name="cross")
+            interaction_BxI = cross(interaction_BxI)
+        return MLP(config.top_mlp, final_relu=False, **common, name="top_mlp")(interaction_BxI)[:, 0]

@@ -20,26 +20,29 @@ _LOG = logging.getLogger("dlrm_jax")
 EXCHANGE_OVERFLOWS = "exchange_overflows"
 
 
+Taken = list[tuple[Batch, dict[str, jax.Array]]]
+"""Of each step of a dispatch, the batch as it was on the host, and the metrics."""
+
+
 class LossWindow:
-    """Losses of the last steps. Each is read one step late, so that the device never waits for the host."""
+    """Losses of the last steps. Each is read one dispatch late, so that the device never waits for the host."""
 
     def __init__(self, workdir: pathlib.Path, dense_names: tuple[str, ...]) -> None:
         self._workdir, self._dense_names = workdir, dense_names
-        self._pending: tuple[int, Batch, dict[str, jax.Array]] | None = None
+        self._pending: tuple[int, Taken] = (0, [])
         self._losses: list[float] = []
         self.last = float("nan")
         self.overflows: int | None = None
         """Steps so far whose exchange took further rounds; None where there is no such exchange."""
 
-    def push(self, step: int, batch: Batch, step_metrics: dict[str, jax.Array]) -> None:
-        """Note a dispatched step, and read the one before it."""
-        previous, self._pending = self._pending, (step, batch, step_metrics)
-        self._read(previous)
+    def push(self, step: int, taken: Taken) -> None:
+        """Note a dispatch whose first step was `step`, and read the one before it."""
+        previous, self._pending = self._pending, (step, taken)
+        self._read(*previous)
 
     def flush(self) -> None:
-        """Read the last dispatched step too; after this the state is known to be finite."""
-        previous, self._pending = self._pending, None
-        self._read(previous)
+        """Read the last dispatch too; after this the state is known to be finite."""
+        self.push(0, [])
 
     def mean(self) -> float:
         """The mean loss since the last call."""
@@ -47,17 +50,15 @@ class LossWindow:
         self._losses = []
         return mean
 
-    def _read(self, item: tuple[int, Batch, dict[str, jax.Array]] | None) -> None:
-        if item is None:
-            return
-        step, batch, step_metrics = item
-        loss = float(step_metrics["loss"])
-        if not bool(step_metrics["finite"]):
-            self._stop(step, batch, loss)
-        if EXCHANGE_OVERFLOWS in step_metrics:
-            self.overflows = (self.overflows or 0) + int(step_metrics[EXCHANGE_OVERFLOWS] > 0)
-        self._losses.append(loss)
-        self.last = loss
+    def _read(self, first_step: int, taken: Taken) -> None:
+        for step, (batch, step_metrics) in enumerate(taken, first_step):
+            loss = float(step_metrics["loss"])
+            if not bool(step_metrics["finite"]):
+                self._stop(step, batch, loss)
+            if EXCHANGE_OVERFLOWS in step_metrics:
+                self.overflows = (self.overflows or 0) + int(step_metrics[EXCHANGE_OVERFLOWS] > 0)
+            self._losses.append(loss)
+            self.last = loss
 
     def _stop(self, step: int, batch: Batch, loss: float) -> None:
         path = self._workdir / f"bad_batch_step_{step}.npz"

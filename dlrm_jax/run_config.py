@@ -35,6 +35,7 @@ class ModelOptions:
     learned_pooling: bool = False
     dense_init: str = "dlrm"
     table_init: str = "dlrm"
+    compute_dtype: str = "float32"
 
     def build(self, dataset: Dataset) -> ModelConfig:
         """The model for a dataset's columns."""
@@ -54,6 +55,7 @@ class RunConfig:
     optimizer: OptimizerConfig
     batch_size: int
     num_micro_batches: int = 1
+    steps_per_dispatch: int = 1
     num_epochs: int = 1
     num_steps: int = 0
     eval_batch_size: int = 16384
@@ -69,7 +71,14 @@ class RunConfig:
     sharding: ShardingOptions = dataclasses.field(default_factory=ShardingOptions)
 
     def __post_init__(self) -> None:
-        for field in ("batch_size", "num_micro_batches", "num_epochs", "eval_batch_size", "log_every"):
+        for field in (
+            "batch_size",
+            "num_micro_batches",
+            "steps_per_dispatch",
+            "num_epochs",
+            "eval_batch_size",
+            "log_every",
+        ):
             if getattr(self, field) < 1:
                 raise ConfigError(f"{field} is {getattr(self, field)}; it must be at least 1")
         for field in ("num_steps", "eval_every", "checkpoint_every", "patience", "seed"):

@@ -1,54 +1,75 @@
-"""One training step after the other: plain, or with the next batch's ids exchanged during this batch's compute."""
+"""Training steps: one after the other, several in one dispatch, or with the next batch's ids exchanged meanwhile."""
 
 from typing import Any
 
 from dlrm_jax.batch import Batch
+from dlrm_jax.config import require
 from dlrm_jax.data.pipeline import Prefetcher
+from dlrm_jax.monitor import Taken
 from dlrm_jax.run_config import RunConfig
 from dlrm_jax.sharding.placed import Placed
 from dlrm_jax.state import TrainState
-from dlrm_jax.step import make_pipelined_step, make_train_step
+from dlrm_jax.step import make_pipelined_step, make_scanned_step, make_train_step
 
 
 class Stepper:
-    """Takes batches from `batches` and steps; the two ways give the same bits."""
+    """Takes batches from `batches` and steps. Pipelined steps give the same bits, several at once the same numbers."""
 
     def __init__(self, config: RunConfig, placed: Placed, batches: Prefetcher) -> None:
         self._batches = batches
-        self._pipelined = config.sharding.pipeline
+        self._at_once = config.steps_per_dispatch
+        together = self._at_once > 1 and config.sharding.pipeline
+        require(not together, "--steps_per_dispatch and --pipeline_exchange are two ways to run ahead; choose one")
         settings = (placed.model, config.loss, config.optimizer, config.num_micro_batches, placed.ops)
-        if self._pipelined:
-            self._step: Any = placed.jit_pipelined_step(make_pipelined_step(*settings))
-            self._route = placed.jit_route()
-        else:
-            self._step = placed.jit_step(make_train_step(*settings))
-        self._ahead: tuple[Batch, Batch, Any] | None = None
-        self._executable: Any = None
+        self._pipeline = _Pipeline(placed, make_pipelined_step(*settings)) if config.sharding.pipeline else None
+        step = make_train_step(*settings)
+        self._step = placed.jit_step(step)
+        self._steps = placed.jit_step(make_scanned_step(step))
+        self._executables: dict[str, Any] = {}
 
-    def __call__(self, state: TrainState) -> tuple[Batch, TrainState, dict[str, Any]]:
-        """(the batch as it was on the host, the new state, its metrics); `state`'s arrays are given away."""
-        if not self._pipelined:
-            host_batch, batch = next(self._batches)
-            return host_batch, *self._compiled(state, batch)(state, batch)
-        if self._ahead is None:
-            host_batch, batch = next(self._batches)
-            self._ahead = host_batch, batch, self._route(batch)
-        host_batch, batch, routes = self._ahead
-        next_host_batch, next_batch = next(self._batches)
-        arguments = (state, batch, routes, next_batch)
-        state, step_metrics, next_routes = self._compiled(*arguments)(*arguments)
-        self._ahead = next_host_batch, next_batch, next_routes
-        return host_batch, state, step_metrics
+    def __call__(self, state: TrainState, at_most: int) -> tuple[Taken, TrainState]:
+        """(what was done, the new state) of at least one step; `state`'s arrays are given away."""
+        if self._pipeline is not None:
+            host_batch, arguments = self._pipeline.arguments(self._batches)
+            state, step_metrics, routes = self._compiled("pipelined", self._pipeline.step, state, *arguments)
+            self._pipeline.routes = routes
+            return [(host_batch, step_metrics)], state
+        if 1 < self._at_once <= at_most:
+            host_batches, batches = zip(*(next(self._batches) for _ in range(self._at_once)), strict=True)
+            state, all_metrics = self._compiled("scanned", self._steps, state, list(batches))
+            return list(zip(host_batches, all_metrics, strict=True)), state
+        host_batch, batch = next(self._batches)
+        state, step_metrics = self._compiled("plain", self._step, state, batch)
+        return [(host_batch, step_metrics)], state
 
-    def _compiled(self, *arguments: Any) -> Any:
-        if self._executable is None:
-            self._executable = self._step.lower(*arguments).compile()
-        return self._executable
+    def _compiled(self, name: str, step: Any, *arguments: Any) -> Any:
+        if name not in self._executables:
+            self._executables[name] = step.lower(*arguments).compile()
+        return self._executables[name](*arguments)
 
     def memory_bytes(self) -> int | None:
-        """What the compiled step holds on a device, by XLA's account; None before the first step."""
-        if self._executable is None:
-            return None
-        memory = self._executable.memory_analysis()
-        not_aliased = memory.output_size_in_bytes - memory.alias_size_in_bytes
-        return memory.argument_size_in_bytes + memory.temp_size_in_bytes + not_aliased
+        """What the largest of the compiled steps holds on a device, by XLA's account; None before the first step."""
+        held = []
+        for executable in self._executables.values():
+            memory = executable.memory_analysis()
+            not_aliased = memory.output_size_in_bytes - memory.alias_size_in_bytes
+            held.append(memory.argument_size_in_bytes + memory.temp_size_in_bytes + not_aliased)
+        return max(held, default=None)
+
+
+class _Pipeline:
+    """The two-stage loop: the batch whose routes are known, and the one after it."""
+
+    def __init__(self, placed: Placed, step: Any) -> None:
+        self.step, self._route = placed.jit_pipelined_step(step), placed.jit_route()
+        self._ahead: tuple[Batch, Batch] | None = None
+        self.routes: Any = None
+
+    def arguments(self, batches: Prefetcher) -> tuple[Batch, tuple[Any, ...]]:
+        """(the batch as it was on the host, what the step takes besides the state)."""
+        if self._ahead is None:
+            self._ahead = next(batches)
+            self.routes = self._route(self._ahead[1])
+        host_batch, batch = self._ahead
+        self._ahead = next(batches)
+        return host_batch, (batch, self.routes, self._ahead[1])

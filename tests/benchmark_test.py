@@ -1,5 +1,6 @@
 """Tests `dlrm_jax.benchmark`: where a step's time goes, and the command with its sweeps."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -9,6 +10,7 @@ import jax
 import pytest
 
 from dlrm_jax import step_parts
+from dlrm_jax.benchmark import swept
 from dlrm_jax.config import LossConfig
 from dlrm_jax.sharding.exchange import ExchangeOptions
 from dlrm_jax.sharding.mesh import MeshShape, make_mesh
@@ -17,6 +19,7 @@ from dlrm_jax.sharding.plan import make_plan
 from dlrm_jax.step import make_train_step
 from dlrm_jax.step_parts import Event
 from tests.helpers import ROOT, optimizer, tiny_model
+from tests.resume_test import CONFIG
 
 
 def benchmark(*flags: str) -> subprocess.CompletedProcess:
@@ -73,7 +76,7 @@ def test_the_command_prints_and_writes_what_it_measured(tmp_path):
 @pytest.mark.parametrize(
     ("sweep", "flags"),
     [
-        ("batch", ()),
+        ("batch", ("--sweep_values=16,64",)),
         ("devices", ("--sharding=row_wise",)),
         ("rows", ("--dataset=synthetic", "--sweep_values=10,100")),
         ("hotness", ("--dataset=synthetic", "--sweep_values=1,3")),
@@ -84,12 +87,25 @@ def test_sweeps(tmp_path, sweep, flags):
     done = benchmark(f"--sweep={sweep}", *flags, f"--json={tmp_path}/b.json", f"--picture={tmp_path}/b.png")
     assert not done.returncode, done.stderr
     points = json.loads((tmp_path / "b.json").read_text())["points"]
-    assert list(points) == {"batch": ["1", "4", "16", "64", "256"], "devices": ["1", "2"]}.get(
-        sweep, [v for flag in flags if "values" in flag for v in flag.split("=")[1].split(",")]
-    )
+    asked = [v for flag in flags if "values" in flag for v in flag.split("=")[1].split(",")]
+    assert list(points) == (asked or ["1", "2"])
     held = [point["train"]["held_bytes"] for point in points.values()]
     assert held == sorted(held, reverse=sweep == "devices") and len(set(held)) == len(held)
     assert (tmp_path / "b.png").stat().st_size > 5000
+
+
+def test_without_values_a_sweep_goes_around_the_runs_own():
+    data = dataclasses.replace(CONFIG.data, dataset="synthetic", table_sizes=(5000, 50))
+    config = dataclasses.replace(CONFIG, data=data, batch_size=128)
+    assert {value: run.batch_size for value, run in swept(config, "batch", []).items()} == {
+        value: value for value in (2, 8, 32, 128, 512)
+    }
+    assert [run.data.max_rows_per_table for run in swept(config, "rows", []).values()] == [100, 1000, 10000]
+    assert [run.data.hotness for run in swept(config, "hotness", []).values()] == [(1,), (2,), (4,), (8,), (16,), (32,)]
+    assert [run.model.bottom_mlp[-1] for run in swept(config, "dim", []).values()] == [8, 16, 32, 64, 128]
+    assert [run.sharding.mesh for run in swept(config, "devices", []).values()] == [
+        f"model:{count}" for count in (1, 2, 4, 8)
+    ]
 
 
 @pytest.mark.parametrize(

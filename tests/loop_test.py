@@ -83,10 +83,33 @@ def test_patience_stops_after_evaluations_without_improvement(tmp_path):
     assert [line["step"] for line in lines(tmp_path, "val")] == [20, 40, 60]
 
 
-@pytest.mark.parametrize(("column", "words"), [("dense_RxN", "'dense_2' is nan"), ("label_R", "the label is nan")])
-def test_nan_stops_the_run_names_the_column_and_keeps_the_last_checkpoint(tmp_path, monkeypatch, column, words):
+def test_several_steps_a_dispatch_are_the_same_run(tmp_path):
+    plain = loop.train_and_evaluate(CONFIG, tmp_path / "plain")
+    at_once = dataclasses.replace(CONFIG, steps_per_dispatch=4)  # 4, 4, 1, 1 steps between two lines of the log.
+    several = loop.train_and_evaluate(at_once, tmp_path / "several")
+    assert several["step"] == plain["step"]
+    for split in ("train", "val"):
+        ours, theirs = lines(tmp_path / "several", split), lines(tmp_path / "plain", split)
+        assert [line["step"] for line in ours] == [line["step"] for line in theirs]
+        np.testing.assert_allclose([x["loss"] for x in ours], [x["loss"] for x in theirs], atol=1e-5)
+    assert int(final_state(tmp_path / "several").step) == CONFIG.num_steps
+
+
+def test_two_ways_to_run_ahead_are_refused(tmp_path):
+    sharding = dataclasses.replace(CONFIG.sharding, pipeline=True)
+    with pytest.raises(ConfigError, match="choose one"):
+        loop.train_and_evaluate(dataclasses.replace(CONFIG, steps_per_dispatch=4, sharding=sharding), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("column", "words", "at_once"),
+    [("dense_RxN", "'dense_2' is nan", 1), ("label_R", "the label is nan", 1), ("label_R", "the label is nan", 3)],
+)
+def test_nan_stops_the_run_names_the_column_and_keeps_the_last_checkpoint(
+    tmp_path, monkeypatch, column, words, at_once
+):
     honest = planted.generate(0, 2000)
-    config = dataclasses.replace(CONFIG, shuffle=False, num_steps=40)
+    config = dataclasses.replace(CONFIG, shuffle=False, num_steps=40, steps_per_dispatch=at_once)
     values = getattr(honest.splits["train"], column).copy()
     values[64 * 15 + 7, ...] = values[64 * 15 + 7, ...] if column == "dense_RxN" else np.nan
     if column == "dense_RxN":

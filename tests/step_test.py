@@ -1,5 +1,7 @@
 """Tests `dlrm_jax/step.py`: the row-sparse step equals a dense-gradient step of the same model."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +12,7 @@ from dlrm_jax.config import LossConfig, ModelConfig, OptimizerConfig
 from dlrm_jax.loss import example_losses
 from dlrm_jax.model import DLRM
 from dlrm_jax.state import TrainState, init_state
-from dlrm_jax.step import logits, make_eval_step, make_train_step
+from dlrm_jax.step import logits, make_eval_step, make_scanned_step, make_train_step
 from tests.helpers import optimizer, random_batch, tiny_model
 
 
@@ -85,6 +87,40 @@ def test_padding_rows_change_nothing():
     step = make_train_step(model, LossConfig(), config)
     short, long = step(init_state(model, config, 0), batch), step(init_state(model, config, 0), padded)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), short, long)
+
+
+@pytest.mark.parametrize("interaction", ["dot", "cross"])
+def test_bfloat16_keeps_float32_weights_and_comes_close(interaction):
+    plain = tiny_model(interaction=interaction, cross_layers=2, cross_rank=3)
+    model = dataclasses.replace(plain, compute_dtype="bfloat16")
+    state, batch = init_state(plain, optimizer(), 0), random_batch(model, 32)
+    wanted = logits(plain, state, batch)
+    found = logits(model, state, batch)
+    assert found.dtype == np.float32 and not np.array_equal(found, wanted)
+    np.testing.assert_allclose(found, wanted, atol=0.03)
+    text = str(jax.make_jaxpr(lambda s, b: logits(model, s, b))(state, batch))
+    in_bfloat16 = [line for line in text.splitlines() if "dot_general" in line and "bf16" in line]
+    assert len(in_bfloat16) == {"dot": 4, "cross": 8}[interaction]
+    stepped, step_metrics = jax.jit(make_train_step(model, LossConfig(), optimizer()))(state, batch)
+    assert all(leaf.dtype != jnp.bfloat16 for leaf in jax.tree.leaves((stepped, step_metrics)))
+    assert bool(step_metrics["finite"])
+
+
+@pytest.mark.parametrize("table", ["sgd", "rowwise_adagrad"])
+def test_steps_in_one_dispatch_equal_single_ones(table):
+    model = tiny_model()
+    step = make_train_step(model, LossConfig(), optimizer(table))
+    batches = [random_batch(model, 16, seed) for seed in range(4)]
+    one = init_state(model, optimizer(table), 0)
+    losses = []
+    for batch in batches:
+        one, step_metrics = jax.jit(step)(one, batch)
+        losses.append(float(step_metrics["loss"]))
+    all_at_once = jax.jit(make_scanned_step(step))
+    many, all_metrics = all_at_once(init_state(model, optimizer(table), 0), batches)
+    np.testing.assert_allclose([float(m["loss"]) for m in all_metrics], losses, rtol=1e-5)
+    assert int(many.step) == 4
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), many, one)
 
 
 def test_logits_are_not_probabilities():

@@ -141,7 +141,7 @@ class Placed:
         return replicated(self.mesh)
 
     def jit_step(self, step: Callable[..., Any]) -> Any:
-        """`step(state, batch)` compiled with explicit shardings, the state's arrays given away to the new one."""
+        """`step(state, batch or batches)` compiled with explicit shardings, the state's arrays given to the new one."""
         return jax.jit(
             step,
             donate_argnums=0,
