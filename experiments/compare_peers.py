@@ -269,7 +269,7 @@ def draw(results: dict[str, dict], path: pathlib.Path) -> None:
     """How many times as fast as each peer, a group of bars a configuration."""
     from matplotlib.figure import Figure
 
-    names = [f"{name}\n{kind}" for name, kinds in results.items() for kind in kinds]
+    names = [f"{name} {kind}" for name, kinds in results.items() for kind in kinds]
     rows = [row for kinds in results.values() for row in kinds.values()]
     figure = Figure(figsize=(12, 4.5), layout="constrained")
     axis = figure.subplots()
@@ -280,7 +280,7 @@ def draw(results: dict[str, dict], path: pathlib.Path) -> None:
         axis.bar_label(bars, ["" if np.isnan(r) else f"{r:.2g}" for r in ratios], fontsize=7)
     axis.axhline(1, color="black", linewidth=0.8)
     axis.set_yscale("log")
-    axis.set_xticks(np.arange(len(rows)), names, fontsize=7)
+    axis.set_xticks(np.arange(len(rows)), names, fontsize=7, rotation=30, ha="right")
     axis.set_ylabel("their step time over ours")
     axis.legend()
     figure.savefig(path, dpi=120)

@@ -31,8 +31,8 @@ MODELS = ("shape_mlperf_dlrm", "shape_mlperf_dcnv2")
 PODS = ("v5p:2x2x2", "v5p:4x4x4", "v5p:8x8x16", "v5e:8x8", "v6e:16x16")
 
 
-def report(name: str, pod: str) -> dict:
-    """One model on one pod: predicted, and as XLA has it."""
+def report(name: str, pod: str, known: dict | None) -> dict:
+    """One model on one pod: predicted, and as XLA has it, or had it in `known`, an earlier report of the same plan."""
     flags.FLAGS.unparse_flags()
     flags.FLAGS(["pod_sizes", f"--flagfile={HERE / name}.flags"])
     config, topology = config_from_flags(), parse_topology(pod)
@@ -40,13 +40,20 @@ def report(name: str, pod: str) -> dict:
     mesh = MeshShape(1, topology.num_chips)
     setting = planner.Setting(model_of(config), config.optimizer, mesh, load_of(config), hardware, packed=True)
     cost = setting.cost_of(planner.auto_plan(setting))
-    compiled = compile_report(setting, LossConfig(), cost, topology)
     kinds = [placement.sharding for placement in cost.plan.tables.values()]
     placed = ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
-    return {"model": name, "pod": pod, "chips": topology.num_chips, "placed": placed} | {
+    if known is None or known["placed"] != placed:
+        compiled = compile_report(setting, LossConfig(), cost, topology).to_dict()
+        compiled["compiled_on"] = str(datetime.date.today())
+    else:
+        compiled = known | {"predicted_held": cost.bytes_held}
+    return compiled | {
+        "model": name,
+        "pod": pod,
+        "chips": topology.num_chips,
+        "placed": placed,
         "predicted_ms": cost.step_seconds * 1e3,
         "predicted_sent": cost.sent.total,
-        **compiled.to_dict(),
     }
 
 
@@ -66,7 +73,8 @@ def table(rows: list[dict]) -> str:
         )
     versions = ", ".join(f"{package} {metadata.version(package)}" for package in ("jax", "libtpu"))
     where = f"compiled on {os.cpu_count()} cores, Python {platform.python_version()}"
-    stamp = f"{datetime.date.today()}, {where}, {versions}"
+    dates = " and ".join(sorted({row["compiled_on"] for row in rows}))
+    stamp = f"{dates}, {where}, {versions}; predicted {datetime.date.today()}"
     return "\n".join([*lines, "", f"{stamp}; `python experiments/pod_sizes.py`."])
 
 
@@ -98,13 +106,16 @@ def main() -> None:
     """Every model on every pod."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", default=str(HERE / "pod_sizes.json"), help="Where the numbers go.")
+    parser.add_argument("--keep_compiled", action="store_true", help="predict anew beside what --json has of XLA")
     parser.add_argument("--pods", default=",".join(PODS), help="Topologies, with commas between them.")
     options = parser.parse_args()
     define_run_flags()
     rows = []
+    known = json.loads(pathlib.Path(options.json).read_text()) if options.keep_compiled else []
+    compiled = {(row["model"], row["pod"]): row for row in known}
     for name in MODELS:
         for pod in options.pods.split(","):
-            rows.append(report(name, pod))
+            rows.append(report(name, pod, compiled.get((name, pod))))
             print(table(rows[-1:]).splitlines()[2], flush=True)
     pathlib.Path(options.json).write_text(json.dumps(rows, indent=1) + "\n")
     if options.pods == ",".join(PODS):

@@ -39,6 +39,7 @@ def calibrate() -> Hardware:
         latency=latency,
         launch=min(launch, known.launch),
         row_efficiency=min(1.0, row_rate / memory_rate),
+        on_chip_bytes=known.on_chip_bytes,
         source=f"measured on {len(jax.devices())} x {device.device_kind}",
     )
 

@@ -27,8 +27,6 @@ _KERNELS = 80
 """Kernels of a training step besides the collectives (counted in a compiled step of the Kaggle configuration)."""
 _PACKED_COPIES = 2.5
 """Arrays of a line for each id slot that live at once where rows share lines: read, selected, and half a gradient."""
-_ON_CHIP_BYTES = 64 << 20
-"""Temporaries that a TPU keeps in its vector memory, seen in compiled steps (memory space 1) of up to such a size."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -210,7 +208,7 @@ def estimate(
         "network": sent.total * peers / hardware.link_rate + sent.count * hardware.latency,
         "launch": _KERNELS * hardware.launch,
     }
-    memory = _memory(model, optimizer, stacks, load, sent, on_tpu=packed)
+    memory = _memory(model, optimizer, stacks, load, sent, hardware.on_chip_bytes)
     return Cost(plan, stacks, options, memory, sent, flops, traffic + row_traffic, seconds)
 
 
@@ -283,7 +281,7 @@ def _memory(
     stacks: tuple[PlacedStack, ...],
     load: Load,
     sent: Sent,
-    on_tpu: bool,
+    on_chip_bytes: int,
 ) -> dict[str, int]:
     devices = stacks[0].num_shards * stacks[0].num_copies
     b = -(-load.batch_size // devices)
@@ -304,9 +302,8 @@ def _memory(
     batch = b * (model.num_dense + model.num_slots + 2) * FLOAT
     activations = 2 * b * outputs * FLOAT + slots + dense
     exchange = sent.total - (dense + FLOAT if devices > 1 else 0)
-    if on_tpu:
-        on_chip = min(_ON_CHIP_BYTES, activations + exchange)
-        activations, exchange = activations - min(on_chip, activations), exchange - max(0, on_chip - activations)
+    on_chip = min(on_chip_bytes, activations + exchange)
+    activations, exchange = activations - min(on_chip, activations), exchange - max(0, on_chip - activations)
     return {
         "tables": tables,
         "optimizer state": states,

@@ -11,7 +11,8 @@ class Hardware:
 
     `memory_rate`, `link_rate` in bytes/s (the link's in one direction, to all peers together), `flops` of float32
     matrix products as the backend computes them by default; `latency` of one collective and `launch` of one kernel in
-    seconds; `row_efficiency` is the share of `memory_rate` that reading single rows of 64 bytes reaches.
+    seconds; `row_efficiency` is the share of `memory_rate` that reading single rows of 64 bytes reaches;
+    `on_chip_bytes` of a step's temporaries stay in vector memory.
     """
 
     name: str
@@ -23,10 +24,14 @@ class Hardware:
     launch: float
     row_efficiency: float
     source: str
+    on_chip_bytes: int = 0
 
 
 _SHEET = "data sheet; 0.9 of its memory rate, as measured on an H100 (3.0 of 3.35 TB/s)"
 _TPU = "Google Cloud's TPU system architecture pages; 0.87 of the memory rate and half of the links (torus) assumed"
+
+_ON_CHIP = 64 << 20
+"""Half the vector memory of a v5e or v6e: what compiled steps place there (memory space 1). On a v5p it was none."""
 
 HARDWARE = {
     hardware.name: hardware
@@ -35,9 +40,9 @@ HARDWARE = {
         Hardware("h200", 141e9, 4.3e12, 400e12, 450e9, 15e-6, 2.5e-6, 0.5, _SHEET + "; TF32"),
         Hardware("a100", 80e9, 1.75e12, 125e12, 300e9, 15e-6, 2.5e-6, 0.5, _SHEET + "; TF32"),
         Hardware("v4", 32e9, 1.05e12, 240e12, 130e9, 5e-6, 1e-6, 0.25, _TPU),
-        Hardware("v5e", 16e9, 0.71e12, 170e12, 100e9, 5e-6, 1e-6, 0.25, _TPU),
+        Hardware("v5e", 16e9, 0.71e12, 170e12, 100e9, 5e-6, 1e-6, 0.25, _TPU, _ON_CHIP),
         Hardware("v5p", 95e9, 2.4e12, 400e12, 300e9, 5e-6, 1e-6, 0.25, _TPU),
-        Hardware("v6e", 32e9, 1.4e12, 800e12, 180e9, 5e-6, 1e-6, 0.25, _TPU),
+        Hardware("v6e", 32e9, 1.4e12, 800e12, 180e9, 5e-6, 1e-6, 0.25, _TPU, _ON_CHIP),
         Hardware("cpu", 16e9, 20e9, 100e9, 5e9, 50e-6, 5e-6, 0.5, "two cores of an EPYC server, measured"),
     )
 }

@@ -67,6 +67,7 @@ class TorchDLRM:
             for _, rows in embedding.named_tables(model, state.tables)
         ]
         self.dense = DenseModel(model, state)
+        torch.compiler.reset()  # Or it counts the shapes of earlier configurations, and gives up compiling.
         self.compiled_dense = torch.compile(self.dense)
         parameters = list(self.dense.parameters())
         if optimizer.dense == "sgd":
