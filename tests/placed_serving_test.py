@@ -14,7 +14,7 @@ from tests.helpers import random_batch, tiny_model
 from tests.server_process import running
 from tests.serving_helpers import export_tiny
 
-SIZES = (1, 4, 16)
+SIZES = (4, 16)
 VARIANTS = {
     "learned": ("float32", {"learned_pooling": True}),
     "cross": ("bfloat16", {"interaction": "cross", "cross_layers": 2, "cross_rank": 3}),
@@ -27,9 +27,22 @@ def placed(model_dir, sharding="row_wise", mesh="model:4", like=None) -> Servabl
     return Servable(open_version(model_dir), SIZES, like=like, make_engine=make)
 
 
-def assert_scores_of_one_device(model_dir, servable: Servable, model) -> None:
-    one = load(model_dir, batch_sizes=SIZES)
-    for rows in (1, 3, 37):
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """A model, exported once."""
+    model_dir = tmp_path_factory.mktemp("exported")
+    export_tiny(model_dir, tiny_model())
+    return model_dir
+
+
+@pytest.fixture(scope="module")
+def on_one_device(exported):
+    """It on one device."""
+    return load(exported, batch_sizes=SIZES)
+
+
+def assert_scores_of(one: Servable, servable: Servable, model) -> None:
+    for rows in (3, 37):  # One execution that is not full; three.
         batch = random_batch(model, rows, seed=rows)
         want = one.predict(batch.dense_BxN, batch.ids_BxK)
         got = servable.predict(batch.dense_BxN, batch.ids_BxK)
@@ -38,26 +51,26 @@ def assert_scores_of_one_device(model_dir, servable: Servable, model) -> None:
 
 
 @pytest.mark.parametrize("sharding", [*SHARDINGS, "auto"])
-def test_every_plan_gives_the_scores_of_one_device(tmp_path, sharding):
-    model = tiny_model()
-    export_tiny(tmp_path, model)
-    servable = placed(tmp_path, sharding, "data:2,model:2")
-    assert servable.batch_sizes == (4, 16)  # Devices share a batch evenly.
+def test_every_plan_gives_the_scores_of_one_device(exported, on_one_device, sharding):
+    servable = placed(exported, sharding, "data:2,model:2")
     assert servable.self_check() < 1e-6
-    assert_scores_of_one_device(tmp_path, servable, model)
+    assert_scores_of(on_one_device, servable, tiny_model())
+
+
+def test_batch_sizes_are_what_devices_share_evenly(exported):
+    make = engine_maker(ShardingOptions(sharding="row_wise", mesh="model:4"), 16)
+    assert Servable(open_version(exported), (1, 2, 6, 16), make_engine=make).batch_sizes == (4, 8, 16)
 
 
 @pytest.mark.parametrize(("kind", "changes"), VARIANTS.values(), ids=VARIANTS.keys())
 def test_stored_types_and_models(tmp_path, kind, changes):
     model = tiny_model(**changes)
     export_tiny(tmp_path, model, kind)
-    assert_scores_of_one_device(tmp_path, placed(tmp_path), model)
+    assert_scores_of(load(tmp_path, batch_sizes=SIZES), placed(tmp_path), model)
 
 
-def test_no_device_holds_a_whole_table(tmp_path):
-    model = tiny_model()
-    export_tiny(tmp_path, model)
-    engine = placed(tmp_path)._engine
+def test_no_device_holds_a_whole_table(exported):
+    engine = placed(exported)._engine
     assert isinstance(engine, SeveralDevices)
     for array in engine._tables.values():
         assert len(array.addressable_shards) == 4

@@ -114,6 +114,8 @@ def test_one_that_dies_ends_the_other_with_a_message_and_the_run_goes_on_later(t
     assert running[1 - victim].returncode not in (0, None)
     assert time.monotonic() - began < 90
     assert "another task died" in text or "UNAVAILABLE" in text or "error: process" in text
+    if victim == 0:
+        return  # What is on disk is the same, whoever died: going on is shown once.
     running = train(tmp_path, 2, 2, num_steps=60)
     texts = outputs(running)
     assert [process.returncode for process in running] == [0, 0], texts
