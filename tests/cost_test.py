@@ -44,14 +44,17 @@ CASES = [
     *(((1, 8), kind, "rowwise_adagrad") for kind in KINDS),
     *(((2, 4), kind, "adagrad") for kind in ("table_wise", "column_wise", "mix")),
 ]
-SLOW = [
+MORE = [
     *(((2, 4), kind, table) for kind in KINDS for table in ("sgd", "rowwise_adagrad")),
     *(((1, 8), kind, "sgd") for kind in KINDS),
 ]
 
 
+EXHAUSTIVE = (pytest.mark.slow, pytest.mark.exhaustive)
+
+
 @pytest.mark.parametrize(
-    ("mesh", "sharding", "table"), [*CASES, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)]
+    ("mesh", "sharding", "table"), [*CASES, *(pytest.param(*case, marks=EXHAUSTIVE) for case in MORE)]
 )
 def test_bytes_and_memory_are_those_of_the_compiled_step(mesh, sharding, table):
     cost, compiled = predicted_and_compiled(mesh, sharding, table)

@@ -91,11 +91,12 @@ CASES = [
     for j, sharding in enumerate((*SHARDINGS, "mix"))
 ]
 DAILY = {(1, 2), (2, 2), (1, 8)}
+EXHAUSTIVE = (pytest.mark.slow, pytest.mark.exhaustive)
 
 
 @pytest.mark.parametrize(
     ("mesh", "sharding", "table"),
-    [pytest.param(*case, marks=() if case[0] in DAILY else pytest.mark.slow) for case in CASES],
+    [pytest.param(*case, marks=() if case[0] in DAILY else EXHAUSTIVE) for case in CASES],
 )
 def test_every_placement_equals_one_device(mesh, sharding, table):
     assert_equals_one_device(place(mesh, sharding, table), table)
@@ -103,7 +104,7 @@ def test_every_placement_equals_one_device(mesh, sharding, table):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("table", OPTIMIZERS)
-@pytest.mark.parametrize("sharding", [*SHARDINGS, "mix"])
+@pytest.mark.parametrize("sharding", ["mix", *(pytest.param(kind, marks=EXHAUSTIVE) for kind in SHARDINGS)])
 def test_every_placement_with_every_optimizer(sharding, table):
     assert_equals_one_device(place((2, 2), sharding, table), table, weighted=True)
 
