@@ -131,24 +131,21 @@ class Progress:
         self._bar.close()
 
     def update(self, step: int, loss: float) -> None:
-        """Show that `step` steps are done."""
+        """Show that `step` steps are done; `loss` is NaN while none was read yet."""
         if self._silent:
             return
         now = time.perf_counter()
         seconds, done = now - self._start, step - self._start_step
         rate = done / seconds
+        speed = f"{rate * self._batch_size:,.0f} samples/s"
+        shown = speed if math.isnan(loss) else f"{speed}, loss {loss:.4f}"
         if self._terminal:
-            self._bar.set_postfix_str(f"{rate * self._batch_size:,.0f} samples/s, loss {loss:.4f}", refresh=False)
-            self._bar.update(1)
+            self._bar.set_postfix_str(shown, refresh=False)
+            self._bar.update(step - self._bar.n)
         elif now - self._last_print > _PLAIN_PROGRESS_SECONDS or step == self._num_steps:
             self._last_print = now
             left = (self._num_steps - step) / rate
-            print(
-                f"step {step}/{self._num_steps}  {rate * self._batch_size:,.0f} samples/s  "
-                f"loss {loss:.4f}  {left:.0f} s left",
-                file=sys.stderr,
-                flush=True,
-            )
+            print(f"step {step}/{self._num_steps}  {shown}, {left:.0f} s left", file=sys.stderr, flush=True)
 
 
 def format_table(results: dict[str, dict[str, Any] | None], optimum: dict[str, float] | None = None) -> str:

@@ -168,3 +168,18 @@ def test_progress_on_a_terminal_is_a_bar_that_counts_from_the_resumed_step(capfd
         bar.update(4, 0.25)
     err = capfd.readouterr().err
     assert "4/4" in err and "samples/s, loss 0.2500" in err and "0/4" not in err
+
+
+def test_progress_shows_no_loss_before_one_was_read(capfd):
+    with reporting.Progress(num_steps=1, start_step=0, batch_size=10) as bar:
+        bar.update(1, float("nan"))
+    err = capfd.readouterr().err
+    assert "samples/s" in err and "loss" not in err and "nan" not in err
+
+
+def test_bar_counts_steps_not_dispatches(capfd, monkeypatch):
+    monkeypatch.setattr(reporting.sys.stderr, "isatty", lambda: True)
+    with reporting.Progress(num_steps=8, start_step=0, batch_size=10) as bar:
+        for step in (4, 8):
+            bar.update(step, 0.25)
+    assert "8/8" in capfd.readouterr().err
