@@ -147,7 +147,7 @@ def _define_run_flags() -> None:
     flags.DEFINE_integer("batch_size", 128, "Examples per update.")
     flags.DEFINE_integer("num_micro_batches", 1, "Split each batch into this many parts and add their gradients.")
     flags.DEFINE_integer(
-        "steps_per_dispatch", 1, "Steps that the device takes in one go, where none between them logs or evaluates."
+        "steps_per_dispatch", 1, "Steps that the device takes in one go, up to one that logs; equal up to rounding."
     )
     flags.DEFINE_integer("num_epochs", 1, "Passes over the training rows.")
     flags.DEFINE_integer("num_steps", 0, "Updates; overrides --num_epochs unless 0.")

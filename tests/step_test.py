@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from dlrm_jax import embedding
-from dlrm_jax.config import LossConfig, ModelConfig, OptimizerConfig
+from dlrm_jax.config import LossConfig, ModelConfig, OptimizerConfig, TableConfig
 from dlrm_jax.loss import example_losses
 from dlrm_jax.model import DLRM
+from dlrm_jax.sharding.placed import on_one_device
 from dlrm_jax.state import TrainState, init_state
 from dlrm_jax.step import logits, make_eval_step, make_scanned_step, make_train_step
 from tests.helpers import optimizer, random_batch, tiny_model
@@ -121,6 +122,15 @@ def test_steps_in_one_dispatch_equal_single_ones(table):
     np.testing.assert_allclose([float(m["loss"]) for m in all_metrics], losses, rtol=1e-5)
     assert int(many.step) == 4
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), many, one)
+
+
+def test_steps_in_one_dispatch_hold_one_copy_of_each_table():
+    model = tiny_model(tables=tuple(TableConfig(name, 100_000, 4) for name in ("user", "item", "flag")))
+    placed = on_one_device(model, optimizer("rowwise_adagrad"))
+    steps = make_scanned_step(make_train_step(model, LossConfig(), placed.optimizer))
+    compiled = placed.jit_step(steps).lower(placed.abstract_state, [placed.abstract_batch(16)] * 3).compile()
+    memory, table_bytes = compiled.memory_analysis(), 100_000 * 4 * 4
+    assert memory.alias_size_in_bytes > 3 * table_bytes and memory.temp_size_in_bytes < table_bytes / 4
 
 
 def test_logits_are_not_probabilities():
