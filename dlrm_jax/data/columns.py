@@ -46,8 +46,9 @@ class Distinct:
         if not pa.types.is_dictionary(array.type):
             if pa.types.is_floating(array.type):
                 array = pc.if_else(pc.is_nan(array), pa.scalar(None, array.type), array)
-            array = array.dictionary_encode(null_encoding="encode" if keep_nulls else "mask")
-        index = array.indices.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int32, copy=False)
+            array = _encode_words(array) or array.dictionary_encode(null_encoding="encode" if keep_nulls else "mask")
+        indices = array.indices.fill_null(-1) if array.indices.null_count else array.indices
+        index = indices.to_numpy(zero_copy_only=False).astype(np.int32, copy=False)
         values = array.dictionary
         if pa.types.is_string(values.type) or pa.types.is_large_string(values.type):
             missing = _is_among(values, null_values)
@@ -80,10 +81,36 @@ class Distinct:
         return [Bad(rows, column, pa.array([""] * len(rows)), "is missing")] if len(rows) else []
 
 
+def _encode_words(texts: pa.Array) -> pa.DictionaryArray | None:
+    """`dictionary_encode` of texts of 8 bytes or none, as machine words: a third of its time. None for other arrays."""
+    if not pa.types.is_string(texts.type) or texts.offset or texts.null_count or not len(texts):
+        return None
+    _, offset_buffer, data = texts.buffers()
+    offsets = np.frombuffer(offset_buffer, np.int32)[: len(texts) + 1]
+    full = np.diff(offsets) == 8
+    num_full = np.count_nonzero(full)
+    if data is None or offsets[-1] - offsets[0] != 8 * num_full:
+        return None
+    words = np.frombuffer(data, np.uint64, num_full, offset=offsets[0])
+    some_empty = num_full < len(full)
+    if some_empty:
+        if not words.all():  # Eight zero bytes, which could not be told from an empty text.
+            return None
+        packed, words = words, np.zeros(len(full), np.uint64)
+        words[full] = packed
+    encoded = pa.array(words).dictionary_encode()
+    distinct = encoded.dictionary.to_numpy()
+    lengths = np.where(distinct == 0, 0, 8) if some_empty else np.full(len(distinct), 8)
+    ends = np.append(0, np.cumsum(lengths)).astype(np.int32)
+    data = distinct[lengths > 0].tobytes()
+    values = pa.StringArray.from_buffers(len(distinct), pa.py_buffer(ends), pa.py_buffer(data))
+    return pa.DictionaryArray.from_arrays(encoded.indices, values)
+
+
 def _is_among(texts: pa.Array, null_values: tuple[str, ...]) -> np.ndarray:
     # Most columns have no text of a null value's length: that is seen from the offsets alone.
     lengths = pc.binary_length(texts).fill_null(-1).to_numpy(zero_copy_only=False)
-    if not np.isin(lengths, [len(text.encode()) for text in null_values]).any():
+    if not any((lengths == length).any() for length in {len(text.encode()) for text in null_values}):
         return np.zeros(len(texts), bool)
     nulls = pa.array(null_values, texts.type)
     return pc.is_in(texts, value_set=nulls, skip_nulls=True).to_numpy(zero_copy_only=False)

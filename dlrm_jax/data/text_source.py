@@ -136,10 +136,8 @@ class TextSource:
         return Columns(arrays, row_R, num_rows, bad, line_of)
 
     def _read_csv(self, data: bytes, names: tuple[str, ...], skip_row: Callable[[csv.InvalidRow], str]) -> pa.Table:
-        # Each column arrives as its distinct texts and an index: whatever is done to a text is done once a chunk.
-        text = pa.dictionary(pa.int32(), pa.string())
         if not data.lstrip(b"\r\n"):  # Unlike strip, no copy.
-            return pa.table({name: pa.array([], text) for name in self._needed})
+            return pa.table({name: pa.array([], pa.string()) for name in self._needed})
         return csv.read_csv(
             pa.BufferReader(data),
             # A column named twice is read once; one thread, as the chunks themselves run in parallel.
@@ -151,7 +149,7 @@ class TextSource:
                 invalid_row_handler=skip_row,
             ),
             csv.ConvertOptions(
-                column_types=dict.fromkeys(self._needed, text),
+                column_types=dict.fromkeys(self._needed, pa.string()),
                 include_columns=self._needed,
                 strings_can_be_null=False,
                 check_utf8=False,  # Done before, for the chunk as a whole, in a tenth of the time.
@@ -169,9 +167,7 @@ def _unique(names: tuple[str, ...]) -> list[str]:
 
 
 def _one_chunk(column: pa.ChunkedArray) -> pa.Array:
-    # Columns of one small block; a chunked column would have a dictionary for each of its chunks.
-    combined = column.unify_dictionaries().combine_chunks()
-    return combined.chunk(0) if isinstance(combined, pa.ChunkedArray) else combined
+    return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()  # One as a rule: then no copy.
 
 
 def guess_delimiter(path: str) -> str:
