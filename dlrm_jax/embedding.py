@@ -162,14 +162,11 @@ def lookup(
     """
     pooled: list[jax.Array] = []
     features: list[int] = []
-    scale_BxK = None if _sums_plainly(config, id_weights_BxK) else slot_scale(config, ids_BxK, id_weights_BxK)
-    for stack in make_stacks(config):
-        row_ids = _row_ids(stack, ids_BxK)
-        scale = None if scale_BxK is None else scale_BxK[:, stack.slots]
+    for stack, row_ids, scale in stack_slots(config, ids_BxK, id_weights_BxK):
         if config.learned_pooling:
+            assert scale is not None
             # In one read, which the way back shares: it needs the rows again, before the update writes to them.
-            weights = slot_scale(config, ids_BxK, id_weights_BxK)[:, stack.slots]
-            weights = _learned_scale(config, stack, tables, row_ids, weights)
+            weights = _learned_scale(config, stack, tables, row_ids, scale)
             pooled.append(sum_bags(take(tables[stack.name], row_ids) * weights[:, :, None], stack.hotness))
             features += stack.features
             continue
@@ -180,6 +177,18 @@ def lookup(
     if len(pooled) == 1:
         return pooled[0]
     return jnp.concatenate(pooled, axis=1)[:, np.argsort(features)]
+
+
+def stack_slots(
+    config: ModelConfig, ids_BxK: jax.Array, id_weights_BxK: jax.Array | None
+) -> Iterator[tuple[Stack, jax.Array, jax.Array | None]]:
+    """(stack, row numbers of the slots that read it, what each slot's row is multiplied with) of every stack.
+
+    The last is None where bags are bare sums. Empty slots have negative row numbers.
+    """
+    scale_BxK = None if _sums_plainly(config, id_weights_BxK) else slot_scale(config, ids_BxK, id_weights_BxK)
+    for stack in make_stacks(config):
+        yield stack, _row_ids(stack, ids_BxK), None if scale_BxK is None else scale_BxK[:, stack.slots]
 
 
 def _sums_plainly(config: ModelConfig, id_weights_BxK: jax.Array | None) -> bool:
@@ -225,10 +234,7 @@ def bag_gradients(
 ) -> dict[str, tuple[BagGrad, ...]]:
     """`row_gradients` by bags, of features of one hotness each. Not where pooling weights are learned."""
     grads = {}
-    scale_BxK = None if _sums_plainly(config, id_weights_BxK) else slot_scale(config, ids_BxK, id_weights_BxK)
-    for stack in make_stacks(config):
-        row_ids = _row_ids(stack, ids_BxK)
-        scale = None if scale_BxK is None else scale_BxK[:, stack.slots]
+    for stack, row_ids, scale in stack_slots(config, ids_BxK, id_weights_BxK):
         bags = []
         for group, members in _groups(stack):
             by_slot = group.T[:, None]  # (h, 1, G), to have slots first and bags of all examples next to each other.

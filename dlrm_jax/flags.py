@@ -4,6 +4,7 @@ from absl import flags
 
 from dlrm_jax.config import (
     COMPUTE_DTYPES,
+    CPU_KERNELS,
     DENSE_INITS,
     DENSE_OPTIMIZERS,
     INTERACTIONS,
@@ -12,6 +13,7 @@ from dlrm_jax.config import (
     SCHEDULE_COMPAT,
     TABLE_INITS,
     TABLE_OPTIMIZERS,
+    XLA,
     ConfigError,
     LossConfig,
     OptimizerConfig,
@@ -149,6 +151,13 @@ def _define_run_flags() -> None:
     flags.DEFINE_integer(
         "steps_per_dispatch", 1, "Steps that the device takes in one go, up to one that logs; equal up to rounding."
     )
+    flags.DEFINE_enum(
+        "cpu_kernels",
+        XLA,
+        CPU_KERNELS,
+        "What looks up and updates the tables of a CPU: XLA, or C++ that is compiled here at the first use (needs a "
+        "compiler), faster for bags; one device only. Equal up to rounding.",
+    )
     flags.DEFINE_integer("num_epochs", 1, "Passes over the training rows.")
     flags.DEFINE_integer("num_steps", 0, "Updates; overrides --num_epochs unless 0.")
     flags.DEFINE_integer("eval_batch_size", 16384, "Examples per evaluation step.")
@@ -209,7 +218,7 @@ def config_from_flags() -> RunConfig:
             "eval_every",
         ),
         **_values("checkpoint_every", "log_every", "target_metric", "target_value", "patience", "shuffle"),
-        **_values("ids_out_of_range", "seed"),
+        **_values("ids_out_of_range", "cpu_kernels", "seed"),
         sharding=sharding_from_flags(),
     )
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from dlrm_jax import checkpoint, processes, reporting
+from dlrm_jax import checkpoint, huge_pages, processes, reporting
 from dlrm_jax.batch import Batch
 from dlrm_jax.config import ConfigError, differences
 from dlrm_jax.data.load import load_dataset
@@ -114,6 +114,7 @@ def restore_or_init(run: Run, checkpoints: checkpoint.Checkpoints) -> tuple[Trai
             f"Differing (this command != the workdir): {'; '.join(different[:8])}"
         )
     state = checkpoints.restore(checkpoint.LATEST, run.placed)
+    huge_pages.collapse(state)
     _LOG.info("resumed at step %d of %d", int(state.step), run.num_steps)
     return state, Progress(**record["progress"])
 

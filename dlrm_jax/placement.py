@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import jax
 
 from dlrm_jax.batch import Batch
-from dlrm_jax.config import ConfigError, ModelConfig
+from dlrm_jax.config import NATIVE, ConfigError, ModelConfig
 from dlrm_jax.data.dataset import Dataset
 from dlrm_jax.data.pipeline import train_batches
 from dlrm_jax.data.prepared import is_prepared, read_json
@@ -33,7 +33,9 @@ def place_run(config: RunConfig, model: ModelConfig, dataset: Dataset) -> Placed
             raise ConfigError(f"--mesh={config.sharding.mesh} leaves devices out; of several processes all are used")
         _LOG.info("--mesh=%s takes %d of %d devices", config.sharding.mesh, shape.size, jax.device_count())
     if shape.size == 1:
-        return on_one_device(model, config.optimizer)
+        return on_one_device(model, config.optimizer, config.cpu_kernels)
+    if config.cpu_kernels == NATIVE:
+        raise ConfigError(f"--cpu_kernels=native works on one device; this run has {shape.size}: --mesh=model:1")
     auto = auto_plan(setting_of(config, model, shape)) if config.sharding.sharding == AUTO else None
     return place(model, config.optimizer, config.sharding, auto, sample_batches(config, dataset))
 

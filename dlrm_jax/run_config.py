@@ -5,6 +5,7 @@ from typing import Any
 
 from dlrm_jax.batch import check_ids
 from dlrm_jax.config import (
+    CPU_KERNELS,
     OUT_OF_RANGE_POLICIES,
     ConfigError,
     LossConfig,
@@ -67,6 +68,7 @@ class RunConfig:
     patience: int = 0
     shuffle: bool = True
     ids_out_of_range: str = "error"
+    cpu_kernels: str = "xla"
     seed: int = 0
     sharding: ShardingOptions = dataclasses.field(default_factory=ShardingOptions)
 
@@ -90,6 +92,8 @@ class RunConfig:
             )
         if self.target_metric not in TARGET_METRICS:
             raise ConfigError(f"target_metric is {self.target_metric!r}; choose one of {', '.join(TARGET_METRICS)}")
+        if self.cpu_kernels not in CPU_KERNELS:
+            raise ConfigError(f"cpu_kernels is {self.cpu_kernels!r}; choose one of {', '.join(CPU_KERNELS)}")
         if self.ids_out_of_range not in OUT_OF_RANGE_POLICIES:
             raise ConfigError(
                 f"ids_out_of_range is {self.ids_out_of_range!r}; choose one of {', '.join(OUT_OF_RANGE_POLICIES)}"

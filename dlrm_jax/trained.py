@@ -6,7 +6,7 @@ import pathlib
 
 from dlrm_jax import run_config
 from dlrm_jax.checkpoint import Checkpoints
-from dlrm_jax.config import ConfigError, ModelConfig, differences
+from dlrm_jax.config import XLA, ConfigError, ModelConfig, differences
 from dlrm_jax.data.dataset import Dataset
 from dlrm_jax.data.load import load_dataset
 from dlrm_jax.placement import place_run
@@ -53,7 +53,7 @@ def restore(workdir: pathlib.Path, which: str, data_dir: str | None = None, one_
     if one_device:
         placed = on_one_device(model, config.optimizer)
     else:
-        placed = place_run(dataclasses.replace(config, sharding=ShardingOptions()), model, dataset)
+        placed = place_run(dataclasses.replace(config, sharding=ShardingOptions(), cpu_kernels=XLA), model, dataset)
     with Checkpoints(workdir) as checkpoints:
         kind, step = checkpoints.find(which)
         identity = json.loads(json.dumps(config.identity(model, raw)))

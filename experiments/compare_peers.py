@@ -3,12 +3,15 @@
     pip install "dlrm_jax[peers]" && python experiments/compare_peers.py \
         [--configs=kaggle_b128,kaggle_b2048,synthetic,rm1,rm2] [--json=FILE] [--picture=FILE] [--readme]
 
+Ours is measured twice: as it is by default, and with --cpu_kernels=native, where the machine has a C++ compiler. Both
+find their tables on huge pages, as a run of ours puts them; the peers' lie as their own library puts them.
 Each peer starts from our weights, and must have our logits before, and our logits and weights after some steps. Then
 all sides step in turn in one process, a turn being some steps on end, of which the first is not counted; times are
 medians. Ids are uniform over each table, batches ready in memory. `--readme` renews the table of experiments/README.md.
 """
 
 import argparse
+import dataclasses
 import functools
 import importlib.util
 import os
@@ -29,10 +32,11 @@ from measure import replace_section, where_and_when
 
 from dlrm_jax import embedding
 from dlrm_jax.batch import Batch
-from dlrm_jax.config import ModelConfig
+from dlrm_jax.config import NATIVE, XLA, ConfigError, ModelConfig
 from dlrm_jax.data.load import synthetic_spec
 from dlrm_jax.data.synthetic import device_batch
 from dlrm_jax.flags import config_from_flags, define_run_flags
+from dlrm_jax.native import build
 from dlrm_jax.plan import model_of
 from dlrm_jax.reporting import versions, write_json_atomically
 from dlrm_jax.run_config import RunConfig
@@ -67,20 +71,25 @@ TURN_SECONDS, LEAST_STEPS, MOST_STEPS, MOST_SECONDS = 0.25, 3, 21, 45
 
 
 class Ours:
-    """Our own step as a run compiles it."""
+    """Our own step as a run compiles it, by each of `kernels`, which work on one state."""
 
     def __init__(self, config: RunConfig, placed: Placed) -> None:
         self.model, self.state = placed.model, placed.init_state(config.seed)
-        self._step = placed.jit_step(make_train_step(placed.model, config.loss, config.optimizer, 1, placed.ops))
-        self._forward = jax.jit(lambda state, batch: logits(placed.model, state, batch, placed.ops))
+        self.kernels = (XLA, NATIVE) if has_compiler() else (XLA,)
+        self._steps, self._forwards = {}, {}
+        for kernels in self.kernels:
+            ops = dataclasses.replace(placed, kernels=kernels).ops
+            step = make_train_step(placed.model, config.loss, config.optimizer, 1, ops)
+            self._steps[kernels] = placed.jit_step(step)
+            self._forwards[kernels] = jax.jit(functools.partial(logits, placed.model, ops=ops))
 
-    def forward(self, batch: Batch) -> jax.Array:
+    def forward(self, batch: Batch, kernels: str = XLA) -> jax.Array:
         """logits_B."""
-        return jax.block_until_ready(self._forward(self.state, batch))
+        return jax.block_until_ready(self._forwards[kernels](self.state, batch))
 
-    def train_step(self, batch: Batch) -> float:
+    def train_step(self, batch: Batch, kernels: str = XLA) -> float:
         """One update of everything; returns the loss."""
-        self.state, metrics = jax.block_until_ready(self._step(self.state, batch))
+        self.state, metrics = jax.block_until_ready(self._steps[kernels](self.state, batch))
         return float(metrics["loss"])
 
     def tables(self) -> Iterator[np.ndarray]:
@@ -97,6 +106,14 @@ class Ours:
             ]
             for part in ("bottom_mlp", "top_mlp")
         }
+
+
+def has_compiler() -> bool:
+    """Whether --cpu_kernels=native can be compiled here."""
+    try:
+        return bool(build.compiler())
+    except ConfigError:
+        return False
 
 
 def config_of(name: str, optimizer: str, extra: list[str]) -> RunConfig:
@@ -132,12 +149,13 @@ def check_equal(what: str, ours: Ours, peer: Any, batches: list[Batch]) -> dict[
     """Largest differences of logits before and after some steps and of weights after; exits where they are large."""
 
     def of_logits() -> float:
-        a, b = np.asarray(ours.forward(batches[0])), np.asarray(peer.forward(peer.batch(batches[0])))
-        return float(np.abs(a - b).max() / max(1.0, np.abs(a).max()))
+        theirs = np.asarray(peer.forward(peer.batch(batches[0])))
+        mine = [np.asarray(ours.forward(batches[0], kernels)) for kernels in ours.kernels]
+        return max(float(np.abs(a - theirs).max() / max(1.0, np.abs(a).max())) for a in mine)
 
     found = {"logits_before": of_logits()}
-    for batch in batches[:STEPS_CHECKED]:
-        ours.train_step(batch)
+    for i, batch in enumerate(batches[:STEPS_CHECKED]):
+        ours.train_step(batch, ours.kernels[-1 - i % len(ours.kernels)])  # In turn, native first.
         peer.train_step(peer.batch(batch))
     found |= {"logits_after": of_logits(), "weights_after": largest_difference(ours, peer)}
     print(f"{what}: " + ", ".join(f"{name} differ by {value:.1e}" for name, value in found.items()), flush=True)
@@ -213,6 +231,8 @@ def compare_one(
     for key in measured:
         step = "forward" if key == FORWARD else "train_step"
         sides = {"ours": stepping(getattr(ours, step), batches), kind: stepping(getattr(peer, step), theirs)}
+        if NATIVE in ours.kernels:
+            sides["native"] = stepping(functools.partial(getattr(ours, step), kernels=NATIVE), batches)
         if kind == "torch":
             sides["torch_compiled"] = stepping(functools.partial(getattr(peer, step), compiled=True), theirs)
         rows[key] = rows_of(in_turns(sides, turns))
@@ -225,11 +245,11 @@ def stepping(step: Callable[[Any], Any], batches: list[Any]) -> Callable[[int], 
 
 
 def rows_of(taken: dict[str, list[float]]) -> dict[str, Any]:
-    """Median and quartiles of each side, and how many times as fast ours is; `ours` is that of the same turns."""
+    """Median and quartiles of each side, and how many times as fast ours and native are, of the same turns."""
     medians = {side: 1e3 * float(np.median(times)) for side, times in taken.items()}
     rows: dict[str, Any] = {}
     for side, times in taken.items():
-        if side == "ours":
+        if side in ("ours", "native"):
             continue
         quartiles = [1e3 * float(q) for q in np.quantile(times, (0.25, 0.75))]
         ours_quartiles = [1e3 * float(q) for q in np.quantile(taken["ours"], (0.25, 0.75))]
@@ -240,29 +260,41 @@ def rows_of(taken: dict[str, list[float]]) -> dict[str, Any]:
             "ours_quartiles_ms": ours_quartiles,
             "peer_quartiles_ms": quartiles,
         }
+        if "native" in medians:
+            rows[side] |= {"native_ms": medians["native"], "native_ratio": medians[side] / medians["native"]}
     return rows
 
 
 def table(results: dict[str, dict]) -> str:
     """Markdown, a row a configuration and optimizer."""
     lines = [
-        "| configuration | step | ours | PyTorch | ratio | goal | torch.compile | ratio | JAX, dense tables | ratio |",
+        "| configuration | step | ours, native | PyTorch | ratios | goal | torch.compile | ratios | JAX, dense tables "
+        "| ratios |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, kinds in results.items():
         for kind, row in kinds.items():
-            goal = GOALS.get((name, kind))
-            met = "" if goal is None else f"{goal}x"
-            if goal is not None and "torch" in row:
-                met += ": met" if row["torch"]["ratio"] >= goal else ": missed"
-            cells = [name, kind.replace("_", "-"), f"{next(iter(row.values()))['ours_ms']:.2f} ms"]
+            first = next(iter(row.values()))
+            both = [f"{first[key]:.2f}" for key in ("ours_ms", "native_ms") if key in first]
+            cells = [name, kind.replace("_", "-"), f"{', '.join(both)} ms"]
             for side in ("torch", "torch_compiled", "dense_jax"):
                 shown = row.get(side)
-                cells += [f"{shown['peer_ms']:.1f} ms", f"**{shown['ratio']:.2f}x**"] if shown else ["-", "-"]
+                cells += [f"{shown['peer_ms']:.1f} ms", ", ".join(_ratios(shown))] if shown else ["-", "-"]
                 if side == "torch":
-                    cells.append(met)
+                    cells.append(_goal(GOALS.get((name, kind)), shown))
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _ratios(row: dict[str, Any]) -> list[str]:
+    return [f"**{row[key]:.2f}x**" for key in ("ratio", "native_ratio") if key in row]
+
+
+def _goal(goal: float | None, row: dict[str, Any] | None) -> str:
+    if goal is None or row is None:
+        return "" if goal is None else f"{goal}x"
+    met = [row[key] >= goal for key in ("ratio", "native_ratio") if key in row]
+    return f"{goal}x: {'met' if met[0] else 'met by native' if any(met) else 'missed'}"
 
 
 def draw(results: dict[str, dict], path: pathlib.Path) -> None:
@@ -278,6 +310,9 @@ def draw(results: dict[str, dict], path: pathlib.Path) -> None:
         ratios = [row[side]["ratio"] if side in row else np.nan for row in rows]
         bars = axis.bar(np.arange(len(rows)) + (i - 1) * 0.27, ratios, 0.27, label=SIDES[side])
         axis.bar_label(bars, ["" if np.isnan(r) else f"{r:.2g}" for r in ratios], fontsize=7)
+        natives = [row.get(side, {}).get("native_ratio", np.nan) for row in rows]
+        axis.scatter(np.arange(len(rows)) + (i - 1) * 0.27, natives, s=14, color="black", marker="D", zorder=3)
+    axis.scatter([], [], s=14, color="black", marker="D", label="the same, over ours by --cpu_kernels=native")
     axis.axhline(1, color="black", linewidth=0.8)
     axis.set_yscale("log")
     axis.set_xticks(np.arange(len(rows)), names, fontsize=7, rotation=30, ha="right")

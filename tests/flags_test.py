@@ -25,6 +25,7 @@ SETTINGS = {
     "seed": ("5", "seed", 5),
     "shuffle": ("false", "shuffle", False),
     "ids_out_of_range": ("hash", "ids_out_of_range", "hash"),
+    "cpu_kernels": ("native", "cpu_kernels", "native"),
     "embedding_dim": ("8", "model.embedding_dim", 8),
     "bottom_mlp": ("32,8", "model.bottom_mlp", (32, 8)),
     "top_mlp": ("9,1", "model.top_mlp", (9, 1)),

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import jax
 import numpy as np
 import pytest
 
@@ -10,6 +11,10 @@ from dlrm_jax import checkpoint, loop
 from dlrm_jax.config import ConfigError
 from dlrm_jax.data import planted
 from dlrm_jax.data.dataset import Split
+from dlrm_jax.data.load import DataConfig
+from dlrm_jax.native.ops import native_ops
+from dlrm_jax.sharding import placed
+from tests.native_test import needs_compiler
 from tests.resume_test import CONFIG, final_state
 
 
@@ -93,6 +98,27 @@ def test_several_steps_a_dispatch_are_the_same_run(tmp_path):
         assert [line["step"] for line in ours] == [line["step"] for line in theirs]
         np.testing.assert_allclose([x["loss"] for x in ours], [x["loss"] for x in theirs], atol=1e-5)
     assert int(final_state(tmp_path / "several").step) == CONFIG.num_steps
+
+
+@needs_compiler
+def test_native_kernels_are_the_same_run(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(placed, "native_ops", lambda *args: asked.append(args) or native_ops(*args))
+    synthetic = DataConfig("synthetic", num_examples=2000, table_sizes=(50, 60, 70), hotness=(3, 1, 4), num_dense=13)
+    bags = dataclasses.replace(CONFIG, data=synthetic)
+    result = loop.train_and_evaluate(bags, tmp_path / "xla")
+    assert not asked
+    native = loop.train_and_evaluate(dataclasses.replace(bags, cpu_kernels="native"), tmp_path / "native")
+    assert asked
+    assert native["test"]["log_loss"] == pytest.approx(result["test"]["log_loss"], abs=1e-5)
+    ours, theirs = (final_state(tmp_path / kind, bags) for kind in ("native", "xla"))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), ours, theirs)
+
+
+def test_native_kernels_on_several_devices_are_refused(tmp_path):
+    several = dataclasses.replace(CONFIG.sharding, mesh="model:2")
+    with pytest.raises(ConfigError, match="--cpu_kernels=native works on one device; this run has 2"):
+        loop.train_and_evaluate(dataclasses.replace(CONFIG, cpu_kernels="native", sharding=several), tmp_path)
 
 
 def test_two_ways_to_run_ahead_are_refused(tmp_path):

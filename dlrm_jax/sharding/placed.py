@@ -9,9 +9,11 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
+from dlrm_jax import huge_pages
 from dlrm_jax.batch import Batch
-from dlrm_jax.config import ModelConfig, OptimizerConfig
+from dlrm_jax.config import NATIVE, XLA, ModelConfig, OptimizerConfig
 from dlrm_jax.embedding import POOLING_WEIGHTS
+from dlrm_jax.native.ops import native_ops
 from dlrm_jax.sharding.birth import fill_stack
 from dlrm_jax.sharding.exchange import ExchangeOptions, array_specs, opt_state_specs, sharded_ops
 from dlrm_jax.sharding.mesh import MeshShape, batch_sharding, make_mesh, replicated
@@ -24,7 +26,10 @@ from dlrm_jax.table_ops import TableOps, local_ops
 
 @dataclasses.dataclass(frozen=True)
 class Placed:
-    """`model` under `plan` on `mesh`. `packed` stores several rows a line of 128 lanes (rows.py), as TPUs need."""
+    """`model` under `plan` on `mesh`. `packed` stores several rows a line of 128 lanes (rows.py), as TPUs need.
+
+    `kernels`, `xla` or `native`, says what looks up and updates the tables of one CPU.
+    """
 
     model: ModelConfig
     optimizer: OptimizerConfig
@@ -32,6 +37,7 @@ class Placed:
     mesh: Mesh
     options: ExchangeOptions = dataclasses.field(default_factory=ExchangeOptions)
     packed: bool = False
+    kernels: str = XLA
 
     @functools.cached_property
     def stacks(self) -> tuple[PlacedStack, ...]:
@@ -41,6 +47,8 @@ class Placed:
     @functools.cached_property
     def ops(self) -> TableOps:
         """Route, lookup and update; on one device the plain ones, but where lines are packed."""
+        if self.kernels == NATIVE:
+            return native_ops(self.model, self.optimizer)
         if self.mesh.size == 1 and not self.packed:
             return local_ops(self.model, self.optimizer)
         return sharded_ops(self.model, self.optimizer, self.stacks, self.mesh, self.options)
@@ -56,11 +64,13 @@ class Placed:
         return batch_sharding(self.mesh)
 
     def init_state(self, seed: int) -> TrainState:
-        """A fresh state, tables born where they stay; equal bits under every plan."""
+        """A fresh state, tables born where they stay, on huge pages in a CPU's memory; equal bits under every plan."""
         # Apart from the tables, as on one device: it takes seconds to compile, and is the same under every plan.
         dense_params = jax.tree.map(np.asarray, compiled_init_dense(self.model, seed))
         birth = jax.jit(self._birth, static_argnums=0, in_shardings=self.everywhere, out_shardings=self.shardings)
-        return birth(seed, dense_params)
+        state = birth(seed, dense_params)
+        huge_pages.collapse(state)
+        return state
 
     def _birth(self, seed: int, dense_params: Any) -> TrainState:
         tables: dict[str, Any] = {}
@@ -166,7 +176,7 @@ class Placed:
         )
 
 
-def on_one_device(model: ModelConfig, optimizer: OptimizerConfig) -> Placed:
+def on_one_device(model: ModelConfig, optimizer: OptimizerConfig, kernels: str = XLA) -> Placed:
     """Everything on the first device."""
     shape = MeshShape(1, 1)
-    return Placed(model, optimizer, make_plan(model, shape, DATA_PARALLEL), make_mesh(shape))
+    return Placed(model, optimizer, make_plan(model, shape, DATA_PARALLEL), make_mesh(shape), kernels=kernels)

@@ -1,0 +1,82 @@
+"""Compile tables.cc for this machine, once, and give its functions to XLA."""
+
+import ctypes
+import functools
+import hashlib
+import importlib.util
+import os
+import pathlib
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+
+import jax
+
+from dlrm_jax.config import ConfigError
+
+SOURCE = pathlib.Path(__file__).with_name("tables.cc")
+TARGETS = ("dlrm_lookup", "dlrm_update_sgd", "dlrm_update_adagrad", "dlrm_update_rowwise_adagrad")
+_OPTIONS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC")
+
+
+@functools.cache
+def register() -> None:
+    """Make TARGETS known to XLA on CPUs; compiles them first where no earlier run did.
+
+    Raises ConfigError without a C++ compiler, or where it fails.
+    """
+    library = ctypes.CDLL(str(built()))
+    for name in TARGETS:
+        jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(library, name)), platform="cpu")
+
+
+def built() -> pathlib.Path:
+    """The compiled library: of this source, this jaxlib, this compiler and this kind of processor."""
+    command = [*compiler(), *_OPTIONS, "-isystem", jax.ffi.include_dir()]
+    told = "\0".join([SOURCE.read_text(), jax.lib.__version__, _processor(), *command])
+    path = cache_directory() / f"tables-{hashlib.sha256(told.encode()).hexdigest()[:16]}.so"
+    if not path.exists():
+        _compile(command, path)
+    return path
+
+
+def compiler() -> list[str]:
+    """The C++ compiler's command: $CXX, g++ or clang++, or the one of the package ziglang."""
+    for name in (os.environ.get("CXX", ""), "g++", "clang++", "c++"):
+        if name and shutil.which(name.split()[0]):
+            return name.split()
+    if importlib.util.find_spec("ziglang"):
+        return [sys.executable, "-m", "ziglang", "c++"]
+    raise ConfigError(
+        "no C++ compiler was found for --cpu_kernels=native; install g++ or clang++, name one in CXX, "
+        'or pip install "dlrm_jax[native]"'
+    )
+
+
+def cache_directory() -> pathlib.Path:
+    """Where compiled libraries are kept: $XDG_CACHE_HOME/dlrm_jax, by default ~/.cache/dlrm_jax."""
+    return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "dlrm_jax"
+
+
+def _processor() -> str:
+    """What -march=native depends on."""
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() + platform.machine()
+    keys = ("flags", "Features", "model name")
+    return "".join(next((line for line in lines if line.startswith(key)), "") for key in keys)
+
+
+def _compile(command: list[str], path: pathlib.Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Beside its place and then moved there, so that no other process meets half a library.
+    with tempfile.TemporaryDirectory(dir=path.parent) as directory:
+        made = pathlib.Path(directory) / path.name
+        done = subprocess.run([*command, str(SOURCE), "-o", str(made)], capture_output=True, text=True)
+        if done.returncode:
+            first = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr[:300])
+            raise ConfigError(f"{' '.join(command)} could not compile {SOURCE.name}: {first}")
+        os.replace(made, path)
