@@ -60,7 +60,7 @@ def main() -> None:
     """Flags to settings, settings to a server."""
     missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
     require(not missing, f'{", ".join(missing)} is not installed: pip install "dlrm_jax[serve]"')
-    from dlrm_jax.serving.app import Limits
+    from dlrm_jax.serving.asgi import Limits
     from dlrm_jax.serving.loaded import BATCH_SIZES
     from dlrm_jax.serving.server import Settings, run_server
 

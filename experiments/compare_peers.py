@@ -14,6 +14,7 @@ import argparse
 import dataclasses
 import functools
 import importlib.util
+import json
 import os
 import pathlib
 import sys
@@ -329,7 +330,7 @@ def main() -> None:
     parser.add_argument("--peers", default="torch,dense_jax")
     parser.add_argument("--turns", type=int, default=7)
     parser.add_argument("--max_rows_per_table", type=int, default=0, help="cut tables, to fit this machine; 0: no")
-    parser.add_argument("--json", type=pathlib.Path)
+    parser.add_argument("--json", type=pathlib.Path, help="where numbers go; those of other configurations stay there")
     parser.add_argument("--picture", type=pathlib.Path)
     parser.add_argument("--readme", action="store_true", help="renew the section of experiments/README.md")
     arguments = parser.parse_args()
@@ -341,6 +342,7 @@ def main() -> None:
     define_run_flags()
     extra = [f"--max_rows_per_table={arguments.max_rows_per_table}"] if arguments.max_rows_per_table else []
     results: dict[str, dict] = {name: {} for name in names}
+    kept = json.loads(arguments.json.read_text())["configs"] if arguments.json and arguments.json.exists() else {}
     for name in names:
         for optimizer in arguments.optimizers.split(","):
             results[name] |= compare(name, optimizer, arguments.peers.split(","), extra, arguments.turns)
@@ -348,12 +350,13 @@ def main() -> None:
     import torch
 
     used = versions() | {"torch": torch.__version__}
+    results = {name: (kept | results)[name] for name in CONFIGS if name in kept | results}
     if arguments.json:
         write_json_atomically(arguments.json, {"configs": results, "versions": used})
     if arguments.picture:
         draw(results, arguments.picture)
     if arguments.readme:
-        command = f"`python experiments/compare_peers.py --configs={arguments.configs}`"
+        command = f"`python experiments/compare_peers.py --configs={','.join(results)}`"
         text = f"{table(results)}\n\nMeasured {where_and_when(used)}, torch {used['torch']}; {command}."
         replace_section(HERE / "README.md", "peers", text)
 

@@ -1,6 +1,7 @@
 """Arrows point one way, only commands read flags, and importing the package touches neither a device nor TensorFlow."""
 
 import ast
+import functools
 import subprocess
 import sys
 
@@ -9,9 +10,9 @@ import pytest
 from tests.helpers import ROOT
 
 LAYERS = (
-    {"config", "rows", "formulations"},
+    {"config", "rows", "formulations", "huge_pages"},
     {"batch", "sparse_optimizer", "dense_optimizer", "interaction", "loss", "schedule", "sharding.mesh"},
-    {"data.hashing", "data.schema", "data.source", "sharding.plan", "sharding.collective", "pooling"},
+    {"data.hashing", "data.schema", "data.source", "sharding.plan", "sharding.collective", "pooling", "native.build"},
     {"data.dense", "serving.errors", "serving.signature", "serving.store"},
     {
         "data.vocabulary",
@@ -26,6 +27,8 @@ LAYERS = (
     {"serving.loaded"},
     {"serving.telemetry", "serving.protocol", "serving.page", "serving.openapi", "serving.load_generator"},
     {"serving.batching", "serving.repository"},
+    {"serving.asgi"},
+    {"serving.front"},
     {"serving.app"},
     {"serving.server"},
     {"data.bags", "data.array_source", "data.table_source", "data.text_source", "data.splits", "data.blocks"},
@@ -33,7 +36,7 @@ LAYERS = (
     {"data.windows", "data.trace", "data.multi_hot", "data.first_pass", "data.second_pass"},
     {"state", "table_ops", "reporting", "data.planted", "data.criteo", "data.movielens", "data.synthetic"},
     {"data.prepared", "sharding.storage", "sharding.hlo", "sharding.hardware", "sharding.skew"},
-    {"sharding.bags", "sharding.birth"},
+    {"sharding.bags", "sharding.birth", "native.ops"},
     {"sharding.replicated", "sharding.owned", "sharding.routed", "sharding.columns"},
     {"data.pipeline", "data.open_log", "data.describe", "sharding.exchange"},
     {"sharding.placed", "processes"},
@@ -58,6 +61,7 @@ LAYER_OF = {module: layer for layer, modules in enumerate(LAYERS) for module in 
 COMMANDS = {"flags", "commands", "train", "evaluate", "prepare", "plan", "export", "serve", "loadtest", "benchmark"}
 
 
+@functools.cache
 def modules() -> dict[str, ast.Module]:
     package = ROOT / "dlrm_jax"
     trees = {}

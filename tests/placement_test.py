@@ -92,6 +92,8 @@ CASES = [
 ]
 DAILY = {(1, 2), (2, 2), (1, 8)}
 EXHAUSTIVE = (pytest.mark.slow, pytest.mark.exhaustive)
+MIX_AND_OTHERS = ["mix", *(pytest.param(kind, marks=EXHAUSTIVE) for kind in SHARDINGS)]
+"""A mix has every kind of placement in one model."""
 
 
 @pytest.mark.parametrize(
@@ -104,17 +106,24 @@ def test_every_placement_equals_one_device(mesh, sharding, table):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("table", OPTIMIZERS)
-@pytest.mark.parametrize("sharding", ["mix", *(pytest.param(kind, marks=EXHAUSTIVE) for kind in SHARDINGS)])
+@pytest.mark.parametrize("sharding", MIX_AND_OTHERS)
 def test_every_placement_with_every_optimizer(sharding, table):
     assert_equals_one_device(place((2, 2), sharding, table), table, weighted=True)
 
 
-@pytest.mark.parametrize("sharding", [*SHARDINGS, "mix"])
+@pytest.mark.parametrize("sharding", MIX_AND_OTHERS)
 def test_learned_pooling_weights_are_placed_too(sharding):
     assert_equals_one_device(place((1, 4), sharding, "rowwise_adagrad", learned=True), "rowwise_adagrad", learned=True)
 
 
-@pytest.mark.parametrize(("mesh", "sharding"), [((1, 4), "row_wise"), ((2, 2), "mix"), ((1, 4), "table_row_wise")])
+@pytest.mark.parametrize(
+    ("mesh", "sharding"),
+    [
+        ((2, 2), "mix"),
+        pytest.param((1, 4), "row_wise", marks=EXHAUSTIVE),
+        pytest.param((1, 4), "table_row_wise", marks=EXHAUSTIVE),
+    ],
+)
 def test_what_does_not_fit_the_buffers_is_exchanged_in_further_rounds(mesh, sharding):
     small, counters = assert_equals_one_device(place(mesh, sharding, "rowwise_adagrad", capacity=1), "rowwise_adagrad")
     ample, none = assert_equals_one_device(place(mesh, sharding, "rowwise_adagrad"), "rowwise_adagrad")
@@ -122,14 +131,14 @@ def test_what_does_not_fit_the_buffers_is_exchanged_in_further_rounds(mesh, shar
     jax.tree.map(np.testing.assert_array_equal, small, ample)
 
 
-@pytest.mark.parametrize("sharding", [*SHARDINGS, "mix"])
+@pytest.mark.parametrize("sharding", MIX_AND_OTHERS)
 def test_rows_packed_in_lines_are_the_same_rows(sharding):
     placed = place((2, 2), sharding, "rowwise_adagrad", learned=True, packed=True)
     assert all(stack.pack >= 32 and stack.local_shape[1] == 128 for stack in placed.stacks)
     assert_equals_one_device(placed, "rowwise_adagrad", learned=True)
 
 
-@pytest.mark.parametrize("sharding", ["table_wise", "row_wise", "data_parallel"])
+@pytest.mark.parametrize("sharding", MIX_AND_OTHERS)
 def test_micro_batches_on_a_mesh(sharding):
     assert_equals_one_device(place((1, 2), sharding, "sgd"), "sgd", micro_batches=2)
 
@@ -147,7 +156,9 @@ def test_the_pipelined_step_is_bit_equal():
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
-@pytest.mark.parametrize("sharding", ["table_wise", "row_wise", "column_wise"])
+@pytest.mark.parametrize(
+    "sharding", ["mix", *(pytest.param(f"{by}_wise", marks=EXHAUSTIVE) for by in ("table", "row", "column"))]
+)
 def test_vectors_sent_as_bfloat16_lose_little(sharding):
     exact, short = (place((1, 4), sharding, "sgd", dtype=dtype) for dtype in ("", "bfloat16"))
     scores = []

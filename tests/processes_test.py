@@ -104,7 +104,7 @@ def test_a_signal_to_one_stops_all_at_one_step_and_the_same_command_goes_on(tmp_
 
 @pytest.mark.slow
 @pytest.mark.end_to_end
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.exhaustive)])
 def test_one_that_dies_ends_the_other_with_a_message_and_the_run_goes_on_later(tmp_path, victim):
     running = train(tmp_path, 2, 2, num_steps=100_000, eval_every=100_000)
     wait_for_step(tmp_path, 50)

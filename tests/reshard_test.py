@@ -53,7 +53,9 @@ def everything(placed, state):
     return values, state_by_name
 
 
-@pytest.mark.parametrize("table", ["rowwise_adagrad", "adagrad", "sgd"])
+@pytest.mark.parametrize(
+    "table", ["rowwise_adagrad", *(pytest.param(name, marks=pytest.mark.exhaustive) for name in ("adagrad", "sgd"))]
+)
 def test_from_plan_to_plan_bit_by_bit(tmp_path, table, monkeypatch):
     monkeypatch.setattr(reshard, "_PIECE_FLOATS", 36)  # 9 rows at a time.
     placed = placed_as(*CHAIN[0], table)

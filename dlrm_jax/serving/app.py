@@ -4,11 +4,8 @@ A request is read, parsed, checked and transformed on the event loop, and scored
 Bad input is the client's error and names the field; nothing of one request outlives it.
 """
 
-import asyncio
-import base64
 import contextlib
 import dataclasses
-import hmac
 import logging
 import math
 import time
@@ -24,8 +21,10 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from dlrm_jax.serving import page
+from dlrm_jax.serving.asgi import JSON, HttpError, Limits, read_body, require_type, send_whole
 from dlrm_jax.serving.batching import Batcher
 from dlrm_jax.serving.errors import BadRequest, Busy, TooLate, shown
+from dlrm_jax.serving.front import Guard, Shortcut
 from dlrm_jax.serving.loaded import Scores, Servable
 from dlrm_jax.serving.openapi import describe_api
 from dlrm_jax.serving.protocol import (
@@ -42,27 +41,6 @@ from dlrm_jax.serving.telemetry import Telemetry, log
 ARRIVED = "arrived"
 """Key of the scope's state: when the head of a request was read, in seconds of time.monotonic()."""
 _SERVER = "dlrm_jax"
-_JSON = b"application/json"
-_OPEN_PATHS = ("/v2/health/live", "/v2/health/ready")
-"""What an orchestrator may ask without the token."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Limits:
-    """Bounds of a request."""
-
-    max_body_bytes: int = 16 << 20
-    max_rows: int = 4096
-    request_seconds: float = 1.0
-    body_seconds: float = 10.0
-
-
-class HttpError(Exception):
-    """A refusal with a status of its own."""
-
-    def __init__(self, status: int, message: str) -> None:
-        super().__init__(message)
-        self.status = status
 
 
 @dataclasses.dataclass
@@ -97,52 +75,6 @@ class Service:
         if len(dense) > self.limits.max_rows:
             raise BadRequest(f"{len(dense)} rows in one request; at most {self.limits.max_rows}")
         return await self.batcher.score(servable, dense, ids, start + self.limits.request_seconds)
-
-
-async def _read_body(scope: Scope, receive: Receive, limits: Limits) -> bytes:
-    headers = Headers(scope=scope)
-    if headers.get("content-encoding", "identity") != "identity":
-        raise HttpError(415, f"Content-Encoding is {shown(headers['content-encoding'])}; send the body as it is")
-    length = headers.get("content-length")
-    if length is not None and length.isdecimal() and int(length) > limits.max_body_bytes:
-        raise HttpError(413, f"the body has {length} bytes; at most {limits.max_body_bytes}")
-    message = await receive()
-    if message["type"] == "http.request" and not message.get("more_body"):
-        return message["body"]  # Mostly it comes whole.
-    try:
-        async with asyncio.timeout(limits.body_seconds):
-            return await _gather(message, receive, limits)
-    except TimeoutError:
-        raise HttpError(408, f"the body did not arrive within {limits.body_seconds:g} s") from None
-
-
-async def _gather(message: Any, receive: Receive, limits: Limits) -> bytes:
-    parts, size = [], 0
-    while True:
-        if message["type"] == "http.disconnect":
-            raise HttpError(400, "the connection ended before the body did")
-        parts.append(message.get("body", b""))
-        size += len(parts[-1])
-        if size > limits.max_body_bytes:
-            raise HttpError(413, f"the body has more than {limits.max_body_bytes} bytes")
-        if not message.get("more_body"):
-            return b"".join(parts)
-        message = await receive()
-
-
-async def _send(send: Send, status: int, body: bytes, kind: bytes = _JSON, *more: tuple[bytes, bytes]) -> None:
-    length = str(len(body)).encode()
-    headers = [(b"content-type", kind), (b"content-length", length), *more]
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
-
-
-def _require_type(scope: Scope, allowed: tuple[str, ...]) -> None:
-    for name, value in scope["headers"]:
-        if name == b"content-type":
-            kind = value.split(b";")[0].strip().lower().decode("latin-1")
-            if kind not in allowed:
-                raise HttpError(415, f"Content-Type is {shown(kind)}; expected {' or '.join(allowed)}")
 
 
 Handler = Callable[[Service, Scope, Receive, Send], Awaitable[int]]
@@ -190,7 +122,7 @@ async def _refuse(service: Service, scope: Scope, send: Send, error: Exception) 
         log("bad_request", level=logging.DEBUG, path=scope["path"], status=status, error=str(error))
     text = str(error) if status != 500 else "internal error; the server's log has it"
     body = orjson.dumps({"error": text.encode("utf8", "replace").decode()})
-    await _send(send, status, body, _JSON, *more)
+    await send_whole(send, status, body, JSON, *more)
     return status
 
 
@@ -207,8 +139,8 @@ async def _score(service: Service, scope: Scope, receive: Receive, send: Send) -
     arrived, start = _arrival(service, scope)
     servable = service.servable()
     service.batcher.admit(waited=start - arrived)  # Before the work of reading it.
-    _require_type(scope, ("application/json",))
-    body = await _read_body(scope, receive, service.limits)
+    require_type(scope, ("application/json",))
+    body = await read_body(scope, receive, service.limits)
     read = time.monotonic()
     rows, shared = _rows_of(parse_json(body), service.limits)
     dense, ids, unknown = servable.reader.read(rows, shared)
@@ -219,7 +151,7 @@ async def _score(service: Service, scope: Scope, receive: Receive, send: Send) -
     if unknown:
         answer["unknown"] = unknown
         service.telemetry.unknown(unknown)
-    await _send(send, 200, orjson.dumps(answer, option=orjson.OPT_SERIALIZE_NUMPY))
+    await send_whole(send, 200, orjson.dumps(answer, option=orjson.OPT_SERIALIZE_NUMPY))
     service.telemetry.scored(len(rows), time.monotonic() - arrived)
     return 200
 
@@ -246,8 +178,8 @@ async def _infer(service: Service, scope: Scope, receive: Receive, send: Send) -
     arrived, start = _arrival(service, scope)
     servable = service.named(scope)
     service.batcher.admit(waited=start - arrived)
-    _require_type(scope, ("application/json", "application/octet-stream"))
-    body = await _read_body(scope, receive, service.limits)
+    require_type(scope, ("application/json", "application/octet-stream"))
+    body = await read_body(scope, receive, service.limits)
     read = time.monotonic()
     request, dense, ids = parse_infer(body, Headers(scope=scope).get(HEADER_LENGTH))
     wanted = wanted_outputs(request)
@@ -257,10 +189,10 @@ async def _infer(service: Service, scope: Scope, receive: Receive, send: Send) -
     scores = await service.score(servable, dense, ids, arrived)
     answer, head = infer_response(request, wanted, servable, scores)
     if head is None:
-        await _send(send, 200, answer)
+        await send_whole(send, 200, answer)
     else:
         length = (HEADER_LENGTH.encode(), str(head).encode())
-        await _send(send, 200, answer, b"application/octet-stream", length)
+        await send_whole(send, 200, answer, b"application/octet-stream", length)
     service.telemetry.scored(len(dense), time.monotonic() - arrived)
     return 200
 
@@ -269,7 +201,7 @@ def _json_get(answer: Callable[[Service, Scope], tuple[int, Any]]) -> Handler:
     async def handler(service: Service, scope: Scope, receive: Receive, send: Send) -> int:
         del receive
         status, value = answer(service, scope)
-        await _send(send, status, orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY))
+        await send_whole(send, status, orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY))
         return status
 
     return handler
@@ -306,7 +238,7 @@ def _status(service: Service, scope: Scope) -> tuple[int, Any]:
 
 async def _metrics(service: Service, scope: Scope, receive: Receive, send: Send) -> int:
     del scope, receive
-    await _send(send, 200, service.telemetry.exposition(), b"text/plain; version=0.0.4; charset=utf-8")
+    await send_whole(send, 200, service.telemetry.exposition(), b"text/plain; version=0.0.4; charset=utf-8")
     return 200
 
 
@@ -315,47 +247,6 @@ async def _not_found(request: Request, error: Exception) -> Response:
     allowed = getattr(error, "headers", None)
     text = "no such path; /openapi.json lists them" if status == 404 else "method not allowed"
     return Response(orjson.dumps({"error": text}), status, allowed, "application/json")
-
-
-class _Guard:
-    """Lets only requests with the bearer token in, but for health."""
-
-    def __init__(self, app: ASGIApp, token: str) -> None:
-        self._app, self._token = app, token.encode()
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"] not in _OPEN_PATHS and not self._allows(scope):
-            challenge = (b"www-authenticate", b'Bearer, Basic realm="dlrm_jax"')
-            await _send(send, 401, b'{"error":"a bearer token is needed"}', _JSON, challenge)
-            return
-        await self._app(scope, receive, send)
-
-    def _allows(self, scope: Scope) -> bool:
-        given = dict(scope["headers"]).get(b"authorization", b"")
-        kind, _, rest = given.partition(b" ")
-        if kind.lower() == b"basic":  # What a browser sends for the page, the token as password.
-            with contextlib.suppress(ValueError):
-                rest = base64.b64decode(rest, validate=True).partition(b":")[2]
-        elif kind.lower() != b"bearer":
-            return False
-        return hmac.compare_digest(rest.strip(), self._token)
-
-
-class _Shortcut:
-    """Takes the paths that are asked thousands of times a second past the router, which costs as much as a refusal."""
-
-    def __init__(self, app: ASGIApp, score: ASGIApp, infer: ASGIApp) -> None:
-        self._app, self._score, self._infer = app, score, infer
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["method"] == "POST":
-            if scope["path"] == "/v1/score":
-                return await self._score(scope, receive, send)
-            match scope["path"].split("/"):
-                case ["", "v2", "models", name, "infer"]:
-                    scope["path_params"] = {"name": name}
-                    return await self._infer(scope, receive, send)
-        await self._app(scope, receive, send)
 
 
 def make_app(service: Service, start: Callable[[], None], token: str = "") -> ASGIApp:
@@ -399,5 +290,5 @@ def make_app(service: Service, start: Callable[[], None], token: str = "") -> AS
         Route("/", index),
     ]
     starlette = Starlette(routes=routes, lifespan=lifespan, exception_handlers={404: _not_found, 405: _not_found})
-    app = _Shortcut(starlette, _Endpoint(service, _score), _Endpoint(service, _infer))
-    return _Guard(app, token) if token else app
+    app = Shortcut(starlette, _Endpoint(service, _score), _Endpoint(service, _infer))
+    return Guard(app, token) if token else app

@@ -16,7 +16,8 @@ import uvloop
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from dlrm_jax.config import ConfigError
-from dlrm_jax.serving.app import ARRIVED, Limits, Service, make_app
+from dlrm_jax.serving.app import ARRIVED, Service, make_app
+from dlrm_jax.serving.asgi import Limits
 from dlrm_jax.serving.batching import Batcher
 from dlrm_jax.serving.loaded import BATCH_SIZES, MakeEngine, OneDevice, Servable
 from dlrm_jax.serving.repository import Repository
