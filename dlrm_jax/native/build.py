@@ -4,6 +4,7 @@ import ctypes
 import functools
 import hashlib
 import importlib.util
+import logging
 import os
 import pathlib
 import platform
@@ -18,6 +19,7 @@ from dlrm_jax.config import ConfigError
 
 SOURCE = pathlib.Path(__file__).with_name("tables.cc")
 TARGETS = ("dlrm_lookup", "dlrm_update_sgd", "dlrm_update_adagrad", "dlrm_update_rowwise_adagrad")
+_LOG = logging.getLogger("dlrm_jax")
 _OPTIONS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC")
 
 
@@ -71,6 +73,7 @@ def _processor() -> str:
 
 
 def _compile(command: list[str], path: pathlib.Path) -> None:
+    _LOG.info("compiling %s by %s, once: seconds, or minutes by ziglang", SOURCE.name, command[0])
     path.parent.mkdir(parents=True, exist_ok=True)
     # Beside its place and then moved there, so that no other process meets half a library.
     with tempfile.TemporaryDirectory(dir=path.parent) as directory:
