@@ -15,7 +15,7 @@ _MADV_HUGEPAGE, _MADV_COLLAPSE = 14, 25
 def collapse(arrays: Any) -> int:
     """Put the large arrays of a tree, where they lie in this machine's memory, on huge pages; how many bytes now do.
 
-    Values and addresses stay. It takes about a second a gigabyte, once. Nothing happens on other systems than Linux
+    Values and addresses stay. It takes about two seconds a gigabyte, once. Nothing happens on other systems than Linux
     (6.1 and later), or where it has no huge pages left.
     """
     if not sys.platform.startswith("linux"):

@@ -7,6 +7,7 @@ from dlrm_jax.batch import check_ids
 from dlrm_jax.config import (
     CPU_KERNELS,
     OUT_OF_RANGE_POLICIES,
+    XLA,
     ConfigError,
     LossConfig,
     ModelConfig,
@@ -68,7 +69,7 @@ class RunConfig:
     patience: int = 0
     shuffle: bool = True
     ids_out_of_range: str = "error"
-    cpu_kernels: str = "xla"
+    cpu_kernels: str = XLA
     seed: int = 0
     sharding: ShardingOptions = dataclasses.field(default_factory=ShardingOptions)
 

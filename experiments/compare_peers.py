@@ -33,7 +33,7 @@ from measure import replace_section, where_and_when
 
 from dlrm_jax import embedding
 from dlrm_jax.batch import Batch
-from dlrm_jax.config import NATIVE, XLA, ConfigError, ModelConfig
+from dlrm_jax.config import NATIVE, XLA, ModelConfig
 from dlrm_jax.data.load import synthetic_spec
 from dlrm_jax.data.synthetic import device_batch
 from dlrm_jax.flags import config_from_flags, define_run_flags
@@ -76,7 +76,7 @@ class Ours:
 
     def __init__(self, config: RunConfig, placed: Placed) -> None:
         self.model, self.state = placed.model, placed.init_state(config.seed)
-        self.kernels = (XLA, NATIVE) if has_compiler() else (XLA,)
+        self.kernels = (XLA, NATIVE) if build.has_compiler() else (XLA,)
         self._steps, self._forwards = {}, {}
         for kernels in self.kernels:
             ops = dataclasses.replace(placed, kernels=kernels).ops
@@ -107,14 +107,6 @@ class Ours:
             ]
             for part in ("bottom_mlp", "top_mlp")
         }
-
-
-def has_compiler() -> bool:
-    """Whether --cpu_kernels=native can be compiled here."""
-    try:
-        return bool(build.compiler())
-    except ConfigError:
-        return False
 
 
 def config_of(name: str, optimizer: str, extra: list[str]) -> RunConfig:

@@ -100,12 +100,14 @@ def test_several_steps_a_dispatch_are_the_same_run(tmp_path):
     assert int(final_state(tmp_path / "several").step) == CONFIG.num_steps
 
 
+BAGS = DataConfig("synthetic", num_examples=2000, table_sizes=(50, 60, 70), hotness=(3, 1, 4), num_dense=13)
+
+
 @needs_compiler
 def test_native_kernels_are_the_same_run(tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(placed, "native_ops", lambda *args: asked.append(args) or native_ops(*args))
-    synthetic = DataConfig("synthetic", num_examples=2000, table_sizes=(50, 60, 70), hotness=(3, 1, 4), num_dense=13)
-    bags = dataclasses.replace(CONFIG, data=synthetic)
+    bags = dataclasses.replace(CONFIG, data=BAGS)
     result = loop.train_and_evaluate(bags, tmp_path / "xla")
     assert not asked
     native = loop.train_and_evaluate(dataclasses.replace(bags, cpu_kernels="native"), tmp_path / "native")
@@ -113,6 +115,16 @@ def test_native_kernels_are_the_same_run(tmp_path, monkeypatch):
     assert native["test"]["log_loss"] == pytest.approx(result["test"]["log_loss"], abs=1e-5)
     ours, theirs = (final_state(tmp_path / kind, bags) for kind in ("native", "xla"))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), ours, theirs)
+
+
+@needs_compiler
+def test_native_kernels_go_on_to_the_same_bits(tmp_path):
+    native = dataclasses.replace(CONFIG, data=BAGS, cpu_kernels="native")
+    loop.train_and_evaluate(native, tmp_path / "through")
+    for steps in (30, 60):
+        loop.train_and_evaluate(dataclasses.replace(native, num_steps=steps), tmp_path / "stopped")
+    through, stopped = (final_state(tmp_path / name, native) for name in ("through", "stopped"))
+    jax.tree.map(np.testing.assert_array_equal, through, stopped)
 
 
 def test_native_kernels_on_several_devices_are_refused(tmp_path):

@@ -18,15 +18,7 @@ from dlrm_jax.native.ops import native_ops
 from dlrm_jax.sparse_optimizer import make_sparse_optimizer
 from dlrm_jax.table_ops import local_ops
 
-
-def has_compiler() -> bool:
-    try:
-        return bool(build.compiler())
-    except ConfigError:
-        return False
-
-
-needs_compiler = pytest.mark.skipif(not has_compiler(), reason="no C++ compiler on this machine")
+needs_compiler = pytest.mark.skipif(not build.has_compiler(), reason="no C++ compiler on this machine")
 
 RATE = 0.1
 

@@ -46,7 +46,10 @@ class Distinct:
         if not pa.types.is_dictionary(array.type):
             if pa.types.is_floating(array.type):
                 array = pc.if_else(pc.is_nan(array), pa.scalar(None, array.type), array)
-            array = _encode_words(array) or array.dictionary_encode(null_encoding="encode" if keep_nulls else "mask")
+            encoded = _encode_words(array)
+            if encoded is None:
+                encoded = array.dictionary_encode(null_encoding="encode" if keep_nulls else "mask")
+            array = encoded
         indices = array.indices.fill_null(-1) if array.indices.null_count else array.indices
         index = indices.to_numpy(zero_copy_only=False).astype(np.int32, copy=False)
         values = array.dictionary

@@ -57,6 +57,14 @@ def compiler() -> list[str]:
     )
 
 
+def has_compiler() -> bool:
+    """Whether `compiler` finds one."""
+    try:
+        return bool(compiler())
+    except ConfigError:
+        return False
+
+
 def cache_directory() -> pathlib.Path:
     """Where compiled libraries are kept: $XDG_CACHE_HOME/dlrm_jax, by default ~/.cache/dlrm_jax."""
     return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "dlrm_jax"
