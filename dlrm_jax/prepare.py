@@ -13,6 +13,7 @@ from dlrm_jax import commands
 from dlrm_jax.config import ConfigError
 from dlrm_jax.data import schema_io
 from dlrm_jax.data.blocks import COMPRESSIONS
+from dlrm_jax.data.heap import keep_freed_memory
 from dlrm_jax.data.preparation import BAD_ROW_POLICIES, Options, Progress, prepare
 from dlrm_jax.data.presets import PRESETS
 from dlrm_jax.data.schema import Schema
@@ -55,6 +56,7 @@ def main() -> None:
     schema = choose_schema(FLAGS.schema, paths)
     for reason in schema.reasons:
         print(f"schema: {reason}", file=sys.stderr)
+    keep_freed_memory()
     start = time.perf_counter()
     with _Bar() as bar:
         statistics = prepare(paths, output, schema, options, bar.show)

@@ -21,6 +21,7 @@ LAYERS = (
         "data.presets",
         "data.staging",
         "data.records",
+        "data.heap",
         "data.final_ids",
     },
     {"serving.transform"},

@@ -373,3 +373,16 @@ def test_lines_are_cut_where_records_end():
     assert records.record_end(data, b"") == data.rindex(b"\n") + 1
     assert records.record_ends(data, b'"').tolist() == [4, 12, 22]
     assert records.record_ends(b'a,"b""c"\n"\n', b'"').tolist() == [9]
+
+
+def test_a_chunk_of_a_file_without_quotes_ends_with_a_line(tmp_path):
+    path = tmp_path / "log.txt"
+    path.write_bytes(b"one\ntwo\n" + b"x" * 100_000 + b"\nrest")
+    with open(path, "rb", buffering=0) as file:
+        file.seek(2)
+        assert records.to_line_end(file, 1) == 2
+        assert records.to_line_end(file, 2) == 6
+        assert records.to_line_end(file, 50_000) == 50_000 + 100_009 - 50_002
+        assert records.to_line_end(file, 10) == 10, "a long line is not searched to its end"
+        assert records.to_line_end(file, 200_000) == 200_000
+        assert file.tell() == 2

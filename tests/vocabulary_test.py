@@ -24,6 +24,18 @@ def test_equals_a_dict(batches):
     assert vocabulary.keys.tolist() == list(plain) and len(vocabulary) == len(plain)
 
 
+def test_goes_on_from_the_keys_of_another():
+    keys = np.random.default_rng(1).permutation(50_000).astype(np.uint64)
+    first, other = Vocabulary("t"), Vocabulary("t")
+    first.encode(keys)
+    other.extend(keys[:20_000])
+    other.extend(keys[20_000:])
+    np.testing.assert_array_equal(other.keys, first.keys)
+    np.testing.assert_array_equal(other.find(keys), np.arange(50_000))
+    more = np.array([50_001, 7, 50_001, 60_000], np.uint64)
+    assert other.encode(more)[0].tolist() == first.encode(more)[0].tolist()
+
+
 def test_grows_far_beyond_its_first_size():
     keys = np.random.default_rng(0).integers(0, 2**63, 300_000).astype(np.uint64)
     vocabulary = Vocabulary("t")

@@ -136,7 +136,7 @@ class FirstPass:
         names = list(self._tables)
         for i in range(count):
             for addition in self._staging.additions(i):
-                self._vocabularies[names[addition.table]].encode(addition.keys, addition.checks)
+                self._vocabularies[names[addition.table]].extend(addition.keys, addition.checks)
         if not count:
             return 0, Position(), 0
         meta = self._staging.meta(count - 1)

@@ -11,6 +11,7 @@ from dlrm_jax.config import ConfigError
 from dlrm_jax.data.source import refuse
 
 CHUNK_BYTES = 16 << 20
+_LINE_SEARCH = 1 << 16
 _COMPRESSIONS = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bz2"}
 _NEWLINE, _CARRIAGE_RETURN = 10, 13
 
@@ -46,6 +47,15 @@ def skip(stream: pa.NativeFile | io.FileIO, offset: int) -> None:
         if not block:
             raise EOFError("the file is shorter than when it was read before")
         offset -= len(block)
+
+
+def to_line_end(raw: io.FileIO, num_bytes: int) -> int:
+    """`num_bytes` from here on, and the rest of the line that they end in, if it is not too long to be looked for."""
+    start = raw.tell()
+    raw.seek(num_bytes, io.SEEK_CUR)
+    rest = raw.read(_LINE_SEARCH).find(b"\n") + 1
+    raw.seek(start)
+    return num_bytes + rest
 
 
 def record_end(data: bytes, quote: bytes, num_records: int = 0) -> int:

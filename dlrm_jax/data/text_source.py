@@ -11,7 +11,7 @@ import pyarrow as pa
 from pyarrow import csv
 
 from dlrm_jax.config import ConfigError
-from dlrm_jax.data.records import CHUNK_BYTES, open_binary, read_head, record_end, record_starts, skip
+from dlrm_jax.data.records import CHUNK_BYTES, open_binary, read_head, record_end, record_starts, skip, to_line_end
 from dlrm_jax.data.schema import Schema
 from dlrm_jax.data.source import BadRow, Chunk, Columns, Position, refuse, require_columns
 
@@ -72,6 +72,8 @@ class TextSource:
                 while True:
                     # The first chunks are small, so that all cores soon have one.
                     num_bytes = larger or self._chunk_bytes // (4 if offset < self._chunk_bytes else 1)
+                    if stream is raw and not self._quote:  # Then nothing is left over that must be cut off, in a copy.
+                        num_bytes = to_line_end(raw, num_bytes)
                     block = stream.read(num_bytes)
                     data = rest + block
                     last = not block or (stream is raw and len(block) < num_bytes)

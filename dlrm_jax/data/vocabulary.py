@@ -49,16 +49,21 @@ class Vocabulary:
         missing = np.flatnonzero(ids < 0)
         if not len(missing):
             return ids, missing
-        distinct, first, inverse = np.unique(keys[missing], return_index=True, return_inverse=True)
-        order = np.argsort(first)  # np.unique sorts by key; ids go by first appearance.
-        rank = np.empty(len(order), np.int32)
-        rank[order] = np.arange(len(order), dtype=np.int32)
-        ids[missing] = self._size + rank[inverse]
-        new = missing[first[order]]
-        self._append(distinct[order], checks[new] if checks is not None else None)
+        import pyarrow as pa  # Where a model is served there is none, and nothing to be numbered.
+
+        encoded = pa.array(keys[missing]).dictionary_encode()  # In order of first appearance, as ids are.
+        rank = encoded.indices.to_numpy()
+        ids[missing] = self._size + rank
+        new = np.empty(len(encoded.dictionary), np.int64)
+        new[rank[::-1]] = missing[::-1]  # What is written last stays: the first place of each.
+        self._append(encoded.dictionary.to_numpy(), checks[new] if checks is not None else None)
         if checks is not None:
             self._require_same(self._checks[ids[missing]], checks[missing])
         return ids, new
+
+    def extend(self, keys: np.ndarray, checks: np.ndarray | None = None) -> None:
+        """Give the next ids to keys that are all different and not there yet: those of a vocabulary that was saved."""
+        self._append(keys, checks)
 
     def find(self, keys: np.ndarray, checks: np.ndarray | None = None) -> np.ndarray:
         """id of each key as int32, -1 for one that is not there."""

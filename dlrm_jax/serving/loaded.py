@@ -230,5 +230,5 @@ def _read_vocabularies(version: Version) -> dict[str, Vocabulary]:
     for table, files in version.read_json("vocabularies.json").items():
         columns = [np.load(version.directory / file, allow_pickle=False) for file in files]
         out[table] = Vocabulary(table, checked=len(columns) == 2)
-        out[table].encode(*columns)
+        out[table].extend(*columns)
     return out
