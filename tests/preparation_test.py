@@ -364,7 +364,7 @@ def test_memory_limit_names_the_largest_vocabulary(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match=r"vocabularies need .*--max_memory leaves .* c: 5,000 values"):
         prepare_text(tmp_path, text, schema(), max_memory=20_000)
     monkeypatch.undo()
-    with pytest.raises(ConfigError, match="--max_memory is below the least of 750 MB"):
+    with pytest.raises(ConfigError, match="--max_memory is below the least of 875 MB"):
         prepare_text(tmp_path, text, schema(), max_memory=20_000)
 
 

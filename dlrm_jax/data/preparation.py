@@ -29,7 +29,7 @@ from dlrm_jax.data.splits import make_splitter
 from dlrm_jax.data.staging import Staging, write_whole
 
 BAD_ROW_POLICIES = ("error", "skip_and_count")
-_FIXED_BYTES = 600 << 20
+_FIXED_BYTES = 700 << 20
 """What Python, the chunks in work and one staged file take; the rest of --max_memory is for vocabularies."""
 _BYTES_PER_KEY_RATIO = 2.5
 """The second pass holds counts and new ids beside what the first pass' tables took."""

@@ -55,7 +55,7 @@ class Vocabulary:
         rank = encoded.indices.to_numpy()
         ids[missing] = self._size + rank
         new = np.empty(len(encoded.dictionary), np.int64)
-        new[rank[::-1]] = missing[::-1]  # What is written last stays: the first place of each.
+        new[rank] = missing
         self._append(encoded.dictionary.to_numpy(), checks[new] if checks is not None else None)
         if checks is not None:
             self._require_same(self._checks[ids[missing]], checks[missing])
