@@ -3,8 +3,11 @@
 With learned pooling weights a row carries its weight in one more column: (..., D + 1).
 """
 
+import itertools
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from dlrm_jax.embedding import POOLING_WEIGHTS
 from dlrm_jax.rows import take_rows
@@ -31,6 +34,13 @@ def scaled(stack: PlacedStack, rows: jax.Array, scale: jax.Array) -> jax.Array:
     if rows.shape[-1] > stack.width:
         scale = scale * rows[..., -1]
     return rows[..., : stack.width] * scale[..., None]
+
+
+def sum_bags_of_slots(slots_kxbxD: jax.Array, hotness: tuple[int, ...]) -> jax.Array:
+    """pooled_bxfxD: sums over each feature's consecutive slots, of arrays with the slots first."""
+    starts = np.cumsum((0, *hotness))
+    bags = [slots_kxbxD[start:stop].sum(axis=0) for start, stop in itertools.pairwise(starts)]
+    return jnp.stack(bags, axis=1)
 
 
 def slot_gradients(stack: PlacedStack, d_slots: jax.Array, scale: jax.Array, rows: jax.Array | None) -> jax.Array:

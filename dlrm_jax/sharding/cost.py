@@ -25,8 +25,8 @@ FLOAT = INT = 4
 _OPT_COPIES = {"sgd": 0, "momentum": 1, "adagrad": 1, "adam": 2, "adamw": 2}
 _KERNELS = 80
 """Kernels of a training step besides the collectives (counted in a compiled step of the Kaggle configuration)."""
-_PACKED_COPIES = 2.5
-"""Arrays of a line for each id slot that live at once where rows share lines: read, selected, and half a gradient."""
+_COPIES = 2
+"""Arrays of each id slot's line, and of its row, that live at once where rows share lines: one read, one written."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -295,13 +295,15 @@ def _memory(
         states += {"sgd": 0, "adagrad": rows + learned, "rowwise_adagrad": per_row + learned}[optimizer.table] * FLOAT
     dense = dense_parameters(model) * FLOAT
     # Where rows share a line, an id slot takes a whole one.
-    widths = [stack.width if stack.pack == 1 else _PACKED_COPIES * LANES for stack in stacks]
+    widths = [stack.width if stack.pack == 1 else _COPIES * (LANES + stack.width) for stack in stacks]
     looked_up = [_slots_looked_up(stack, load) for stack in stacks]
     slots = int(sum(count * (width + 4) for count, width in zip(looked_up, widths, strict=True))) * FLOAT
     outputs = sum(o for _, o in _layers(model)) + 3 * interaction_width(model)
     batch = b * (model.num_dense + model.num_slots + 2) * FLOAT
     activations = 2 * b * outputs * FLOAT + slots + dense
-    exchange = sent.total - (dense + FLOAT if devices > 1 else 0)
+    exchange = sent.total
+    if devices > 1:  # When the dense gradients are summed, in one array and out of another, the slots' are gone.
+        exchange = max(exchange - dense - FLOAT, 2 * dense - activations)
     on_chip = min(on_chip_bytes, activations + exchange)
     activations, exchange = activations - min(on_chip, activations), exchange - max(0, on_chip - activations)
     return {

@@ -5,6 +5,9 @@ gradients, summed by row, go the same way. Where more are needed than fit, the e
 devices agree (a minimum over the mesh) up to which row of each owner a round reaches, so that an owner sees all
 gradients of a row in one round, duplicates are merged before Adagrad squares them, and no buffer is larger than
 planned. Nothing is dropped, and the numbers do not depend on the capacity.
+
+Id slots lie flat, the slots of all examples one after the other: M = k * b. As (b, k, W) a TPU would pad k to eights, and
+copy all rows to get there.
 """
 
 from typing import Any
@@ -13,8 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dlrm_jax.embedding import sum_bags
-from dlrm_jax.sharding.bags import apply_gradients, read_rows, scaled, slot_gradients
+from dlrm_jax.sharding.bags import apply_gradients, read_rows, scaled, slot_gradients, sum_bags_of_slots
 from dlrm_jax.sharding.collective import from_copies, to_owners
 from dlrm_jax.sharding.mesh import DATA, MODEL
 from dlrm_jax.sharding.storage import PlacedStack
@@ -26,18 +28,19 @@ def route(stack: PlacedStack, ids_bxk: jax.Array, scale_bxk: jax.Array, capacity
     """Distinct rows, who asks whom for which, and where each slot finds its row.
 
     `unique_M`: the device's distinct rows as owner * rows + local row, ascending, then the void S * rows.
-    `rank_bxk`: each slot's place in it. `stop_S`: the first round's end in it, for each owner. `asked_SxC`: local rows
+    `rank_M`: each slot's place in it. `stop_S`: the first round's end in it, for each owner. `asked_SxC`: local rows
     that each peer asks of this device in the first round. `rounds` is 1, or 2 for more than one.
     """
     shards, void = stack.num_shards, stack.num_shards * stack.rows
     first_k, count_k, offset_k = (
         np.array(of_T, np.int32)[stack.table_K] for of_T in (stack.first_T, stack.count_T, stack.offset_T)
     )
-    owner = first_k[None] + ids_bxk % count_k[None]
-    key = jnp.where(ids_bxk < 0, void, owner * stack.rows + offset_k[None] + ids_bxk // count_k[None])
+    ids_kxb = ids_bxk.T
+    owner = first_k[:, None] + ids_kxb % count_k[:, None]
+    key = jnp.where(ids_kxb < 0, void, owner * stack.rows + offset_k[:, None] + ids_kxb // count_k[:, None])
     unique_M, rank_M = _distinct(key.reshape(-1), void)
     starts_S = jnp.searchsorted(unique_M, jnp.arange(shards, dtype=jnp.int32) * stack.rows).astype(jnp.int32)
-    routes = {"unique": unique_M, "rank": rank_M.reshape(ids_bxk.shape), "scale": scale_bxk, "start": starts_S}
+    routes = {"unique": unique_M, "rank": rank_M, "scale": scale_bxk.T.reshape(-1), "start": starts_S}
     stop_S, more = _round_end(stack, unique_M, starts_S, capacity)
     asked_SxC = to_owners(_requests(stack, unique_M, starts_S, stop_S, capacity), shards)
     return routes | {"stop": stop_S, "more": more[None].astype(jnp.int32), "asked": asked_SxC}
@@ -87,7 +90,7 @@ def _places(unique_M: jax.Array, start_S: jax.Array, stop_S: jax.Array, capacity
 def lookup(stack: PlacedStack, tables: Arrays, routes: Arrays, capacity: int, dtype: str) -> tuple[jax.Array, Arrays]:
     """pooled_bxfxD; with learned weights the looked-up rows join the routes, for the way back."""
 
-    def receive(rows_bxkxW: jax.Array, asked_SxC: jax.Array, start_S: jax.Array, stop_S: jax.Array) -> jax.Array:
+    def receive(rows_MxW: jax.Array, asked_SxC: jax.Array, start_S: jax.Array, stop_S: jax.Array) -> jax.Array:
         """The slots' rows, those of this round filled in."""
         answers_SxCxW = to_owners(read_rows(stack, tables, asked_SxC), stack.num_shards, dtype)
         owner = jnp.searchsorted(stop_S, routes["rank"], side="right").astype(jnp.int32)
@@ -96,7 +99,7 @@ def lookup(stack: PlacedStack, tables: Arrays, routes: Arrays, capacity: int, dt
         got = (place >= 0) & (place < stop_S[owner] - start_S[owner])
         flat = owner * capacity + jnp.clip(place, 0, capacity - 1)
         new = answers_SxCxW.reshape(-1, answers_SxCxW.shape[-1]).at[flat].get(mode="promise_in_bounds")
-        return jnp.where(got[..., None], new, rows_bxkxW)
+        return jnp.where(got[:, None], new, rows_MxW)
 
     width = stack.width + (len(tables) > 1)
     rows = jnp.zeros((*routes["rank"].shape, width), jnp.float32)
@@ -112,7 +115,8 @@ def lookup(stack: PlacedStack, tables: Arrays, routes: Arrays, capacity: int, dt
         rows, _, _ = jax.lax.while_loop(
             lambda carry: carry[2], next_round, (rows, routes["stop"], routes["more"][0] > 0)
         )
-    pooled = sum_bags(scaled(stack, rows, routes["scale"]), stack.hotness)
+    slots_MxD = scaled(stack, rows, routes["scale"])
+    pooled = sum_bags_of_slots(slots_MxD.reshape(len(stack.slots), -1, stack.width), stack.hotness)
     return pooled, routes | ({"rows": rows} if len(tables) > 1 else {})
 
 
@@ -128,11 +132,11 @@ def update(
     dtype: str,
 ) -> tuple[Arrays, Arrays]:
     """Gradients, summed by row at home, go to the owners, which merge them with their peers' and apply them once."""
-    d_slots = d_pooled[:, np.repeat(np.arange(len(stack.hotness)), stack.hotness)]
-    grads = slot_gradients(stack, d_slots, routes["scale"], routes.get("rows"))
+    d_slots_kxbxD = jnp.moveaxis(d_pooled, 1, 0)[np.repeat(np.arange(len(stack.hotness)), stack.hotness)]
     unique_M = routes["unique"]
     num = unique_M.shape[0]
-    merged_MxW = jax.ops.segment_sum(grads.reshape(num, -1), routes["rank"].reshape(-1), num_segments=num)
+    grads_MxW = slot_gradients(stack, d_slots_kxbxD.reshape(num, -1), routes["scale"], routes.get("rows"))
+    merged_MxW = jax.ops.segment_sum(grads_MxW, routes["rank"], num_segments=num)
 
     def apply(tables: Arrays, opt_state: Arrays, asked_SxC: jax.Array, start_S: jax.Array, stop_S: jax.Array) -> tuple:
         place_SxC, inside_SxC = _places(unique_M, start_S, stop_S, capacity)
