@@ -8,6 +8,7 @@ import pytest
 
 from dlrm_jax.config import FeatureConfig, LossConfig, ModelConfig, TableConfig
 from dlrm_jax.sharding.cost import Load, dense_parameters, estimate
+from dlrm_jax.sharding.exchange import ExchangeOptions
 from dlrm_jax.sharding.hardware import HARDWARE
 from dlrm_jax.sharding.hlo import collectives, largest_result, totals
 from dlrm_jax.sharding.mesh import MeshShape, make_mesh
@@ -91,6 +92,19 @@ def test_row_wise_sends_little_more_than_each_needed_row_once_each_way():
     scattered = 2 * 4096 * len(SIZES) * 16 * 4  # (S, b, F, D) partial sums reduced, and their gradients gathered.
     assert sent < 1.5 * ideal
     assert scattered > 4 * ideal
+
+
+def test_agreeing_where_a_round_ends_is_counted_on_large_meshes():
+    config, cpu = model(), HARDWARE["cpu"]
+
+    def reduced(shards: int, **options: ExchangeOptions) -> int:
+        plan = make_plan(config, MeshShape(1, shards), "row_wise")
+        cost = estimate(config, optimizer(), plan, Load(64 * shards), cpu, **options)
+        return cost.sent.bytes_by_kind["all-reduce"] - 4 * (dense_parameters(config) + 1)
+
+    assert reduced(8) == 0
+    assert reduced(128) == 128 * 4
+    assert reduced(128, options=ExchangeOptions()) == 0, "whoever may ask for all at once needs one round"
 
 
 @pytest.mark.parametrize("interaction", ["dot", "cat", "cross"])

@@ -60,8 +60,9 @@ def test_no_temporary_grows_with_the_tables(tmp_path, dim, sharding):
 
 @needs_libtpu
 @pytest.mark.slow
-def test_mlperf_dlrm_on_a_pod_as_predicted(tmp_path):
-    values = compiled(tmp_path, "--flagfile=experiments/shape_mlperf_dlrm.flags", "--topology=v5e:8x8")
+@pytest.mark.parametrize(("model", "pod"), [("dlrm", "v5e:8x8"), ("dcnv2", "v5p:4x4x4"), ("dcnv2", "v5p:8x8x16")])
+def test_mlperf_on_a_pod_as_predicted(tmp_path, model, pod):
+    values = compiled(tmp_path, f"--flagfile=experiments/shape_mlperf_{model}.flags", f"--topology={pod}")
     report = values["compiled"]
     assert report["fits"] and sum(report["sent"].values()) == sum(values["cost"]["sent"].values())
     assert abs(report["predicted_held"] / report["held"] - 1) < 0.05

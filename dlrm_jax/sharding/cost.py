@@ -15,6 +15,7 @@ from dlrm_jax.config import ModelConfig, OptimizerConfig, TableConfig
 from dlrm_jax.rows import LANES
 from dlrm_jax.sharding.exchange import ExchangeOptions
 from dlrm_jax.sharding.hardware import Hardware
+from dlrm_jax.sharding.hlo import CONTROL_BYTES
 from dlrm_jax.sharding.owned import parcels
 from dlrm_jax.sharding.plan import Plan
 from dlrm_jax.sharding.replicated import sent_rows
@@ -124,6 +125,8 @@ def exchanged(
         send("all-to-all", shards, rows * (stack.dim + learned) * floats)
         send("all-gather", copies, copies * rows * INT)
         send("all-gather", copies, copies * rows * (stack.dim + learned) * FLOAT)
+        if capacity < b * slots and shards * INT > CONTROL_BYTES:  # Where a round ends, for each owner.
+            send("all-reduce", shards * copies, shards * INT)
     return found
 
 
