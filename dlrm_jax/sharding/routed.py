@@ -6,7 +6,7 @@ devices agree (a minimum over the mesh) up to which row of each owner a round re
 gradients of a row in one round, duplicates are merged before Adagrad squares them, and no buffer is larger than
 planned. Nothing is dropped, and the numbers do not depend on the capacity.
 
-Id slots lie flat, the slots of all examples one after the other: M = k * b. As (b, k, W) a TPU would pad k to eights, and
+Id slots lie flat, slot by slot over all examples: M = k * b. As (b, k, W) a TPU would pad k to a multiple of eight, and
 copy all rows to get there.
 """
 
