@@ -6,7 +6,7 @@ import pathlib
 
 from absl import flags
 
-from dlrm_jax import reporting
+from dlrm_jax import heap, reporting
 from dlrm_jax.commands import run_command
 from dlrm_jax.data.dataset import SPLITS, Rows
 from dlrm_jax.data.pipeline import rows_and_labels
@@ -39,6 +39,7 @@ def main() -> None:
     """Restore, evaluate, print, and renew result.json."""
     workdir = pathlib.Path(FLAGS.workdir)
     run = restore(workdir, FLAGS.checkpoint, FLAGS.data_dir)
+    heap.keep_freed_temporaries()
     dataset, state = run.dataset, run.state
     evaluate = Evaluator(run.config, run.placed, dataset.expander)
     result = evaluate_splits(run.config, dataset, evaluate, state) | Speed().summary()

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from dlrm_jax import checkpoint, huge_pages, processes, reporting
+from dlrm_jax import checkpoint, heap, huge_pages, processes, reporting
 from dlrm_jax.batch import Batch
 from dlrm_jax.config import ConfigError, differences
 from dlrm_jax.data.load import load_dataset
@@ -128,6 +128,7 @@ def train(
     stop_signal: list[int],
 ) -> tuple[TrainState, Speed, int | None]:
     """Steps until the end, a stopping rule or a signal, with evaluations and checkpoints on their steps."""
+    heap.keep_freed_temporaries()
     config, step, speed = run.config, int(state.step), Speed()
     losses = LossWindow(run.workdir, run.dataset.dense_names)
     with (

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from dlrm_jax import step_parts
+from dlrm_jax import heap, step_parts
 from dlrm_jax.batch import Batch
 from dlrm_jax.data.load import load_dataset
 from dlrm_jax.data.pipeline import Prefetcher, train_batches
@@ -75,6 +75,7 @@ def _passes(
 ) -> dict[str, dict[str, Any]]:
     """The measured numbers of both passes."""
     state = placed.init_state(config.seed)
+    heap.keep_freed_temporaries()  # As a run does.
     step = make_train_step(placed.model, config.loss, config.optimizer, config.num_micro_batches, placed.ops)
     train_step, train_compile = _compiled(placed.jit_step(step), state, batches[0])
     score = jax.jit(

@@ -13,11 +13,11 @@ from dlrm_jax import commands
 from dlrm_jax.config import ConfigError
 from dlrm_jax.data import schema_io
 from dlrm_jax.data.blocks import COMPRESSIONS
-from dlrm_jax.data.heap import keep_freed_memory
 from dlrm_jax.data.preparation import BAD_ROW_POLICIES, Options, Progress, prepare
 from dlrm_jax.data.presets import PRESETS
 from dlrm_jax.data.schema import Schema
 from dlrm_jax.data.source import expand
+from dlrm_jax.heap import keep_freed_chunks
 
 FLAGS = flags.FLAGS
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
@@ -56,7 +56,7 @@ def main() -> None:
     schema = choose_schema(FLAGS.schema, paths)
     for reason in schema.reasons:
         print(f"schema: {reason}", file=sys.stderr)
-    keep_freed_memory()
+    keep_freed_chunks()
     start = time.perf_counter()
     with _Bar() as bar:
         statistics = prepare(paths, output, schema, options, bar.show)

@@ -4,7 +4,8 @@
         [--configs=kaggle_b128,kaggle_b2048,synthetic,rm1,rm2] [--json=FILE] [--picture=FILE] [--readme]
 
 Ours is measured twice: as it is by default, and with --cpu_kernels=native, where the machine has a C++ compiler. Both
-find their tables on huge pages, as a run of ours puts them; the peers' lie as their own library puts them.
+find their tables on huge pages, as a run of ours puts them; the peers' lie as their own library puts them. The process
+keeps what it frees, as a run of ours has it, whichever side freed it.
 Each peer starts from our weights, and must have our logits before, and our logits and weights after some steps. Then
 all sides step in turn in one process, a turn being some steps on end, of which the first is not counted; times are
 medians. Ids are uniform over each table, batches ready in memory. `--readme` renews the table of experiments/README.md.
@@ -31,7 +32,7 @@ import numpy as np
 from absl import flags
 from measure import replace_section, where_and_when
 
-from dlrm_jax import embedding
+from dlrm_jax import embedding, heap
 from dlrm_jax.batch import Batch
 from dlrm_jax.config import NATIVE, XLA, ModelConfig
 from dlrm_jax.data.load import synthetic_spec
@@ -220,6 +221,7 @@ def compare_one(
     peer: Any = peer_class(placed.model, config.optimizer, config.loss.name, ours.state)
     differences = check_equal(what, ours, peer, batches)
     theirs = [peer.batch(batch) for batch in batches]
+    heap.keep_freed_temporaries()
     rows = {}
     for key in measured:
         step = "forward" if key == FORWARD else "train_step"

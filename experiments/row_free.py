@@ -18,7 +18,7 @@ import numpy as np
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-from dlrm_jax import embedding
+from dlrm_jax import embedding, heap
 from dlrm_jax.batch import Batch
 from dlrm_jax.config import FeatureConfig, LossConfig, ModelConfig, OptimizerConfig, ScheduleConfig, TableConfig
 from dlrm_jax.loss import example_losses
@@ -121,6 +121,7 @@ def measure_rows(name: str, steps: int) -> dict[str, float]:
         step = jax.jit(make_train_step(model, LossConfig(), optimizer(name)), donate_argnums=0)
         compiled = step.lower(state, batch).compile()
         sides.append({"step": compiled, "state": state, "batch": batch, "seconds": []})
+    heap.keep_freed_temporaries()  # As a run does.
     for i in range(steps + 2):
         for side in sides:
             start = time.perf_counter()
@@ -140,6 +141,7 @@ def measure_dense() -> dict[str, float]:
     params = {"dense": copy.dense_params, "tables": copy.tables}
     sparse_step = jax.jit(make_train_step(model, LossConfig(), optimizer("sgd")), donate_argnums=0)
     dense_step = dense_gradient_step(model, 0.1)
+    heap.keep_freed_temporaries()
     for i in range(10):
         batch = uniform_batch(model, i)
         start = time.perf_counter()

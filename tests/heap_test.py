@@ -6,32 +6,35 @@ import sys
 
 import pytest
 
-from dlrm_jax.data.heap import keep_freed_memory
+from dlrm_jax import heap
 
 FAULTS = """
-import resource, numpy as np
-from dlrm_jax.data.heap import keep_freed_memory
+import resource
+from dlrm_jax import heap
 {first}
 def some():
-    return [np.ones(3 << 20, np.uint8) for _ in range(40)]
+    return [b"x" * ({megabytes} << 20) for _ in range(120 // {megabytes})]
 some()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(5):
     some()
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
+on_glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the allocator that is told is glibc's")
 
 
-def faults(first: str) -> int:
-    script = FAULTS.format(first=first)
+def faults(first: str, megabytes: int) -> int:
+    script = FAULTS.format(first=first, megabytes=megabytes)
     return int(subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, timeout=120).stdout)
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the allocator that is told is glibc's")
-def test_arrays_that_come_and_go_fault_once():
-    assert faults("assert keep_freed_memory()") < faults("") / 3  # Where pages are of 2 MB, there are few at all.
+@on_glibc
+@pytest.mark.parametrize(("name", "megabytes"), [("chunks", 3), ("temporaries", 3), ("temporaries", 60)])
+def test_arrays_that_come_and_go_fault_once(name, megabytes):
+    kept = faults(f"assert heap.keep_freed_{name}()", megabytes)
+    assert kept < faults("", megabytes) / 3  # Where pages are of 2 MB, there are few at all.
 
 
 def test_other_systems_stay_as_they_are(monkeypatch):
     monkeypatch.setattr("sys.platform", "darwin")
-    assert not keep_freed_memory()
+    assert not heap.keep_freed_chunks() and not heap.keep_freed_temporaries()

@@ -1,0 +1,31 @@
+"""Memory that comes and goes, chunk after chunk and step after step: kept by the process instead of given back."""
+
+import ctypes
+import sys
+
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -2, -3, -4
+_CHUNKS = ((_M_MMAP_THRESHOLD, 32 << 20), (_M_TRIM_THRESHOLD, 256 << 20), (_M_TOP_PAD, 4 << 20))
+_STEPS = ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, 1 << 30), (_M_TOP_PAD, 4 << 20))
+
+
+def keep_freed_chunks() -> bool:
+    """Tell glibc's allocator to keep arrays of up to 32 MB that were freed; whether it was told.
+
+    Every chunk of a log needs the same arrays as the one before, and the kernel would clear their pages anew each time.
+    """
+    return _tell(_CHUNKS)
+
+
+def keep_freed_temporaries() -> bool:
+    """The same for arrays of any size: a step on a CPU gets its temporaries anew in each step. Up to 1 GB is kept.
+
+    For after the tables are made: what is freed below something that stays is only used again, never given back.
+    """
+    return _tell(_STEPS)
+
+
+def _tell(settings: tuple[tuple[int, int], ...]) -> bool:
+    if not sys.platform.startswith("linux"):
+        return False
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # Another libc than glibc has none.
+    return mallopt is not None and all(mallopt(parameter, value) for parameter, value in settings)
