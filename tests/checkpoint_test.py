@@ -7,9 +7,10 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
+import tensorstore
 
 from dlrm_jax.checkpoint import BEST, LATEST, Checkpoints
-from dlrm_jax.config import ConfigError
+from dlrm_jax.config import ConfigError, FeatureConfig, ModelConfig, TableConfig
 from dlrm_jax.sharding.placed import on_one_device
 from tests.helpers import optimizer, tiny_model
 
@@ -42,6 +43,22 @@ def test_a_saved_state_may_be_donated_at_once(tmp_path):
         restored = checkpoints.restore(LATEST, PLACED)
     for name in expected:
         np.testing.assert_array_equal(restored.tables[name], expected[name])
+
+
+def test_a_table_of_a_prime_number_of_rows_is_stored_in_large_pieces(tmp_path):
+    """Orbax's pieces divide an array evenly; a piece a row would take hours and all of the memory."""
+    tables, features = (TableConfig("t", 300_007, 16),), (FeatureConfig("f", "t"),)
+    placed = on_one_device(ModelConfig(13, tables, features, (16,), (1,)), optimizer("rowwise_adagrad"))
+    state = placed.init_state(0)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(LATEST, state, placed, {})
+        checkpoints.wait()
+        restored = checkpoints.restore(LATEST, placed)
+    np.testing.assert_array_equal(restored.tables["stack_0"], state.tables["stack_0"])
+    base = f"file://{tmp_path}/checkpoints/{LATEST}/0/tables/"
+    stored = {"driver": "zarr", "kvstore": {"driver": "ocdbt", "base": base, "path": "tables.stack_0/"}}
+    rows, columns = tensorstore.open(stored, read=True, open=True).result().chunk_layout.read_chunk.shape
+    assert rows > 100_000 and columns == 16
 
 
 def test_two_latest_and_one_best_are_kept(tmp_path):

@@ -7,8 +7,8 @@ Tables of one form share arrays, as on one device (embedding.py). Forms:
     routed       row r on shard first + r mod count, at offset + r // count  row_wise, table_row_wise
     columns      all rows on every shard, `width` of the columns each      column_wise
 
-Shards hold equally many rows; what is over is padding that nobody reads. Arrays of `owned` and `routed` are the
-shards' rows one below the other.
+Shards hold equally many rows, a number with divisors; what is over is padding that nobody reads. Arrays of `owned` and
+`routed` are the shards' rows one below the other.
 """
 
 import dataclasses
@@ -131,7 +131,7 @@ def _groups(tables: list[TableConfig], plan: Plan, form: str, max_rows: int) -> 
         placement = plan.tables[table.name]
         after = used.copy()
         after[_shards(placement, form)] += _rows_a_shard(table, placement, form)
-        total = int(after.max()) * (plan.mesh.model if form in (OWNED, ROUTED) else 1)
+        total = divisible_rows(int(after.max())) * (plan.mesh.model if form in (OWNED, ROUTED) else 1)
         if not groups or total > max_rows:
             groups.append([])
             after = np.zeros_like(used)
@@ -139,6 +139,15 @@ def _groups(tables: list[TableConfig], plan: Plan, form: str, max_rows: int) -> 
         groups[-1].append(table)
         used = after
     return groups
+
+
+def divisible_rows(rows: int, pack: int = 1) -> int:
+    """At least `rows`, in whole lines and at most a thousandth more, with a large power of two as a factor.
+
+    Orbax stores an array in equal pieces, so that one of a prime number of rows would become a piece a row.
+    """
+    multiple = pack << max(rows // (1024 * pack), 1).bit_length() - 1
+    return -(-rows // multiple) * multiple
 
 
 def _shards(placement: Placement, form: str) -> slice:
@@ -176,7 +185,7 @@ def _place(
         offset_T=tuple(offsets),
         num_shards=plan.mesh.model,
         num_copies=plan.mesh.data,
-        rows=-(-int(used.max()) // pack) * pack,
+        rows=divisible_rows(int(used.max()), pack),
         width=width,
         dim=dim,
         pack=pack,
