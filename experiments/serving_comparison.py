@@ -173,7 +173,7 @@ def stamp(flags: argparse.Namespace) -> str:
     return (
         f"Measured {datetime.date.today()}, {os.cpu_count()} {platform.machine()} cores (load of the whole machine at "
         f"the end: {load:.1f}), jax {metadata.version('jax')}, torch {torch}; "
-        "`python experiments/serving_comparison.py`."
+        f"`python experiments/serving_comparison.py --rounds={flags.rounds}`."
     )
 
 
