@@ -68,6 +68,14 @@ def test_evaluate_finds_steps_and_names_what_there_is(quickstart):
     assert missing.returncode == 1 and "no checkpoint '3'" in missing.stderr and "Traceback" not in missing.stderr
 
 
+@pytest.mark.slow
+def test_bfloat16_mlps_rank_as_well(quickstart, tmp_path):
+    flags = ("--flagfile=experiments/quickstart.flags", "--compute_dtype=bfloat16", f"--workdir={tmp_path}")
+    assert run("train", *flags).returncode == 0
+    exact, short = (result_of(workdir)["test"]["auc"] for workdir in (quickstart[0], tmp_path))
+    assert 0 < abs(short - exact) < 5e-4
+
+
 def test_second_run_in_the_same_workdir_is_done_at_once(quickstart):
     workdir, _ = quickstart
     before = result_of(workdir)
