@@ -304,7 +304,8 @@ def draw(results: dict[str, dict], path: pathlib.Path) -> None:
     for i, side in enumerate(peers):
         ratios = [row[side]["ratio"] if side in row else np.nan for row in rows]
         bars = axis.bar(np.arange(len(rows)) + (i - 1) * 0.27, ratios, 0.27, label=SIDES[side])
-        axis.bar_label(bars, ["" if np.isnan(r) else f"{r:.2g}" for r in ratios], fontsize=7)
+        labels = ["" if np.isnan(r) else f"{r:.0f}" if r >= 10 else f"{r:.2g}" for r in ratios]
+        axis.bar_label(bars, labels, label_type="center", rotation=90, fontsize=7, color="white")
         natives = [row.get(side, {}).get("native_ratio", np.nan) for row in rows]
         axis.scatter(np.arange(len(rows)) + (i - 1) * 0.27, natives, s=14, color="black", marker="D", zorder=3)
     axis.scatter([], [], s=14, color="black", marker="D", label="the same, over ours by --cpu_kernels=native")

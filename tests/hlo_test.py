@@ -1,6 +1,6 @@
 """Tests `dlrm_jax/sharding/hlo.py` on lines as backends write them."""
 
-from dlrm_jax.sharding.hlo import Collective, collectives, largest_result, totals
+from dlrm_jax.sharding.hlo import Collective, collectives, largest_result, serial_loops, totals
 
 TEXT = """HloModule jit_step
 %add (x: f32[], y: f32[]) -> f32[] {
@@ -45,6 +45,13 @@ def test_totals_leave_out_control_and_keep_loops_apart():
 def test_largest_result():
     assert largest_result(TEXT, ("copy",)) == 6400
     assert largest_result(TEXT, ("sort",)) == 0
+
+
+def test_loops_that_the_program_does_not_have_are_told_from_its_own():
+    loop = '%while.2 = (s32[], f32[9,16]) while(%t), condition=%c, body=%b, metadata={op_name="jit(step)/update/NAME"}'
+    assert serial_loops(loop.replace("NAME", "scatter-add")) == 1
+    assert serial_loops(loop.replace("NAME", "while")) == 0
+    assert serial_loops(TEXT) == 1, "a loop of unknown origin counts"
 
 
 def test_an_asynchronous_collective_counts_once_though_several_fusions_name_it():

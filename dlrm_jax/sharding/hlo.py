@@ -12,6 +12,9 @@ _CHAIN = re.compile(r'chain_id="(\d+)"')
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) (?:\(.*)?\{?.*->.*\{\s*$")
 _CALLED = re.compile(r"(?:body|condition|to_apply|calls|branch_computations)=\{?%?([\w.\-]+(?:, ?%[\w.\-]+)*)\}?")
 
+_WHILE = re.compile(r"\bwhile\(")
+_OWN_WHILE = re.compile(r'op_name="[^"]*/while"')
+
 CONTROL_BYTES = 256
 """Collectives of at most so much carry flags, sums of a metric, and where a round ends: left out of what is counted."""
 
@@ -56,6 +59,11 @@ def totals(found: tuple[Collective, ...], in_loop: bool = False) -> dict[str, in
         if one.in_loop == in_loop and one.num_bytes > CONTROL_BYTES:
             sums[one.kind] = sums.get(one.kind, 0) + one.num_bytes
     return sums
+
+
+def serial_loops(text: str) -> int:
+    """While loops that the program has none of: XLA's own, as for a scatter that it does a row at a time."""
+    return sum(1 for line in text.splitlines() if _WHILE.search(line) and not _OWN_WHILE.search(line))
 
 
 def largest_result(text: str, operations: tuple[str, ...]) -> int:

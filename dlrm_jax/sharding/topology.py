@@ -13,7 +13,7 @@ from typing import Any
 from dlrm_jax.config import ConfigError, LossConfig
 from dlrm_jax.sharding.cost import Cost
 from dlrm_jax.sharding.hardware import HARDWARE
-from dlrm_jax.sharding.hlo import collectives, totals
+from dlrm_jax.sharding.hlo import collectives, serial_loops, totals
 from dlrm_jax.sharding.mesh import make_mesh
 from dlrm_jax.sharding.placed import Placed
 from dlrm_jax.sharding.planner import Setting
@@ -80,6 +80,7 @@ class Compiled:
     temporaries: int
     not_aliased: int
     sent: dict[str, int]
+    serial_loops: int
     predicted: Cost
     usable: float
     seconds: float
@@ -116,13 +117,14 @@ def compile_report(setting: Setting, loss: LossConfig, cost: Cost, topology: Top
     start = time.perf_counter()
     compiled = step.lower(placed.abstract_state, placed.abstract_batch(batch_size)).compile()
     seconds = time.perf_counter() - start
-    memory = compiled.memory_analysis()
+    memory, text = compiled.memory_analysis(), compiled.as_text()
     return Compiled(
         topology=topology.name,
         arguments=memory.argument_size_in_bytes,
         temporaries=memory.temp_size_in_bytes,
         not_aliased=memory.output_size_in_bytes - memory.alias_size_in_bytes,
-        sent=totals(collectives(compiled.as_text())),
+        sent=totals(collectives(text)),
+        serial_loops=serial_loops(text),
         predicted=cost,
         usable=HARDWARE[topology.generation].memory_bytes,
         seconds=seconds,
