@@ -209,10 +209,10 @@ def _split(state: TrainState) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def placement(placed: Placed) -> dict[str, Any]:
     """What must be known to read a checkpoint's tables, as JSON values."""
-    return {"plan": placed.plan.to_dict(), "packed": placed.packed}
+    return {"plan": placed.plan.to_dict(), "packed": placed.packed, "divisible": True}
 
 
 def saved_stacks(placed: Placed, saved: dict[str, Any]) -> tuple[PlacedStack, ...]:
     """How a checkpoint's tables are stored."""
     plan = plan_from_dict(saved["plan"], "the checkpoint's placement")
-    return place_stacks(placed.model, plan, saved["packed"])
+    return place_stacks(placed.model, plan, saved["packed"], divisible=saved.get("divisible", False))

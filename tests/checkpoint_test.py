@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 import tensorstore
 
+from dlrm_jax import checkpoint
 from dlrm_jax.checkpoint import BEST, LATEST, Checkpoints
 from dlrm_jax.config import ConfigError, FeatureConfig, ModelConfig, TableConfig
+from dlrm_jax.sharding import storage
 from dlrm_jax.sharding.placed import on_one_device
 from tests.helpers import optimizer, tiny_model
 
@@ -59,6 +61,23 @@ def test_a_table_of_a_prime_number_of_rows_is_stored_in_large_pieces(tmp_path):
     stored = {"driver": "zarr", "kvstore": {"driver": "ocdbt", "base": base, "path": "tables.stack_0/"}}
     rows, columns = tensorstore.open(stored, read=True, open=True).result().chunk_layout.read_chunk.shape
     assert rows > 100_000 and columns == 16
+
+
+def test_a_checkpoint_of_before_rows_had_divisors_comes_back(tmp_path, monkeypatch):
+    tables, features = (TableConfig("t", 5_003, 16),), (FeatureConfig("f", "t"),)
+    config = ModelConfig(13, tables, features, (16,), (1,))
+    with monkeypatch.context() as then, Checkpoints(tmp_path) as checkpoints:
+        then.setattr(storage, "divisible_rows", lambda rows, pack=1: rows)
+        then.setattr(checkpoint, "placement", lambda placed: {"plan": placed.plan.to_dict(), "packed": placed.packed})
+        old = on_one_device(config, optimizer("adagrad"))
+        state = old.init_state(0)
+        checkpoints.save(LATEST, state, old, {})
+    placed = on_one_device(config, optimizer("adagrad"))
+    with Checkpoints(tmp_path) as checkpoints:
+        restored = checkpoints.restore(LATEST, placed)
+    for now, before in ((restored.tables, state.tables), (restored.table_opt_state, state.table_opt_state)):
+        assert now["stack_0"].shape == (5_004, 16) and before["stack_0"].shape == (5_003, 16)
+        np.testing.assert_array_equal(now["stack_0"][:5_003], before["stack_0"])
 
 
 def test_two_latest_and_one_best_are_kept(tmp_path):

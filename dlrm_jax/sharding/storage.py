@@ -110,16 +110,19 @@ class PlacedStack:
 
 
 def place_stacks(
-    model: ModelConfig, plan: Plan, packed: bool = False, max_rows: int = MAX_STACK_ROWS
+    model: ModelConfig, plan: Plan, packed: bool = False, max_rows: int = MAX_STACK_ROWS, divisible: bool = True
 ) -> tuple[PlacedStack, ...]:
-    """The stacks of a plan, by form and in config order; a new one where `max_rows`, all shards', would be exceeded."""
+    """The stacks of a plan, by form and in config order; a new one where `max_rows`, all shards', would be exceeded.
+
+    Without `divisible` (see `divisible_rows`) as the first checkpoints have them.
+    """
     stacks = []
     for form in dict.fromkeys(FORMS.values()):
         tables = [table for table in model.tables if FORMS[plan.tables[table.name].sharding] == form]
         # Tables on every shard first: those of a group of shards then begin at one row on all of them.
         tables.sort(key=lambda table: plan.tables[table.name].sharding == TABLE_ROW_WISE)
         for i, group in enumerate(_groups(tables, plan, form, max_rows)):
-            stacks.append(_place(model, plan, f"{form}_{i}", form, group, packed))
+            stacks.append(_place(model, plan, f"{form}_{i}", form, group, packed, divisible))
     return tuple(stacks)
 
 
@@ -161,7 +164,7 @@ def _rows_a_shard(table: TableConfig, placement: Placement, form: str) -> int:
 
 
 def _place(
-    model: ModelConfig, plan: Plan, name: str, form: str, tables: list[TableConfig], packed: bool
+    model: ModelConfig, plan: Plan, name: str, form: str, tables: list[TableConfig], packed: bool, divisible: bool
 ) -> PlacedStack:
     placements = [plan.tables[table.name] for table in tables]
     used, offsets = np.zeros(plan.mesh.model, np.int64), []
@@ -172,6 +175,7 @@ def _place(
     dim = model.embedding_dim
     width = -(-dim // plan.mesh.model) if form == COLUMNS else dim
     pack = pack_for(width, packed)
+    rows = int(used.max())
     number_of = {table.name: i for i, table in enumerate(tables)}
     starts = np.cumsum([0, *(feature.hotness for feature in model.features)])
     features = [i for i, feature in enumerate(model.features) if feature.table in number_of]
@@ -185,7 +189,7 @@ def _place(
         offset_T=tuple(offsets),
         num_shards=plan.mesh.model,
         num_copies=plan.mesh.data,
-        rows=divisible_rows(int(used.max()), pack),
+        rows=divisible_rows(rows, pack) if divisible else -(-rows // pack) * pack,
         width=width,
         dim=dim,
         pack=pack,
