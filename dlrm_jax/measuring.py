@@ -19,7 +19,8 @@ from dlrm_jax.run_config import RunConfig, check_dataset
 from dlrm_jax.sharding.cost import estimate, forward_work
 from dlrm_jax.sharding.hardware import Hardware
 from dlrm_jax.sharding.placed import Placed
-from dlrm_jax.step import logits, make_train_step
+from dlrm_jax.step import logits
+from dlrm_jax.stepper import Stepper
 
 TRAIN, FORWARD, INPUT = "train", "forward", "input"
 _BATCHES, _WARM_STEPS, _LEAST_STEPS, _TRACED_STEPS = 4, 2, 5, 5
@@ -76,21 +77,24 @@ def _passes(
     """The measured numbers of both passes."""
     state = placed.init_state(config.seed)
     heap.keep_freed_temporaries()  # As a run does.
-    step = make_train_step(placed.model, config.loss, config.optimizer, config.num_micro_batches, placed.ops)
-    train_step, train_compile = _compiled(placed.jit_step(step), state, batches[0])
+    stepper = Stepper(config, placed, itertools.cycle((batch, batch) for batch in batches))
     score = jax.jit(
         lambda state, batch: logits(placed.model, state, batch, placed.ops),
         in_shardings=(placed.shardings, placed.batch_sharding),
     )
     forward, forward_compile = _compiled(score, state, batches[0])
+    at_once = config.steps_per_dispatch
 
     def train(i: int) -> Any:
         nonlocal state
-        state, metrics = train_step(state, batches[i % _BATCHES])
-        return metrics
+        del i  # The stepper takes the batches in turn.
+        taken, state = stepper(state, at_once)
+        return taken[-1][1]
 
+    jax.block_until_ready(train(0))
     return {
-        TRAIN: {"compile_seconds": train_compile} | _timed(train, train_step, seconds, parts),
+        TRAIN: {"compile_seconds": stepper.compile_seconds}
+        | _timed(train, stepper.executable, seconds, parts, at_once),
         FORWARD: {"compile_seconds": forward_compile}
         | _timed(lambda i: forward(state, batches[i % _BATCHES]), forward, seconds, parts),
     }
@@ -102,21 +106,23 @@ def _compiled(jitted: Any, *args: Any) -> tuple[Any, float]:
     return executable, time.perf_counter() - start
 
 
-def _timed(step: Callable[[int], Any], executable: Any, seconds: float, parts: bool) -> dict[str, Any]:
-    """Median and quartiles of a step's time, what it holds by XLA's account, and its parts' shares."""
+def _timed(
+    call: Callable[[int], Any], executable: Any, seconds: float, parts: bool, at_once: int = 1
+) -> dict[str, Any]:
+    """Median and quartiles of a step's time, `at_once` a call; what it holds by XLA's account; its parts' shares."""
     taken: list[float] = []
     for i in range(_WARM_STEPS):
-        jax.block_until_ready(step(i))
+        jax.block_until_ready(call(i))
     end = time.perf_counter() + seconds
     while len(taken) < _LEAST_STEPS or time.perf_counter() < end:
         start = time.perf_counter()
-        jax.block_until_ready(step(len(taken)))
-        taken.append(time.perf_counter() - start)
+        jax.block_until_ready(call(len(taken)))
+        taken.append((time.perf_counter() - start) / at_once)
     memory = executable.memory_analysis()
     numbers: dict[str, Any] = {
         "step_seconds": float(np.median(taken)),
         "quartiles": [float(q) for q in np.quantile(taken, (0.25, 0.75))],
-        "steps": len(taken),
+        "steps": len(taken) * at_once,
         "temporary_bytes": memory.temp_size_in_bytes,
         "held_bytes": memory.argument_size_in_bytes
         + memory.temp_size_in_bytes
@@ -125,7 +131,7 @@ def _timed(step: Callable[[int], Any], executable: Any, seconds: float, parts: b
     }
     if parts:
         text = executable.as_text()
-        events = step_parts.profile(lambda: [jax.block_until_ready(step(i)) for i in range(_TRACED_STEPS)], text)
+        events = step_parts.profile(lambda: [jax.block_until_ready(call(i)) for i in range(_TRACED_STEPS)], text)
         numbers["parts"] = step_parts.shares(events, step_parts.parts_of(text))
     return numbers
 

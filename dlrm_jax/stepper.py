@@ -1,10 +1,11 @@
 """Training steps: one after the other, several in one dispatch, or with the next batch's ids exchanged meanwhile."""
 
+import time
+from collections.abc import Iterator
 from typing import Any
 
 from dlrm_jax.batch import Batch
 from dlrm_jax.config import require
-from dlrm_jax.data.pipeline import Prefetcher
 from dlrm_jax.monitor import Taken
 from dlrm_jax.run_config import RunConfig
 from dlrm_jax.sharding.placed import Placed
@@ -13,9 +14,12 @@ from dlrm_jax.step import make_pipelined_step, make_scanned_step, make_train_ste
 
 
 class Stepper:
-    """Takes batches from `batches` and steps. Pipelined steps give the same bits, several at once the same numbers."""
+    """Takes batches from `batches`, pairs of one on the host and the same on the devices, and steps.
 
-    def __init__(self, config: RunConfig, placed: Placed, batches: Prefetcher) -> None:
+    Pipelined steps give the same bits, several at once the same numbers.
+    """
+
+    def __init__(self, config: RunConfig, placed: Placed, batches: Iterator[tuple[Batch, Batch]]) -> None:
         self._batches = batches
         self._at_once = config.steps_per_dispatch
         together = self._at_once > 1 and config.sharding.pipeline
@@ -26,6 +30,7 @@ class Stepper:
         self._step = placed.jit_step(step)
         self._steps = placed.jit_step(make_scanned_step(step))
         self._executables: dict[str, Any] = {}
+        self.compile_seconds = 0.0
 
     def __call__(self, state: TrainState, at_most: int) -> tuple[Taken, TrainState]:
         """(what was done, the new state) of at least one step; `state`'s arrays are given away."""
@@ -44,8 +49,15 @@ class Stepper:
 
     def _compiled(self, name: str, step: Any, *arguments: Any) -> Any:
         if name not in self._executables:
+            start = time.perf_counter()
             self._executables[name] = step.lower(*arguments).compile()
+            self.compile_seconds += time.perf_counter() - start
         return self._executables[name](*arguments)
+
+    @property
+    def executable(self) -> Any:
+        """The step compiled last."""
+        return list(self._executables.values())[-1]
 
     def memory_bytes(self) -> int | None:
         """What the largest of the compiled steps holds on a device, by XLA's account; None before the first step."""
@@ -65,7 +77,7 @@ class _Pipeline:
         self._ahead: tuple[Batch, Batch] | None = None
         self.routes: Any = None
 
-    def arguments(self, batches: Prefetcher) -> tuple[Batch, tuple[Any, ...]]:
+    def arguments(self, batches: Iterator[tuple[Batch, Batch]]) -> tuple[Batch, tuple[Any, ...]]:
         """(the batch as it was on the host, what the step takes besides the state)."""
         if self._ahead is None:
             self._ahead = next(batches)

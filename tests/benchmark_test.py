@@ -73,6 +73,18 @@ def test_the_command_prints_and_writes_what_it_measured(tmp_path):
     assert (tmp_path / "b.png").stat().st_size > 5000
 
 
+@pytest.mark.parametrize("flags", [("--steps_per_dispatch=4",), ("--pipeline_exchange", "--sharding=row_wise")])
+def test_the_step_measured_is_the_runs_own(tmp_path, flags):
+    found = {}
+    for name, these in (("plain", flags[1:]), ("own", flags)):
+        done = benchmark(*these, f"--json={tmp_path}/{name}.json")
+        assert not done.returncode, done.stderr
+        found[name] = json.loads((tmp_path / f"{name}.json").read_text())["train"]
+    more_held = found["own"]["held_bytes"] - found["plain"]["held_bytes"]
+    assert more_held > 0  # The batches of a dispatch, or the next batch and its routes.
+    assert found["own"]["steps"] == 5 * (4 if "--steps_per_dispatch=4" in flags else 1)
+
+
 @pytest.mark.parametrize(
     ("sweep", "flags"),
     [
