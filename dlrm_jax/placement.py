@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import jax
 
 from dlrm_jax.batch import Batch
-from dlrm_jax.config import NATIVE, ConfigError, ModelConfig
+from dlrm_jax.config import ConfigError, ModelConfig
 from dlrm_jax.data.dataset import Dataset
 from dlrm_jax.data.pipeline import train_batches
 from dlrm_jax.data.prepared import is_prepared, read_json
@@ -34,10 +34,9 @@ def place_run(config: RunConfig, model: ModelConfig, dataset: Dataset) -> Placed
         _LOG.info("--mesh=%s takes %d of %d devices", config.sharding.mesh, shape.size, jax.device_count())
     if shape.size == 1:
         return on_one_device(model, config.optimizer, config.cpu_kernels)
-    if config.cpu_kernels == NATIVE:
-        raise ConfigError(f"--cpu_kernels=native works on one device; this run has {shape.size}: --mesh=model:1")
     auto = auto_plan(setting_of(config, model, shape)) if config.sharding.sharding == AUTO else None
-    return place(model, config.optimizer, config.sharding, auto, sample_batches(config, dataset))
+    sample = sample_batches(config, dataset)
+    return place(model, config.optimizer, config.sharding, auto, sample, kernels=config.cpu_kernels)
 
 
 def setting_of(config: RunConfig, model: ModelConfig, shape: MeshShape) -> Setting:

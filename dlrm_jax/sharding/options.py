@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from dlrm_jax.batch import Batch
-from dlrm_jax.config import ConfigError, ModelConfig, OptimizerConfig, require, require_choice
+from dlrm_jax.config import XLA, ConfigError, ModelConfig, OptimizerConfig, require, require_choice
 from dlrm_jax.sharding.exchange import ExchangeOptions
 from dlrm_jax.sharding.mesh import MeshShape, make_mesh, parse_mesh
 from dlrm_jax.sharding.placed import Placed
@@ -67,6 +67,7 @@ def place(
     auto: Plan | None = None,
     sample: Iterable[Batch] = (),
     devices: list | None = None,
+    kernels: str = XLA,
 ) -> Placed:
     """The model on all devices (or `devices`). `sample`, global batches on the host, sizes the exchange's buffers."""
     devices = jax.devices() if devices is None else devices
@@ -75,7 +76,7 @@ def place(
     stacks = place_stacks(model, plan)
     capacity = exchange_capacity(stacks, shape.size, sample, options.exchange_capacity)
     dtype = options.exchange_dtype if options.exchange_dtype != "float32" else ""
-    return Placed(model, optimizer, plan, make_mesh(shape, devices), ExchangeOptions(dtype, capacity))
+    return Placed(model, optimizer, plan, make_mesh(shape, devices), ExchangeOptions(dtype, capacity), kernels=kernels)
 
 
 def exchange_capacity(

@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from dlrm_jax import huge_pages
 from dlrm_jax.batch import Batch
-from dlrm_jax.config import NATIVE, XLA, ModelConfig, OptimizerConfig
+from dlrm_jax.config import NATIVE, XLA, ModelConfig, OptimizerConfig, require
 from dlrm_jax.embedding import POOLING_WEIGHTS
 from dlrm_jax.native.ops import native_ops
 from dlrm_jax.sharding.birth import fill_stack
@@ -38,6 +38,13 @@ class Placed:
     options: ExchangeOptions = dataclasses.field(default_factory=ExchangeOptions)
     packed: bool = False
     kernels: str = XLA
+
+    def __post_init__(self) -> None:
+        one = self.mesh.size == 1
+        require(
+            one or self.kernels == XLA,
+            f"--cpu_kernels=native works on one device; this run has {self.mesh.size}: --mesh=model:1",
+        )
 
     @functools.cached_property
     def stacks(self) -> tuple[PlacedStack, ...]:
