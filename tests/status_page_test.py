@@ -5,13 +5,13 @@ import shutil
 import time
 
 import pytest
+from selenium import webdriver
 
 from tests.helpers import tiny_model
 from tests.server_process import running
 from tests.serving_helpers import export_tiny
 
 pytestmark = pytest.mark.end_to_end
-webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 
 
