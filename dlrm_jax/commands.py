@@ -9,6 +9,7 @@ from absl import app, flags
 from absl import logging as absl_logging
 from tqdm import tqdm
 
+from dlrm_jax import gpu_atomics
 from dlrm_jax.config import ConfigError
 
 FLAGS = flags.FLAGS
@@ -19,6 +20,7 @@ def run_command(main: Callable[[], None]) -> None:
 
     def guarded(argv: list[str]) -> None:
         _log_to_stderr()
+        gpu_atomics.use_hardware_additions()
         try:
             if len(argv) > 1:
                 raise ConfigError(f"unexpected argument {argv[1]!r}; flags look like --name=value")
