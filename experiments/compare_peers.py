@@ -6,14 +6,16 @@
 Ours is measured twice: as it is by default, and with --cpu_kernels=native, where the machine has a C++ compiler. Both
 find their tables on huge pages, as a run of ours puts them; the peers' lie as their own library puts them. The process
 keeps what it frees, as a run of ours has it, whichever side freed it.
-Each peer starts from our weights, and must have our logits before, and our logits and weights after some steps. Then
-all sides step in turn in one process, a turn being some steps on end, of which the first is not counted; times are
-medians. Ids are uniform over each table, batches ready in memory. `--readme` renews the table of experiments/README.md.
+All sides work where JAX does, on the CPU or the first GPU. Each peer starts from our weights, and must have our logits
+before, and our logits and weights after some steps, in full float32; times are in TF32 on a GPU, on all sides. Then all
+step in turn in one process, a turn being some steps on end, of which the first is not counted; times are medians. Ids
+are uniform over each table, batches ready in memory. `--readme` renews the tables of experiments/README.md.
 """
 
 import argparse
 import dataclasses
 import functools
+import gc
 import importlib.util
 import json
 import os
@@ -26,13 +28,16 @@ from typing import Any
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 # On a machine that others use too, OpenMP threads that spin while they wait made PyTorch up to ten times as slow.
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+# A GPU's memory is for both.
+os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
 
 import jax
 import numpy as np
 from absl import flags
 from measure import replace_section, where_and_when
+from peers.report import GOALS, SIDES, draw, floor_table, rows_of, table
 
-from dlrm_jax import embedding, heap
+from dlrm_jax import embedding, gpu_atomics, heap
 from dlrm_jax.batch import Batch
 from dlrm_jax.config import NATIVE, XLA, ModelConfig
 from dlrm_jax.data.load import synthetic_spec
@@ -52,20 +57,17 @@ CONFIGS = {
     "synthetic": ("shape_reference_benchmark",),
     "rm1": ("shape_deeprec_rm1",),
     "rm2": ("shape_deeprec_rm2",),
+    "kaggle_b32768": ("shape_kaggle", "--batch_size=32768"),
+    "terabyte_b65536": ("shape_terabyte", "--batch_size=65536"),
 }
+"""The last two are for GPUs."""
+DEFAULT_CONFIGS = tuple(CONFIGS)[:5]
 OPTIMIZERS = ("sgd", "rowwise_adagrad")
 FORWARD = "forward"
-SIDES = {"ours": "dlrm_jax", "torch": "PyTorch", "torch_compiled": "torch.compile", "dense_jax": "JAX, dense tables"}
-GOALS = {
-    ("kaggle_b2048", "sgd"): 1.3,
-    ("kaggle_b2048", "rowwise_adagrad"): 1.5,
-    ("kaggle_b2048", FORWARD): 1.2,
-    ("kaggle_b128", "sgd"): 2.8,
-    ("synthetic", "sgd"): 2.0,
-    ("rm1", "sgd"): 2.0,
-    ("rm2", "sgd"): 2.0,
-}
-"""How many times as fast as eager PyTorch we mean to be on two CPU cores."""
+FLOOR_TEXT = """\
+The floor is what no step can go below (`peers/floor.py`): the MLPs' matrix products, and the bytes of the rows read and
+written in order, each by itself. A peer's step over it, in bold, is the most that any step could be faster than it.
+"""
 
 BATCHES, STEPS_CHECKED = 4, 3
 LOGIT_TOLERANCE, WEIGHT_TOLERANCE = 2e-4, 2e-5
@@ -77,7 +79,7 @@ class Ours:
 
     def __init__(self, config: RunConfig, placed: Placed) -> None:
         self.model, self.state = placed.model, placed.init_state(config.seed)
-        self.kernels = (XLA, NATIVE) if build.has_compiler() else (XLA,)
+        self.kernels = (XLA, NATIVE) if build.has_compiler() and jax.default_backend() == "cpu" else (XLA,)
         self._steps, self._forwards = {}, {}
         for kernels in self.kernels:
             ops = dataclasses.replace(placed, kernels=kernels).ops
@@ -197,21 +199,23 @@ def compare(name: str, optimizer: str, peers: list[str], extra: list[str], turns
     report: dict[str, Any] = {kind: {} for kind in ((optimizer, FORWARD) if optimizer == "sgd" else (optimizer,))}
     for kind in peers:
         copies = {"torch": 3, "dense_jax": 4}[kind]
+        gc.collect()  # Or the tables of the last one are still there.
         what = f"{name}, {optimizer}, {SIDES[kind]}"
         if reason := fits(model_of(config), copies):
             print(f"{what}: left out: {reason}")
             continue
-        differences, measured = compare_one(what, kind, config, list(report), turns)
+        differences, measured = compare_one(name, what, kind, config, list(report), turns)
         for key, rows in measured.items():
             report[key] |= {way: row | {"differences": differences} for way, row in rows.items()}
     return report
 
 
 def compare_one(
-    what: str, kind: str, config: RunConfig, measured: list[str], turns: int
+    name: str, what: str, kind: str, config: RunConfig, measured: list[str], turns: int
 ) -> tuple[dict[str, float], dict[str, dict]]:
     """(differences, rows by what is measured) of one peer; PyTorch's gives rows of the eager and the compiled way."""
     from peers.dense_jax import DenseJax
+    from peers.floor import floors
     from peers.torch_dlrm import TorchDLRM
 
     placed = on_one_device(model_of(config), config.optimizer)
@@ -219,18 +223,23 @@ def compare_one(
     ours = Ours(config, placed)
     peer_class = TorchDLRM if kind == "torch" else DenseJax
     peer: Any = peer_class(placed.model, config.optimizer, config.loss.name, ours.state)
-    differences = check_equal(what, ours, peer, batches)
+    with jax.default_matmul_precision("highest"):
+        differences = check_equal(what, ours, peer, batches)
+    if isinstance(peer, TorchDLRM):
+        peer.compute_as_jax_does()
     theirs = [peer.batch(batch) for batch in batches]
     heap.keep_freed_temporaries()
     rows = {}
     for key in measured:
         step = "forward" if key == FORWARD else "train_step"
         sides = {"ours": stepping(getattr(ours, step), batches), kind: stepping(getattr(peer, step), theirs)}
+        sides["floor"] = floors(placed.model, ours.state.dense_params, batches[0])[key != FORWARD]
         if NATIVE in ours.kernels:
             sides["native"] = stepping(functools.partial(getattr(ours, step), kernels=NATIVE), batches)
         if kind == "torch":
             sides["torch_compiled"] = stepping(functools.partial(getattr(peer, step), compiled=True), theirs)
-        rows[key] = rows_of(in_turns(sides, turns))
+        goals = {side: goal for (*of, side), goal in GOALS[jax.default_backend()].items() if of == [name, key]}
+        rows[key] = rows_of(in_turns(sides, turns), goals)
     return differences, rows
 
 
@@ -239,88 +248,10 @@ def stepping(step: Callable[[Any], Any], batches: list[Any]) -> Callable[[int], 
     return lambda i: step(batches[i % len(batches)])
 
 
-def rows_of(taken: dict[str, list[float]]) -> dict[str, Any]:
-    """Median and quartiles of each side, and how many times as fast ours and native are, of the same turns."""
-    medians = {side: 1e3 * float(np.median(times)) for side, times in taken.items()}
-    rows: dict[str, Any] = {}
-    for side, times in taken.items():
-        if side in ("ours", "native"):
-            continue
-        quartiles = [1e3 * float(q) for q in np.quantile(times, (0.25, 0.75))]
-        ours_quartiles = [1e3 * float(q) for q in np.quantile(taken["ours"], (0.25, 0.75))]
-        rows[side] = {
-            "ours_ms": medians["ours"],
-            "peer_ms": medians[side],
-            "ratio": medians[side] / medians["ours"],
-            "ours_quartiles_ms": ours_quartiles,
-            "peer_quartiles_ms": quartiles,
-        }
-        if "native" in medians:
-            rows[side] |= {"native_ms": medians["native"], "native_ratio": medians[side] / medians["native"]}
-    return rows
-
-
-def table(results: dict[str, dict]) -> str:
-    """Markdown, a row a configuration and optimizer."""
-    lines = [
-        "| configuration | step | ours, native | PyTorch | ratios | goal | torch.compile | ratios | JAX, dense tables "
-        "| ratios |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for name, kinds in results.items():
-        for kind, row in kinds.items():
-            first = next(iter(row.values()))
-            both = [f"{first[key]:.2f}" for key in ("ours_ms", "native_ms") if key in first]
-            cells = [name, kind.replace("_", "-"), f"{', '.join(both)} ms"]
-            for side in ("torch", "torch_compiled", "dense_jax"):
-                shown = row.get(side)
-                cells += [f"{shown['peer_ms']:.1f} ms", ", ".join(_ratios(shown))] if shown else ["-", "-"]
-                if side == "torch":
-                    cells.append(_goal(GOALS.get((name, kind)), shown))
-            lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def _ratios(row: dict[str, Any]) -> list[str]:
-    return [f"**{row[key]:.2f}x**" for key in ("ratio", "native_ratio") if key in row]
-
-
-def _goal(goal: float | None, row: dict[str, Any] | None) -> str:
-    if goal is None or row is None:
-        return "" if goal is None else f"{goal}x"
-    met = [row[key] >= goal for key in ("ratio", "native_ratio") if key in row]
-    return f"{goal}x: {'met' if met[0] else 'met by native' if any(met) else 'missed'}"
-
-
-def draw(results: dict[str, dict], path: pathlib.Path) -> None:
-    """How many times as fast as each peer, a group of bars a configuration."""
-    from matplotlib.figure import Figure
-
-    names = [f"{name} {kind}" for name, kinds in results.items() for kind in kinds]
-    rows = [row for kinds in results.values() for row in kinds.values()]
-    figure = Figure(figsize=(12, 4.5), layout="constrained")
-    axis = figure.subplots()
-    peers = [side for side in SIDES if side != "ours"]
-    for i, side in enumerate(peers):
-        ratios = [row[side]["ratio"] if side in row else np.nan for row in rows]
-        bars = axis.bar(np.arange(len(rows)) + (i - 1) * 0.27, ratios, 0.27, label=SIDES[side])
-        labels = ["" if np.isnan(r) else f"{r:.0f}" if r >= 10 else f"{r:.2g}" for r in ratios]
-        axis.bar_label(bars, labels, label_type="center", rotation=90, fontsize=7, color="white")
-        natives = [row.get(side, {}).get("native_ratio", np.nan) for row in rows]
-        axis.scatter(np.arange(len(rows)) + (i - 1) * 0.27, natives, s=14, color="black", marker="D", zorder=3)
-    axis.scatter([], [], s=14, color="black", marker="D", label="the same, over ours by --cpu_kernels=native")
-    axis.axhline(1, color="black", linewidth=0.8)
-    axis.set_yscale("log")
-    axis.set_xticks(np.arange(len(rows)), names, fontsize=7, rotation=30, ha="right")
-    axis.set_ylabel("their step time over ours")
-    axis.legend()
-    figure.savefig(path, dpi=120)
-
-
 def main() -> None:
     """Compare, print, and write what was asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--configs", default=",".join(CONFIGS), help="some of " + ", ".join(CONFIGS))
+    parser.add_argument("--configs", default=",".join(DEFAULT_CONFIGS), help="some of " + ", ".join(CONFIGS))
     parser.add_argument("--optimizers", default=",".join(OPTIMIZERS))
     parser.add_argument("--peers", default="torch,dense_jax")
     parser.add_argument("--turns", type=int, default=7)
@@ -334,6 +265,7 @@ def main() -> None:
         parser.error(f"--configs: {unknown[0]!r} is not known; choose of {', '.join(CONFIGS)}")
     if importlib.util.find_spec("torch") is None:
         raise SystemExit("PyTorch is missing; nothing is installed here: pip install torch")
+    gpu_atomics.use_hardware_additions()
     define_run_flags()
     extra = [f"--max_rows_per_table={arguments.max_rows_per_table}"] if arguments.max_rows_per_table else []
     results: dict[str, dict] = {name: {} for name in names}
@@ -352,7 +284,8 @@ def main() -> None:
         draw(results, arguments.picture)
     if arguments.readme:
         command = f"`python experiments/compare_peers.py --configs={','.join(results)}`"
-        text = f"{table(results)}\n\nMeasured {where_and_when(used)}, torch {used['torch']}; {command}."
+        tables = f"{table(results)}\n\n{FLOOR_TEXT}\n{floor_table(results)}"
+        text = f"{tables}\n\nMeasured {where_and_when(used)}, torch {used['torch']}; {command}."
         replace_section(HERE / "README.md", "peers", text)
 
 

@@ -1,12 +1,15 @@
 """DLRM in plain PyTorch, by the formulas of the reference's dlrm_s_pytorch.py: EmbeddingBag with sparse gradients.
 
 Weights are taken from one of our states, so that both sides start equal. `compiled` steps run the dense model through
-torch.compile; the bags and their sparse gradients stay eager, as torch.compile has nothing for them.
+torch.compile; the bags and their sparse gradients stay eager, as torch.compile has nothing for them. It works where JAX
+does: on the CPU, or on the first GPU.
 """
 
 import itertools
 from collections.abc import Iterator
+from typing import Any
 
+import jax
 import numpy as np
 import torch
 from torch import nn
@@ -17,6 +20,15 @@ from dlrm_jax.config import ModelConfig, OptimizerConfig
 from dlrm_jax.state import TrainState
 
 TorchBatch = tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]
+
+
+def device_at_hand() -> torch.device:
+    """Where JAX works too; exits where PyTorch cannot."""
+    if jax.default_backend() == "cpu":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise SystemExit(f"JAX works on a {jax.default_backend()} here, PyTorch has none: install one with CUDA")
+    return torch.device("cuda")
 
 
 def mlp(layers: dict[str, dict[str, np.ndarray]], final_relu: bool) -> nn.Sequential:
@@ -62,11 +74,13 @@ class TorchDLRM:
     def __init__(self, model: ModelConfig, optimizer: OptimizerConfig, loss: str, state: TrainState) -> None:
         self.config, self.loss, self.eps = model, loss, optimizer.eps
         self.rate = optimizer.schedule.learning_rate
+        self.device = device_at_hand()
+        torch.set_float32_matmul_precision("highest")
         self.bags = [
-            nn.EmbeddingBag.from_pretrained(torch.tensor(np.asarray(rows)), freeze=False, mode="sum", sparse=True)
+            nn.EmbeddingBag.from_pretrained(self._here(rows), freeze=False, mode="sum", sparse=True)
             for _, rows in embedding.named_tables(model, state.tables)
         ]
-        self.dense = DenseModel(model, state)
+        self.dense = DenseModel(model, state).to(self.device)
         torch.compiler.reset()  # Or it counts the shapes of earlier configurations, and gives up compiling.
         self.compiled_dense = torch.compile(self.dense)
         parameters = list(self.dense.parameters())
@@ -76,14 +90,22 @@ class TorchDLRM:
             self.dense_optimizer = torch.optim.Adagrad(parameters, lr=self.rate, eps=self.eps)
         tables = [bag.weight for bag in self.bags]
         self.table_optimizer = torch.optim.SGD(tables, lr=self.rate) if optimizer.table == "sgd" else None
-        self.means = [torch.zeros(len(table)) for table in tables]
+        self.means = [torch.zeros(len(table), device=self.device) for table in tables]
+
+    def _here(self, array: Any) -> torch.Tensor:
+        return torch.tensor(np.asarray(array), device=self.device)
+
+    def compute_as_jax_does(self) -> None:
+        """Matrix products of a GPU in TF32, which is JAX's default there and not PyTorch's."""
+        if self.device.type == "cuda":
+            torch.set_float32_matmul_precision("high")
 
     def batch(self, batch: Batch) -> TorchBatch:
         """One of our batches as tensors, ids as (B, hotness) int64 a feature."""
         starts = np.cumsum([0] + [feature.hotness for feature in self.config.features])
         ids = np.asarray(batch.ids_BxK, np.int64)
-        columns = [torch.tensor(ids[:, start:stop]) for start, stop in itertools.pairwise(starts)]
-        return torch.tensor(np.asarray(batch.dense_BxN)), columns, torch.tensor(np.asarray(batch.label_B))
+        columns = [self._here(ids[:, start:stop]) for start, stop in itertools.pairwise(starts)]
+        return self._here(batch.dense_BxN), columns, self._here(batch.label_B)
 
     def logits(self, batch: TorchBatch, compiled: bool = False) -> torch.Tensor:
         """logits_B, with a graph for the way back where gradients are on."""
@@ -94,7 +116,10 @@ class TorchDLRM:
     def forward(self, batch: TorchBatch, compiled: bool = False) -> torch.Tensor:
         """logits_B for serving."""
         with torch.inference_mode():
-            return self.logits(batch, compiled)
+            logits_B = self.logits(batch, compiled)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return logits_B.cpu()
 
     def train_step(self, batch: TorchBatch, compiled: bool = False) -> float:
         """One update of everything; returns the loss."""
@@ -126,11 +151,11 @@ class TorchDLRM:
 
     def tables(self) -> Iterator[np.ndarray]:
         """The tables' weights, in the model's order."""
-        return (bag.weight.detach().numpy() for bag in self.bags)
+        return (bag.weight.detach().cpu().numpy() for bag in self.bags)
 
     def dense_weights(self) -> dict[str, list[np.ndarray]]:
         """(in, out) kernels and biases, in order, by MLP."""
         return {
-            name: [p.detach().numpy().T for p in getattr(self.dense, part).parameters()]
+            name: [p.detach().cpu().numpy().T for p in getattr(self.dense, part).parameters()]
             for name, part in (("bottom_mlp", "bottom"), ("top_mlp", "top"))
         }

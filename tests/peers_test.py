@@ -1,0 +1,52 @@
+"""Tests what experiments/compare_peers.py computes from what it measured, and the floor below which no step can go."""
+
+import jax
+import numpy as np
+import pytest
+
+from dlrm_jax.sharding.placed import on_one_device
+from experiments.peers.floor import distinct_rows, floors
+from experiments.peers.report import floor_table, rows_of, table
+from tests.helpers import optimizer, random_batch, tiny_model
+
+TAKEN = {
+    "ours": [0.030, 0.040, 0.050],
+    "native": [0.020, 0.020, 0.021],
+    "floor": [0.010, 0.010, 0.010],
+    "torch": [0.070, 0.060, 0.050],
+}
+
+
+def test_rows_hold_ratios_of_medians():
+    (row,) = rows_of(TAKEN, {"torch": 2.0, "dense_jax": 9.0}).values()
+    assert row["ratio"] == pytest.approx(1.5) and row["native_ratio"] == pytest.approx(3.0)
+    assert row["most_ratio"] == pytest.approx(6.0) and row["goal"] == 2.0
+
+
+@pytest.mark.parametrize(("goal", "said"), [(1.5, "met"), (3.0, "met by native"), (3.1, "missed")])
+def test_the_tables_say_which_goal_is_met(goal, said):
+    results = {"kaggle": {"sgd": rows_of(TAKEN, {"torch": goal})}}
+    line, floor = (text.splitlines()[-1] for text in (table(results), floor_table(results)))
+    ratios = f"**1.50x**, **3.00x**; {goal}x {said}"
+    assert line == f"| kaggle | sgd | 40.00, 20.00 ms | 60.0 ms | {ratios} | - | - | - | - |"
+    assert floor == f"| kaggle | sgd | 10.0 ms | 4.00, 2.00 | **6.00** (goal {goal}) | - |"
+    for text in (table(results), floor_table(results)):
+        assert len({row.count("|") for row in text.splitlines()}) == 1
+
+
+def test_distinct_rows_are_counted_by_table():
+    model = tiny_model()
+    ids_BxK = np.asarray(random_batch(model, 16).ids_BxK)
+    columns = [feature.table for feature in model.features for _ in range(feature.hotness)]
+    named = {(name, row) for ids in ids_BxK for name, row in zip(columns, ids.tolist(), strict=True) if row >= 0}
+    assert distinct_rows(model, ids_BxK) == len(named)
+
+
+def test_the_floor_can_be_stepped_while_a_step_gives_the_weights_away():
+    model = tiny_model()
+    state = on_one_device(model, optimizer()).init_state(0)
+    forward, train_step = floors(model, state.dense_params, random_batch(model, 16))
+    jax.tree.map(lambda array: array.delete(), state.dense_params)
+    for i in range(2):
+        forward(i)
+        train_step(i)
