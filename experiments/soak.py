@@ -95,7 +95,7 @@ def soak(flags: argparse.Namespace) -> str:
         shutil.copytree(flags.model / "1", model_dir / "1", copy_function=os.link)
         port = free_port()
         command = [sys.executable, "-m", "dlrm_jax.serve", f"--model={model_dir}", f"--port={port}", "--poll_seconds=1"]
-        command += [f"--max_wait_ms={flags.max_wait_ms or 500:g}"]
+        command += [f"--max_wait_ms={flags.max_wait_ms:g}"] if flags.max_wait_ms else []
         process, target = start(command, port)
         bodies = generator.make_requests(target, flags.candidates, True, 0)
         rude, reloader = Rude(target, bodies[0]), Reloader(model_dir, flags.reload_seconds)
@@ -161,7 +161,7 @@ def overload(flags: argparse.Namespace) -> str:
     """Markdown of an overload."""
     port = free_port()
     command = [sys.executable, "-m", "dlrm_jax.serve", f"--model={flags.model}", f"--port={port}"]
-    command += [f"--max_wait_ms={flags.max_wait_ms or 10:g}"]
+    command += [f"--max_wait_ms={flags.max_wait_ms or 6:g}"]
     process, target = start(command, port)
     bodies = generator.make_requests(target, flags.candidates, True, 0)
     lines = [
@@ -189,7 +189,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=600.0)
     parser.add_argument("--reload_seconds", type=float, default=20.0)
     parser.add_argument("--overload_seconds", type=float, default=10.0)
-    parser.add_argument("--max_wait_ms", type=float, help="default: 500 to soak, 10 for overload")
+    parser.add_argument("--max_wait_ms", type=float, help="default: the server's own to soak, 6 for overload")
     flags = parser.parse_args()
     text = soak(flags) if flags.part == "soak" else overload(flags)
     command = f"python experiments/soak.py --part={flags.part} --qps={flags.qps:g} --candidates={flags.candidates}"

@@ -128,6 +128,23 @@ def test_who_would_wait_too_long_is_refused_at_once():
     assert with_batcher(work, max_wait=5.0) == [4]
 
 
+def test_heads_that_come_together_count_each_other():
+    fake = Fake()
+
+    async def work(batcher):
+        for _ in range(100):
+            await batcher.score(fake, *rows(*range(4)), soon())
+        batcher._seconds_of = {2: 1.0, 3: 1.0}
+        for _ in range(3):  # Eight rows, two requests of four, are a second.
+            batcher.announce()
+        with pytest.raises(Busy, match=r"would wait \d+ ms, more than 1500"):
+            batcher.announce()
+        await asyncio.sleep(0)
+        batcher.announce()  # Another turn, in which those before did not come.
+
+    with_batcher(work, max_wait=1.5)
+
+
 def test_full_batches_ahead_are_counted():
     fake = Fake()
 

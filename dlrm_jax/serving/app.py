@@ -10,7 +10,7 @@ import logging
 import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import orjson
 from starlette.applications import Starlette
@@ -40,7 +40,17 @@ from dlrm_jax.serving.telemetry import Telemetry, log
 
 ARRIVED = "arrived"
 """Key of the scope's state: when the head of a request was read, in seconds of time.monotonic()."""
+REFUSE = "refuse"
+"""Key of the lifespan's state: Service.refusal, for the protocol to ask before there is a scope."""
 _SERVER = "dlrm_jax"
+
+
+class Refusal(NamedTuple):
+    """An answer to a request that is not served: JSON, with `more` headers than say so."""
+
+    status: int
+    body: bytes
+    more: tuple[tuple[bytes, bytes], ...]
 
 
 @dataclasses.dataclass
@@ -60,6 +70,25 @@ class Service:
         if current is None or self.draining:
             raise Busy("the model is loading" if current is None else "the server is stopping", 1.0)
         return current
+
+    def refusal(self, method: bytes, path: bytes, client: tuple[str, int] | None) -> Refusal | None:
+        """The answer to who asks for scores and has to wait too long, or for a model that is not there; else None.
+
+        Known by the head of the request, so that nothing more need be read.
+        """
+        if method != b"POST" or not (path.endswith(b"/infer") or path == b"/v1/score"):
+            return None
+        try:
+            self.servable()
+            self.batcher.announce()
+        except Busy as error:
+            refusal = refusal_of(self, path.decode("latin-1"), error)
+            self.telemetry.response(refusal.status)
+            if self.access_log:
+                path_text, address = path.decode("latin-1"), (client or ("",))[0]
+                log("request", method="POST", path=path_text, status=refusal.status, ms=0.0, client=address)
+            return refusal
+        return None
 
     def named(self, scope: Scope) -> Servable:
         """The version that a path names."""
@@ -91,7 +120,8 @@ class _Endpoint:
         try:
             status = await self._handler(service, scope, receive, send)
         except Exception as error:
-            status = await _refuse(service, scope, send, error)
+            status, body, more = refusal_of(service, scope["path"], error)
+            await send_whole(send, status, body, JSON, *more)
         service.telemetry.response(status)
         if service.access_log:
             ms = round((time.monotonic() - scope.get("state", {}).get(ARRIVED, start)) * 1e3, 3)
@@ -99,9 +129,9 @@ class _Endpoint:
             log("request", method=scope["method"], path=scope["path"], status=status, ms=ms, client=client)
 
 
-async def _refuse(service: Service, scope: Scope, send: Send, error: Exception) -> int:
-    """Answer an error."""
-    more: list[tuple[bytes, bytes]] = []
+def refusal_of(service: Service, path: str, error: Exception) -> Refusal:
+    """The answer that tells of an error, which is counted."""
+    more: tuple[tuple[bytes, bytes], ...] = ()
     match error:
         case BadRequest():
             status, reason = 400, "bad_request"
@@ -109,21 +139,19 @@ async def _refuse(service: Service, scope: Scope, send: Send, error: Exception) 
             status, reason = error.status, "bad_request"
         case Busy():
             status, reason = (503 if service.repository.current is None or service.draining else 429), "busy"
-            more = [(b"retry-after", str(math.ceil(error.retry_after)).encode())]
+            more = ((b"retry-after", str(math.ceil(error.retry_after)).encode()),)
         case TooLate():
             status, reason = 503, "too_late"
-            more = [(b"retry-after", b"1")]
+            more = ((b"retry-after", b"1"),)
         case _:
             status, reason = 500, "failed"
-            log("request_failed", level=logging.ERROR, path=scope["path"], error=repr(error))
+            log("request_failed", level=logging.ERROR, path=path, error=repr(error))
             logging.getLogger("dlrm_jax.serving").debug("traceback", exc_info=error)
     service.telemetry.rejected(reason)
     if reason == "bad_request":
-        log("bad_request", level=logging.DEBUG, path=scope["path"], status=status, error=str(error))
+        log("bad_request", level=logging.DEBUG, path=path, status=status, error=str(error))
     text = str(error) if status != 500 else "internal error; the server's log has it"
-    body = orjson.dumps({"error": text.encode("utf8", "replace").decode()})
-    await send_whole(send, status, body, JSON, *more)
-    return status
+    return Refusal(status, orjson.dumps({"error": text.encode("utf8", "replace").decode()}), more)
 
 
 def _arrival(service: Service, scope: Scope) -> tuple[float, float]:
@@ -253,11 +281,11 @@ def make_app(service: Service, start: Callable[[], None], token: str = "") -> AS
     """The application. `start` is called in its event loop; `token`, if not empty, is asked of every request."""
 
     @contextlib.asynccontextmanager
-    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+    async def lifespan(app: Starlette) -> AsyncIterator[dict[str, Any]]:
         del app
         service.batcher.start()
         start()
-        yield
+        yield {REFUSE: service.refusal}
         await service.repository.stop()
         await service.batcher.stop()
 

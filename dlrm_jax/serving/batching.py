@@ -54,6 +54,10 @@ class Batcher:
         self._lag = 0.0
         """Seconds by which the event loop came late to its last pulse: what it reads now may have waited as long."""
         self._pulse: asyncio.TimerHandle | None = None
+        self._announced = 0
+        """Requests admitted by their heads in this turn of the event loop; their rows come before its next turn."""
+        self._rows_of_request = 1.0
+        """Moving average."""
 
     def start(self) -> None:
         """Begin to work, in the running event loop."""
@@ -83,25 +87,41 @@ class Batcher:
 
         A request larger than the whole queue may come when it is empty.
         """
-        wait, waited = self.expected_wait(), waited + self._lag
+        self._check(rows, self.expected_wait(), waited)
+
+    def announce(self) -> None:
+        """`admit` for a request of which only the head was read: Busy, or it is taken to be like those before.
+
+        Heads that come together are all read before any of them reaches the queue, so each counts those before it.
+        """
+        self._check(1, self.expected_wait(round(self._announced * self._rows_of_request)), 0.0)
+        if not self._announced:
+            asyncio.get_running_loop().call_soon(self._forget_announced)
+        self._announced += 1
+
+    def _forget_announced(self) -> None:
+        self._announced = 0
+
+    def _check(self, rows: int, wait: float, waited: float) -> None:
+        waited += self._lag
         if self._queued_rows and self._queued_rows + rows > self._max_queued:
             raise Busy(f"{self._queued_rows} rows wait already; at most {self._max_queued}", max(wait, 0.05))
         if waited + wait > self._max_wait:
             waits = f"{(waited + wait) * 1e3:.0f} ms, more than {self._max_wait * 1e3:g}"
             raise Busy(f"the server is busy: this request would wait {waits}", max(wait, 0.05))
 
-    def expected_wait(self) -> float:
-        """Seconds that what is there already takes: the running batch's rest, and all that waits."""
+    def expected_wait(self, more_rows: int = 0) -> float:
+        """Seconds that what is there already takes: the running batch's rest, and all that waits with `more_rows`."""
         left = 0.0
         if self._running:
             rows = sum(len(waiting.dense) for waiting in self._running)
             left = max(0.0, self._expected_seconds(rows) - (time.monotonic() - self._running_since))
-        full, rest = divmod(self._queued_rows, self._max_batch)
+        full, rest = divmod(self._queued_rows + more_rows, self._max_batch)
         return left + full * self._expected_seconds(self._max_batch) + self._expected_seconds(rest)
 
     def _beat(self, due: float) -> None:
         now = time.monotonic()
-        self._lag = now - due
+        self._lag = max(0.0, now - due)  # The loop's timers may be a little early.
         due = now + _PULSE_SECONDS
         self._pulse = asyncio.get_running_loop().call_later(_PULSE_SECONDS, self._beat, due)
 
@@ -112,6 +132,7 @@ class Batcher:
     async def score(self, servable: Servable, dense: np.ndarray, ids: np.ndarray, deadline: float) -> Scores:
         """Scores of checked rows; Busy at once if the queue is full, TooLate at `deadline` (time.monotonic())."""
         self.admit(len(dense))
+        self._rows_of_request += 0.05 * (len(dense) - self._rows_of_request)
         waiting = _Waiting(servable, dense, ids, asyncio.get_running_loop().create_future(), time.monotonic(), deadline)
         self._queue.append(waiting)
         self._queued_rows += len(dense)
