@@ -65,9 +65,10 @@ DEFAULT_CONFIGS = tuple(CONFIGS)[:5]
 OPTIMIZERS = ("sgd", "rowwise_adagrad")
 FORWARD = "forward"
 FLOOR_TEXT = """\
-The floor is what no step can go below (`peers/floor.py`): the MLPs' matrix products, and the bytes of the rows read and
-written in order, each by itself. A peer's step over it, in bold, is the most that any step could be faster than it.
-"""
+The floor (`peers/floor.py`) is what XLA takes here for the MLPs' float32 products, and for reading and writing as many
+bytes as the rows have, in order, each by itself: a step made of these cannot be faster. A peer's step over it, in bold,
+is how many times as fast as that peer such a step is at most. All ratios are those of turns taken together: a peer's
+are to ours, and to the floor, beside it, which other peers' runs may have found faster or slower."""
 
 BATCHES, STEPS_CHECKED = 4, 3
 LOGIT_TOLERANCE, WEIGHT_TOLERANCE = 2e-4, 2e-5
@@ -145,7 +146,7 @@ def check_equal(what: str, ours: Ours, peer: Any, batches: list[Batch]) -> dict[
     """Largest differences of logits before and after some steps and of weights after; exits where they are large."""
 
     def of_logits() -> float:
-        theirs = np.asarray(peer.forward(peer.batch(batches[0])))
+        theirs = peer.host(peer.forward(peer.batch(batches[0])))
         mine = [np.asarray(ours.forward(batches[0], kernels)) for kernels in ours.kernels]
         return max(float(np.abs(a - theirs).max() / max(1.0, np.abs(a).max())) for a in mine)
 
@@ -188,8 +189,14 @@ def in_turns(sides: dict[str, Callable[[int], Any]], turns: int) -> dict[str, li
 def fits(model: ModelConfig, copies: int) -> str:
     """Why so many copies of the tables do not fit into the memory that is free; empty if they do."""
     need = copies * sum(4 * table.num_embeddings * table.embedding_dim for table in model.tables)
-    meminfo = dict(line.split(":") for line in pathlib.Path("/proc/meminfo").read_text().splitlines())
-    free = int(meminfo["MemAvailable"].split()[0]) * 1024
+    if jax.default_backend() == "cpu":
+        meminfo = dict(line.split(":") for line in pathlib.Path("/proc/meminfo").read_text().splitlines())
+        free = int(meminfo["MemAvailable"].split()[0]) * 1024
+    else:
+        import torch
+
+        torch.cuda.empty_cache()
+        free = torch.cuda.mem_get_info()[0]
     return "" if need < free else f"needs {need / 1e9:.0f} GB, {free / 1e9:.0f} GB are free"
 
 
@@ -233,7 +240,8 @@ def compare_one(
     for key in measured:
         step = "forward" if key == FORWARD else "train_step"
         sides = {"ours": stepping(getattr(ours, step), batches), kind: stepping(getattr(peer, step), theirs)}
-        sides["floor"] = floors(placed.model, ours.state.dense_params, batches[0])[key != FORWARD]
+        if jax.default_backend() == "cpu":  # On a GPU its launches would be most of it.
+            sides["floor"] = floors(placed.model, ours.state.dense_params, batches[0])[key != FORWARD]
         if NATIVE in ours.kernels:
             sides["native"] = stepping(functools.partial(getattr(ours, step), kernels=NATIVE), batches)
         if kind == "torch":
@@ -284,7 +292,7 @@ def main() -> None:
         draw(results, arguments.picture)
     if arguments.readme:
         command = f"`python experiments/compare_peers.py --configs={','.join(results)}`"
-        tables = f"{table(results)}\n\n{FLOOR_TEXT}\n{floor_table(results)}"
+        tables = f"{table(results)}\n\n{FLOOR_TEXT}\n\n{floor_table(results)}"
         text = f"{tables}\n\nMeasured {where_and_when(used)}, torch {used['torch']}; {command}."
         replace_section(HERE / "README.md", "peers", text)
 

@@ -92,8 +92,8 @@ def peers_table(most_rows: int) -> str:
     """What compare_peers.py prints of PyTorch, SGD."""
     command = [sys.executable, "experiments/compare_peers.py", f"--configs={','.join(PEERS)}", "--optimizers=sgd"]
     command += ["--peers=torch", *([f"--max_rows_per_table={most_rows}"] if most_rows else [])]
-    done = subprocess.run(command, cwd=HERE.parent, check=True, stdout=subprocess.PIPE, text=True).stdout
-    return done
+    done = subprocess.run(command, cwd=HERE.parent, stdout=subprocess.PIPE, text=True)
+    return done.stdout + (f"\nended with status {done.returncode}" if done.returncode else "")
 
 
 def scatter_table() -> str:
@@ -136,7 +136,10 @@ def main() -> None:
         tables.append(parts[part]())
         print(tables[-1], flush=True)
     if arguments.readme:
-        text = "\n\n".join([*tables, f"Measured {where_and_when(versions())}; `python experiments/gpu_goals.py`."])
+        given = " ".join(sys.argv[1:])
+        text = "\n\n".join(
+            [*tables, f"Measured {where_and_when(versions())}; `python experiments/gpu_goals.py {given}`."]
+        )
         replace_section(HERE / "README.md", "gpu", text)
 
 

@@ -126,13 +126,13 @@ def find(system: System, flags: argparse.Namespace) -> str:
         summary = run(system, flags, rate, flags.confirm_seconds)
         told(rate, summary)
         if is_valid(summary):
-            break
+            return summary
         rate *= 0.95
-    return summary
+    raise SystemExit(f"no rate held for {flags.confirm_seconds:g} s; begin lower: --qps={rate / 2:.0f}")
 
 
 def highest_valid(system: System, flags: argparse.Namespace) -> float:
-    """The highest rate that a short test found VALID, to a tenth; the last one tried if none was."""
+    """The highest rate that a short test found VALID, to a tenth; below all that were tried if none was."""
     best, qps, factor = 0.0, flags.qps, 1.5
     for _ in range(flags.tries):
         summary = run(system, flags, qps)
@@ -154,12 +154,14 @@ def told(qps: float, summary: str) -> None:
     print(f"{qps:.1f}/s: {'VALID' if is_valid(summary) else 'INVALID'}", flush=True)
 
 
-def section(summary: str) -> str:
+def section(summary: str, flags: argparse.Namespace) -> str:
     """Markdown of a summary: the verdict, the rate, the latency."""
     wanted = ("Scenario", "Mode", "Scheduled samples", "Completed samples", "Samples per second", "Result is")
     wanted += ("50.00 percentile", "99.00 percentile", "min_duration", "min_query_count", "target_latency (ns)")
     lines = [line.strip() for line in summary.splitlines() if line.strip().startswith(wanted)]
-    where = f"Measured {where_and_when(versions())}; `python experiments/mlperf_inference.py --find`."
+    names = ("scenario", "seconds", "confirm_seconds", "qps", "latency_ms", "min_queries")
+    given = " ".join(["--find", *(f"--{name}={getattr(flags, name)}" for name in names)])
+    where = f"Measured {where_and_when(versions())}; `python experiments/mlperf_inference.py {given}`."
     return "\n".join(["```", *lines, "```", "", where])
 
 
@@ -197,7 +199,7 @@ def main() -> None:
     flags.logs.mkdir(parents=True, exist_ok=True)
     system = System(flags.model, flags.samples, flags.max_batch)
     if flags.find:
-        text = section(find(system, flags))
+        text = section(find(system, flags), flags)
         print(text)
         replace_section(ROOT / "experiments" / "README.md", f"mlperf_{flags.scenario.lower()}", text)
         return

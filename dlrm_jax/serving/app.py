@@ -41,7 +41,7 @@ from dlrm_jax.serving.telemetry import Telemetry, log
 ARRIVED = "arrived"
 """Key of the scope's state: when the head of a request was read, in seconds of time.monotonic()."""
 REFUSE = "refuse"
-"""Key of the lifespan's state: Service.refusal, for the protocol to ask before there is a scope."""
+"""Key of the lifespan's state: Service.refusal, behind the token, for the protocol to ask before there is a scope."""
 _SERVER = "dlrm_jax"
 
 
@@ -72,11 +72,14 @@ class Service:
         return current
 
     def refusal(self, method: bytes, path: bytes, client: tuple[str, int] | None) -> Refusal | None:
-        """The answer to who asks for scores and has to wait too long, or for a model that is not there; else None.
+        """The answer to who asks for scores and would wait too long; None for who may come, and for other requests.
 
-        Known by the head of the request, so that nothing more need be read.
+        Known by the head of the request, so that it costs no task.
         """
-        if method != b"POST" or not (path.endswith(b"/infer") or path == b"/v1/score"):
+        current = self.repository.current
+        if current is None or method != b"POST":
+            return None
+        if path not in (b"/v1/score", b"/v2/models/%s/infer" % current.signature.name.encode()):
             return None
         try:
             self.servable()
@@ -285,7 +288,7 @@ def make_app(service: Service, start: Callable[[], None], token: str = "") -> AS
         del app
         service.batcher.start()
         start()
-        yield {REFUSE: service.refusal}
+        yield {REFUSE: refuse}
         await service.repository.stop()
         await service.batcher.stop()
 
@@ -319,4 +322,10 @@ def make_app(service: Service, start: Callable[[], None], token: str = "") -> AS
     ]
     starlette = Starlette(routes=routes, lifespan=lifespan, exception_handlers={404: _not_found, 405: _not_found})
     app = Shortcut(starlette, _Endpoint(service, _score), _Endpoint(service, _infer))
-    return Guard(app, token) if token else app
+    guard = Guard(app, token) if token else None
+
+    def refuse(method: bytes, path: bytes, headers: list[tuple[bytes, bytes]], client: Any) -> Refusal | None:
+        # Who has no token hears of that, and takes nobody's place.
+        return service.refusal(method, path, client) if guard is None or guard.allows(headers) else None
+
+    return guard or app

@@ -3,6 +3,7 @@
 import base64
 import contextlib
 import hmac
+from collections.abc import Iterable
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -20,14 +21,15 @@ class Guard:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request or the lifespan."""
-        if scope["type"] == "http" and scope["path"] not in OPEN_PATHS and not self._allows(scope):
+        if scope["type"] == "http" and scope["path"] not in OPEN_PATHS and not self.allows(scope["headers"]):
             challenge = (b"www-authenticate", b'Bearer, Basic realm="dlrm_jax"')
             await send_whole(send, 401, b'{"error":"a bearer token is needed"}', JSON, challenge)
             return
         await self._app(scope, receive, send)
 
-    def _allows(self, scope: Scope) -> bool:
-        given = dict(scope["headers"]).get(b"authorization", b"")
+    def allows(self, headers: Iterable[tuple[bytes, bytes]]) -> bool:
+        """Whether the token is among them."""
+        given = dict(headers).get(b"authorization", b"")
         kind, _, rest = given.partition(b" ")
         if kind.lower() == b"basic":  # What a browser sends for the page, the token as password.
             with contextlib.suppress(ValueError):

@@ -64,7 +64,7 @@ class _Protocol(HttpToolsProtocol):
     _timer: asyncio.TimerHandle | None = None
     _head_bytes = 0
     _in_head = True
-    _refusal: Refusal | None = None
+    _refused = False
 
     def connection_made(self, transport: Any) -> None:
         """A client is there; its first request is awaited."""
@@ -93,38 +93,53 @@ class _Protocol(HttpToolsProtocol):
         self._in_head = False
         if self._timer is not None:
             self._timer.cancel()
-        in_turn = self.cycle is None or self.cycle.response_complete
-        refuse: Callable[..., Refusal | None] = self.app_state[REFUSE]
-        may_be = in_turn and not self.expect_100_continue
-        self._refusal = refuse(self.parser.get_method(), self.url, self.client) if may_be else None
-        if self._refusal is not None:
-            self._timer = self.loop.call_later(_HEADER_SECONDS, self.transport.close)
+        refusal = self._refusal()
+        self._refused = refusal is not None
+        if refusal is not None:
+            self._write(refusal)
+            self._timer = self.loop.call_later(_HEADER_SECONDS, self.transport.close)  # If the body does not come.
             return
         super().on_headers_complete()
         self.scope["state"][ARRIVED] = time.monotonic()
 
     def on_body(self, body: bytes) -> None:
         """Some of its body; nobody reads it if it is refused."""
-        if self._refusal is None:
+        if not self._refused:
             super().on_body(body)
 
     def on_message_complete(self) -> None:
-        """All of it is there."""
-        if self._refusal is None:
+        """All of it is there; if it was refused, the next may come."""
+        if not self._refused:
             super().on_message_complete()
             return
         if self._timer is not None:
             self._timer.cancel()
-        status, body, more = self._refusal
-        headers = (*self.server_state.default_headers, (b"content-type", JSON), *more)
-        lines = [STATUS_LINE[status], *(b"%s: %s\r\n" % pair for pair in headers)]
-        self.transport.write(b"".join([*lines, b"content-length: %d\r\n\r\n" % len(body), body]))
-        if self.parser.should_keep_alive():
-            self.timeout_keep_alive_task = self.loop.call_later(
-                self.timeout_keep_alive, self.timeout_keep_alive_handler
-            )
+        self._unset_keepalive_if_required()
+        if self._keeps():
+            wait, end = self.timeout_keep_alive, self.timeout_keep_alive_handler
+            self.timeout_keep_alive_task = self.loop.call_later(wait, end)
         else:
             self.transport.close()
+
+    def _refusal(self) -> Refusal | None:
+        """Asks the application, unless uvicorn has to see to it: answers are under way, too many clients, an end."""
+        waits = self.cycle is not None and not self.cycle.response_complete
+        full = self.limit_concurrency is not None and len(self.connections) >= self.limit_concurrency
+        if waits or full or self.expect_100_continue or self.flow.write_paused or self.transport.is_closing():
+            return None
+        refuse: Callable[..., Refusal | None] = self.app_state[REFUSE]
+        return refuse(self.parser.get_method(), self.url, self.headers, self.client)
+
+    def _write(self, refusal: Refusal) -> None:
+        status, body, more = refusal
+        headers = [*self.server_state.default_headers, (b"content-type", JSON), *more]
+        headers += [] if self._keeps() else [(b"connection", b"close")]
+        lines = [STATUS_LINE[status], *(b"%s: %s\r\n" % pair for pair in headers)]
+        self.transport.write(b"".join([*lines, b"content-length: %d\r\n\r\n" % len(body), body]))
+
+    def _keeps(self) -> bool:
+        """Whether another request may follow on this connection."""
+        return self.parser.get_http_version() != "1.0" and self.parser.should_keep_alive()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The client is gone."""

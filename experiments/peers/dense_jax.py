@@ -105,6 +105,10 @@ class DenseJax:
         """logits_B."""
         return jax.block_until_ready(self._forward(self.params, batch))
 
+    def host(self, array: jax.Array) -> np.ndarray:
+        """What `forward` returned, as NumPy has it."""
+        return np.asarray(array)
+
     def train_step(self, batch: Batch) -> float:
         """One update of everything; returns the loss."""
         self.params, self.opt_state, loss = jax.block_until_ready(self._step(self.params, self.opt_state, batch))

@@ -1,8 +1,8 @@
-"""What no step can go below: the MLPs' matrix products, and the rows of the tables that must be read and written.
+"""The floor of a step that is made of XLA's float32 products: these, and the rows that must be read and written.
 
-Both are done here by themselves, as fast as XLA does them on the machine at hand: the products of the layers' shapes
-one after the other; the rows as arrays of as many bytes, read and written in order, which is faster than rows anywhere.
-The interaction, the activations, the optimizers' arithmetic and launches are left out.
+Both are done here by themselves on the CPU at hand: the products of the layers' shapes one after the other; the rows as
+arrays of as many bytes, read and written in order, which is faster than rows anywhere. The interaction, the
+activations and the optimizers' arithmetic are left out.
 """
 
 import itertools

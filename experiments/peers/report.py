@@ -34,7 +34,7 @@ GOALS = {
 def rows_of(taken: dict[str, list[float]], goals: dict[str, float]) -> dict[str, dict[str, Any]]:
     """By peer, of seconds measured in turns: medians and quartiles, how many times as fast ours and native are, goal.
 
-    Where a side is called "floor", also how many times as fast a step could be at most.
+    Where a side is called "floor", also how many times as fast that is.
     """
     medians = {side: 1e3 * float(np.median(times)) for side, times in taken.items()}
     quartiles = {side: [1e3 * float(q) for q in np.quantile(times, (0.25, 0.75))] for side, times in taken.items()}
@@ -63,6 +63,8 @@ def table(results: dict[str, dict]) -> str:
     lines.append("|---" * (3 + 2 * len(PEERS)) + "|")
     for name, kinds in results.items():
         for kind, row in kinds.items():
+            if not row:
+                continue  # No peer fitted into the memory.
             first = next(iter(row.values()))
             both = [f"{first[key]:.2f}" for key in ("ours_ms", "native_ms") if key in first]
             cells = [name, kind.replace("_", "-"), f"{', '.join(both)} ms"]
@@ -82,12 +84,14 @@ def _ratios(row: dict[str, Any]) -> str:
 
 
 def floor_table(results: dict[str, dict]) -> str:
-    """Markdown: what no step can go below (floor.py), and so the ratios that none can go beyond."""
+    """Markdown: the floor of floor.py, and how many times as fast as a peer it is."""
     over = " | ".join(f"{SIDES[side]} over it" for side in BOUNDED)
     lines = [f"| configuration | step | floor | ours, native over it | {over} |", "|---" * (4 + len(BOUNDED)) + "|"]
     for name, kinds in results.items():
         for kind, row in kinds.items():
-            bounded = {side: row[side] for side in BOUNDED if side in row}
+            bounded = {side: row[side] for side in BOUNDED if "floor_ms" in row.get(side, {})}
+            if not bounded:
+                continue
             first = next(iter(bounded.values()))
             ours = [f"{first[key] / first['floor_ms']:.2f}" for key in ("ours_ms", "native_ms") if key in first]
             cells = [name, kind.replace("_", "-"), f"{first['floor_ms']:.1f} ms", ", ".join(ours)]

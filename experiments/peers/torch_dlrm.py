@@ -119,7 +119,11 @@ class TorchDLRM:
             logits_B = self.logits(batch, compiled)
         if self.device.type == "cuda":
             torch.cuda.synchronize()
-        return logits_B.cpu()
+        return logits_B
+
+    def host(self, array: torch.Tensor) -> np.ndarray:
+        """What `forward` returned, as NumPy has it."""
+        return array.cpu().numpy()
 
     def train_step(self, batch: TorchBatch, compiled: bool = False) -> float:
         """One update of everything; returns the loss."""
