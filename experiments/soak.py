@@ -1,8 +1,10 @@
-"""Soak and overload: `python experiments/soak.py --model=DIR --qps=RATE [--seconds=600] [--part=soak|overload]`.
+"""Soak and overload: `python experiments/soak.py --model=DIR [--qps=RATE] [--seconds=600] [--part=soak|overload]`.
 
-soak: a server on a copy of DIR, RATE requests a second with a reload (the latest version once more, as the next number)
-every --reload_seconds, while other clients vanish in mid-request and send malformed ones. Every valid request must be
-answered 200, and the scores be the offline ones; memory is sampled. overload: 3 x RATE for a while, then RATE again.
+RATE is found first if it is not given: the highest, of requests of --candidates rows, that are all served with a p99 of
+--p99_ms at most. soak: a server on a copy of DIR, 0.8 x RATE requests a second with a reload (the latest version once
+more, as the next number) every --reload_seconds, while other clients vanish in mid-request and send malformed ones.
+Every valid request must be answered 200, and the scores be the offline ones; memory is sampled. overload: RATE, three
+times of it for a while, then RATE again.
 """
 
 import argparse
@@ -27,6 +29,7 @@ from dlrm_jax.reporting import versions
 from dlrm_jax.serving import load
 from dlrm_jax.serving import load_generator as generator
 
+CONNECTIONS = 256
 MALFORMED = (b"{", b'{"rows": 1}', b'{"rows": [{"x": 1}]}', b"\xff" * 50, b'{"rows": [' + b"[" * 2000, b"")
 
 
@@ -88,6 +91,20 @@ class Reloader(threading.Thread):
             number, self.count = number + 1, self.count + 1
 
 
+def highest_rate(flags: argparse.Namespace) -> float:
+    """The highest rate of which all are served, with the p99 that was asked for; by a server as it is by default."""
+    port = free_port()
+    process, target = start([sys.executable, "-m", "dlrm_jax.serve", f"--model={flags.model}", f"--port={port}"], port)
+    bodies = generator.make_requests(target, flags.candidates, True, 0)
+    runs = generator.find_max_qps(target, bodies, 1000.0, flags.p99_ms / 1e3, 5.0, CONNECTIONS, 0)
+    process.terminate()
+    process.wait(30)
+    best = generator.best_of(runs, flags.p99_ms / 1e3)
+    if best is None:
+        raise SystemExit(f"no rate from 1/s on holds a p99 of {flags.p99_ms:g} ms")
+    return best.qps
+
+
 def soak(flags: argparse.Namespace) -> str:
     """Markdown of a soak."""
     with tempfile.TemporaryDirectory(dir=flags.model.resolve().parent) as directory:
@@ -104,7 +121,7 @@ def soak(flags: argparse.Namespace) -> str:
         samples, summaries, latency = [], [], []
         slices = max(1, round(flags.seconds / 10))
         for i in range(slices):
-            run = generator.run(target, bodies, flags.qps, flags.seconds / slices, seed=i)
+            run = generator.run(target, bodies, 0.8 * flags.qps, flags.seconds / slices, seed=i)
             summaries.append(run.summary())
             latency.append(run.latency[run.status == 200])
             samples.append(memory(process))
@@ -117,7 +134,8 @@ def soak(flags: argparse.Namespace) -> str:
     total, refused, failed = (sum(s[key] for s in summaries) for key in ("requests", "refused", "failed"))
     third = samples[len(samples) // 3 :]
     return (
-        f"{flags.seconds:g} s at {flags.qps:g} requests/s of {flags.candidates}: {total:,} valid requests, "
+        f"{flags.seconds:g} s at {0.8 * flags.qps:,.0f} requests/s of {flags.candidates}, 0.8 of the highest rate with "
+        f"a p99 of {flags.p99_ms:g} ms: {total:,} valid requests, "
         f"{refused} refused, {failed} failed; p50 {np.percentile(served, 50):.1f} ms, "
         f"p99 {np.percentile(served, 99):.1f} ms; {reloader.count} reloads; {rude.vanished} clients vanished, "
         f"{rude.refused} malformed requests got 4xx, other answers: {rude.others or 'none'}; "
@@ -169,9 +187,9 @@ def overload(flags: argparse.Namespace) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for factor, seconds in ((1.0, 5.0), (3.0, flags.overload_seconds), (1.0, 1.0), (1.0, 5.0)):
-        s = generator.run(target, bodies, flags.qps * factor, seconds, connections=256).summary()
+        s = generator.run(target, bodies, flags.qps * factor, seconds, CONNECTIONS).summary()
         lines.append(
-            f"| {factor:g} x {flags.qps:g}/s, {seconds:g} s | {s['served_qps']:,.0f}/s | {s['refused']} "
+            f"| {factor:g} x {flags.qps:,.0f}/s, {seconds:g} s | {s['served_qps']:,.0f}/s | {s['refused']} "
             f"| {s['failed']} | {s['p50_ms']:.1f} ms | {s['p99_ms']:.1f} ms | {s.get('refused_p99_ms', '-')} |"
         )
     process.terminate()
@@ -183,7 +201,8 @@ def main() -> None:
     """Run one part and write its section."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=pathlib.Path, required=True)
-    parser.add_argument("--qps", type=float, required=True)
+    parser.add_argument("--qps", type=float)
+    parser.add_argument("--p99_ms", type=float, default=25.0)
     parser.add_argument("--part", choices=("soak", "overload"), default="soak")
     parser.add_argument("--candidates", type=int, default=8)
     parser.add_argument("--seconds", type=float, default=600.0)
@@ -191,8 +210,9 @@ def main() -> None:
     parser.add_argument("--overload_seconds", type=float, default=10.0)
     parser.add_argument("--max_wait_ms", type=float, help="default: the server's own to soak, 6 for overload")
     flags = parser.parse_args()
+    flags.qps = flags.qps or highest_rate(flags)
     text = soak(flags) if flags.part == "soak" else overload(flags)
-    command = f"python experiments/soak.py --part={flags.part} --qps={flags.qps:g} --candidates={flags.candidates}"
+    command = f"python experiments/soak.py --part={flags.part} --candidates={flags.candidates}"
     text += f"\n\nMeasured {where_and_when(versions())}; `{command}`."
     print(text)
     replace_section(ROOT / "experiments" / "README.md", f"serving_{flags.part}", text)

@@ -373,7 +373,10 @@ def test_who_is_refused_by_the_head_alone_may_ask_again_on_the_same_connection(t
             assert refused.startswith(b"http/1.1 429 ") and b"retry-after: 1\r\n" in refused and b"at most 1" in refused
             connection.sendall(2 * (head + b"\r\n" + body))
             assert answers(connection, 2).count(b"HTTP/1.1 429 ") == 2
-            for last in (head + b"connection: close\r\n\r\n", head.replace(b"1.1", b"1.0") + b"\r\n"):
+            for last in (
+                head + b"connection: close\r\n\r\n",
+                head.replace(b"1.1", b"1.0") + b"connection: keep-alive\r\n\r\n",
+            ):
                 with socket.create_connection(("127.0.0.1", server.port), timeout=20) as another:
                     another.sendall(last + body)
                     refused = answers(another)
