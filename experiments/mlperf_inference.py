@@ -23,6 +23,7 @@ from dlrm_jax.metrics import auc
 from dlrm_jax.reporting import versions
 from dlrm_jax.serving import load
 
+_OFFLINE_RATE = "Samples per second"
 _SHAPE = (1.0, 2.53)
 """Of the beta distribution of sizes between 100 and 700 pairs, whose mean is 270."""
 
@@ -116,19 +117,18 @@ def number(summary: str, name: str) -> float:
 def find(system: System, flags: argparse.Namespace) -> str:
     """The summary of a long test at the highest rate that short ones found VALID, or a little below.
 
-    Offline's samples are as many as the expected rate needs for the asked time: one test says what to expect.
+    Offline's samples are as many as the expected rate needs for the asked time; each test says what to expect next.
     """
-    if flags.scenario == "Offline":
-        rate = number(run(system, flags, flags.qps), "Samples per second")
-        return run(system, flags, 1.2 * rate, flags.confirm_seconds)
-    rate = highest_valid(system, flags)
+    offline = flags.scenario == "Offline"
+    rate = number(run(system, flags, flags.qps), _OFFLINE_RATE) if offline else highest_valid(system, flags)
     for _ in range(flags.tries):
-        summary = run(system, flags, rate, flags.confirm_seconds)
-        told(rate, summary)
+        qps = 1.2 * rate if offline else rate
+        summary = run(system, flags, qps, flags.confirm_seconds)
+        told(qps, summary)
         if is_valid(summary):
             return summary
-        rate *= 0.95
-    raise SystemExit(f"no rate held for {flags.confirm_seconds:g} s; begin lower: --qps={rate / 2:.0f}")
+        rate = number(summary, _OFFLINE_RATE) if offline else 0.95 * rate
+    raise SystemExit(f"no rate held for {flags.confirm_seconds:g} s; begin with another --qps")
 
 
 def highest_valid(system: System, flags: argparse.Namespace) -> float:
