@@ -156,7 +156,9 @@ def test_ctrl_c_saves_exits_and_goes_on_to_the_same_bits(tmp_path, long_state):
 @pytest.mark.end_to_end
 def test_ctrl_c_before_training_leaves_no_traceback(tmp_path):
     starting = [*command(tmp_path / "run"), "--num_examples=20000000"]
-    process = subprocess.Popen(starting, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    # Who starts the tests in the background has the signal ignored, which a process inherits.
+    heeds = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
+    process = subprocess.Popen(starting, cwd=ROOT, stderr=subprocess.PIPE, text=True, preexec_fn=heeds)
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and not (tmp_path / "run").exists():
         time.sleep(0.05)
