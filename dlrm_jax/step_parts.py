@@ -8,6 +8,7 @@ import collections
 import pathlib
 import re
 import tempfile
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -107,10 +108,14 @@ def profile(run: Callable[[], Any], hlo_text: str) -> list[Event]:
         return [event for path in pathlib.Path(directory).rglob("*.xplane.pb") for event in _events(str(path), module)]
 
 
-def _events(path: str, module: str) -> Iterable[Event]:
-    for plane in jax.profiler.ProfileData.from_file(path).planes:
-        for line in plane.lines:
-            for event in line.events:
-                stats = dict(event.stats)
-                if stats.get("hlo_module") == module and "hlo_op" in stats:
-                    yield Event(str(stats["hlo_op"]), event.start_ns, event.start_ns + event.duration_ns)
+def _events(path: str, module: str) -> list[Event]:
+    found = []
+    # A class of jaxlib's lacks its module's name, which Python 3.13 deprecates; as an error it would end the process.
+    with warnings.catch_warnings(action="ignore", category=DeprecationWarning):
+        for plane in jax.profiler.ProfileData.from_file(path).planes:
+            for line in plane.lines:
+                for event in line.events:
+                    stats = dict(event.stats)
+                    if stats.get("hlo_module") == module and "hlo_op" in stats:
+                        found.append(Event(str(stats["hlo_op"]), event.start_ns, event.start_ns + event.duration_ns))
+    return found
