@@ -157,8 +157,9 @@ def test_ctrl_c_saves_exits_and_goes_on_to_the_same_bits(tmp_path, long_state):
 def test_ctrl_c_before_training_leaves_no_traceback(tmp_path):
     starting = [*command(tmp_path / "run"), "--num_examples=20000000"]
     # Who starts the tests in the background has the signal ignored, which a process inherits.
-    heeds = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
-    process = subprocess.Popen(starting, cwd=ROOT, stderr=subprocess.PIPE, text=True, preexec_fn=heeds)
+    heed = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.argv[1], sys.argv[1:])"
+    starting = [sys.executable, "-c", heed, *starting]
+    process = subprocess.Popen(starting, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and not (tmp_path / "run").exists():
         time.sleep(0.05)
