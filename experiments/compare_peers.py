@@ -246,7 +246,7 @@ def compare_one(
             sides["native"] = stepping(functools.partial(getattr(ours, step), kernels=NATIVE), batches)
         if kind == "torch":
             sides["torch_compiled"] = stepping(functools.partial(getattr(peer, step), compiled=True), theirs)
-        goals = {side: goal for (*of, side), goal in GOALS[jax.default_backend()].items() if of == [name, key]}
+        goals = {side: goal for (*of, side), goal in GOALS.get(jax.default_backend(), {}).items() if of == [name, key]}
         rows[key] = rows_of(in_turns(sides, turns), goals)
     return differences, rows
 

@@ -42,11 +42,18 @@ def test_distinct_rows_are_counted_by_table():
     assert distinct_rows(model, ids_BxK) == len(named)
 
 
-def test_the_floor_can_be_stepped_while_a_step_gives_the_weights_away():
-    model = tiny_model()
-    state = on_one_device(model, optimizer()).init_state(0)
-    forward, train_step = floors(model, state.dense_params, random_batch(model, 16))
-    jax.tree.map(lambda array: array.delete(), state.dense_params)
+def test_the_floor_has_every_layers_products_and_every_row():
+    model, batch = tiny_model(), random_batch(tiny_model(), 16)
+    params = on_one_device(model, optimizer()).init_state(0).dense_params
+    shapes = [layer["kernel"].shape for part in ("bottom_mlp", "top_mlp") for layer in params[part].values()]
+    forward, train_step = floors(model, params, batch)
+    jax.tree.map(lambda array: array.delete(), params)  # As a step does, which gives its weights away.
     for i in range(2):
-        forward(i)
-        train_step(i)
+        outputs, looked_up = forward(i)
+        gradients, updated = train_step(i)
+        assert [output.shape for output in outputs] == [(16, width) for _, width in shapes]
+        assert [of_weights.shape for of_weights, _ in gradients] == shapes
+        assert [of_input.shape for _, of_input in gradients[1:]] == [(16, width) for width, _ in shapes[1:]]
+        assert looked_up.shape == (batch.ids_BxK.size,)
+        assert updated.shape == (distinct_rows(model, np.asarray(batch.ids_BxK)), model.embedding_dim)
+        assert float(updated[0, 0]) == i + 2  # Written, in each step.

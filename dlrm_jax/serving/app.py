@@ -46,7 +46,7 @@ _SERVER = "dlrm_jax"
 
 
 class Refusal(NamedTuple):
-    """An answer to a request that is not served: JSON, with `more` headers than say so."""
+    """An answer to a request that is not served: a status, JSON, and headers beyond those that every answer has."""
 
     status: int
     body: bytes
@@ -76,7 +76,7 @@ class Service:
 
         Known by the head of the request, so that it costs no task.
         """
-        current = self.repository.current
+        start, current = time.monotonic(), self.repository.current
         if current is None or method != b"POST":
             return None
         if path not in (b"/v1/score", b"/v2/models/%s/infer" % current.signature.name.encode()):
@@ -88,8 +88,7 @@ class Service:
             refusal = refusal_of(self, path.decode("latin-1"), error)
             self.telemetry.response(refusal.status)
             if self.access_log:
-                path_text, address = path.decode("latin-1"), (client or ("",))[0]
-                log("request", method="POST", path=path_text, status=refusal.status, ms=0.0, client=address)
+                _log_request("POST", path.decode("latin-1"), refusal.status, start, client)
             return refusal
         return None
 
@@ -127,9 +126,13 @@ class _Endpoint:
             await send_whole(send, status, body, JSON, *more)
         service.telemetry.response(status)
         if service.access_log:
-            ms = round((time.monotonic() - scope.get("state", {}).get(ARRIVED, start)) * 1e3, 3)
-            client = (scope.get("client") or ("",))[0]
-            log("request", method=scope["method"], path=scope["path"], status=status, ms=ms, client=client)
+            arrived = scope.get("state", {}).get(ARRIVED, start)
+            _log_request(scope["method"], scope["path"], status, arrived, scope.get("client"))
+
+
+def _log_request(method: str, path: str, status: int, arrived: float, client: tuple[str, int] | None) -> None:
+    ms = round((time.monotonic() - arrived) * 1e3, 3)
+    log("request", method=method, path=path, status=status, ms=ms, client=(client or ("",))[0])
 
 
 def refusal_of(service: Service, path: str, error: Exception) -> Refusal:

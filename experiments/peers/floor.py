@@ -40,14 +40,16 @@ def floors(model: ModelConfig, dense_params: dict[str, Any], batch: Batch) -> tu
     read = jax.jit(lambda rows_MxD: rows_MxD.sum(axis=1))
     read_and_write = jax.jit(lambda rows_UxD: rows_UxD + 1, donate_argnums=0)
 
-    def forward(i: int) -> None:
+    def forward(i: int) -> tuple[list[jax.Array], jax.Array]:
+        """(each layer's output, a number of each row looked up)."""
         del i
-        jax.block_until_ready((forward_products(xs, ws), read(looked_up)))
+        return jax.block_until_ready((forward_products(xs, ws), read(looked_up)))
 
-    def train_step(i: int) -> None:
+    def train_step(i: int) -> tuple[list[tuple[jax.Array, jax.Array]], jax.Array]:
+        """(each layer's gradients of its weights and its input, the rows updated)."""
         forward(i)
         updated[0] = read_and_write(updated[0])
-        jax.block_until_ready((backward_products(xs, ws, gs), updated))
+        return jax.block_until_ready((backward_products(xs, ws, gs), updated[0]))
 
     return forward, train_step
 
