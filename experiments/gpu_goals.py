@@ -89,11 +89,13 @@ def own_table(most_rows: int, divisor: int) -> str:
 
 
 def peers_table(most_rows: int) -> str:
-    """What compare_peers.py prints of PyTorch, SGD."""
+    """The table that compare_peers.py prints of PyTorch, SGD."""
     command = [sys.executable, "experiments/compare_peers.py", f"--configs={','.join(PEERS)}", "--optimizers=sgd"]
     command += ["--peers=torch", *([f"--max_rows_per_table={most_rows}"] if most_rows else [])]
     done = subprocess.run(command, cwd=HERE.parent, stdout=subprocess.PIPE, text=True)
-    return done.stdout + (f"\nended with status {done.returncode}" if done.returncode else "")
+    # It prints one table a configuration, each with the same head.
+    lines = dict.fromkeys(line for line in done.stdout.splitlines() if line.startswith("|"))
+    return "\n".join(lines) + (f"\n\nended with status {done.returncode}" if done.returncode else "")
 
 
 def scatter_table() -> str:
