@@ -41,13 +41,16 @@ def test_a_person_sees_the_model_and_scores_a_row(browser, tmp_path):
     export_tiny(tmp_path / "model", tiny_model())
     with running(tmp_path / "model", "--batch_sizes=1,16") as server:
         browser.get(f"http://127.0.0.1:{server.port}/")
-        text = lambda name: browser.find_element("id", name).text  # noqa: E731
+
+        def text(name, selector=""):  # In one step: the page may replace an element it has found.
+            return browser.execute_script(f"return document.querySelector('#{name} {selector}').innerText")
+
         until(lambda: text("model") == "tiny, version 1" and text("state") == "ready")
         assert "test AUC" in text("facts") and "history" in text("features")
         browser.find_element("id", "score").click()
         until(lambda: text("answer").startswith("probability 0."))
         assert float(text("answer").split()[1]) > 0
-        until(lambda: browser.find_element("css selector", "#live td").text not in ("", "0"))
+        until(lambda: text("live", "td") not in ("", "0"))
         box = browser.find_element("id", "row")
         box.clear()
         box.send_keys(json.dumps({"x0": "<b>no</b>"}))
