@@ -1,7 +1,7 @@
 """Training steps: one after the other, several in one dispatch, or with the next batch's ids exchanged meanwhile."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from dlrm_jax.batch import Batch
@@ -35,7 +35,7 @@ class Stepper:
     def __call__(self, state: TrainState, at_most: int) -> tuple[Taken, TrainState]:
         """(what was done, the new state) of at least one step; `state`'s arrays are given away."""
         if self._pipeline is not None:
-            host_batch, arguments = self._pipeline.arguments(self._batches)
+            host_batch, arguments = self._pipeline.arguments(self._batches, self._compiled)
             state, step_metrics, routes = self._compiled("pipelined", self._pipeline.step, state, *arguments)
             self._pipeline.routes = routes
             return [(host_batch, step_metrics)], state
@@ -77,11 +77,13 @@ class _Pipeline:
         self._ahead: tuple[Batch, Batch] | None = None
         self.routes: Any = None
 
-    def arguments(self, batches: Iterator[tuple[Batch, Batch]]) -> tuple[Batch, tuple[Any, ...]]:
-        """(the batch as it was on the host, what the step takes besides the state)."""
+    def arguments(
+        self, batches: Iterator[tuple[Batch, Batch]], compiled: Callable[..., Any]
+    ) -> tuple[Batch, tuple[Any, ...]]:
+        """(the batch as it was on the host, what the step takes besides the state); `compiled` runs and keeps time."""
         if self._ahead is None:
             self._ahead = next(batches)
-            self.routes = self._route(self._ahead[1])
+            self.routes = compiled("route", self._route, self._ahead[1])
         host_batch, batch = self._ahead
         self._ahead = next(batches)
         return host_batch, (batch, self.routes, self._ahead[1])

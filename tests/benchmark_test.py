@@ -1,15 +1,17 @@
 """Tests `dlrm_jax.benchmark`: where a step's time goes, and the command with its sweeps."""
 
 import dataclasses
+import itertools
 import json
 import os
 import subprocess
 import sys
+import types
 
 import jax
 import pytest
 
-from dlrm_jax import step_parts
+from dlrm_jax import step_parts, stepper
 from dlrm_jax.benchmark import swept
 from dlrm_jax.config import LossConfig
 from dlrm_jax.sharding.exchange import ExchangeOptions
@@ -18,7 +20,7 @@ from dlrm_jax.sharding.placed import Placed, on_one_device
 from dlrm_jax.sharding.plan import make_plan
 from dlrm_jax.step import make_train_step
 from dlrm_jax.step_parts import Event
-from tests.helpers import ROOT, optimizer, tiny_model
+from tests.helpers import ROOT, optimizer, random_batch, tiny_model
 from tests.resume_test import CONFIG
 
 
@@ -83,6 +85,19 @@ def test_the_step_measured_is_the_runs_own(tmp_path, flags):
     more_held = found["own"]["held_bytes"] - found["plain"]["held_bytes"]
     assert more_held > 0  # The batches of a dispatch, or the next batch and its routes.
     assert found["own"]["steps"] == 5 * (4 if "--steps_per_dispatch=4" in flags else 1)
+
+
+def test_what_a_pipelined_step_compiles_is_timed_all(monkeypatch):
+    clock = itertools.count()
+    monkeypatch.setattr(stepper, "time", types.SimpleNamespace(perf_counter=lambda: next(clock)))
+    model = tiny_model()
+    placed, batch = on_one_device(model, optimizer()), random_batch(model, 8)
+    pipelined = dataclasses.replace(CONFIG.sharding, pipeline=True)
+    config = dataclasses.replace(CONFIG, optimizer=placed.optimizer, sharding=pipelined)
+    step = stepper.Stepper(config, placed, itertools.repeat((batch, batch)))
+    _, state = step(placed.init_state(0), 1)
+    step(state, 1)
+    assert step.compile_seconds == 2  # The routes of the first batch, and the step.
 
 
 @pytest.mark.parametrize(
