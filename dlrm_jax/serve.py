@@ -7,7 +7,7 @@ import typing
 from absl import flags
 
 from dlrm_jax.commands import run_command
-from dlrm_jax.config import ConfigError, require
+from dlrm_jax.config import CPU_KERNELS, NATIVE, XLA, ConfigError, require
 from dlrm_jax.sharding.plan import SHARDINGS
 
 if typing.TYPE_CHECKING:
@@ -47,6 +47,9 @@ def define_flags() -> None:
     )
     flags.DEFINE_enum("sharding", "auto", (*SHARDINGS, "auto"), "With --mesh: how tables lie on it, as in training.")
     flags.DEFINE_string("sharding_plan", "", "With --mesh: JSON file that places single tables otherwise.")
+    flags.DEFINE_enum(
+        "cpu_kernels", XLA, CPU_KERNELS, "Who scores on a CPU: the exported program, or C++ compiled at the first use."
+    )
     flags.DEFINE_string("token_file", "", "File with a token that every request but health must bear.")
     flags.DEFINE_string("tls_cert", "", "Certificate (PEM) for HTTPS.")
     flags.DEFINE_string("tls_key", "", "Its key (PEM).")
@@ -113,7 +116,12 @@ def _make_engine(largest_batch: int) -> "MakeEngine":
     if not FLAGS.mesh:
         for name in ("sharding", "sharding_plan"):
             require(not FLAGS[name].present, f"--{name} places tables on several devices: give --mesh=model:N too")
+        if FLAGS.cpu_kernels == NATIVE:
+            from dlrm_jax.serving.native import NativeCpu
+
+            return NativeCpu
         return OneDevice
+    require(FLAGS.cpu_kernels == XLA, "--cpu_kernels=native scores on one device: leave it or --mesh out")
     from dlrm_jax.serving.placed import engine_maker
     from dlrm_jax.sharding.options import ShardingOptions
 

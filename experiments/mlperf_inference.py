@@ -3,9 +3,9 @@
 `--scenario=Offline|Server` as MLPerf Inference defines them for DLRM; a sample is 100 to 700 user-item pairs (mean 270:
 here drawn from a fixed seed, since the benchmark's own list of sizes belongs to its data). Server
 holds `--latency_ms` at the 99th percentile at `--qps`. `--find` searches the highest rate that LoadGen calls VALID, has
-it confirmed by a longer test, and writes the section `mlperf_<scenario>` of experiments/README.md. `--accuracy` has
-every sample scored once and prints the AUC of the answers beside that of `predict` on the same rows. Needs
-mlcommons-loadgen; its logs go to `--logs`.
+it confirmed by a longer test, and writes the section `mlperf_<scenario>_<kernels>` of experiments/README.md.
+`--accuracy` has every sample scored once and prints the AUC of the answers beside that of `predict` on the same rows.
+Needs mlcommons-loadgen; its logs go to `--logs`.
 """
 
 import argparse
@@ -19,9 +19,11 @@ import mlperf_loadgen as loadgen
 import numpy as np
 from measure import ROOT, replace_section, where_and_when
 
+from dlrm_jax.config import CPU_KERNELS, NATIVE, XLA
 from dlrm_jax.metrics import auc
 from dlrm_jax.reporting import versions
-from dlrm_jax.serving import load
+from dlrm_jax.serving.loaded import MakeEngine, OneDevice, load
+from dlrm_jax.serving.native import NativeCpu
 
 _OFFLINE_RATE = "Samples per second"
 _SHAPE = (1.0, 2.53)
@@ -31,8 +33,8 @@ _SHAPE = (1.0, 2.53)
 class System:
     """The system under test: samples come in queries, are scored in order, and are answered one by one."""
 
-    def __init__(self, model_dir: pathlib.Path, num_samples: int, max_batch: int) -> None:
-        self.model = load(model_dir, batch_sizes=(256, 512, 1024, max_batch))
+    def __init__(self, model_dir: pathlib.Path, num_samples: int, max_batch: int, make_engine: MakeEngine) -> None:
+        self.model = load(model_dir, batch_sizes=(256, 512, 1024, max_batch), make_engine=make_engine)
         self.model.warm_up()
         rng = np.random.default_rng(0)
         sizes = (100 + 600 * rng.beta(*_SHAPE, num_samples)).astype(int)
@@ -159,7 +161,7 @@ def section(summary: str, flags: argparse.Namespace) -> str:
     wanted = ("Scenario", "Mode", "Scheduled samples", "Completed samples", "Samples per second", "Result is")
     wanted += ("50.00 percentile", "99.00 percentile", "min_duration", "min_query_count", "target_latency (ns)")
     lines = [line.strip() for line in summary.splitlines() if line.strip().startswith(wanted)]
-    names = ("scenario", "seconds", "confirm_seconds", "qps", "latency_ms", "min_queries")
+    names = ("scenario", "cpu_kernels", "seconds", "confirm_seconds", "qps", "latency_ms", "min_queries")
     given = " ".join(["--find", *(f"--{name}={getattr(flags, name)}" for name in names)])
     where = f"Measured {where_and_when(versions())}; `python experiments/mlperf_inference.py {given}`."
     return "\n".join(["```", *lines, "```", "", where])
@@ -190,6 +192,7 @@ def main() -> None:
     parser.add_argument("--min_queries", type=int, default=100)
     parser.add_argument("--samples", type=int, default=1000)
     parser.add_argument("--max_batch", type=int, default=2048)
+    parser.add_argument("--cpu_kernels", choices=CPU_KERNELS, default=XLA, help="as of dlrm_jax.serve")
     parser.add_argument("--find", action="store_true")
     parser.add_argument("--confirm_seconds", type=float, default=120.0, help="of --find's last test")
     parser.add_argument("--tries", type=int, default=8)
@@ -197,11 +200,14 @@ def main() -> None:
     parser.add_argument("--logs", type=pathlib.Path, default=pathlib.Path("runs/mlperf"))
     flags = parser.parse_args()
     flags.logs.mkdir(parents=True, exist_ok=True)
-    system = System(flags.model, flags.samples, flags.max_batch)
+    engine = NativeCpu if flags.cpu_kernels == NATIVE else OneDevice
+    system = System(flags.model, flags.samples, flags.max_batch, engine)
     if flags.find:
         text = section(find(system, flags), flags)
         print(text)
-        replace_section(ROOT / "experiments" / "README.md", f"mlperf_{flags.scenario.lower()}", text)
+        replace_section(
+            ROOT / "experiments" / "README.md", f"mlperf_{flags.scenario.lower()}_{flags.cpu_kernels}", text
+        )
         return
     summary = run(system, flags, flags.qps)
     if flags.accuracy:

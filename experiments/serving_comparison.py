@@ -1,5 +1,7 @@
 """Our server beside FastAPI + PyTorch: rates at a latency limit, and one prediction in process, with equal weights.
 
+Ours twice: as it is by default, and with --cpu_kernels=native.
+
 `python experiments/serving_comparison.py --model=DIR --torch_python=PYTHON [--part=process|server]` writes the section
 of that part in experiments/README.md. DIR is what experiments/peers/kaggle_shaped.py exports; PYTHON has torch,
 fastapi, uvicorn, uvloop and httptools. Sides take turns, --rounds of them, so that what else the machine does falls on
@@ -19,6 +21,7 @@ import time
 import urllib.request
 from importlib import metadata
 
+import numpy as np
 from measure import ROOT, replace_section
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -26,6 +29,7 @@ from dlrm_jax.serving import load_generator as generator
 from dlrm_jax.serving.telemetry import STAGES
 
 PEERS = ROOT / "experiments" / "peers"
+TITLES = {"ours": "ours", "native": "ours, native", "torch": "PyTorch"}
 
 
 def free_port() -> int:
@@ -49,9 +53,10 @@ def start(command: list[str], port: int) -> tuple[subprocess.Popen, generator.Ta
 
 
 def commands(flags: argparse.Namespace) -> dict[str, list[str]]:
-    """How each side's server starts, but for the port."""
-    ours = [sys.executable, "-m", "dlrm_jax.serve", f"--model={flags.model}", "--port="]
-    return {"ours": ours, "torch": [flags.torch_python, str(PEERS / "fastapi_torch.py"), str(flags.model)]}
+    """How each side's server starts; the port follows, as a part of the last word."""
+    ours = [sys.executable, "-m", "dlrm_jax.serve", f"--model={flags.model}"]
+    torch = [flags.torch_python, str(PEERS / "fastapi_torch.py"), str(flags.model)]
+    return {"ours": [*ours, "--port="], "native": [*ours, "--cpu_kernels=native", "--port="], "torch": [*torch, ""]}
 
 
 def stage_sums(port: int) -> dict[str, tuple[float, float]]:
@@ -77,12 +82,13 @@ def breakdown(flags: argparse.Namespace, port: int, target: generator.Target, bo
     return f"| {qps:,.0f}/s | {' | '.join(cells)} |"
 
 
-def highest_rates(flags: argparse.Namespace, side: str, breakdowns: dict[int, str]) -> dict[int, generator.Run | None]:
+def highest_rates(
+    flags: argparse.Namespace, side: str, breakdowns: dict[tuple[int, str], str]
+) -> dict[int, generator.Run | None]:
     """The highest rate of one side's server at each number of candidates; where our time goes at it."""
     port = free_port()
-    command = commands(flags)[side]
-    command = [*command[:-1], f"--port={port}"] if side == "ours" else [*command, str(port)]
-    process, target = start(command, port)
+    *words, last = commands(flags)[side]
+    process, target = start([*words, f"{last}{port}"], port)
     found: dict[int, generator.Run | None] = {}
     try:
         for candidates in flags.candidates:
@@ -92,8 +98,8 @@ def highest_rates(flags: argparse.Namespace, side: str, breakdowns: dict[int, st
             runs = generator.find_max_qps(target, bodies, begin, flags.p99_ms / 1e3, flags.seconds, 64, 0)
             best = generator.best_of(runs, flags.p99_ms / 1e3)
             found[candidates] = best
-            if side == "ours" and best is not None:
-                breakdowns[candidates] = breakdown(flags, port, target, bodies, best.qps)
+            if side != "torch" and best is not None:
+                breakdowns[candidates, side] = breakdown(flags, port, target, bodies, best.qps)
     finally:
         process.terminate()
         process.wait(30)
@@ -103,65 +109,65 @@ def highest_rates(flags: argparse.Namespace, side: str, breakdowns: dict[int, st
 def compare_servers(flags: argparse.Namespace) -> str:
     """Markdown: the best of all rounds."""
     best: dict[tuple[str, int], generator.Run] = {}
-    breakdowns: dict[int, str] = {}
+    breakdowns: dict[tuple[int, str], str] = {}
     for _ in range(flags.rounds):
-        for side in ("ours", "torch"):
+        for side in TITLES:
             for candidates, run in highest_rates(flags, side, breakdowns).items():
                 key = (side, candidates)
                 if run is not None and (key not in best or run.qps > best[key].qps):
                     best[key] = run
     lines = [
-        f"| candidates | ours: requests/s, p99 <= {flags.p99_ms:g} ms | p50, p99 "
-        "| FastAPI + PyTorch | p50, p99 | ratio |",
+        f"| candidates | {' | '.join(f'{title}: requests/s; p50, p99' for title in TITLES.values())} "
+        "| ours over FastAPI + PyTorch | native over it |",
         "|---|---|---|---|---|---|",
     ]
     for candidates in flags.candidates:
-        cells, rates = [], []
-        for side in ("ours", "torch"):
+        cells, rates = [], {}
+        for side in TITLES:
             run = best.get((side, candidates))
             summary = run.summary() if run else {"qps": 0.0, "p50_ms": float("nan"), "p99_ms": float("nan")}
-            rates.append(summary["qps"])
-            cells += [f"**{summary['qps']:,.0f}**", f"{summary['p50_ms']:.1f}, {summary['p99_ms']:.1f} ms"]
-        ratio = f"{rates[0] / rates[1]:.1f}x" if rates[1] else "-"
-        lines.append(f"| {candidates} | {' | '.join(cells)} | {ratio} |")
+            rates[side] = summary["qps"]
+            cells.append(f"**{summary['qps']:,.0f}**; {summary['p50_ms']:.1f}, {summary['p99_ms']:.1f} ms")
+        for side in ("ours", "native"):
+            cells.append(f"{rates[side] / rates['torch']:.1f}x" if rates["torch"] else "-")
+        lines.append(f"| {candidates} | {' | '.join(cells)} |")
     lines += ["", "Where our time goes at such a rate, mean milliseconds of a request by stage:", ""]
-    lines += [f"| candidates | rate | {' | '.join(STAGES)} | seen by the client |", "|---" * (3 + len(STAGES)) + "|"]
-    lines += [f"| {candidates} {row}" for candidates, row in breakdowns.items()]
+    lines += [f"| candidates | | rate | {' | '.join(STAGES)} | seen by the client |", "|---" * (4 + len(STAGES)) + "|"]
+    lines += [f"| {candidates} | {TITLES[side]} {row}" for (candidates, side), row in sorted(breakdowns.items())]
     return "\n".join(lines)
 
 
 def compare_predictions(flags: argparse.Namespace) -> str:
     """Markdown: one prediction in process, the fastest and the median over all rounds."""
-    ours: list[dict] = []
-    theirs: list[dict] = []
     sizes = ["1", "64", "2048"]
     latest = max((p for p in flags.model.iterdir() if p.name.isdecimal()), key=lambda p: int(p.name))
+    ours = [sys.executable, str(PEERS / "predict_ours.py"), str(flags.model), *sizes]
+    torch = [flags.torch_python, str(PEERS / "predict_torch.py"), str(latest), *sizes]
+    runs: dict[str, list[dict]] = {side: [] for side in TITLES}
     for _ in range(flags.rounds):
-        for python, script, model, into in (
-            (sys.executable, "predict_ours.py", flags.model, ours),
-            (flags.torch_python, "predict_torch.py", latest, theirs),
-        ):
-            command = [python, str(PEERS / script), str(model), *sizes]
+        for side, command in (("ours", ours), ("native", [*ours, "--native"]), ("torch", torch)):
             output = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
-            into.append(json.loads(output))
+            runs[side].append(json.loads(output))
     lines = [
-        "| batch | ours: fastest, median | PyTorch: fastest, median | ratio of the fastest | of medians |",
-        "|---|---|---|---|---|",
+        f"| batch | {' | '.join(f'{title}: fastest, median' for title in TITLES.values())} "
+        "| PyTorch over ours: fastest, medians | over native |",
+        "|---|---|---|---|---|---|",
     ]
     for size in sizes:
-        sides = [
-            (min(r[size]["least_ms"] for r in runs), min(r[size]["median_ms"] for r in runs)) for runs in (ours, theirs)
-        ]
-        difference = max(
-            abs(a - b) for a, b in zip(ours[0][size]["probability"], theirs[0][size]["probability"], strict=True)
-        )
-        assert difference < 1e-5, f"the two disagree by {difference}"
-        (fast, median), (other_fast, other_median) = sides
-        lines.append(
-            f"| {size} | {fast:.2f}, {median:.2f} ms | {other_fast:.2f}, {other_median:.2f} ms "
-            f"| {other_fast / fast:.1f}x | {other_median / median:.1f}x |"
-        )
+        assert_agree([runs[side][0][size]["probability"] for side in TITLES])
+        fast = {side: min(run[size]["least_ms"] for run in runs[side]) for side in TITLES}
+        median = {side: min(run[size]["median_ms"] for run in runs[side]) for side in TITLES}
+        cells = [f"{fast[side]:.2f}, {median[side]:.2f} ms" for side in TITLES]
+        for side in ("ours", "native"):
+            cells.append(f"{fast['torch'] / fast[side]:.1f}x, {median['torch'] / median[side]:.1f}x")
+        lines.append(f"| {size} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def assert_agree(probabilities: list[list[float]]) -> None:
+    """All sides say the same of the first rows."""
+    difference = float(np.ptp(np.array(probabilities), axis=0).max())
+    assert difference < 1e-5, f"they disagree by {difference}"
 
 
 def stamp(flags: argparse.Namespace) -> str:

@@ -26,6 +26,7 @@ LAYERS = (
     {"serving.transform"},
     {"serving.loaded"},
     {"serving.telemetry", "serving.protocol", "serving.page", "serving.openapi", "serving.load_generator"},
+    {"serving.native"},
     {"serving.batching", "serving.repository"},
     {"serving.asgi"},
     {"serving.front"},

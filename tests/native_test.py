@@ -142,10 +142,10 @@ def test_native_keeps_one_copy_of_a_table():
 @needs_compiler
 def test_a_library_is_compiled_once(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    path = build.built()
+    path = build.built(build.SCORE, ())
     made = path.stat().st_mtime_ns
 
-    assert build.built() == path
+    assert build.built(build.SCORE, ()) == path
     assert path.stat().st_mtime_ns == made
     assert [file.name for file in (tmp_path / "dlrm_jax").iterdir()] == [path.name]
 
@@ -163,8 +163,8 @@ def test_a_compiler_that_fails_is_named_and_leaves_nothing(tmp_path, monkeypatch
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("CXX", "false")
 
-    with pytest.raises(ConfigError, match=r"^false .* could not compile tables\.cc"):
-        build.built()
+    with pytest.raises(ConfigError, match=r"^false .* could not compile score\.cc"):
+        build.built(build.SCORE, ())
     assert not list((tmp_path / "dlrm_jax").iterdir())
 
 

@@ -1,4 +1,4 @@
-"""Compile tables.cc for this machine, once, and give its functions to XLA."""
+"""Compile C++ for this machine, once; give the functions of tables.cc to XLA."""
 
 import ctypes
 import functools
@@ -17,7 +17,7 @@ import jax
 
 from dlrm_jax.config import ConfigError
 
-SOURCE = pathlib.Path(__file__).with_name("tables.cc")
+TABLES, SCORE = (pathlib.Path(__file__).with_name(name) for name in ("tables.cc", "score.cc"))
 TARGETS = ("dlrm_lookup", "dlrm_update_sgd", "dlrm_update_adagrad", "dlrm_update_rowwise_adagrad")
 _LOG = logging.getLogger("dlrm_jax")
 _OPTIONS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC")
@@ -29,18 +29,18 @@ def register() -> None:
 
     Raises ConfigError without a C++ compiler, or where it fails.
     """
-    library = ctypes.CDLL(str(built()))
+    library = ctypes.CDLL(str(built(TABLES, ("-isystem", jax.ffi.include_dir()))))
     for name in TARGETS:
         jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(library, name)), platform="cpu")
 
 
-def built() -> pathlib.Path:
+def built(source: pathlib.Path, options: tuple[str, ...]) -> pathlib.Path:
     """The compiled library: of this source, this jaxlib, this compiler and this kind of processor."""
-    command = [*compiler(), *_OPTIONS, "-isystem", jax.ffi.include_dir()]
-    told = "\0".join([SOURCE.read_text(), jax.lib.__version__, _processor(), *command])
-    path = cache_directory() / f"tables-{hashlib.sha256(told.encode()).hexdigest()[:16]}.so"
+    command = [*compiler(), *_OPTIONS, *options]
+    told = "\0".join([source.read_text(), jax.lib.__version__, _processor(), *command])
+    path = cache_directory() / f"{source.stem}-{hashlib.sha256(told.encode()).hexdigest()[:16]}.so"
     if not path.exists():
-        _compile(command, path)
+        _compile(command, source, path)
     return path
 
 
@@ -80,14 +80,14 @@ def _processor() -> str:
     return "".join(next((line for line in lines if line.startswith(key)), "") for key in keys)
 
 
-def _compile(command: list[str], path: pathlib.Path) -> None:
-    _LOG.info("compiling %s by %s, once: seconds, or minutes by ziglang", SOURCE.name, command[0])
+def _compile(command: list[str], source: pathlib.Path, path: pathlib.Path) -> None:
+    _LOG.info("compiling %s by %s, once: seconds, or minutes by ziglang", source.name, command[0])
     path.parent.mkdir(parents=True, exist_ok=True)
     # Beside its place and then moved there, so that no other process meets half a library.
     with tempfile.TemporaryDirectory(dir=path.parent) as directory:
         made = pathlib.Path(directory) / path.name
-        done = subprocess.run([*command, str(SOURCE), "-o", str(made)], capture_output=True, text=True)
+        done = subprocess.run([*command, str(source), "-o", str(made)], capture_output=True, text=True)
         if done.returncode:
             first = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr[:300])
-            raise ConfigError(f"{' '.join(command)} could not compile {SOURCE.name}: {first}")
+            raise ConfigError(f"{' '.join(command)} could not compile {source.name}: {first}")
         os.replace(made, path)

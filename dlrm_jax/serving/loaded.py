@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 from jax import export as jax_export
 
-from dlrm_jax.config import ConfigError
+from dlrm_jax.config import ConfigError, ModelConfig, model_from_dict
 from dlrm_jax.data.vocabulary import Vocabulary
 from dlrm_jax.serving import signature as signatures
 from dlrm_jax.serving.errors import BadRequest
@@ -21,6 +21,9 @@ from dlrm_jax.serving.transform import Reader
 
 BATCH_SIZES = (1, 4, 16, 64, 128, 256, 512, 1024, 2048)
 """Batches are filled up to the next of these; larger ones are cut."""
+
+_POOLING_WEIGHTS = "/pooling_weights"
+"""Suffix of such an array's name (embedding.py, which serving does not import)."""
 
 SELF_CHECK_TOLERANCE = 1e-4
 """Probabilities of another device may differ so much from those at export; on the same kind it is about 1e-7."""
@@ -49,9 +52,13 @@ class Program:
 
 
 class Engine(Protocol):
-    """Where a version's weights lie and how they score; `batch_multiple` divides every batch that it is given."""
+    """Where a version's weights lie and how they score.
+
+    `batch_multiple` divides every batch that it is given; with `fixed_sizes` each is of one of the Servable's sizes.
+    """
 
     batch_multiple: int
+    fixed_sizes: bool
 
     def run(self, dense_BxN: np.ndarray, ids_BxK: np.ndarray) -> Sequence[Any]:
         """(probability_B, logit_B)."""
@@ -61,6 +68,7 @@ class OneDevice:
     """All weights on the first device, and the exported program."""
 
     batch_multiple = 1
+    fixed_sizes = True
     _program: Program
 
     def __init__(self, version: Version, like: Engine | None = None) -> None:
@@ -184,7 +192,8 @@ class Servable:
         for start in range(0, rows, largest):
             dense, ids = dense_BxN[start : start + largest], ids_BxK[start : start + largest]
             count = len(dense)
-            size = next(size for size in self.batch_sizes if size >= count)
+            fixed = self._engine.fixed_sizes
+            size = next(size for size in self.batch_sizes if size >= count) if fixed else count
             if size > count:
                 dense = np.concatenate([dense, np.zeros((size - count, dense.shape[1]), np.float32)])
                 ids = np.concatenate([ids, np.full((size - count, ids.shape[1]), EMPTY_SLOT, np.int32)])
@@ -196,10 +205,16 @@ class Servable:
 
 
 def load(
-    model_dir: str | pathlib.Path, version: int | None = None, batch_sizes: Sequence[int] = BATCH_SIZES
+    model_dir: str | pathlib.Path,
+    version: int | None = None,
+    batch_sizes: Sequence[int] = BATCH_SIZES,
+    make_engine: MakeEngine = OneDevice,
 ) -> Servable:
-    """A version of an exported model (the latest by default), every file checked against its hash."""
-    return Servable(open_version(pathlib.Path(model_dir), version), batch_sizes)
+    """A version of an exported model (the latest by default), every file checked against its hash.
+
+    `make_engine=NativeCpu` (serving/native.py) scores by C++.
+    """
+    return Servable(open_version(pathlib.Path(model_dir), version), batch_sizes, make_engine=make_engine)
 
 
 def _read_weights(version: Version) -> dict[str, jax.Array]:
@@ -210,11 +225,43 @@ def _read_weights(version: Version) -> dict[str, jax.Array]:
     return weights
 
 
+def read_model(version: Version) -> tuple[ModelConfig, float]:
+    """The model's configuration, and the threshold of its probabilities."""
+    try:
+        values = version.read_json("model.json")
+        return model_from_dict(values["model"]), values["loss_threshold"]
+    except FileNotFoundError:
+        raise ConfigError(
+            f"{version.directory} has no model.json, which --mesh and native kernels need; export it anew"
+        ) from None
+
+
 def read_dense(version: Version) -> dict[str, np.ndarray]:
     """Weights that are no table's, by name."""
     arrays = version.read_json("weights.json")
     dense = {name: facts for name, facts in arrays.items() if "tables" not in facts}
     return {name: read_array(version, facts["files"][0], facts["dtype"]) for name, facts in dense.items()}
+
+
+class TableFiles:
+    """Where an export's tables lie, how they are stored (`kind`, quantise.TABLE_TYPES) and how wide they are."""
+
+    def __init__(self, version: Version) -> None:
+        self._version = version
+        signature = version.read_json("signature.json")
+        self.kind, self.embedding_dim = signature["kind"], signature["embedding_dim"]
+        self._file_of: dict[str, tuple[str, str]] = {}
+        for facts in version.read_json("weights.json").values():
+            for table, file in zip(facts.get("tables", ()), facts["files"], strict=False):
+                self._file_of[table] = (file, facts["dtype"])
+
+    def stored(self, table: str) -> np.ndarray:
+        """A table's rows as they are stored, mapped and not read."""
+        return read_array(self._version, *self._file_of[table])
+
+    def pooling_weights(self, table: str) -> np.ndarray:
+        """(rows, 1) float32: what each row is multiplied with, where that was learned."""
+        return self.stored(table + _POOLING_WEIGHTS)
 
 
 def read_array(version: Version, file: str, dtype: str) -> np.ndarray:

@@ -12,12 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
-from dlrm_jax.config import ConfigError, ModelConfig, OptimizerConfig, ScheduleConfig, model_from_dict
-from dlrm_jax.embedding import POOLING_WEIGHTS
+from dlrm_jax.config import ModelConfig, OptimizerConfig, ScheduleConfig
 from dlrm_jax.loss import probability
 from dlrm_jax.model import DLRM
 from dlrm_jax.serving.export import nested
-from dlrm_jax.serving.loaded import Engine, read_array, read_dense
+from dlrm_jax.serving.loaded import Engine, TableFiles, read_dense, read_model
 from dlrm_jax.serving.quantise import BITS, dequantise_rows
 from dlrm_jax.serving.store import Version
 from dlrm_jax.sharding import reshard
@@ -38,13 +37,14 @@ Forward = Callable[..., tuple[jax.Array, jax.Array]]
 class SeveralDevices:
     """Tables placed as `options` say, batches split over all devices of the mesh (loaded.Engine)."""
 
+    fixed_sizes = True
     _forward: Forward
 
     def __init__(
         self, version: Version, options: ShardingOptions, largest_batch: int, like: Engine | None = None
     ) -> None:
         """Read a version's weights; what was compiled for `like` is kept where model and plan are the same."""
-        self._model, self._threshold = _read_model(version)
+        self._model, self._threshold = read_model(version)
         self.placed = _place(self._model, options, largest_batch)
         self.batch_multiple = self.placed.num_devices
         self._tables = _read_tables(version, self.placed)
@@ -72,16 +72,6 @@ class SeveralDevices:
         return jax.jit(forward, in_shardings=(_shardings(placed), placed.everywhere, split, split))
 
 
-def _read_model(version: Version) -> tuple[ModelConfig, float]:
-    try:
-        values = version.read_json("model.json")
-        return model_from_dict(values["model"]), values["loss_threshold"]
-    except FileNotFoundError:
-        raise ConfigError(
-            f"{version.directory} has no model.json, which placing its tables needs; export it anew"
-        ) from None
-
-
 def _place(model: ModelConfig, options: ShardingOptions, largest_batch: int) -> Placed:
     auto = None
     if options.sharding == AUTO:
@@ -98,34 +88,29 @@ def _shardings(placed: Placed) -> dict[str, NamedSharding]:
 
 
 def _read_tables(version: Version, placed: Placed) -> dict[str, jax.Array]:
-    files, shardings, arrays = _TableFiles(version), _shardings(placed), {}
+    rows, shardings, arrays = _Rows(version), _shardings(placed), {}
     for stack in placed.stacks:
         for weights, shape in ((False, stack.shape), (True, stack.row_shape())):
             kind = reshard.Kind("tables", weights, per_row=weights)
             name = kind.key(stack)
             if name in shardings:
-                arrays[name] = reshard.read_array(files, kind, stack, shape, shardings[name])
+                arrays[name] = reshard.read_array(rows, kind, stack, shape, shardings[name])
     return arrays
 
 
-class _TableFiles:
-    """Rows of an export's tables, read where they lie (reshard.Rows)."""
+class _Rows:
+    """Rows of an export's tables in float32, read where they lie (reshard.Rows)."""
 
     def __init__(self, version: Version) -> None:
-        self._version = version
-        signature = version.read_json("signature.json")
-        self._kind, self._dim = signature["kind"], signature["embedding_dim"]
-        self._file_of: dict[str, tuple[str, str]] = {}
-        for facts in version.read_json("weights.json").values():
-            for table, file in zip(facts.get("tables", ()), facts["files"], strict=False):
-                self._file_of[table] = (file, facts["dtype"])
+        self._files = TableFiles(version)
 
     def rows(self, kind: reshard.Kind, table: str, first: int, step: int, count: int) -> np.ndarray:
         """(count, columns) float32: rows first, first + step, ... of a table."""
-        array = read_array(self._version, *self._file_of[table + POOLING_WEIGHTS if kind.weights else table])
+        files = self._files
+        array = files.pooling_weights(table) if kind.weights else files.stored(table)
         rows = np.asarray(array[first : first + step * (count - 1) + 1 : step])
-        if self._kind in BITS and not kind.weights:
-            return np.asarray(dequantise_rows(jnp.asarray(rows), BITS[self._kind], self._dim))
+        if files.kind in BITS and not kind.weights:
+            return np.asarray(dequantise_rows(jnp.asarray(rows), BITS[files.kind], files.embedding_dim))
         return rows.astype(np.float32, copy=False)
 
 

@@ -1,4 +1,7 @@
-"""Milliseconds of one prediction of an exported model: `python experiments/peers/predict_ours.py DIR 1 64 2048`."""
+"""Milliseconds of one prediction of an exported model: `python experiments/peers/predict_ours.py DIR 1 64 2048`.
+
+`--native`: by C++ (dlrm_jax/serving/native.py).
+"""
 
 import json
 import sys
@@ -6,13 +9,17 @@ import time
 
 import numpy as np
 
-from dlrm_jax.serving import load
+from dlrm_jax.serving.loaded import OneDevice, load
+from dlrm_jax.serving.native import NativeCpu
 
 
 def main() -> None:
     """As predict_torch.py, on the same rows."""
-    sizes = tuple(map(int, sys.argv[2:]))
-    model = load(sys.argv[1], batch_sizes=sizes)
+    arguments = sys.argv[1:]
+    engine = NativeCpu if "--native" in arguments else OneDevice
+    directory, *sizes = (argument for argument in arguments if argument != "--native")
+    sizes = tuple(map(int, sizes))
+    model = load(directory, batch_sizes=sizes, make_engine=engine)
     rng = np.random.default_rng(0)
     limits = [feature.rows for feature in model.signature.features]
     out = {}
