@@ -125,9 +125,10 @@ def compare_servers(flags: argparse.Namespace) -> str:
         cells, rates = [], {}
         for side in TITLES:
             run = best.get((side, candidates))
-            summary = run.summary() if run else {"qps": 0.0, "p50_ms": float("nan"), "p99_ms": float("nan")}
+            summary = run.summary() if run else {"qps": 0.0}
             rates[side] = summary["qps"]
-            cells.append(f"**{summary['qps']:,.0f}**; {summary['p50_ms']:.1f}, {summary['p99_ms']:.1f} ms")
+            held = "{qps:,.0f}; {p50_ms:.1f}, {p99_ms:.1f} ms"
+            cells.append(held.format(**summary) if run else "none, from 1/s on")
         for side in ("ours", "native"):
             cells.append(f"{rates[side] / rates['torch']:.1f}x" if rates["torch"] else "-")
         lines.append(f"| {candidates} | {' | '.join(cells)} |")
