@@ -117,7 +117,8 @@ def compare_servers(flags: argparse.Namespace) -> str:
                 if run is not None and (key not in best or run.qps > best[key].qps):
                     best[key] = run
     lines = [
-        f"| candidates | {' | '.join(f'{title}: requests/s; p50, p99' for title in TITLES.values())} "
+        f"| candidates, p99 <= {flags.p99_ms:g} ms "
+        f"| {' | '.join(f'{title}: requests/s; p50, p99' for title in TITLES.values())} "
         "| ours over FastAPI + PyTorch | native over it |",
         "|---|---|---|---|---|---|",
     ]
@@ -127,7 +128,7 @@ def compare_servers(flags: argparse.Namespace) -> str:
             run = best.get((side, candidates))
             summary = run.summary() if run else {"qps": 0.0}
             rates[side] = summary["qps"]
-            held = "{qps:,.0f}; {p50_ms:.1f}, {p99_ms:.1f} ms"
+            held = "**{qps:,.0f}**; {p50_ms:.1f}, {p99_ms:.1f} ms"
             cells.append(held.format(**summary) if run else "none, from 1/s on")
         for side in ("ours", "native"):
             cells.append(f"{rates[side] / rates['torch']:.1f}x" if rates["torch"] else "-")
@@ -180,7 +181,7 @@ def stamp(flags: argparse.Namespace) -> str:
     return (
         f"Measured {datetime.date.today()}, {os.cpu_count()} {platform.machine()} cores (load of the whole machine at "
         f"the end: {load:.1f}), jax {metadata.version('jax')}, torch {torch}; "
-        f"`python experiments/serving_comparison.py --rounds={flags.rounds}`."
+        f"`python experiments/serving_comparison.py --part={flags.part} --rounds={flags.rounds}`."
     )
 
 

@@ -83,13 +83,13 @@ def export_random(model_dir, model, kind):
 def test_scores_are_those_of_the_exported_program(tmp_path, kind, changes):
     model = tiny_model(**changes)
     version = export_random(tmp_path, model, kind)
-    native, plain = NativeCpu(version), OneDevice(version)
+    ours, plain = NativeCpu(version), OneDevice(version)
     for rows in (1, 40):
         batch = random_batch(model, rows, seed=rows)
-        got, want = scores(native, batch), scores(plain, batch)
+        got, want = scores(ours, batch), scores(plain, batch)
         assert got.shape == (2, rows) and (rows == 1 or np.ptp(want[1]) > 0.1)
-        np.testing.assert_allclose(got[0], want[0], atol=2e-6)
-        np.testing.assert_allclose(got[1], want[1], rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(got[0], want[0], atol=1e-6)
+        np.testing.assert_allclose(got[1], want[1], rtol=1e-5, atol=1e-5)
 
 
 @needs_compiler
@@ -154,7 +154,7 @@ def test_probabilities_keep_their_threshold_and_what_is_not_a_number_stays_none(
 
 @needs_compiler
 @pytest.mark.parametrize("changes", [{}, {"tables": (TableConfig("item", 7, 4),), "features": MEANS}])
-def test_an_id_outside_its_table_reads_nothing(tmp_path, changes):
+def test_an_id_outside_its_table_is_an_empty_slot(tmp_path, changes):
     """The server refuses it; the C++ must not read another's memory whoever asks."""
     model = tiny_model(**changes)
     engine, batch = NativeCpu(export_tiny(tmp_path, model)), random_batch(model, 6)
@@ -163,10 +163,7 @@ def test_an_id_outside_its_table_reads_nothing(tmp_path, changes):
     empty[:, 0] = -1
     for outside in (rows, 2**31 - 1, -2, -(2**31)):
         batch.ids_BxK[:, 0] = outside
-        got = np.array(engine.run(batch.dense_BxN, batch.ids_BxK))
-        assert np.isfinite(got).all()
-        if outside < 0 or not changes:  # In a mean it counts as filled.
-            np.testing.assert_array_equal(got, np.array(engine.run(batch.dense_BxN, empty)))
+        np.testing.assert_array_equal(scores(engine, batch), np.array(engine.run(batch.dense_BxN, empty)))
 
 
 @needs_compiler
@@ -186,9 +183,7 @@ def test_what_would_be_read_beyond_its_end_is_refused(exported):
 
 def in_a_process(code, model_dir):
     """Run `code`, which may end its process, in one of its own."""
-    start = (
-        "import os, signal, sys, threading, warnings\nimport numpy as np\nfrom dlrm_jax.serving.loaded import load\n"
-    )
+    start = "import os, signal, sys, threading, warnings\nfrom dlrm_jax.serving.loaded import load\n"
     start += "from dlrm_jax.serving.native import NativeCpu\nfrom tests.helpers import random_batch, tiny_model\n"
     start += "from tests.native_serving_test import LONG\nbatch = random_batch(tiny_model(**LONG), 200)\n"
     start += "make = lambda version, like: NativeCpu(version, threads=3)\n"

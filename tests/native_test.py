@@ -148,6 +148,9 @@ def test_a_library_is_compiled_once(tmp_path, monkeypatch):
     assert build.built(build.SCORE, ()) == path
     assert path.stat().st_mtime_ns == made
     assert [file.name for file in (tmp_path / "dlrm_jax").iterdir()] == [path.name]
+    (tmp_path / "changed.h").write_text("")
+    monkeypatch.setattr(build, "_INCLUDED", tmp_path / "changed.h")
+    assert build.built(build.SCORE, ()) != path
 
 
 def test_without_a_compiler_the_error_says_what_to_do(monkeypatch):

@@ -1,1 +1,1 @@
-"""Lookup and update of tables by C++ on CPUs, as an option: --cpu_kernels=native."""
+"""Tables' lookup and update, and an exported model's score, by C++ on CPUs, as an option: --cpu_kernels=native."""

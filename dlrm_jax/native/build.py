@@ -17,7 +17,7 @@ import jax
 
 from dlrm_jax.config import ConfigError
 
-TABLES, SCORE = (pathlib.Path(__file__).with_name(name) for name in ("tables.cc", "score.cc"))
+TABLES, SCORE, _INCLUDED = map(pathlib.Path(__file__).with_name, ("tables.cc", "score.cc", "parallel.h"))
 TARGETS = ("dlrm_lookup", "dlrm_update_sgd", "dlrm_update_adagrad", "dlrm_update_rowwise_adagrad")
 _LOG = logging.getLogger("dlrm_jax")
 _OPTIONS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC")
@@ -35,9 +35,9 @@ def register() -> None:
 
 
 def built(source: pathlib.Path, options: tuple[str, ...]) -> pathlib.Path:
-    """The compiled library: of this source, this jaxlib, this compiler and this kind of processor."""
+    """The compiled library: of this source, these options, this jaxlib, this compiler and this kind of processor."""
     command = [*compiler(), *_OPTIONS, *options]
-    told = "\0".join([source.read_text(), jax.lib.__version__, _processor(), *command])
+    told = "\0".join([source.read_text(), _INCLUDED.read_text(), jax.lib.__version__, _processor(), *command])
     path = cache_directory() / f"{source.stem}-{hashlib.sha256(told.encode()).hexdigest()[:16]}.so"
     if not path.exists():
         _compile(command, source, path)

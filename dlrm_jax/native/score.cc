@@ -8,19 +8,19 @@
 #include <pthread.h>
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <condition_variable>
 #include <cstdint>
 #include <cstring>
 #include <deque>
 #include <functional>
-#include <memory>
 #include <mutex>
 #include <system_error>
 #include <thread>
 #include <utility>
 #include <vector>
+
+#include "parallel.h"
 
 namespace {
 
@@ -38,7 +38,6 @@ constexpr int64_t kPanel = 2 * kLanes;
 constexpr int64_t kBlockRows = 48;
 constexpr int64_t kLeastProducts = 6 << 20;  // Of a thread: 0.1 ms. Waking one for less takes longer.
 constexpr int64_t kProductsOfNumber = 32;    // As many as could be done while a number of a table comes from memory.
-constexpr int kYields = 300;
 constexpr int64_t kAhead = 32;               // Slots whose rows are on their way from memory.
 constexpr int64_t kLine = 64;
 
@@ -246,7 +245,7 @@ class Block {
         const int64_t end = slot + feature.hotness;
         std::fill(sum, sum + model_.width, 0.0f);
         int64_t filled = 0;
-        for (int64_t i = slot; i < end; ++i) filled += ids_[i] >= 0;
+        for (int64_t i = slot; i < end; ++i) filled += RowOf(feature, i) != nullptr;
         const float scale = feature.mean && filled > 1 ? 1.0f / filled : 1.0f;
         for (; slot < end; ++slot) {
           if (slot + kAhead < end_of_slots) AskFor(slot + kAhead);
@@ -314,69 +313,44 @@ class Block {
 
 thread_local Scratch Block::scratch_;
 
-// Threads that help whoever has parts of work to do; a caller does what no thread has begun, and waits for the rest.
+// Threads that help whoever has work to deal out.
 class Helpers {
  public:
-  void Run(int64_t parts, int64_t threads, std::function<void(int64_t)> work) {
-    auto job = std::make_shared<Job>();
-    job->parts = parts;
-    job->work = std::move(work);
-    int64_t wanted = std::min(parts, threads) - 1;
-    if (wanted > 0) {
-      std::lock_guard<std::mutex> lock(mutex_);
-      Start(threads - 1);
-      wanted = std::min(wanted, started_);
-      for (int64_t i = 0; i < wanted; ++i) jobs_.push_back(job);
-    }
-    for (int64_t i = 0; i < wanted; ++i) wake_.notify_one();
-    job->Work();
-    // The rest is a part's time away at most, which is often less than sleeping and waking would take.
-    for (int i = 0; i < kYields && job->done < parts; ++i) std::this_thread::yield();
-    std::unique_lock<std::mutex> lock(job->mutex);
-    job->finished.wait(lock, [&] { return job->done == parts; });
-  }
-
- private:
-  struct Job {
-    std::function<void(int64_t)> work;
-    int64_t parts = 0;
-    std::atomic<int64_t> next{0}, done{0};
-    std::mutex mutex;
-    std::condition_variable finished;
-
-    void Work() {
-      for (int64_t i; (i = next++) < parts;) {
-        work(i);
-        std::lock_guard<std::mutex> lock(mutex);
-        if (++done == parts) finished.notify_all();
-      }
-    }
-  };
-
-  // As many threads as asked for, or as the system lets us have.
-  void Start(int64_t threads) {
+  // Starts so many where there are fewer; how many there are, which the system may hold down.
+  int64_t Start(int64_t threads) {
+    std::lock_guard<std::mutex> lock(mutex_);
     try {
       for (; started_ < threads; ++started_) std::thread([this] { Help(); }).detach();
     } catch (const std::system_error&) {
     }
+    return started_;
   }
 
+  void Schedule(std::function<void()> task) {
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      tasks_.push_back(std::move(task));
+    }
+    wake_.notify_one();
+  }
+
+ private:
   void Help() {
     for (;;) {
-      std::shared_ptr<Job> job;
+      std::function<void()> task;
       {
         std::unique_lock<std::mutex> lock(mutex_);
-        wake_.wait(lock, [&] { return !jobs_.empty(); });
-        job = std::move(jobs_.front());
-        jobs_.pop_front();
+        wake_.wait(lock, [&] { return !tasks_.empty(); });
+        task = std::move(tasks_.front());
+        tasks_.pop_front();
       }
-      job->Work();
+      task();
     }
   }
 
   std::mutex mutex_;
   std::condition_variable wake_;
-  std::deque<std::shared_ptr<Job>> jobs_;
+  std::deque<std::function<void()>> tasks_;
   int64_t started_ = 0;
 };
 
@@ -413,7 +387,8 @@ void dlrm_score(const Model* model, const float* dense, const int32_t* ids, int6
   const int64_t worth = rows * ProductsOfRow(*model) / kLeastProducts;
   const int64_t most = std::max<int64_t>(1, std::min({threads, rows, worth}));
   const int64_t parts = ((rows + kBlockRows - 1) / kBlockRows + most - 1) / most * most;
-  helpers->Run(parts, most, [=](int64_t part) {
+  const int64_t helping = most > 1 ? std::min(most - 1, helpers->Start(most - 1)) : 0;
+  InParallel(*helpers, 1 + helping, parts, [&](int64_t part) {
     const int64_t first = rows * part / parts, count = rows * (part + 1) / parts - first;
     Block(*model, dense + first * model->num_dense, ids + first * model->num_slots, count).Score(probability + first, logit + first);
   });

@@ -7,14 +7,11 @@
 // with the same instructions.
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
-#include <condition_variable>
 #include <cstdint>
-#include <memory>
-#include <mutex>
 #include <vector>
 
+#include "parallel.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace {
@@ -32,30 +29,6 @@ constexpr int64_t kLine = 64;
 typedef float Group __attribute__((vector_size(32), aligned(4), may_alias));
 
 enum class Rule { kSgd, kAdagrad, kRowwiseAdagrad };
-
-// Calls work(0) to work(n - 1), on the pool's threads and on this one; returns when all are done. This thread takes
-// whatever no other has begun, so it never waits for a task that has yet to get a thread.
-template <typename Work>
-void InParallel(ffi::ThreadPool pool, int64_t n, const Work& work) {
-  struct Progress {
-    std::atomic<int64_t> next{0};
-    int64_t done = 0;
-    std::mutex mutex;
-    std::condition_variable finished;
-  };
-  auto progress = std::make_shared<Progress>();
-  auto run = [progress, n, &work] {  // A task that starts after the end finds nothing left, and touches no work.
-    for (int64_t i; (i = progress->next++) < n;) {
-      work(i);
-      std::lock_guard<std::mutex> lock(progress->mutex);
-      if (++progress->done == n) progress->finished.notify_all();
-    }
-  };
-  for (int64_t i = 1; i < std::min(n, pool.num_threads()); ++i) pool.Schedule(decltype(run)(run));
-  run();
-  std::unique_lock<std::mutex> lock(progress->mutex);
-  progress->finished.wait(lock, [&] { return progress->done == n; });
-}
 
 inline void AskFor(const float* row, int64_t width) {
   for (int64_t byte = 0; byte < width * 4; byte += kLine) {
@@ -132,7 +105,7 @@ ffi::Error LookUp(ffi::ThreadPool pool, Floats table, Ids ids_BxK, Floats scale_
   std::vector<int64_t> first(slots.num_features + 1, 0);
   for (int64_t f = 0; f < slots.num_features; ++f) first[f + 1] = first[f] + hotness[f];
   const int64_t parts = (slots.batch + kExamplesAtATime - 1) / kExamplesAtATime;
-  InParallel(pool, slots.num_features * parts, [&](int64_t work) {
+  InParallel(pool, pool.num_threads(), slots.num_features * parts, [&](int64_t work) {
     const int64_t f = work / parts, start = work % parts * kExamplesAtATime;
     sum_bags(table.typed_data(), slots, first[f], hotness[f], start, std::min(slots.batch, start + kExamplesAtATime),
              width, pooled_BxFxD->typed_data() + (start * slots.num_features + f) * width, slots.num_features * width);
@@ -171,7 +144,7 @@ void UpdateRows(ffi::ThreadPool pool, const Slots& slots, const float* d_pooled,
     const int64_t slot = static_cast<uint32_t>(entry), b = slot / slots.per_example, k = slot % slots.per_example;
     return d_pooled + (b * slots.num_features + slots.feature[k]) * width;
   };
-  InParallel(pool, threads, [&](int64_t thread) {
+  InParallel(pool, threads, threads, [&](int64_t thread) {
     thread_local std::vector<uint64_t> mine, scratch;  // Kept: fresh pages would cost as much as the sort.
     mine.clear();
     for (int64_t slot = 0; slot < slots.batch * slots.per_example; ++slot) {
