@@ -84,6 +84,8 @@ def test_reads_the_real_sample():
         (row(label="x"), "line 3, column Label: 'x' is not a number"),
         (row(counts=["1"] * 12 + ["1.5"]), "line 3, column I13: '1.5' is not a number"),
         (row(categories=["zz"] * 26), "line 3, column C1: 'zz' is not a hexadecimal number"),
+        (row(counts=["9" * 20] * 13), f"line 3, column I1: '{'9' * 20}' is not a number of 64 bits"),
+        (row(counts=["1_0"] * 13), "line 3, column I1: '1_0' is not a number"),
         (row()[:-1], "line 3 has 39 columns; expected 40"),
     ],
 )

@@ -12,7 +12,16 @@ from tests.helpers import ROOT
 LAYERS = (
     {"config", "rows", "formulations", "huge_pages", "heap", "gpu_atomics"},
     {"batch", "sparse_optimizer", "dense_optimizer", "interaction", "loss", "schedule", "sharding.mesh"},
-    {"data.hashing", "data.schema", "data.source", "sharding.plan", "sharding.collective", "pooling", "native.build"},
+    {
+        "data.hashing",
+        "data.schema",
+        "data.times",
+        "data.source",
+        "sharding.plan",
+        "sharding.collective",
+        "pooling",
+        "native.build",
+    },
     {"data.dense", "serving.errors", "serving.signature", "serving.store"},
     {
         "data.vocabulary",
@@ -34,7 +43,7 @@ LAYERS = (
     {"serving.server"},
     {"data.bags", "data.array_source", "data.table_source", "data.text_source", "data.splits", "data.blocks"},
     {"metrics", "model", "embedding", "data.dataset", "data.text", "data.statistics", "data.numbering"},
-    {"data.windows", "data.trace", "data.multi_hot", "data.first_pass", "data.second_pass"},
+    {"data.windows", "data.trace", "data.time_column", "data.multi_hot", "data.first_pass", "data.second_pass"},
     {"state", "table_ops", "reporting", "data.planted", "data.criteo", "data.movielens", "data.synthetic"},
     {"data.prepared", "sharding.storage", "sharding.hlo", "sharding.hardware", "sharding.skew"},
     {"sharding.bags", "sharding.birth", "native.ops"},

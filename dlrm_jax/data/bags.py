@@ -68,10 +68,11 @@ def read_bags(sparse: Sparse, array: pa.Array, null_values: tuple[str, ...]) -> 
     if fill and empty_R.any():
         values = pa.concat_arrays([_as_text(values), pa.array([sparse.fill])])
         index_hxR[0, empty_R] = len(values) - 1
-    keys, checks, texts, wrong, reason = _keys(sparse, values)
-    for found in elements.bad(wrong[: len(elements.values)], sparse.source, reason):
-        rows, first = np.unique(found.row_M if row_E is None else row_E[found.row_M], return_index=True)
-        bad.append(dataclasses.replace(found, row_M=rows, values=found.values.take(pa.array(first))))
+    keys, checks, texts, wrong = _keys(sparse, values)
+    for reason, wrong_U in wrong.items():
+        for found in elements.bad(wrong_U[: len(elements.values)], sparse.source, reason):
+            rows, first = np.unique(found.row_M if row_E is None else row_E[found.row_M], return_index=True)
+            bad.append(dataclasses.replace(found, row_M=rows, values=found.values.take(pa.array(first))))
     return Bags(keys, index_hxR, checks, texts, not is_list, truncated_R), bad
 
 
@@ -114,26 +115,27 @@ def _as_text(values: pa.Array) -> pa.Array:
     return pc.cast(values, pa.string())
 
 
-def _keys(sparse: Sparse, values: pa.Array) -> tuple[np.ndarray, np.ndarray | None, pa.Array | None, np.ndarray, str]:
-    """(keys, checks, texts, which values are wrong, why)."""
+def _keys(
+    sparse: Sparse, values: pa.Array
+) -> tuple[np.ndarray, np.ndarray | None, pa.Array | None, dict[str, np.ndarray]]:
+    """(keys, checks, texts, which values are wrong, by the reason why)."""
     if sparse.type == "string":
         texts = _as_text(values).fill_null("")
-        keys, wrong = hash_strings(texts), np.zeros(len(texts), bool)
+        keys = hash_strings(texts)
         if sparse.ids == "vocabulary":
-            return keys, hash_strings(texts, seed=1), texts, wrong, ""
-        return keys % np.uint64(sparse.size), None, None, wrong, ""
-    integers, wrong = to_integers(values, sparse.type)
-    reason = "is not a hexadecimal number" if sparse.type == "hex" else "is not a whole number"
+            return keys, hash_strings(texts, seed=1), texts, {}
+        return keys % np.uint64(sparse.size), None, None, {}
+    integers, no_number = to_integers(values, sparse.type)
+    wrong = {"is not a hexadecimal number" if sparse.type == "hex" else "is not a whole number": no_number}
     if sparse.modulo:
         # 64 bits of hex fill the sign too; as an unsigned number they have the remainder that they should.
         unsigned = integers.view(np.uint64) % np.uint64(sparse.modulo)
         integers = unsigned.view(np.int64) if sparse.type == "hex" else integers % sparse.modulo
     if sparse.ids == "hash":
-        return hash_integers(integers) % np.uint64(sparse.size), None, None, wrong, reason
+        return hash_integers(integers) % np.uint64(sparse.size), None, None, wrong
     if sparse.ids == "raw":
         greatest = (sparse.size or _MAX_RAW_ID + 1) - 1
         outside = (integers < 0) | (integers > greatest)
-        if not wrong.any():
-            reason = f"is outside the table's ids 0 to {greatest}"
-        return np.where(outside, 0, integers).view(np.uint64), None, None, wrong | outside, reason
-    return integers.view(np.uint64), None, None, wrong, reason
+        wrong[f"is outside the table's ids 0 to {greatest}"] = outside
+        integers = np.where(outside, 0, integers)
+    return integers.view(np.uint64), None, None, wrong

@@ -9,8 +9,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from dlrm_jax.data import times
 from dlrm_jax.data.dense import LARGEST, transform
-from dlrm_jax.data.schema import Dense, Label
+from dlrm_jax.data.schema import Dense, Label, integer
 
 SPLIT_NAMES = ("train", "val", "test")
 
@@ -53,7 +54,7 @@ class Distinct:
         indices = array.indices.fill_null(-1) if array.indices.null_count else array.indices
         index = indices.to_numpy(zero_copy_only=False).astype(np.int32, copy=False)
         values = array.dictionary
-        if pa.types.is_string(values.type) or pa.types.is_large_string(values.type):
+        if _is_text(values.type):
             missing = _is_among(values, null_values)
             if missing.any():
                 if not keep_nulls:
@@ -64,7 +65,7 @@ class Distinct:
     @property
     def is_text(self) -> bool:
         """Whether the values are strings."""
-        return pa.types.is_string(self.values.type) or pa.types.is_large_string(self.values.type)
+        return _is_text(self.values.type)
 
     def spread(self, per_value: np.ndarray, missing: object) -> np.ndarray:
         """A number for each distinct value, as a number for each row."""
@@ -125,18 +126,19 @@ def _pad(values: np.ndarray, last: object) -> np.ndarray:
 
 
 def to_numbers(values: pa.Array) -> tuple[np.ndarray, np.ndarray]:
-    """(float64 of each, 0 where it is none; whether it is none). NaN is a number, null too; infinities are not."""
+    """(float64 of each, 0 where it is none; whether it is none). NaN is a number, null too; infinities are not.
+
+    Text is what Python's `float` reads, but for `_`. Moments count as microseconds since 1970.
+    """
     kind, nulls = values.type, values.is_null().to_numpy(zero_copy_only=False)
-    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
-        try:
-            numbers = pc.cast(values, pa.float64())
-        except pa.ArrowInvalid:
-            values = pc.utf8_trim_whitespace(values)
+    if _is_text(kind):
+        numbers = _cast_texts(values)
+        if numbers is None:
             numbers = pa.array([None if text is None else _float(text) for text in values.to_pylist()], pa.float64())
     elif pa.types.is_boolean(kind):
         numbers = pc.cast(pc.cast(values, pa.int8()), pa.float64())
-    elif pa.types.is_temporal(kind):
-        numbers = pc.cast(pc.cast(pc.cast(values, pa.timestamp("us")), pa.int64()), pa.float64())
+    elif times.is_temporal(kind):
+        numbers = pa.array(times.of_temporal(values).astype(np.float64), mask=nulls)
     elif pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind):
         numbers = pc.cast(values, pa.float64(), safe=False)
     else:
@@ -147,6 +149,20 @@ def to_numbers(values: pa.Array) -> tuple[np.ndarray, np.ndarray]:
     return np.where(infinite, 0.0, out), wrong | infinite
 
 
+def _is_text(kind: pa.DataType) -> bool:
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+
+
+def _cast_texts(texts: pa.Array) -> pa.Array | None:
+    """float64 of texts that Arrow reads; None if there is one that it refuses, or reads and `float` does not."""
+    try:
+        numbers = pc.cast(texts, pa.float64())
+    except pa.ArrowInvalid:
+        return None
+    not_numbers = pc.filter(texts, pc.is_nan(numbers))
+    return None if pc.any(pc.match_substring(not_numbers, "(")).as_py() else numbers  # As nan(1).
+
+
 def _float(text: str) -> float | None:
     try:
         return float(text) if "_" not in text else None
@@ -155,22 +171,47 @@ def _float(text: str) -> float | None:
 
 
 def to_integers(values: pa.Array, kind: str) -> tuple[np.ndarray, np.ndarray]:
-    """(int64 of each, 0 where it is none; whether it is none); `kind` is int or hex. 64 bits of hex fill the sign."""
+    """(int64 of each, 0 where it is none; whether it is none); `kind` is int or hex. 64 bits of hex fill the sign.
+
+    Text of type int is `schema.integer` of it, of type hex at most 16 digits.
+    """
     if pa.types.is_integer(values.type):
         return _filled(values.cast(pa.int64(), safe=False)), np.zeros(len(values), bool)
-    if not (pa.types.is_string(values.type) or pa.types.is_large_string(values.type)):
+    if not _is_text(values.type):
         numbers, wrong = to_numbers(values)
         wrong = wrong | (numbers != np.floor(numbers)) | (np.abs(numbers) > 2**53)
         return np.where(wrong, 0, numbers).astype(np.int64), wrong
     if kind == "hex" and (fixed := _parse_fixed_hex(values)) is not None:
         return fixed, np.zeros(len(values), bool)
     text = pc.utf8_trim_whitespace(values)
+    found = _cast_hex(text) if kind == "hex" else _cast_decimal(text)
+    if found is not None:
+        return found, np.zeros(len(text), bool)
+    if kind == "int":
+        integers = [0 if value is None else integer(value) for value in text.to_pylist()]
+        wrong = np.asarray([value is None for value in integers])
+        return np.asarray([value or 0 for value in integers], np.int64), wrong
+    wrong = ~pc.match_substring_regex(text, "^[0-9a-fA-F]{1,16}$").fill_null(True).to_numpy(zero_copy_only=False)
+    found = _cast_hex(pc.if_else(pa.array(wrong), "0", text))
+    assert found is not None
+    return found, wrong
+
+
+def _cast_hex(text: pa.Array) -> np.ndarray | None:
+    """int64 of hexadecimal texts without a prefix, nulls as 0; None if any is none."""
     try:
-        return _parse_integers(text, kind), np.zeros(len(text), bool)
+        return _filled(pc.cast(pc.binary_join_element_wise("0x", text, ""), pa.uint64())).view(np.int64)
     except pa.ArrowInvalid:
-        pattern = "^[0-9a-fA-F]{1,16}$" if kind == "hex" else r"^[+-]?[0-9]{1,18}$"
-        wrong = ~pc.match_substring_regex(text, pattern).fill_null(True).to_numpy(zero_copy_only=False)
-        return _parse_integers(pc.if_else(pa.array(wrong), "0", text), kind), wrong
+        return None
+
+
+def _cast_decimal(text: pa.Array) -> np.ndarray | None:
+    """int64 of decimal texts, nulls as 0; None if any is none, or has a plus, or is one of Arrow's 0x1f."""
+    try:
+        found = _filled(pc.cast(text, pa.int64()))
+    except pa.ArrowInvalid:
+        return None
+    return None if pc.any(pc.match_substring(text, "x", ignore_case=True)).as_py() else found
 
 
 _HEX = np.full(256, 255, np.uint8)
@@ -202,12 +243,6 @@ def _parse_fixed_hex(texts: pa.Array) -> np.ndarray | None:
     return out
 
 
-def _parse_integers(text: pa.Array, kind: str) -> np.ndarray:
-    if kind == "hex":
-        return _filled(pc.cast(pc.binary_join_element_wise("0x", text, ""), pa.uint64())).view(np.int64)
-    return _filled(pc.cast(pc.utf8_ltrim(text, "+"), pa.int64()))
-
-
 def _filled(values: pa.Array) -> np.ndarray:
     return values.fill_null(0).to_numpy(zero_copy_only=False)
 
@@ -236,19 +271,35 @@ def read_number(column: str, array: pa.Array, null_values: tuple[str, ...]) -> t
     return distinct.spread(numbers, np.nan), distinct.bad(wrong, column, "is not a finite number")
 
 
-def read_time(column: str, array: pa.Array, null_values: tuple[str, ...]) -> tuple[np.ndarray, list[Bad]]:
-    """(int64 of each row; bad rows): numbers as they stand, dates (ISO 8601) as microseconds since 1970."""
+def read_time(
+    column: str, array: pa.Array, null_values: tuple[str, ...]
+) -> tuple[tuple[np.ndarray, np.ndarray], list[Bad]]:
+    """((int64 of each row, whether it was a date), bad rows): numbers as they stand, dates as microseconds since 1970.
+
+    What is a date is said in times.py.
+    """
     distinct = Distinct.of(array, null_values)
-    if distinct.is_text and len(distinct.values):
-        try:
-            dates = pc.cast(distinct.values, pa.timestamp("us"))
-            return distinct.spread(pc.cast(dates, pa.int64()).to_numpy(), 0), distinct.missing(column)
-        except pa.ArrowInvalid:
-            pass  # Numbers, or something to refuse.
-    numbers, wrong = to_numbers(distinct.values)
-    wrong = wrong | np.isnan(numbers) | (np.abs(numbers) >= 2**62)
-    bad = distinct.missing(column) + distinct.bad(wrong, column, "is neither a number nor a date")
-    return distinct.spread(np.where(wrong, 0, numbers).astype(np.int64), 0), bad
+    moments, wrong, dates = to_times(distinct.values)
+    bad = distinct.missing(column) + distinct.bad(wrong, column, "is neither a number nor a date (ISO 8601)")
+    return (distinct.spread(moments, 0), distinct.spread(dates, False)), bad
+
+
+def to_times(values: pa.Array) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(int64 of each, 0 where it is none; whether it is none; whether it is a date instead of a number)."""
+    if times.is_temporal(values.type):
+        moments, wrong, dates = times.of_temporal(values), np.zeros(len(values), bool), np.ones(len(values), bool)
+    elif _is_text(values.type) and (common := times.of_common_texts(values)) is not None:
+        return common, np.zeros(len(values), bool), np.ones(len(values), bool)
+    else:
+        numbers, wrong = to_numbers(values)
+        wrong = wrong | np.isnan(numbers) | (np.abs(numbers) >= times.BEYOND)
+        moments, dates = np.where(wrong, 0, numbers).astype(np.int64), np.zeros(len(values), bool)
+        for i in np.flatnonzero(wrong) if _is_text(values.type) else ():
+            moment = times.of_text(values[i].as_py())
+            if moment is not None:
+                moments[i], dates[i], wrong[i] = moment, True, False
+    wrong = wrong | (np.abs(moments) >= times.BEYOND)
+    return np.where(wrong, 0, moments), wrong, dates
 
 
 def read_split(column: str, array: pa.Array, null_values: tuple[str, ...]) -> tuple[np.ndarray, list[Bad]]:

@@ -9,6 +9,9 @@ from dlrm_jax.data.schema import Dense
 LARGEST = 1e30
 """Numbers whose mean is taken must stay squarable, and fit into float32."""
 
+_ROUNDING = 64 * 2.0**-52
+"""What the mean of a column can be off by, as a share of it: pairwise sums of chunks, merged one after the other."""
+
 
 @dataclasses.dataclass
 class DenseStatistics:
@@ -32,9 +35,21 @@ class DenseStatistics:
         self.count, self.least = count, min(self.least, float(values.min()))
 
     @property
+    def constant(self) -> bool:
+        """Whether all values are one number, but for what rounding makes of sums of it."""
+        if not self.count:
+            return True
+        return bool((self.squares / self.count) ** 0.5 <= _ROUNDING * max(abs(self.mean), abs(self.least)))
+
+    @property
+    def centre(self) -> float:
+        """The mean; of a constant column its number itself, so that nothing is left when it is taken off."""
+        return self.least if self.constant and self.count else self.mean
+
+    @property
     def deviation(self) -> float:
         """The standard deviation; 1 for a constant column."""
-        return (self.squares / self.count) ** 0.5 or 1.0 if self.count else 1.0
+        return 1.0 if self.constant else float((self.squares / self.count) ** 0.5)
 
 
 def transform(name: str, numbers: np.ndarray) -> np.ndarray:
@@ -48,11 +63,11 @@ def transform(name: str, numbers: np.ndarray) -> np.ndarray:
 
 def finish_dense(dense: Dense, values: np.ndarray, own: DenseStatistics, least: float) -> np.ndarray:
     """The transforms that need statistics, NaN being missing; `least` is that of all torchrec_log columns."""
-    values = np.where(np.isnan(values), own.mean, values)
+    values = np.where(np.isnan(values), own.centre, values)
     if dense.transform == "torchrec_log":
         values = np.log(values - least + 2)
     elif dense.transform == "standardise":
-        values = (values - own.mean) / own.deviation
+        values = (values - own.centre) / own.deviation
     elif dense.transform == "log1p":
-        values = np.log(np.maximum(values, 0) + 1)
+        values = transform("log1p", values)
     return values.astype(np.float32)

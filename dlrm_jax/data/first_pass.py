@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 from dlrm_jax.config import ConfigError
 from dlrm_jax.data import columns as column_readers
 from dlrm_jax.data.bags import read_bags
-from dlrm_jax.data.numbering import MAX_EXAMPLES, Background, Parsed, Pending, number_new
+from dlrm_jax.data.numbering import IS_DATE, MAX_EXAMPLES, Background, Parsed, Pending, number_new
 from dlrm_jax.data.schema import Schema
 from dlrm_jax.data.source import BadRow, Chunk, Columns, Position, Source
 from dlrm_jax.data.staging import Staging, wide_name
@@ -46,7 +46,8 @@ def parse_chunk(schema: Schema, chunk: Chunk, skip_bad: bool, vocabularies: dict
         found += bad + _bad_weights(schema.weight, weights)
         out["weight"] = np.nan_to_num(weights).astype(np.float32)
     if schema.timestamp:
-        out["time"] = taken(column_readers.read_time(schema.timestamp, raw.arrays[schema.timestamp], nulls))
+        read = column_readers.read_time(schema.timestamp, raw.arrays[schema.timestamp], nulls)
+        out["time"], out[IS_DATE] = taken(read)
     if schema.split.by == "column":
         name = schema.split.column
         out["split"] = taken(column_readers.read_split(name, raw.arrays[name], nulls))

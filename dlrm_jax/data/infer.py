@@ -13,10 +13,10 @@ import re
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from dlrm_jax.config import ConfigError
+from dlrm_jax.data import times
 from dlrm_jax.data.columns import to_numbers
 from dlrm_jax.data.open_log import guess_format, open_log
 from dlrm_jax.data.presets import PRESETS
@@ -24,11 +24,11 @@ from dlrm_jax.data.records import read_head
 from dlrm_jax.data.schema import Dense, Label, Schema, Sparse, Split
 from dlrm_jax.data.source import Position
 from dlrm_jax.data.text_source import guess_delimiter, read_header
+from dlrm_jax.data.time_column import find_time
 
 SAMPLE_ROWS = 100_000
 _LABEL_NAMES = ("label", "click", "clicked", "is_click", "is_clicked", "target", "y", "conversion", "is_conversion")
 _WEIGHT_NAMES = ("weight", "sample_weight", "importance")
-_TIME_WORDS = ("timestamp", "time", "datetime", "date", "ts", "event_time", "created_at", "hour_of_event")
 _ID_WORDS = re.compile(r"(^|_)(id|ids|uid|key|code|hash|category|type|zip|ip|device|hour|day|weekday|month|c\d+)($|_)")
 _SEPARATORS = ("|", ";", " ", ",")
 _NULL_TEXTS = ("NA", "N/A", "NaN", "nan", "NULL", "null", "None", "\\N")
@@ -80,10 +80,10 @@ def infer(paths: tuple[str, ...]) -> Schema:
     weight = next((c.name for c in rest if c.name.lower() in _WEIGHT_NAMES and _numeric(c)), "")
     if weight:
         reasons.append(f"{weight} is the weight by its name")
-    time = next((c.name for c in rest if c.name.lower() in _TIME_WORDS and _is_time(c)), "")
-    if time:
-        reasons.append(f"{time} is the timestamp by its name; the last tenth in time is test, the tenth before val")
-    dense, sparse = _features([c for c in rest if c.name not in (weight, time)], reasons)
+    time, dated, why = find_time({c.name: c.texts for c in rest if c.name != weight and not c.is_list})
+    reasons.append(why)
+    dense, sparse = _features([c for c in rest if c.name not in (weight, time, *dated)], reasons)
+    reasons += [f"{name}: left out, dates, and not the timestamp" for name in dated if name != time]
     if not sparse:
         shown = " ".join(", ".join(names[:20]).split())[:300]
         raise ConfigError(f"{paths[0]}: no categorical column among {shown}; write a schema that names one")
@@ -141,7 +141,9 @@ def _sample(paths: tuple[str, ...], names: list[str], layout: dict, kind: str) -
     for chunk in chunks:
         parsed = chunk.parse()
         for name in names:
-            arrays[name] += parsed.arrays[name].to_pylist()
+            array = parsed.arrays[name]
+            # Python's datetime has no nanoseconds.
+            arrays[name] += (times.as_text(array) if times.is_temporal(array.type) else array).to_pylist()
         if len(arrays[names[0]]) >= SAMPLE_ROWS:
             break
     return [_column(name, values[:SAMPLE_ROWS]) for name, values in arrays.items()]
@@ -199,16 +201,6 @@ def _find_label(columns: list[_Column], reasons: list[str]) -> Label:
         else (f"no column is called {', '.join(_LABEL_NAMES[:4])} or holds 0 and 1 alone")
     )
     raise ConfigError(f"cannot tell the label: {which}; write a schema file that names it (see README, Your own log)")
-
-
-def _is_time(column: _Column) -> bool:
-    if _numeric(column):
-        return True
-    try:
-        pc.cast(pa.array(column.texts[:1000]), pa.timestamp("us"))
-        return bool(column.texts)
-    except pa.ArrowInvalid:
-        return False
 
 
 def _features(columns: list[_Column], reasons: list[str]) -> tuple[list[Dense], list[Sparse]]:

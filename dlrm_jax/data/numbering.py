@@ -17,6 +17,9 @@ from dlrm_jax.data.vocabulary import Vocabulary
 MAX_EXAMPLES = 20
 """Bad rows that one staged file describes in full; the others are counted."""
 
+IS_DATE = "time_is_date"
+"""Column of a chunk, not staged: whether a row's time is a date, and not a number."""
+
 
 @dataclasses.dataclass
 class Parsed:
@@ -127,10 +130,15 @@ class Pending:
         self._truncated: list[int] = []
         self._skipped: collections.Counter[str] = collections.Counter()
         self._examples: list[str] = []
+        self._times = {"dates": 0, "numbers": 0}
 
     def add(self, parsed: Parsed, path: str, row: int) -> None:
         """Take a chunk whose first row is number `row` of the log."""
         columns = {**parsed.columns, "row": parsed.columns["row"] + row}
+        is_date_R = columns.pop(IS_DATE, None)
+        if is_date_R is not None:
+            self._times["dates"] += int(is_date_R.sum())
+            self._times["numbers"] += int((~is_date_R).sum())
         self.num_chunks += 1
         if parsed.num_kept or not self._parts:
             self._parts.append((columns, parsed.bags))
@@ -155,6 +163,7 @@ class Pending:
             "next": dataclasses.asdict(self._next),
             "row": row,
             "truncated": self._truncated,
+            "times": self._times,
             "skipped": dict(self._skipped),
             "examples": self._examples,
         }

@@ -97,6 +97,7 @@ def _run(
     total = max(source.num_bytes, 1)
     num_files = first.run(lambda rows, done: progress(Progress("reading", rows, done / total)))
     del first  # With its hash tables, before the counts are made.
+    _require_one_kind_of_time(schema.timestamp, staging, num_files)
     splitter = make_splitter(schema.split, staging, num_files, paths)
     num_rows = splitter.num_rows
     second = SecondPass(schema, output, staging, num_files, splitter, options.compression)
@@ -158,6 +159,18 @@ def _alone(output: pathlib.Path) -> Iterator[None]:
             raise ConfigError(f"another preparation is running in {output}") from None
         yield
         path.unlink()
+
+
+def _require_one_kind_of_time(column: str, staging: Staging, num_files: int) -> None:
+    """ConfigError where a column holds dates and numbers: these cannot be told to be before or after each other."""
+    count: collections.Counter[str] = collections.Counter()
+    for file in range(num_files):
+        count.update(staging.meta(file).get("times", {}))
+    if count["dates"] and count["numbers"]:
+        raise ConfigError(
+            f"column {column} holds {count['dates']:,} dates and {count['numbers']:,} numbers, which have no common "
+            "order; make them one kind, or leave timestamp out of the schema"
+        )
 
 
 def _skipped(staging: Staging, num_files: int) -> dict[str, Any]:

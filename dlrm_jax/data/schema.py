@@ -13,7 +13,17 @@ ID_RULES = ("vocabulary", "hash", "raw")
 ORDERS = ("first", "frequency")
 DENSE_MISSING = ("fill", "mean", "error")
 SPARSE_MISSING = ("empty", "fill", "error")
+_INTEGER = re.compile(r"[+-]?0*([0-9]{1,19})", re.ASCII)
 SPLITS_BY = ("order", "random", "time", "column", "files", "last_part")
+
+
+def integer(text: str) -> int | None:
+    """The whole number of 64 bits that a text is: digits with at most one sign, and space around; None for others."""
+    match = _INTEGER.fullmatch(text.strip())
+    if match is None:
+        return None
+    number = -int(match[1]) if text.strip()[0] == "-" else int(match[1])
+    return number if -(2**63) <= number < 2**63 else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,8 +127,10 @@ class Sparse:
         require(not vocabulary or self.size == 0, f"{where}: the data decides the size of a vocabulary; leave size out")
         require(self.missing == "fill" or not self.fill, f"{where}: fill needs missing: fill")
         if self.missing == "fill" and self.type != "string":
-            pattern = "[0-9a-fA-F]{1,16}" if self.type == "hex" else "[0-9]{1,18}"
-            require(bool(re.fullmatch(pattern, self.fill)), f"{where}: fill {self.fill!r} is not of type {self.type}")
+            fits = (
+                re.fullmatch("[0-9a-fA-F]{1,16}", self.fill) if self.type == "hex" else integer(self.fill) is not None
+            )
+            require(bool(fits), f"{where}: fill {self.fill!r} is not of type {self.type}")
 
     @property
     def source(self) -> str:

@@ -103,9 +103,12 @@ def load(path: pathlib.Path) -> Schema:
 
 
 def dump_yaml(schema: Schema) -> str:
-    """A schema as YAML, the reasons of a guess as comments above it."""
+    """A schema as YAML, the reasons of a guess as comments above it. The split is written also where it is the default:
+    it decides what a score means."""
     import yaml
 
     values = to_dict(schema)
+    split = schema.split
+    values["split"] = {"by": split.by, "val": split.val, "test": split.test} | values.get("split", {})
     comments = "".join(f"# {reason}\n" for reason in values.pop("reasons", []))
     return comments + yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=110)

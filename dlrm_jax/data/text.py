@@ -70,12 +70,15 @@ def to_integers(
     try:
         return pc.cast(column, pa.int64())
     except pa.ArrowInvalid:
-        for row, value in enumerate(column.to_pylist()):
-            try:
-                int(value, base)
-            except ValueError:
-                raise ConfigError(
-                    f"{path}, line {first_line + row}, column {name}: {value.removeprefix('0x')!r} is not a "
-                    f"{'hexadecimal ' if base == 16 else ''}number"
-                ) from None
-        raise
+        row, value = next((row, value) for row, value in enumerate(column) if not _is_integer(value))
+        raise ConfigError(
+            f"{path}, line {first_line + row}, column {name}: {value.as_py().removeprefix('0x')!r} is not a "
+            f"{'hexadecimal ' if base == 16 else ''}number of 64 bits"
+        ) from None
+
+
+def _is_integer(text: pa.StringScalar) -> bool:
+    try:
+        return bool(text.cast(pa.int64()).is_valid)
+    except pa.ArrowInvalid:
+        return False

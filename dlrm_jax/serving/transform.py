@@ -14,13 +14,12 @@ import numpy as np
 
 from dlrm_jax.data.dense import LARGEST, DenseStatistics, finish_dense, transform
 from dlrm_jax.data.hashing import hash_integer, hash_text
-from dlrm_jax.data.schema import Dense, Schema, Sparse
+from dlrm_jax.data.schema import Dense, Schema, Sparse, integer
 from dlrm_jax.data.schema_io import from_dict as schema_from_dict
 from dlrm_jax.data.vocabulary import Vocabulary
 from dlrm_jax.serving.errors import BadRequest, shown
 from dlrm_jax.serving.signature import EMPTY_SLOT, Signature
 
-_INTEGER = re.compile(r"-?[0-9]{1,19}")
 _HEX = re.compile(r"[0-9a-fA-F]{1,16}")
 _REMEMBERED = 1 << 16
 """Values of a feature whose ids are kept at hand."""
@@ -319,8 +318,7 @@ def _integer_key(sparse: Sparse) -> Callable[[Any], tuple[int, None]]:
 
 def _integer(value: Any) -> int:
     if isinstance(value, str):
-        text = value.strip().lstrip("+")
-        number = int(text) if _INTEGER.fullmatch(text) else None
+        number = integer(value)
     elif isinstance(value, int):
         number = int(value)
     else:
