@@ -167,9 +167,10 @@ def _require_one_kind_of_time(column: str, staging: Staging, num_files: int) -> 
     for file in range(num_files):
         count.update(staging.meta(file).get("times", {}))
     if count["dates"] and count["numbers"]:
+        shutil.rmtree(staging.directory)  # Another schema, or another log, is what comes next.
         raise ConfigError(
-            f"column {column} holds {count['dates']:,} dates and {count['numbers']:,} numbers, which have no common "
-            "order; make them one kind, or leave timestamp out of the schema"
+            f"column {column} is a number in {count['numbers']:,} rows and a date in {count['dates']:,}, which have no "
+            "common order; make them one kind, or leave timestamp out of the schema"
         )
 
 
