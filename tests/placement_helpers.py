@@ -17,12 +17,36 @@ def by_name(placed, arrays) -> dict[str, np.ndarray]:
         for t, table in enumerate(stack.tables):
             named[table.name] = everything[row_numbers(stack, t)][:, : stack.dim]
         if stack.name + POOLING_WEIGHTS in arrays:
-            weights = whole(arrays[stack.name + POOLING_WEIGHTS])
-            parts = np.split(weights, stack.num_shards) if stack.form in (OWNED, ROUTED) else [weights]
-            column = np.concatenate([part.reshape(-1)[: stack.rows] for part in parts])[:, None]
+            column = one_a_row(stack, whole(arrays[stack.name + POOLING_WEIGHTS]))
             for t, table in enumerate(stack.tables):
                 named[table.name + POOLING_WEIGHTS] = column[row_numbers(stack, t)]
     return named
+
+
+def one_a_row(stack, array: np.ndarray) -> np.ndarray:
+    """(all shards' rows, 1) of an array that holds one number a row."""
+    parts = np.split(array, stack.num_shards) if stack.form in (OWNED, ROUTED) else [array]
+    return np.concatenate([part.reshape(-1)[: stack.rows] for part in parts])[:, None]
+
+
+def store(placed, named: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The inverse of `by_name`."""
+    arrays = {}
+    for stack in placed.stacks:
+        shards = stack.num_shards if stack.form in (OWNED, ROUTED) else 1
+        columns = stack.num_shards * stack.width if stack.form == COLUMNS else stack.width
+        everything = np.zeros((shards * stack.rows, columns), named[stack.tables[0].name].dtype)
+        weights = np.zeros((shards, stack.row_shape()[0] * stack.row_shape()[1] // shards), everything.dtype)
+        for t, table in enumerate(stack.tables):
+            rows = row_numbers(stack, t)
+            everything[rows, : stack.dim] = named[table.name]
+            if table.name + POOLING_WEIGHTS in named:
+                weights[rows // stack.rows, rows % stack.rows] = named[table.name + POOLING_WEIGHTS][:, 0]
+        parts = np.split(everything, columns // stack.width, axis=1)
+        arrays[stack.name] = np.concatenate([part.reshape(-1, stack.local_shape[1]) for part in parts], axis=1)
+        if stack.tables[0].name + POOLING_WEIGHTS in named:
+            arrays[stack.name + POOLING_WEIGHTS] = weights.reshape(stack.row_shape())
+    return arrays
 
 
 def whole(array) -> np.ndarray:

@@ -150,6 +150,16 @@ def test_eval_step_reports_the_training_loss_and_leaves_state_alone():
     np.testing.assert_allclose(sums.loss / sums.weight, metrics["loss"], rtol=1e-6)
 
 
+@pytest.mark.parametrize("label", [0, 1])
+def test_an_empty_row_pulls_a_fresh_model_by_half(label):
+    """Without biases its logit is exactly 0, where the pieces of the loss have kinks."""
+    model, config = tiny_model(dense_init="flax"), optimizer(rate=0.5)
+    batch = random_batch(model, 1)
+    batch = batch.replace(dense_BxN=0 * batch.dense_BxN, ids_BxK=0 * batch.ids_BxK - 1, label_B=np.float32([label]))
+    state, _ = make_train_step(model, LossConfig(), config)(init_state(model, config, 0), batch)
+    np.testing.assert_allclose(state.dense_params["top_mlp"]["layer_1"]["bias"], [0.5 * (label - 0.5)])
+
+
 def test_not_finite_input_is_flagged():
     model, config = tiny_model(), optimizer()
     batch = random_batch(model, 4)

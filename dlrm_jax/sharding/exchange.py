@@ -3,6 +3,12 @@
 route(ids)               who needs which rows; no table is read, so it may run a step ahead
 lookup(tables, routes)   pooled vectors, where the examples are
 update(tables, ...)      gradients of the pooled vectors to the rows' owners, and applied there, in place
+
+The numbers are those of one device (table_ops.local_ops) but for the order of sums: a gradient differs by roundings of
+the sum of its examples' parts, whatever the optimizer. What becomes of a weight depends on it. SGD and momentum move it
+by the rate times the gradient. Adagrad, row-wise Adagrad and Adam divide by the gradient's size, so that one which is 0
+but for rounding may move its weight by the rate, either way. README says how close that is; tests/numbers_test.py holds
+gradients and weights to it, and, in float64, everything to a plain dense model.
 """
 
 import dataclasses

@@ -28,7 +28,8 @@ from dlrm_jax.table_ops import TableOps, local_ops
 class Placed:
     """`model` under `plan` on `mesh`. `packed` stores several rows a line of 128 lanes (rows.py), as TPUs need.
 
-    `kernels`, `xla` or `native`, says what looks up and updates the tables of one CPU.
+    `kernels`, `xla` or `native`, says what looks up and updates the tables of one CPU. Its numbers are those of every
+    other plan but for the order of float32 sums (exchange.py says what optimizers make of that).
     """
 
     model: ModelConfig
