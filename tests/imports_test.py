@@ -11,7 +11,17 @@ from tests.helpers import ROOT
 
 LAYERS = (
     {"config", "rows", "formulations", "huge_pages", "heap", "gpu_atomics"},
-    {"batch", "sparse_optimizer", "dense_optimizer", "interaction", "loss", "schedule", "sharding.mesh"},
+    {
+        "batch",
+        "checksums",
+        "files",
+        "sparse_optimizer",
+        "dense_optimizer",
+        "interaction",
+        "loss",
+        "schedule",
+        "sharding.mesh",
+    },
     {"data.hashing", "data.schema", "data.source", "sharding.plan", "sharding.collective", "pooling", "native.build"},
     {"data.dense", "serving.errors", "serving.signature", "serving.store"},
     {
