@@ -13,8 +13,8 @@ from typing import Any
 import jax
 from absl import flags
 
+from dlrm_jax import files, reporting, step_parts
 from dlrm_jax import flags as run_flags
-from dlrm_jax import reporting, step_parts
 from dlrm_jax.commands import run_command
 from dlrm_jax.config import ConfigError
 from dlrm_jax.flags import config_from_flags, define_run_flags
@@ -145,6 +145,8 @@ def draw_sweep(sweep: str, points: dict[int, dict[str, Any]], path: pathlib.Path
 
 def main() -> None:
     """Flags to configs, configs to numbers, numbers to the screen, a file and a picture."""
+    files.require_output_file("json", FLAGS.json)
+    files.require_output_file("picture", FLAGS.picture)
     config = config_from_flags()
     if FLAGS.sweep_values and not FLAGS.sweep:
         raise ConfigError("--sweep_values needs --sweep, which says of what")

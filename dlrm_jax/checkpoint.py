@@ -4,8 +4,12 @@ A checkpoint holds the whole TrainState and a JSON record (which run it belongs 
 its tables lay). The data position is the step itself (data/pipeline.py). A checkpoint counts only once Orbax has
 renamed it into place, so that a killed run finds its last complete one. Under another plan, or on other devices, tables
 are read row by row from where they were stored (sharding/reshard.py).
+
+Orbax's files check their own directory of pieces, but not the numbers in them. So a checkpoint also holds `checksums`
+of every array and of the record, and nothing that was read is handed out before it was compared (checksums.py).
 """
 
+import logging
 import pathlib
 import shutil
 from types import TracebackType
@@ -17,12 +21,15 @@ import tensorstore
 from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
+from dlrm_jax import checksums
 from dlrm_jax.config import ConfigError
 from dlrm_jax.sharding.placed import Placed
 from dlrm_jax.sharding.plan import plan_from_dict
 from dlrm_jax.sharding.reshard import Kind, Source, read_array
 from dlrm_jax.sharding.storage import PlacedStack, place_stacks
 from dlrm_jax.state import TrainState
+
+_LOG = logging.getLogger("dlrm_jax")
 
 LATEST, BEST = "latest", "best"
 TABLES = ("tables", "table_opt_state")
@@ -33,11 +40,15 @@ _CHUNK_BYTES = 2**24
 
 
 class Checkpoints:
-    """The checkpoints of one workdir. Use as a context manager: leaving it waits for pending writes."""
+    """The checkpoints of one workdir. Use as a context manager: leaving it waits for pending writes.
 
-    def __init__(self, workdir: pathlib.Path, keep: int = 2) -> None:
+    Only the one who trains may open them to write; everybody else's are `read_only`, and nothing there is touched.
+    """
+
+    def __init__(self, workdir: pathlib.Path, keep: int = 2, read_only: bool = False) -> None:
         self.directory = (workdir / "checkpoints").absolute()
-        if jax.process_index() == 0:
+        self._read_only = read_only
+        if jax.process_index() == 0 and not read_only:
             for kind in (LATEST, BEST):
                 _tidy(self.directory / kind)
         if jax.process_count() > 1:
@@ -45,7 +56,10 @@ class Checkpoints:
         self._managers = {LATEST: self._manager(LATEST, keep), BEST: self._manager(BEST, 1)}
 
     def _manager(self, kind: str, keep: int) -> ocp.CheckpointManager:
-        options = ocp.CheckpointManagerOptions(preservation_policy=checkpoint_managers.LatestN(keep))
+        if self._read_only:
+            options = ocp.CheckpointManagerOptions(read_only=True, create=False, save_interval_steps=0)
+        else:
+            options = ocp.CheckpointManagerOptions(preservation_policy=checkpoint_managers.LatestN(keep))
         return ocp.CheckpointManager(self.directory / kind, options=options)
 
     def __enter__(self) -> "Checkpoints":
@@ -79,10 +93,17 @@ class Checkpoints:
         self._check_space(sum(leaf.nbytes for leaf in jax.tree.leaves(state)) // jax.process_count())
         tables, rest = _split(state)
         pieces = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES), tables)
+        record = record | {"placement": placement(placed)}
+        sums = {
+            "record": checksums.of_json(record),
+            "dense": checksums.of_small(rest),
+            "tables": checksums.of_tables(tables),
+        }
         items = ocp.args.Composite(
             dense=ocp.args.StandardSave(rest),
             tables=ocp.args.StandardSave(tables, save_args=pieces),
-            record=ocp.args.JsonSave(record | {"placement": placement(placed)}),
+            record=ocp.args.JsonSave(record),
+            checksums=ocp.args.JsonSave(sums),
         )
         try:
             self._managers[kind].save(step, args=items)
@@ -116,26 +137,64 @@ class Checkpoints:
     def record(self, kind: str, step: int | None = None) -> dict[str, Any]:
         """The JSON record saved with the last checkpoint of `kind` (or that at `step`)."""
         step = self.step(kind) if step is None else step
-        return self._restore(kind, step, record=ocp.args.JsonRestore()).record
+        record = self._restore(kind, step, record=ocp.args.JsonRestore()).record
+        noted = self._noted(kind, step)
+        if noted is not None and noted.get("record") != checksums.of_json(record):
+            raise self._cannot_read(kind, step, "the checksum of its record differs")
+        return record
+
+    def _noted(self, kind: str, step: int | None) -> dict[str, Any] | None:
+        """The checksums that were saved with a checkpoint; None for one that was made before there were any."""
+        where = self.directory / kind / str(step)
+        if (where / "checksums").exists() or "checksums" in (where / "_CHECKPOINT_METADATA").read_text("latin-1"):
+            return self._restore(kind, step, checksums=ocp.args.JsonRestore()).checksums
+        return None
 
     def restore(self, kind: str, placed: Placed, step: int | None = None) -> TrainState:
         """The state saved last (or at `step`), placed as `placed` says, whatever it was placed as."""
         step = self.step(kind) if step is None else step
         tables, rest = _split(placed.abstract_state)
         saved = saved_stacks(placed, self.record(kind, step)["placement"])
+        noted = self._noted(kind, step)
+        if noted is None:
+            where = self.directory / kind / str(step)
+            _LOG.warning("checkpoint %s has no checksums, as those of older versions: it is not checked", where)
         if [stack.layout for stack in saved] == [stack.layout for stack in placed.stacks]:
             found = self._restore(
                 kind, step, dense=ocp.args.StandardRestore(rest), tables=ocp.args.StandardRestore(tables)
             )
+            self._require_whole(kind, step, found.dense, noted, "dense")
+            self._require_whole(kind, step, found.tables, noted, "tables")
             return TrainState(**found.dense, **found.tables)
         dense = self._restore(kind, step, dense=ocp.args.StandardRestore(rest)).dense
+        self._require_whole(kind, step, dense, noted, "dense")
         try:
-            return TrainState(**dense, **self._read_tables(kind, step, placed, tables, saved))
-        except (ValueError, OSError) as error:
+            return TrainState(**dense, **self._read_tables(kind, step, placed, tables, saved, noted))
+        except ConfigError:
+            raise
+        except Exception as error:  # What a damaged file raises depends on where it is damaged.
             raise self._cannot_read(kind, step, error) from error
 
+    def _require_whole(self, kind: str, step: int | None, tree: Any, noted: dict[str, Any] | None, item: str) -> None:
+        """ConfigError naming the arrays whose checksums are not those noted."""
+        if noted is None:
+            return
+        try:
+            different = checksums.differing(tree, noted[item])
+        except Exception as error:  # The checksums themselves are damaged.
+            raise self._cannot_read(kind, step, f"its checksums are damaged: {error!r}") from error
+        if different:
+            names = ", ".join(different[:3]) + (f" and {len(different) - 3} more" if len(different) > 3 else "")
+            raise self._cannot_read(kind, step, f"checksums differ in {names}")
+
     def _read_tables(
-        self, kind: str, step: int | None, placed: Placed, tables: dict[str, Any], saved: tuple[PlacedStack, ...]
+        self,
+        kind: str,
+        step: int | None,
+        placed: Placed,
+        tables: dict[str, Any],
+        saved: tuple[PlacedStack, ...],
+        noted: dict[str, Any] | None,
     ) -> dict[str, Any]:
         """The placed parts of a state, from a checkpoint made under the plan of `saved`."""
         base = f"file://{self.directory / kind / str(step) / 'tables'}/"
@@ -144,7 +203,8 @@ class Checkpoints:
         def open_array(group: str, name: str) -> Any:
             kvstore = {"driver": "ocdbt", "base": base, "path": f"{group}.{name}/"}
             store = tensorstore.open({"driver": "zarr", "kvstore": kvstore}, context=context, read=True, open=True)
-            return _Sliced(store.result())
+            path = jax.tree_util.keystr((jax.tree_util.DictKey(group), jax.tree_util.DictKey(name)))
+            return _Sliced(store.result(), None if noted is None else noted["tables"][path], path)
 
         source = Source(saved, open_array)
         found: dict[str, Any] = {group: dict(tables[group]) for group in TABLES}
@@ -161,36 +221,64 @@ class Checkpoints:
 
     def _restore(self, kind: str, step: int | None, **items: Any) -> Any:
         if step is None:
-            raise ConfigError(f"no {kind} checkpoint in {self.directory / kind}; delete {self.directory} to start anew")
+            raise ConfigError(f"no {kind} checkpoint in {self.directory} ({self._listing()})")
         try:
-            return self._managers[kind].restore(step, args=ocp.args.Composite(**items))
-        except (ValueError, KeyError, OSError) as error:
+            found = self._managers[kind].restore(step, args=ocp.args.Composite(**items))
+        except Exception as error:  # What a damaged file raises depends on where it is damaged.
             raise self._cannot_read(kind, step, error) from error
+        for name in items:
+            if found.get(name) is None:
+                raise self._cannot_read(kind, step, f"it has no {name}")
+        return found
 
-    def _cannot_read(self, kind: str, step: int | None, error: Exception) -> ConfigError:
-        reason = str(error).splitlines()[0][:300]
+    def _cannot_read(self, kind: str, step: int | None, error: Exception | str) -> ConfigError:
+        reason = " ".join(str(error).split())[:300] or repr(error)
         where = self.directory / kind / str(step)
-        return ConfigError(f"cannot read checkpoint {where}: {reason}; delete it to fall back on an older one")
+        return ConfigError(f"cannot read checkpoint {where}: {reason}; {self._instead(kind, step)}")
+
+    def _instead(self, kind: str, step: int | None) -> str:
+        """What to do without a checkpoint that cannot be read; nothing that is whole is to be deleted."""
+        if kind == BEST:
+            return "move it away: a run that goes on makes another, and --checkpoint=latest is still there"
+        older = [other for other in self._steps(LATEST) if step is None or other < step]
+        if older:
+            return f"move it away to fall back on that of step {older[-1]}"
+        best = self._steps(BEST)
+        if best:
+            best_dir, latest_dir = self.directory / BEST / str(best[-1]), self.directory / LATEST
+            return f"move it away and copy {best_dir} into {latest_dir} to go on from step {best[-1]}"
+        return "move it away to start anew"
+
+    def _steps(self, kind: str) -> list[int]:
+        return sorted(self._managers[kind].all_steps())
+
+    def _listing(self) -> str:
+        return "; ".join(f"{kind}: {', '.join(map(str, self._steps(kind))) or 'none'}" for kind in (LATEST, BEST))
 
     def find(self, which: str) -> tuple[str, int]:
         """(kind, step) of `latest`, `best` or a step number; ConfigError naming what there is if it is missing."""
-        available = {kind: sorted(self._managers[kind].all_steps()) for kind in (LATEST, BEST)}
+        available = {kind: self._steps(kind) for kind in (LATEST, BEST)}
         if available.get(which):
             return which, available[which][-1]
         for kind, steps in available.items():
             if which.isdecimal() and int(which) in steps:
                 return kind, int(which)
-        listing = "; ".join(f"{kind}: {', '.join(map(str, steps)) or 'none'}" for kind, steps in available.items())
-        raise ConfigError(f"no checkpoint {which!r} in {self.directory} ({listing})")
+        raise ConfigError(f"no checkpoint {which!r} in {self.directory} ({self._listing()})")
 
 
 class _Sliced:
-    """A tensorstore array that is read by slicing it."""
+    """A tensorstore array that is read by slicing it; what was `noted` of its pieces is compared first."""
 
-    def __init__(self, store: Any) -> None:
-        self._store, self.shape = store, store.shape
+    def __init__(self, store: Any, noted: dict[str, Any] | None, path: str) -> None:
+        self._store, self.shape, self._path = store, store.shape, path
+        self._pieces = None if noted is None else checksums.StoredPieces(self._read, noted)
 
     def __getitem__(self, rows: slice) -> Any:
+        if self._pieces is not None and not self._pieces.whole(rows.start, rows.stop):
+            raise ValueError(f"checksums differ in {self._path}")
+        return self._read(rows)
+
+    def _read(self, rows: slice) -> Any:
         return self._store[rows].read().result()
 
 

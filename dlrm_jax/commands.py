@@ -1,6 +1,7 @@
 """What every command shares: parse flags, run, and turn what the user can mend into one line and an exit status."""
 
 import logging
+import re
 import signal
 import sys
 from collections.abc import Callable
@@ -20,20 +21,52 @@ def run_command(main: Callable[[], None]) -> None:
 
     def guarded(argv: list[str]) -> None:
         _log_to_stderr()
+        sys.unraisablehook = _quiet_when_reading_failed
         gpu_atomics.use_hardware_additions()
         try:
             if len(argv) > 1:
                 raise ConfigError(f"unexpected argument {argv[1]!r}; flags look like --name=value")
             main()
         except (ConfigError, OSError) as error:
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)  # One line, whatever a value holds.
+            print(f"error: {' '.join(_say(error).split())}", file=sys.stderr)  # One line, whatever a value holds.
             sys.exit(1)
         except KeyboardInterrupt:
             # Before training, and the second Ctrl-C: what was saved is whole, what was not is lost.
             print("interrupted", file=sys.stderr)
             sys.exit(128 + signal.SIGINT)
 
-    app.run(guarded)
+    app.run(guarded, flags_parser=_parse_flags)
+
+
+def _parse_flags(argv: list[str]) -> list[str]:
+    """absl's parsing and its words for a bad flag, but for a flag file that is not there."""
+    try:
+        return FLAGS(argv)
+    except flags.CantOpenFlagFileError as error:
+        reason = str(error).partition("flagfile: ")[2] or str(error)
+        print(f"error: --flagfile: {_without_number(reason)}", file=sys.stderr)
+        sys.exit(1)
+    except flags.Error:
+        return app.parse_flags_with_usage(argv)
+
+
+def _quiet_when_reading_failed(unraisable: "sys.UnraisableHookArgs") -> None:
+    """Drop what a checkpoint's other reads say when one has failed, which is told, and Orbax's event loop is gone."""
+    error = unraisable.exc_value
+    if not (isinstance(error, RuntimeError) and str(error) == "Event loop is closed"):
+        sys.__unraisablehook__(unraisable)
+
+
+def _say(error: ConfigError | OSError) -> str:
+    """An error in words; the system's own without its number, and with the file first."""
+    if not isinstance(error, OSError) or not error.strerror:
+        return _without_number(str(error))
+    names = [str(name) for name in (error.filename, error.filename2) if name is not None]
+    return ": ".join([" -> ".join(names), error.strerror]) if names else error.strerror
+
+
+def _without_number(text: str) -> str:
+    return re.sub(r"\[Errno -?\d+\] ", "", text)
 
 
 class _BesideProgressBar(logging.Handler):
@@ -44,9 +77,10 @@ class _BesideProgressBar(logging.Handler):
 
 
 def _log_to_stderr() -> None:
-    # Orbax describes each checkpoint in a hundred lines through absl's logger; ours is a logger of its own.
+    # Orbax describes each checkpoint in a hundred lines through absl's logger; ours is a logger of its own. What Orbax
+    # logs as an error it also raises, and then it is told once.
     if not FLAGS["verbosity"].present:
-        absl_logging.set_verbosity(absl_logging.WARNING)
+        absl_logging.set_verbosity(absl_logging.FATAL)
     logger = logging.getLogger("dlrm_jax")
     logger.setLevel(logging.INFO)
     logger.addHandler(_BesideProgressBar())

@@ -2,11 +2,13 @@
 
 import csv
 import json
+import logging
 import pathlib
+from typing import Any
 
 from absl import flags
 
-from dlrm_jax import heap, reporting
+from dlrm_jax import files, heap, reporting
 from dlrm_jax.commands import run_command
 from dlrm_jax.data.dataset import SPLITS, Rows
 from dlrm_jax.data.pipeline import rows_and_labels
@@ -15,6 +17,7 @@ from dlrm_jax.monitor import Speed
 from dlrm_jax.trained import restore
 
 FLAGS = flags.FLAGS
+_LOG = logging.getLogger("dlrm_jax")
 
 
 def define_flags() -> None:
@@ -35,8 +38,21 @@ def write_predictions(path: pathlib.Path, split: Rows, probabilities: list[float
         writer.writerows(zip(row_R.tolist(), label_R.tolist(), probabilities, strict=True))
 
 
+def renew_result(workdir: pathlib.Path, result: dict[str, Any]) -> None:
+    """Write result.json, unless a training is running there, which will, or nobody may: then say so."""
+    path = workdir / "result.json"
+    if files.is_held(workdir / files.LOCK):
+        _LOG.warning("a training is running in %s: %s is left to it", workdir, path.name)
+        return
+    try:
+        reporting.write_json_atomically(path, result)
+    except OSError as error:
+        _LOG.warning("%s is not renewed: %s", path, error.strerror)
+
+
 def main() -> None:
     """Restore, evaluate, print, and renew result.json."""
+    files.require_output_file("predictions_out", FLAGS.predictions_out)
     workdir = pathlib.Path(FLAGS.workdir)
     run = restore(workdir, FLAGS.checkpoint, FLAGS.data_dir)
     heap.keep_freed_temporaries()
@@ -49,7 +65,7 @@ def main() -> None:
     print(json.dumps(reporting.json_ready({"step": result["step"], "split": FLAGS.split} | (shown or {}))))
     if FLAGS.predictions_out:
         write_predictions(pathlib.Path(FLAGS.predictions_out), split, evaluate.predict(state, split).tolist())
-    reporting.write_json_atomically(workdir / "result.json", result)
+    renew_result(workdir, result)
 
 
 if __name__ == "__main__":

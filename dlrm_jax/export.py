@@ -5,6 +5,7 @@ import pathlib
 
 from absl import flags
 
+from dlrm_jax import files
 from dlrm_jax.commands import run_command
 from dlrm_jax.config import ConfigError
 from dlrm_jax.data.dataset import SPLITS
@@ -31,6 +32,7 @@ def main() -> None:
     """Restore, export, say where and how good."""
     import numpy as np
 
+    files.require_output_directory("out", pathlib.Path(FLAGS.out))
     run = restore(pathlib.Path(FLAGS.workdir), FLAGS.checkpoint, FLAGS.data_dir, one_device=True)
     tables = {name: np.asarray(rows) for name, rows in named_tables(run.model, run.state.tables)}
     for name, rows in tables.items():

@@ -11,6 +11,7 @@ import pathlib
 
 from absl import flags
 
+from dlrm_jax import files
 from dlrm_jax.commands import run_command
 from dlrm_jax.config import ConfigError, require
 from dlrm_jax.reporting import write_json_atomically
@@ -39,6 +40,8 @@ def main() -> None:
     require(not missing, f'{", ".join(missing)} is not installed: pip install "dlrm_jax[serve]"')
     from dlrm_jax.serving import load_generator as generator
 
+    files.require_output_file("json", FLAGS.json)
+    files.require_output_file("picture", FLAGS.picture)
     require(FLAGS.qps > 0 and FLAGS.seconds > 0, "--qps and --seconds must be positive")
     require(FLAGS.candidates >= 1 and FLAGS.connections >= 1, "--candidates and --connections must be at least 1")
     try:

@@ -1,5 +1,6 @@
 """The training run as a story: data, state, resume, steps, evaluations, checkpoints, result."""
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -10,7 +11,7 @@ from typing import Any
 
 import jax
 
-from dlrm_jax import checkpoint, heap, huge_pages, processes, reporting
+from dlrm_jax import checkpoint, files, heap, huge_pages, processes, reporting
 from dlrm_jax.batch import Batch
 from dlrm_jax.config import ConfigError, differences
 from dlrm_jax.data.load import load_dataset
@@ -74,9 +75,39 @@ class Run:
 def train_and_evaluate(config: RunConfig, workdir: pathlib.Path, flagfile: str | None = None) -> dict[str, Any]:
     """Train, or go on training, in `workdir`; returns what `result.json` says. Raises Interrupted after a signal.
 
-    `flagfile` is kept as `flags.txt`, so that the run can be repeated from it.
+    `flagfile` is kept as `flags.txt`, so that the run can be repeated from it. ConfigError if another training is
+    running there, ResultNotWritten if all is done but the files at the end.
     """
     workdir.mkdir(parents=True, exist_ok=True)
+    with the_only_training(workdir):
+        return _train_and_evaluate(config, workdir, flagfile)
+
+
+@contextlib.contextmanager
+def the_only_training(workdir: pathlib.Path) -> Iterator[None]:
+    """Hold the workdir's lock, the first of several processes for all; ConfigError in all if it is taken."""
+    refusal: Exception = ConfigError(f"another training is running in {workdir}")
+    taken = False
+    with ExitStack() as stack:
+        if processes.is_first():
+            try:
+                stack.enter_context(files.alone(workdir / files.LOCK, str(refusal)))
+            except (ConfigError, OSError) as error:
+                refusal, taken = error, True
+        if processes.largest(int(taken)):
+            raise refusal
+        yield
+
+
+class ResultNotWritten(ConfigError):
+    """A training whose `result` is known, but could not be written."""
+
+    def __init__(self, result: dict[str, Any], error: OSError) -> None:
+        super().__init__(f"the result could not be written: {error.filename}: {error.strerror}; the model is whole")
+        self.result = result
+
+
+def _train_and_evaluate(config: RunConfig, workdir: pathlib.Path, flagfile: str | None) -> dict[str, Any]:
     run = Run(config, workdir)
     for split, counts in run.ids_out_of_range.items():
         for feature, count in counts.items():
@@ -96,9 +127,12 @@ def train_and_evaluate(config: RunConfig, workdir: pathlib.Path, flagfile: str |
         result = final_result(run, state, progress, checkpoints, speed)
         result["step_cost"] = predicted_and_measured(run, speed, memory)
     if run.writes:
-        reporting.write_json_atomically(workdir / "result.json", result)
         optimum = run.dataset.optimum
-        reporting.plot_curves(workdir, dict(optimum["val"]) if optimum else None)
+        try:
+            reporting.write_json_atomically(workdir / "result.json", result)
+            reporting.plot_curves(workdir, dict(optimum["val"]) if optimum else None)
+        except OSError as error:
+            raise ResultNotWritten(result, error) from error
     return result
 
 
@@ -116,7 +150,11 @@ def restore_or_init(run: Run, checkpoints: checkpoint.Checkpoints) -> tuple[Trai
     state = checkpoints.restore(checkpoint.LATEST, run.placed)
     huge_pages.collapse(state)
     _LOG.info("resumed at step %d of %d", int(state.step), run.num_steps)
-    return state, Progress(**record["progress"])
+    progress = Progress(**record["progress"])
+    if progress.best_step is not None and checkpoints.step(checkpoint.BEST) is None:
+        _LOG.warning("the best checkpoint, of step %d, is missing: the best from here on is kept", progress.best_step)
+        progress.best_value = progress.best_step = None
+    return state, progress
 
 
 def train(
@@ -214,7 +252,10 @@ def final_result(
 ) -> dict[str, Any]:
     """Evaluate the best state (the last one where nothing was validated) and put together `result.json`."""
     if progress.best_step is not None and progress.best_step != int(state.step):
-        state = checkpoints.restore(checkpoint.BEST, run.placed)
+        try:
+            state = checkpoints.restore(checkpoint.BEST, run.placed)
+        except ConfigError as error:
+            _LOG.warning("%s; the result is that of the last step, %d", error, int(state.step))
     if progress.stopped:
         _LOG.info("stopped early: %s", progress.stopped)
     result = evaluate_splits(run.config, run.dataset, run.evaluate, state) | speed.summary()

@@ -8,8 +8,8 @@ import pathlib
 
 from absl import flags
 
+from dlrm_jax import files, reporting
 from dlrm_jax import flags as run_flags
-from dlrm_jax import reporting
 from dlrm_jax.commands import run_command
 from dlrm_jax.config import ConfigError, FeatureConfig, ModelConfig, TableConfig
 from dlrm_jax.data.load import load_dataset, synthetic_spec
@@ -72,6 +72,8 @@ def hardware_of() -> hardware.Hardware:
 
 def main() -> None:
     """Flags to setting, setting to costs, costs to the screen, a file and a picture."""
+    files.require_output_file("json", FLAGS.json)
+    files.require_output_file("picture", FLAGS.picture)
     config = config_from_flags()
     topology = parse_topology(FLAGS.topology) if FLAGS.topology else None
     chosen = sum(int(part.partition(":")[2] or 0) > 0 for part in config.sharding.mesh.split(",") if part)

@@ -9,7 +9,7 @@ import time
 from absl import flags
 from tqdm import tqdm
 
-from dlrm_jax import commands
+from dlrm_jax import commands, files
 from dlrm_jax.config import ConfigError
 from dlrm_jax.data import schema_io
 from dlrm_jax.data.blocks import COMPRESSIONS
@@ -51,6 +51,7 @@ def main() -> None:
     if not FLAGS.output:
         raise ConfigError("--output is missing; it names the new dataset's directory")
     output = pathlib.Path(FLAGS.output)
+    files.require_output_directory("output", output)
     options = Options(FLAGS.on_bad_row, parse_bytes(FLAGS.max_memory), FLAGS.compression)
     paths = expand(FLAGS.input)
     schema = choose_schema(FLAGS.schema, paths)

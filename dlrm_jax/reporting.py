@@ -1,5 +1,6 @@
 """What a run writes for people: metrics.jsonl, TensorBoard events, curves, tables, a progress bar."""
 
+import contextlib
 import json
 import math
 import os
@@ -13,6 +14,8 @@ from typing import Any
 
 import jax
 from tqdm import tqdm
+
+from dlrm_jax.config import ConfigError
 
 METRIC_COLUMNS = ("auc", "log_loss", "normalized_entropy", "calibration", "accuracy", "num_samples")
 _PLAIN_PROGRESS_SECONDS = 5.0
@@ -33,9 +36,14 @@ def write_json_atomically(path: pathlib.Path, value: Any) -> None:
 
 
 def _write_text_atomically(path: pathlib.Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # Two evaluations may end at once.
+    try:
+        temporary.write_text(text)
+        os.replace(temporary, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
 
 
 def versions() -> dict[str, str | None]:
@@ -100,8 +108,14 @@ class MetricsLog:
         if self._silent:
             return
         values = json_ready(values)
-        self._file.write(json.dumps({"step": step, "split": split, **values}) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps({"step": step, "split": split, **values}) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise ConfigError(
+                f"cannot write {self._file.name}: {error.strerror}; mend that, and the same command goes on from the "
+                "last checkpoint"
+            ) from error
         for name, value in values.items():
             if value is not None:
                 self._events.add_scalar(f"{split}/{name}", value, step)

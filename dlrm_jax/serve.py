@@ -6,6 +6,7 @@ import typing
 
 from absl import flags
 
+from dlrm_jax import files
 from dlrm_jax.commands import run_command
 from dlrm_jax.config import CPU_KERNELS, NATIVE, XLA, ConfigError, require
 from dlrm_jax.sharding.plan import SHARDINGS
@@ -61,6 +62,8 @@ def define_flags() -> None:
 
 def main() -> None:
     """Flags to settings, settings to a server."""
+    for name in ("token_file", "tls_cert", "tls_key", "sharding_plan"):
+        files.require_input_file(name, FLAGS[name].value)
     missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
     require(not missing, f'{", ".join(missing)} is not installed: pip install "dlrm_jax[serve]"')
     from dlrm_jax.serving.asgi import Limits

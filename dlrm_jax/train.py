@@ -6,13 +6,13 @@ import sys
 
 from absl import flags
 
+from dlrm_jax import files, processes
 from dlrm_jax import flags as run_flags
-from dlrm_jax import processes
 from dlrm_jax.commands import run_command
 from dlrm_jax.config import ConfigError
 from dlrm_jax.data.prepared import is_prepared, read_schema
 from dlrm_jax.flags import config_from_flags, define_run_flags, flagfile_text
-from dlrm_jax.loop import train_and_evaluate
+from dlrm_jax.loop import ResultNotWritten, train_and_evaluate
 from dlrm_jax.monitor import Interrupted
 from dlrm_jax.reporting import format_cost, format_table
 
@@ -37,9 +37,14 @@ def main() -> None:
     if not FLAGS.workdir and not is_prepared(pathlib.Path(config.data.data_dir)):
         raise ConfigError("--workdir is missing; it says where checkpoints, logs and results go")
     workdir = pathlib.Path(FLAGS.workdir or f"runs/{read_schema(pathlib.Path(config.data.data_dir)).name}")
+    files.require_output_directory("workdir", workdir)
+    unwritten = None
     try:
         with processes.ending_together(but_for=Interrupted):
-            result = train_and_evaluate(config, workdir, flagfile_text())
+            try:
+                result = train_and_evaluate(config, workdir, flagfile_text())
+            except ResultNotWritten as error:
+                result, unwritten = error.result, error
     except Interrupted as interrupted:
         print(interrupted, file=sys.stderr)
         sys.exit(128 + interrupted.signum)
@@ -50,6 +55,8 @@ def main() -> None:
         wait = f"{result['input_wait_fraction']:.1%} of the time waiting for input"
         print(f"{result['samples_per_second']:,.0f} samples/s; {wait}")
     print(format_cost(result["step_cost"]))
+    if unwritten is not None:
+        raise unwritten
     print(f"step {result['step']}; results, curves and checkpoints are in {workdir}")
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+from typing import Any
 
 from dlrm_jax import run_config
 from dlrm_jax.checkpoint import Checkpoints
@@ -54,11 +55,27 @@ def restore(workdir: pathlib.Path, which: str, data_dir: str | None = None, one_
         placed = on_one_device(model, config.optimizer)
     else:
         placed = place_run(dataclasses.replace(config, sharding=ShardingOptions(), cpu_kernels=XLA), model, dataset)
-    with Checkpoints(workdir) as checkpoints:
-        kind, step = checkpoints.find(which)
-        identity = json.loads(json.dumps(config.identity(model, raw)))
-        different = differences(identity, checkpoints.record(kind)["identity"])
-        if different:
+    identity = json.loads(json.dumps(config.identity(model, raw)))
+    return Trained(config, model, dataset, placed, _newest_state(workdir, which, placed, identity))
+
+
+def _newest_state(workdir: pathlib.Path, which: str, placed: Placed, identity: dict[str, Any]) -> TrainState:
+    """The state of checkpoint `which`; the next one if a running training deletes it meanwhile."""
+    failure: ConfigError | None = None
+    tried: tuple[str, int] | None = None
+    while True:
+        with Checkpoints(workdir, read_only=True) as checkpoints:
+            found = checkpoints.find(which)
+            if found == tried:
+                assert failure is not None
+                raise failure
+            kind, step = tried = found
+            try:
+                different = differences(identity, checkpoints.record(kind, step)["identity"])
+                state = None if different else checkpoints.restore(kind, placed, step)
+            except ConfigError as error:
+                failure = error
+                continue
+        if state is None:
             raise ConfigError(f"the checkpoint belongs to other data (now != then): {'; '.join(different[:8])}")
-        state = checkpoints.restore(kind, placed, step)
-    return Trained(config, model, dataset, placed, state)
+        return state

@@ -29,6 +29,10 @@ def main(argv: list[str]) -> None:
     del argv
     import jax
 
+    from dlrm_jax.files import require_output_file
+
+    require_output_file("json", FLAGS.json)
+    require_output_file("picture", FLAGS.picture)
     if FLAGS.fake:
         os.environ["JAX_PLATFORMS"] = "cpu"
         jax.config.update("jax_platforms", "cpu")

@@ -1,6 +1,7 @@
 """Tests `dlrm_jax/checkpoint.py`."""
 
 import os
+import shutil
 import time
 from types import SimpleNamespace
 
@@ -13,7 +14,9 @@ from dlrm_jax import checkpoint
 from dlrm_jax.checkpoint import BEST, LATEST, Checkpoints
 from dlrm_jax.config import ConfigError, FeatureConfig, ModelConfig, TableConfig
 from dlrm_jax.sharding import storage
-from dlrm_jax.sharding.placed import on_one_device
+from dlrm_jax.sharding.mesh import MeshShape, make_mesh
+from dlrm_jax.sharding.placed import Placed, on_one_device
+from dlrm_jax.sharding.plan import make_plan
 from tests.helpers import optimizer, tiny_model
 
 PLACED = on_one_device(tiny_model(learned_pooling=True), optimizer("adagrad", "adam"))
@@ -108,7 +111,7 @@ def test_the_latest_checkpoint_never_names_a_best_one_that_is_not_written(tmp_pa
 
 
 def test_a_missing_best_is_named(tmp_path):
-    with Checkpoints(tmp_path) as checkpoints, pytest.raises(ConfigError, match=r"no best checkpoint in .*best"):
+    with Checkpoints(tmp_path) as checkpoints, pytest.raises(ConfigError, match=r"no best checkpoint in .*best: none"):
         checkpoints.restore(BEST, PLACED)
 
 
@@ -158,3 +161,125 @@ def test_a_write_that_fails_is_one_clear_error(tmp_path, monkeypatch):
         monkeypatch.setattr(checkpoints._managers[LATEST], "save", fail)
         with pytest.raises(ConfigError, match=r"cannot write a checkpoint in .*RESOURCE_EXHAUSTED: no space; the last"):
             checkpoints.save(LATEST, at_step(2), PLACED, {})
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """(directory with one best checkpoint, placements that read it, what each reads): tables are most of its bytes."""
+    tables = (TableConfig("t", 900, 8), TableConfig("u", 300, 8))
+    config = ModelConfig(3, tables, (FeatureConfig("f", "t"), FeatureConfig("g", "u")), (8,), (1,))
+    one = on_one_device(config, optimizer("rowwise_adagrad", "adam"))
+    mesh = MeshShape(1, 2)
+    two = Placed(config, one.optimizer, make_plan(config, mesh, "row_wise"), make_mesh(mesh))
+    directory = tmp_path_factory.mktemp("saved")
+    with Checkpoints(directory) as checkpoints:
+        checkpoints.save(BEST, one.init_state(0), one, {"progress": {"best_value": 0.5}})
+    return directory, (one, two), [read(directory, placed) for placed in (one, two)]
+
+
+def read(directory, placed):
+    with Checkpoints(directory, read_only=True) as checkpoints:
+        return jax.tree.map(np.asarray, checkpoints.restore(BEST, placed)), checkpoints.record(BEST)
+
+
+def require_equal_or_refused(directory, placed, good) -> str:
+    """Whether a damaged checkpoint gives what the whole one gave, or one clear line."""
+    try:
+        state, record = read(directory, placed)
+    except ConfigError as error:
+        assert "\n" not in str(error) and f"cannot read checkpoint {directory}" in str(error)
+        assert "move it away" in str(error)
+        return "refused"
+    jax.tree.map(np.testing.assert_array_equal, state, good[0])
+    assert record == good[1]
+    return "equal"
+
+
+def test_a_flipped_byte_is_seen_under_every_plan(saved, tmp_path):
+    """Of the bytes of a checkpoint most are weights; Orbax alone gives other weights without a word."""
+    directory, placements, good = saved
+    files = sorted(path for path in (directory / "checkpoints" / BEST / "0").rglob("*") if path.is_file())
+    sizes = np.array([path.stat().st_size for path in files])
+    rng, found = np.random.default_rng(0), []
+    for trial in range(16):
+        copy = shutil.copytree(directory, tmp_path / str(trial))
+        path = copy / files[rng.choice(len(files), p=sizes / sizes.sum())].relative_to(directory)
+        flip(path, int(rng.integers(path.stat().st_size)), int(rng.integers(8)))
+        found.append(require_equal_or_refused(copy, placements[trial % 2], good[trial % 2]))
+    assert found.count("refused") >= 8
+
+
+def flip(path, offset: int, bit: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[offset] ^= 1 << bit
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", ["deleted", "cut"])
+def test_any_file_may_be_missing_or_cut(saved, tmp_path, damage):
+    directory, placements, good = saved
+    files = [path for path in (directory / "checkpoints" / BEST / "0").rglob("*") if path.is_file()]
+    for i, path in enumerate(files):
+        copy = shutil.copytree(directory, tmp_path / str(i))
+        spoilt = copy / path.relative_to(directory)
+        if damage == "deleted":
+            spoilt.unlink()
+        else:
+            os.truncate(spoilt, spoilt.stat().st_size // 2)
+        require_equal_or_refused(copy, placements[i % 2], good[i % 2])
+        shutil.rmtree(copy)
+
+
+@pytest.mark.parametrize("item", ["checksums", "dense", "record", "tables"])
+def test_every_part_must_be_there(saved, tmp_path, item):
+    directory, placements, good = saved
+    copy = shutil.copytree(directory, tmp_path / "copy")
+    shutil.rmtree(copy / "checkpoints" / BEST / "0" / item)
+    assert require_equal_or_refused(copy, placements[0], good[0]) == "refused"
+
+
+def test_a_checkpoint_without_checksums_is_read_and_said(tmp_path, monkeypatch, caplog):
+    """As the commits before wrote them."""
+    with Checkpoints(tmp_path) as checkpoints:
+        manager = checkpoints._managers[LATEST]
+        save = manager.save
+
+        def without(step, args):
+            items = {name: item for name, item in args.items() if name != "checksums"}
+            return save(step, args=checkpoint.ocp.args.Composite(**items))
+
+        monkeypatch.setattr(manager, "save", without)
+        checkpoints.save(LATEST, at_step(3), PLACED, {})
+    with Checkpoints(tmp_path) as checkpoints, caplog.at_level("WARNING", logger="dlrm_jax"):
+        jax.tree.map(np.testing.assert_array_equal, checkpoints.restore(LATEST, PLACED), at_step(3))
+    assert "has no checksums" in caplog.text
+
+
+def test_a_reader_touches_nothing(tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(LATEST, at_step(5), PLACED, {})
+    (tmp_path / "checkpoints" / BEST).rmdir()
+    (tmp_path / "checkpoints" / LATEST / "9.orbax-checkpoint-tmp").mkdir()
+    before = {path: path.stat().st_mtime_ns for path in [tmp_path, *tmp_path.rglob("*")]}
+    with Checkpoints(tmp_path, read_only=True) as checkpoints:
+        assert int(checkpoints.restore(*checkpoints.find("latest")[:1], PLACED).step) == 5
+        with pytest.raises(ConfigError, match=r"no checkpoint 'best' in .* \(latest: 5; best: none\)"):
+            checkpoints.find("best")
+    assert {path: path.stat().st_mtime_ns for path in [tmp_path, *tmp_path.rglob("*")]} == before
+
+
+def test_what_to_do_never_deletes_what_is_whole(tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(LATEST, at_step(1), PLACED, {})
+        checkpoints.save(LATEST, at_step(2), PLACED, {})
+        checkpoints.save(BEST, at_step(2), PLACED, {})
+    for kind in (LATEST, BEST):
+        os.truncate(tmp_path / "checkpoints" / kind / "2" / "record" / "metadata", 3)
+    with Checkpoints(tmp_path, read_only=True) as checkpoints:
+        with pytest.raises(ConfigError, match=r"latest/2: .*; move it away to fall back on that of step 1$"):
+            checkpoints.restore(LATEST, PLACED)
+        with pytest.raises(ConfigError, match=r"best/2: .*; move it away: .* --checkpoint=latest is still there$"):
+            checkpoints.restore(BEST, PLACED)
+    shutil.rmtree(tmp_path / "checkpoints" / LATEST / "1")
+    with Checkpoints(tmp_path, read_only=True) as checkpoints, pytest.raises(ConfigError, match=r"copy .*best/2 into "):
+        checkpoints.restore(LATEST, PLACED)

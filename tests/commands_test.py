@@ -4,11 +4,13 @@ import csv
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 
 import pytest
 
+from dlrm_jax import files
 from tests.helpers import ROOT, SHARED
 
 pytestmark = pytest.mark.end_to_end
@@ -154,3 +156,51 @@ def test_evaluate_without_a_run_says_so(tmp_path):
 @pytest.mark.parametrize(("module", "flag"), [("train", "--table_optimizer"), ("evaluate", "--predictions_out")])
 def test_help_lists_the_flags(module, flag):
     assert flag in run(module, "--help").stdout
+
+
+OUTPUTS = {
+    "evaluate": ["--workdir=WORKDIR", "--predictions_out=MISSING"],
+    "plan": ["--json=MISSING"],
+    "benchmark": ["--picture=MISSING"],
+    "loadtest": ["--json=MISSING"],
+    "export": ["--workdir=WORKDIR", "--out=BELOW"],
+    "prepare": ["--input=README.md", "--output=BELOW"],
+    "train": ["--workdir=BELOW"],
+}
+
+
+@pytest.mark.parametrize("command", OUTPUTS)
+def test_an_output_that_cannot_be_is_said_before_the_work(command, tmp_path):
+    """The workdir is none, and the log no log: whoever begins to work says that first."""
+    (tmp_path / "file").touch()
+    places = {"WORKDIR": tmp_path / "no", "MISSING": tmp_path / "missing" / "x", "BELOW": tmp_path / "file" / "x"}
+    arguments = list(OUTPUTS[command])
+    for word, place in places.items():
+        arguments = [argument.replace(word, str(place)) for argument in arguments]
+    finished = run(command, *arguments)
+    assert finished.returncode == 1 and finished.stdout == ""
+    assert finished.stderr.startswith(f"error: {arguments[-1]}") and finished.stderr.count("\n") == 1
+    assert "Errno" not in finished.stderr
+
+
+def test_a_flag_file_and_a_token_file_that_are_not_there(tmp_path):
+    finished = run("train", f"--flagfile={tmp_path / 'no.flags'}")
+    assert finished.returncode == 1
+    assert finished.stderr == f"error: --flagfile: No such file or directory: '{tmp_path / 'no.flags'}'\n"
+    finished = run("serve", f"--model={tmp_path}", f"--token_file={tmp_path / 'no'}")
+    assert finished.returncode == 1
+    assert finished.stderr == f"error: --token_file={tmp_path / 'no'} does not exist; name a file\n"
+
+
+def test_evaluate_leaves_a_running_training_alone(quickstart, tmp_path):
+    """Its half-written checkpoint stays, and its result.json is left to it."""
+    workdir = shutil.copytree(quickstart[0], tmp_path / "run")
+    half = workdir / "checkpoints" / "latest" / "9999.orbax-checkpoint-tmp"
+    half.mkdir()
+    (workdir / "result.json").write_text("{}")
+    with files.alone(workdir / files.LOCK, "another"):
+        finished = run("evaluate", f"--workdir={workdir}")
+    assert finished.returncode == 0 and half.is_dir() and result_of(workdir) == {}
+    assert finished.stderr == f"a training is running in {workdir}: result.json is left to it\n"
+    assert run("evaluate", f"--workdir={workdir}").returncode == 0 and half.is_dir()
+    assert result_of(workdir)["step"] > 0

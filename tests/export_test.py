@@ -210,3 +210,45 @@ def test_the_command_exports_what_training_evaluated(tmp_path):
     assert metrics["test"]["auc"] == pytest.approx(result["test"]["auc"], abs=2e-3)
     wrong = run("export", f"--workdir={tmp_path / 'no'}", f"--out={tmp_path / 'models'}")
     assert wrong.returncode == 1 and "config.json does not exist" in wrong.stderr and "Traceback" not in wrong.stderr
+
+
+def write_x(directory):
+    (directory / "x").write_text("x")
+
+
+def test_two_exports_at_once_do_not_meet(tmp_path):
+    """One begins and ends while the other is writing; what a killed one left goes."""
+    killed = tmp_path / ".new-killed"
+    killed.mkdir()
+
+    def write(directory):
+        write_x(directory)
+        if not versions(tmp_path):
+            assert write_version(tmp_path, write_x, {}).number == 1
+        assert (directory / "x").exists()
+
+    assert write_version(tmp_path, write, {}).number == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2"]
+    assert [open_version(tmp_path, number).manifest["version"] for number in (1, 2)] == [1, 2]
+
+
+def test_a_number_that_something_else_has_is_not_taken(tmp_path):
+    (tmp_path / "7").write_text("a stray file")
+    assert write_version(tmp_path, write_x, {}).number == 8
+
+
+def test_the_newest_whole_version_is_read_and_others_are_said(copied, caplog):
+    shutil.copytree(copied / "1", copied / "2")
+    (copied / "2" / "signature.json").write_text("{}")
+    (copied / "3").mkdir()
+    shutil.copytree(copied / "1", copied / "7")
+    (copied / "7" / "manifest.json").unlink()
+    with caplog.at_level("WARNING", logger="dlrm_jax"):
+        assert load(copied).version.number == 1
+    for number, reason in ((7, "manifest.json is missing"), (3, "is missing"), (2, "signature.json has 2 bytes")):
+        assert any(f"version {number} is not used, but 1" in text and reason in text for text in caplog.messages)
+    with pytest.raises(ConfigError, match=r"7/manifest\.json is missing"):
+        load(copied, 7)
+    shutil.rmtree(copied / "1")
+    with pytest.raises(ConfigError, match=r"none of the 3 versions in .* is whole: 7: .*; 3: .*; 2: "):
+        load(copied)

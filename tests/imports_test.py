@@ -11,16 +11,26 @@ from tests.helpers import ROOT
 
 LAYERS = (
     {"config", "rows", "formulations", "huge_pages", "heap", "gpu_atomics"},
-    {"batch", "sparse_optimizer", "dense_optimizer", "interaction", "loss", "schedule", "sharding.mesh"},
+    {
+        "batch",
+        "checksums",
+        "dense_optimizer",
+        "files",
+        "interaction",
+        "loss",
+        "schedule",
+        "sharding.mesh",
+        "sparse_optimizer",
+    },
     {
         "data.hashing",
         "data.schema",
-        "data.times",
         "data.source",
-        "sharding.plan",
-        "sharding.collective",
-        "pooling",
+        "data.times",
         "native.build",
+        "pooling",
+        "sharding.collective",
+        "sharding.plan",
     },
     {"data.dense", "serving.errors", "serving.signature", "serving.store"},
     {

@@ -2,12 +2,13 @@
 
 import dataclasses
 import json
+import shutil
 
 import jax
 import numpy as np
 import pytest
 
-from dlrm_jax import checkpoint, loop
+from dlrm_jax import checkpoint, loop, reporting, trained
 from dlrm_jax.config import ConfigError
 from dlrm_jax.data import planted
 from dlrm_jax.data.dataset import Split
@@ -198,3 +199,71 @@ def test_odd_sizes_train(tmp_path, examples, batch_size):
     config = dataclasses.replace(CONFIG, data=data, batch_size=batch_size, num_steps=3, eval_every=1)
     result = loop.train_and_evaluate(config, tmp_path)
     assert result["test"]["num_samples"] == examples // 10
+
+
+def test_a_second_training_in_a_workdir_is_refused_and_the_first_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setattr("dlrm_jax.files._LOCK_SECONDS", 0.0)
+    train = loop.train
+
+    def another_meanwhile(*args):
+        with pytest.raises(ConfigError, match=f"another training is running in {tmp_path} .process .*; wait for"):
+            loop.train_and_evaluate(CONFIG, tmp_path)
+        return train(*args)
+
+    monkeypatch.setattr(loop, "train", another_meanwhile)
+    assert loop.train_and_evaluate(CONFIG, tmp_path)["step"] > 0
+    monkeypatch.setattr(loop, "train", train)
+    loop.train_and_evaluate(CONFIG, tmp_path)
+
+
+def test_a_run_whose_best_is_deleted_says_so_and_uses_what_is_there(tmp_path, caplog, monkeypatch):
+    """Deleted while it runs, and before it goes on; the good latest one is never to be deleted."""
+    config = dataclasses.replace(CONFIG, patience=1, target_metric="log_loss")
+    monkeypatch.setattr(type(config), "is_better", lambda self, value, than: than is None)  # The first one stays best.
+    wait = checkpoint.Checkpoints.wait
+
+    def deleted_at_the_end(self):
+        wait(self)
+        shutil.rmtree(tmp_path / "checkpoints" / checkpoint.BEST / "20", ignore_errors=True)
+
+    with monkeypatch.context() as patch, caplog.at_level("WARNING", logger="dlrm_jax"):
+        patch.setattr(checkpoint.Checkpoints, "wait", deleted_at_the_end)
+        assert loop.train_and_evaluate(config, tmp_path)["step"] == 40
+    assert "best/20" in caplog.text and "the result is that of the last step, 40" in caplog.text
+    caplog.clear()
+    more = dataclasses.replace(config, patience=0)
+    shutil.rmtree(tmp_path / "checkpoints" / checkpoint.LATEST / "40")
+    with caplog.at_level("WARNING", logger="dlrm_jax"):
+        assert loop.train_and_evaluate(more, tmp_path)["step"] == 40
+    assert "the best checkpoint, of step 20, is missing: the best from here on is kept" in caplog.text
+    assert (tmp_path / "checkpoints" / checkpoint.BEST / "40").is_dir()
+
+
+def test_a_result_that_cannot_be_written_is_not_lost(tmp_path, monkeypatch):
+    write = reporting.write_json_atomically
+
+    def full(path, value):
+        if path.name == "result.json":
+            raise OSError(28, "No space left on device", str(path))
+        write(path, value)
+
+    monkeypatch.setattr(reporting, "write_json_atomically", full)
+    with pytest.raises(loop.ResultNotWritten, match=r"result\.json: No space left on device") as raised:
+        loop.train_and_evaluate(dataclasses.replace(CONFIG, num_steps=10), tmp_path)
+    assert raised.value.result["step"] == 10 and raised.value.result["test"]["auc"] > 0
+
+
+def test_a_reader_goes_on_to_the_newer_checkpoint_when_a_training_deletes_the_old_one(tmp_path, monkeypatch):
+    loop.train_and_evaluate(dataclasses.replace(CONFIG, num_steps=20), tmp_path)
+    record, directory = checkpoint.Checkpoints.record, tmp_path / "checkpoints" / checkpoint.LATEST
+
+    def deleted_meanwhile(self, kind, step=None):
+        if (directory / "20").exists():
+            (directory / "20").rename(directory / "30")  # As if the run had got there: only a newer one is left.
+        return record(self, kind, step)
+
+    monkeypatch.setattr(checkpoint.Checkpoints, "record", deleted_meanwhile)
+    assert int(trained.restore(tmp_path, "latest").state.step) == 20
+    shutil.rmtree(directory)
+    with pytest.raises(ConfigError, match="no checkpoint 'latest'"):
+        trained.restore(tmp_path, "latest")

@@ -1,6 +1,9 @@
 """Tests reading prepared and generated rows (`prepared.py`, `windows.py`), and the batches made of them."""
 
+import concurrent.futures
+import contextlib
 import dataclasses
+import os
 from itertools import islice
 
 import numpy as np
@@ -182,3 +185,32 @@ def test_records_are_those_of_tfds_own_serializer(rows):
     assert blocks.serialize(block) == theirs
     for name, column in spec.deserialize_example_np(theirs).items():
         np.testing.assert_array_equal(column, block[name])
+
+
+def test_few_shards_are_open_at_a_time(tmp_path, monkeypatch):
+    """A dataset of a thousand shards is read where a process may have fewer files open."""
+    monkeypatch.setattr("dlrm_jax.data.second_pass._BLOCKS_PER_SHARD", 1)
+    for module in ("blocks", "prepared"):
+        monkeypatch.setattr(f"dlrm_jax.data.{module}.BLOCK_ROWS", 10)
+    monkeypatch.setattr("dlrm_jax.data.prepared.OPEN_SHARDS", 4)
+    output = prepare_text(tmp_path, csv_rows([(i % 2, i, f"v{i}") for i in range(600)]), schema())
+    source = open_prepared(output).splits["train"]
+    before, most = open_shards(output), 0
+    for _ in range(2):
+        for block in range(60):
+            assert source.read(np.array([block])).dense_RxN[0, 0] == block * 10
+            most = max(most, open_shards(output) - before)
+    assert len(list(output.glob("*.array_record-*"))) >= 60 and 1 <= most <= 4
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        for block, found in enumerate(pool.map(lambda i: source.read(np.array([i % 60])).dense_RxN[0, 0], range(240))):
+            assert found == block % 60 * 10
+    assert open_shards(output) <= 4
+
+
+def open_shards(output) -> int:
+    """How many shards this process has open, some of them maybe more than once."""
+    found = 0
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):
+            found += os.readlink(f"/proc/self/fd/{name}").startswith(f"{output}/")
+    return found

@@ -1,11 +1,14 @@
 """Tests `dlrm_jax/reporting.py`."""
 
 import json
+import os
+from types import SimpleNamespace
 
 import pytest
 from matplotlib.figure import Figure
 
 from dlrm_jax import reporting
+from dlrm_jax.config import ConfigError
 
 NAN = float("nan")
 
@@ -183,3 +186,28 @@ def test_bar_counts_steps_not_dispatches(capfd, monkeypatch):
         for step in (4, 8):
             bar.update(step, 0.25)
     assert "8/8" in capfd.readouterr().err
+
+
+def test_a_full_disk_names_the_metrics_file_and_what_to_do(tmp_path, monkeypatch):
+    with reporting.MetricsLog(tmp_path, 0) as log:
+        file = log._file
+        full = SimpleNamespace(name=file.name, write=lambda text: (_ for _ in ()).throw(OSError(28, "No space left")))
+        log._file = full
+        with pytest.raises(ConfigError, match=r"cannot write .*metrics\.jsonl: No space left; .* goes on"):
+            log.write(1, "train", {"loss": 0.5})
+        log._file = file
+
+
+def test_two_who_write_one_file_do_not_meet(tmp_path, monkeypatch):
+    """As two evaluations of a workdir that end at once: each replaces what it wrote itself."""
+    path, replace = tmp_path / "result.json", os.replace
+
+    def after_another(source, target):
+        monkeypatch.setattr(os, "replace", replace)
+        monkeypatch.setattr(os, "getpid", lambda: 1)
+        reporting.write_json_atomically(path, {"step": 1})
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", after_another)
+    reporting.write_json_atomically(path, {"step": 2})
+    assert json.loads(path.read_text()) == {"step": 2} and len(list(tmp_path.iterdir())) == 1

@@ -18,6 +18,7 @@ from dlrm_jax.data.prepared import open_prepared
 from dlrm_jax.embedding import named_tables
 from dlrm_jax.serving import load
 from dlrm_jax.serving.export import export_model
+from dlrm_jax.serving.store import write_version
 from tests.helpers import tiny_model
 from tests.prepared_helpers import digest, rows_of
 from tests.server_process import running
@@ -298,3 +299,28 @@ def test_a_new_version_takes_over_without_a_dropped_request(served, prepared, tm
         shutil.rmtree(model_dir / str(number))
     after = digest(model_dir)
     assert before.items() <= after.items() and all(name in before or name.startswith("2/") for name in after)
+
+
+def test_it_starts_with_the_newest_version_that_is_whole_and_scores_as_at_export(tmp_path):
+    """Of four the newest is an empty directory, one is half copied, one scores otherwise; its copy's end is found."""
+    export_tiny(tmp_path, tiny_model())
+    noted = dict(np.load(tmp_path / "1" / "self_check.npz"))
+
+    def other_scores(directory):
+        shutil.copytree(tmp_path / "1", directory, dirs_exist_ok=True, ignore=shutil.ignore_patterns("manifest.json"))
+        np.savez(directory / "self_check.npz", **noted | {"probability": noted["probability"] + 0.1})
+
+    assert write_version(tmp_path, other_scores, {}).number == 2
+    export_tiny(tmp_path, tiny_model(), seed=1)
+    metrics = tmp_path / "3" / "metrics.json"
+    whole = metrics.read_bytes()
+    metrics.unlink()
+    (tmp_path / "7").mkdir()
+    with running(tmp_path, "--batch_sizes=1", "--poll_seconds=0.2") as server:
+        server.event("model_ready", version=1)
+        for version, reason in ((7, "manifest.json is missing"), (3, "metrics.json is missing"), (2, "differ by 0.1")):
+            assert reason in server.event("reload_refused", version=version)["reason"]
+        assert server.ask("GET", "/status.json")[2]["refused"].keys() == {"2", "3", "7"}
+        metrics.write_bytes(whole)
+        server.event("model_ready", version=3)
+        assert server.ask("GET", "/status.json")[2]["refused"].keys() == {"7"}

@@ -17,10 +17,19 @@ def describe(directory: pathlib.Path) -> str:
     path = directory / "statistics.png"
     try:
         _draw(statistics, path)
+        drawn = f"pictures: {path}"
     except OSError:
-        path = pathlib.Path("statistics.png")
+        drawn = _draw_here(statistics)
+    return "\n\n".join([_splits(statistics), _features(statistics), _tables(statistics), drawn])
+
+
+def _draw_here(statistics: dict[str, Any]) -> str:
+    path = pathlib.Path("statistics.png")
+    try:
         _draw(statistics, path)
-    return "\n\n".join([_splits(statistics), _features(statistics), _tables(statistics), f"pictures: {path}"])
+    except OSError as error:
+        return f"no pictures: neither the dataset's directory nor this one can be written ({error.strerror})"
+    return f"pictures: {path}"
 
 
 def _aligned(rows: list[list[str]]) -> str:

@@ -10,13 +10,13 @@ Only a directory with dataset_info.json is finished; until then a second run of 
 import collections
 import contextlib
 import dataclasses
-import fcntl
 import json
 import pathlib
 import shutil
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from dlrm_jax import files
 from dlrm_jax.config import ConfigError, differences
 from dlrm_jax.data import blocks
 from dlrm_jax.data.first_pass import FirstPass
@@ -151,12 +151,8 @@ def _require_usable(output: pathlib.Path) -> None:
 def _alone(output: pathlib.Path) -> Iterator[None]:
     """Keep a second preparation out of the same directory; the lock goes with the process that holds it."""
     output.mkdir(parents=True, exist_ok=True)
-    path = output / ".lock"
-    with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(f"another preparation is running in {output}") from None
+    path = output / files.LOCK
+    with files.alone(path, f"another preparation is running in {output}"):
         yield
         path.unlink()
 

@@ -1,5 +1,6 @@
 """Reading a prepared dataset (blocks.py): blocks in a shuffled order, rows shuffled among the blocks of a window."""
 
+import collections
 import dataclasses
 import json
 import pathlib
@@ -15,6 +16,9 @@ from dlrm_jax.data.dataset import SPLITS, Dataset, Split
 from dlrm_jax.data.schema import Schema
 from dlrm_jax.data.schema_io import from_dict, to_dict
 from dlrm_jax.data.windows import blocked_windows
+
+OPEN_SHARDS = 128
+"""Files that a split keeps open: a day's log has thousands of shards, and a process may have 1,024 files open."""
 
 WINDOW_BLOCKS = 32
 """Blocks whose rows are shuffled together: 131,072 rows, 22 MB for Criteo's columns."""
@@ -61,11 +65,11 @@ class PreparedSplit:
 
 
 class _Blocks:
-    """The records of one split's shards, opened when first read; by any thread."""
+    """The records of one split's shards, opened when first read, the last used kept open; by any thread."""
 
     def __init__(self, paths: list[pathlib.Path], lengths: list[int], spec: Any) -> None:
         self._paths, self._ends, self._spec = paths, np.cumsum(lengths), spec
-        self._readers: dict[int, Any] = {}
+        self._readers: collections.OrderedDict[int, Any] = collections.OrderedDict()
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -82,6 +86,9 @@ class _Blocks:
         with self._lock:
             if shard not in self._readers:
                 self._readers[shard] = array_record_module.ArrayRecordReader(str(self._paths[shard]))
+                if len(self._readers) > OPEN_SHARDS:
+                    self._readers.popitem(last=False)  # Its file is closed once the last thread has read from it.
+            self._readers.move_to_end(shard)
             return self._readers[shard]
 
 

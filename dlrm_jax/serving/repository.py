@@ -9,7 +9,7 @@ from typing import Any
 
 from dlrm_jax.config import ConfigError, differences
 from dlrm_jax.serving.loaded import Servable
-from dlrm_jax.serving.store import Version, open_version, versions
+from dlrm_jax.serving.store import Version, newest_whole, open_version, versions
 from dlrm_jax.serving.telemetry import Telemetry, log
 
 Loader = Callable[[Version, Servable | None], Servable]
@@ -27,8 +27,13 @@ class Repository:
         self._task: asyncio.Task[None] | None = None
         self._look = asyncio.Event()
 
-    def start(self, first: Version, failed: Callable[[BaseException], None]) -> None:
-        """Load the first version, in the background, then follow. `failed` is told why there is nothing to serve."""
+    def start(self, first: Version, refused: dict[int, str], failed: Callable[[BaseException], None]) -> None:
+        """Load the first version, in the background, then follow. `failed` is told why there is nothing to serve.
+
+        `refused` are newer versions, and why they are not served.
+        """
+        for number, reason in refused.items():
+            self._refuse(number, reason, _state(self._model_dir / str(number)))
         self._task = asyncio.create_task(self._follow(first))
 
         def ended(task: asyncio.Task[None]) -> None:
@@ -48,8 +53,7 @@ class Repository:
         self._look.set()
 
     async def _follow(self, first: Version) -> None:
-        servable = await asyncio.to_thread(self._ready, first, None)
-        self._take(servable)
+        self._take(await self._first_ready(first))
         while True:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._look.wait(), self._poll)
@@ -64,16 +68,37 @@ class Repository:
             state = _state(self._model_dir / str(number))
             if self._tried.get(number) == state:
                 continue
-            self._tried[number] = state
             try:
                 self._take(await asyncio.to_thread(self._open, number, current))
                 self.refused = {refused: why for refused, why in self.refused.items() if refused > number}
                 return
             except Exception as error:  # Whatever is wrong with a new version, the present one goes on.
-                reason = " ".join(str(error).split()) or repr(error)
-                self.refused[number] = reason
-                self._telemetry.refused()
-                log("reload_refused", level=logging.WARNING, version=number, reason=reason)
+                self._refuse(number, error, state)
+
+    def _refuse(self, number: int, error: Exception | str, state: list[tuple[str, int, int]]) -> None:
+        """Note and tell that a version, as it lies there, is not served."""
+        self._tried[number] = state
+        self.refused[number] = " ".join(str(error).split()) or repr(error)
+        self._telemetry.refused()
+        log("reload_refused", level=logging.WARNING, version=number, reason=self.refused[number])
+
+    async def _first_ready(self, first: Version) -> Servable:
+        """The first version, or the next older one where that cannot be loaded or scores otherwise than at export."""
+        failure: Exception | None = None
+        while True:
+            state = _state(first.directory)
+            try:
+                return await asyncio.to_thread(self._ready, first, None)
+            except Exception as error:
+                failure = failure or error
+                try:
+                    older, refused = await asyncio.to_thread(newest_whole, self._model_dir, first.number)
+                except ConfigError:
+                    raise failure from None
+                self._refuse(first.number, error, state)
+                for number, reason in refused.items():
+                    self._refuse(number, reason, _state(self._model_dir / str(number)))
+                first = older
 
     def _open(self, number: int, current: Servable) -> Servable:
         return self._ready(open_version(self._model_dir, number), current)

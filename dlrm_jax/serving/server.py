@@ -22,7 +22,7 @@ from dlrm_jax.serving.asgi import JSON, Limits
 from dlrm_jax.serving.batching import Batcher
 from dlrm_jax.serving.loaded import BATCH_SIZES, MakeEngine, OneDevice, Servable
 from dlrm_jax.serving.repository import Repository
-from dlrm_jax.serving.store import Version, open_version
+from dlrm_jax.serving.store import Version, newest_whole
 from dlrm_jax.serving.telemetry import LOG, JsonLines, Telemetry, log
 
 _MAX_HEADER_BYTES = 64 << 10
@@ -177,9 +177,9 @@ def run_server(settings: Settings) -> None:
     # What imports made stays; a full collection that goes through it stops the event loop for 40 ms, as in each reload.
     gc.collect()
     gc.freeze()
-    first = open_version(settings.model_dir)
+    first, refused = newest_whole(settings.model_dir)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(_serve(settings, first))
+        runner.run(_serve(settings, first, refused))
 
 
 def _log_json_lines(level: str) -> None:
@@ -189,7 +189,7 @@ def _log_json_lines(level: str) -> None:
     LOG.setLevel(level.upper())
 
 
-async def _serve(settings: Settings, first: Version) -> None:
+async def _serve(settings: Settings, first: Version, refused: dict[int, str]) -> None:
     telemetry = Telemetry()
     failure: list[BaseException] = []
 
@@ -206,7 +206,7 @@ async def _serve(settings: Settings, first: Version) -> None:
         failure.append(error)
         server.should_exit = True
 
-    app = make_app(service, lambda: repository.start(first, failed), settings.token)
+    app = make_app(service, lambda: repository.start(first, refused, failed), settings.token)
     server = _Server(_uvicorn_config(app, settings))
 
     def end(name: str) -> None:
