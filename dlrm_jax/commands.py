@@ -1,7 +1,6 @@
 """What every command shares: parse flags, run, and turn what the user can mend into one line and an exit status."""
 
 import logging
-import signal
 import sys
 from collections.abc import Callable
 
@@ -9,31 +8,35 @@ from absl import app, flags
 from absl import logging as absl_logging
 from tqdm import tqdm
 
-from dlrm_jax import gpu_atomics
+from dlrm_jax import gpu_atomics, interrupts
 from dlrm_jax.config import ConfigError
 
 FLAGS = flags.FLAGS
+_LONGEST_LINE = 600
 
 
 def run_command(main: Callable[[], None]) -> None:
     """Parse flags and run `main`; what the user can mend becomes one line on stderr and exit status 1."""
 
     def guarded(argv: list[str]) -> None:
-        _log_to_stderr()
-        gpu_atomics.use_hardware_additions()
-        try:
-            if len(argv) > 1:
-                raise ConfigError(f"unexpected argument {argv[1]!r}; flags look like --name=value")
-            main()
-        except (ConfigError, OSError) as error:
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)  # One line, whatever a value holds.
-            sys.exit(1)
-        except KeyboardInterrupt:
-            # Before training, and the second Ctrl-C: what was saved is whole, what was not is lost.
-            print("interrupted", file=sys.stderr)
-            sys.exit(128 + signal.SIGINT)
+        with interrupts.one_line():
+            _log_to_stderr()
+            gpu_atomics.use_hardware_additions()
+            try:
+                if len(argv) > 1:
+                    raise ConfigError(f"unexpected argument {argv[1]!r}; flags look like --name=value")
+                main()
+            except (ConfigError, OSError) as error:
+                print(f"error: {_shortened(str(error))}", file=sys.stderr)
+                sys.exit(1)
 
     app.run(guarded)
+
+
+def _shortened(text: str) -> str:
+    """One line, whatever a value holds; of a long one the beginning, which says what, and the end, what to do."""
+    line = " ".join(text.split())
+    return line if len(line) <= _LONGEST_LINE else f"{line[: _LONGEST_LINE - 200]} ... {line[-190:]}"
 
 
 class _BesideProgressBar(logging.Handler):

@@ -10,7 +10,7 @@ import pytest
 from tests.helpers import ROOT
 
 LAYERS = (
-    {"config", "rows", "formulations", "huge_pages", "heap", "gpu_atomics"},
+    {"config", "rows", "formulations", "huge_pages", "heap", "gpu_atomics", "interrupts"},
     {"batch", "sparse_optimizer", "dense_optimizer", "interaction", "loss", "schedule", "sharding.mesh"},
     {"data.hashing", "data.schema", "data.source", "sharding.plan", "sharding.collective", "pooling", "native.build"},
     {"data.dense", "serving.errors", "serving.signature", "serving.store"},
@@ -54,7 +54,7 @@ LAYERS = (
     {"serving.export"},
     {"serving.placed"},
     {"trained"},
-    {"loop"},
+    {"loop", "flag_effects"},
     {"flags", "commands"},
     {"train", "evaluate", "prepare", "plan", "export", "serve", "loadtest", "benchmark"},
 )
