@@ -12,12 +12,14 @@ from types import TracebackType
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
 from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
 from dlrm_jax.config import ConfigError
+from dlrm_jax.embedding import POOLING_WEIGHTS
 from dlrm_jax.sharding.placed import Placed
 from dlrm_jax.sharding.plan import plan_from_dict
 from dlrm_jax.sharding.reshard import Kind, Source, read_array
@@ -127,10 +129,12 @@ class Checkpoints:
             found = self._restore(
                 kind, step, dense=ocp.args.StandardRestore(rest), tables=ocp.args.StandardRestore(tables)
             )
-            return TrainState(**found.dense, **found.tables)
+            return _complete(TrainState(**found.dense, **found.tables), placed)
         dense = self._restore(kind, step, dense=ocp.args.StandardRestore(rest)).dense
         try:
-            return TrainState(**dense, **self._read_tables(kind, step, placed, tables, saved))
+            return _complete(TrainState(**dense, **self._read_tables(kind, step, placed, tables, saved)), placed)
+        except ConfigError:
+            raise
         except (ValueError, OSError) as error:
             raise self._cannot_read(kind, step, error) from error
 
@@ -147,17 +151,25 @@ class Checkpoints:
             return _Sliced(store.result())
 
         source = Source(saved, open_array)
-        found: dict[str, Any] = {group: dict(tables[group]) for group in TABLES}
-        for stack in placed.stacks:
-            for group in TABLES:
-                for weights in (False, True):
-                    key = Kind(group, weights, False).key(stack)
-                    leaf = tables[group].get(key, ())
-                    if isinstance(leaf, jax.ShapeDtypeStruct):
-                        of_row = weights or (group == TABLES[1] and placed.optimizer.table == "rowwise_adagrad")
-                        kind_of = Kind(group, weights, of_row)
-                        found[group][key] = read_array(source, kind_of, stack, leaf.shape, leaf.sharding)
-        return found
+        arrays = {
+            stack.name + ending: (stack, bool(ending)) for stack in placed.stacks for ending in ("", POOLING_WEIGHTS)
+        }
+
+        def read(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+            group, key, *inner = path
+            stack, weights = arrays[key.key]
+            of_state = group.key == TABLES[1]
+            per_row = weights or (
+                of_state and (placed.optimizer.table == "rowwise_adagrad" or leaf.shape != stack.shape)
+            )
+            if leaf.shape != (stack.row_shape() if per_row else stack.shape) or leaf.dtype != np.float32:
+                raise ConfigError(
+                    f"{_name(path)} of checkpoint {step} is {leaf.dtype}{list(leaf.shape)}, neither a float32 for each "
+                    "weight nor for each row: it can be read under the plan it was saved under only"
+                )
+            return read_array(source, Kind(group.key, weights, per_row, _name(inner)), stack, leaf.shape, leaf.sharding)
+
+        return jax.tree_util.tree_map_with_path(read, tables)
 
     def _restore(self, kind: str, step: int | None, **items: Any) -> Any:
         if step is None:
@@ -199,6 +211,24 @@ def _tidy(directory: pathlib.Path) -> None:
     for unfinished in directory.glob("*.orbax-checkpoint-tmp*"):
         # Left by a killed process. Orbax ignores it, but it would fill the disk, one a kill.
         shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _name(path: Any) -> str:
+    """A path into the state, as stored arrays are named."""
+    return jax.tree_util.keystr(tuple(path), simple=True, separator=".")
+
+
+def _complete(state: TrainState, placed: Placed) -> TrainState:
+    """`state`, once it is seen to hold what `placed` asks for, array by array."""
+    wanted, _ = jax.tree_util.tree_flatten_with_path(placed.abstract_state)
+    for (path, want), leaf in zip(wanted, jax.tree.leaves(state), strict=True):
+        if not isinstance(leaf, jax.Array) or (leaf.shape, leaf.dtype) != (want.shape, want.dtype):
+            found = f"{getattr(leaf, 'dtype', '?')}{list(getattr(leaf, 'shape', '?'))}"
+            raise ConfigError(
+                f"{_name(path)} of a checkpoint was read as {type(leaf).__name__} {found}; the run needs an array "
+                f"{want.dtype}{list(want.shape)}"
+            )
+    return state
 
 
 def _split(state: TrainState) -> tuple[dict[str, Any], dict[str, Any]]:
