@@ -6,9 +6,9 @@ import pathlib
 
 from dlrm_jax import run_config
 from dlrm_jax.checkpoint import Checkpoints
-from dlrm_jax.config import XLA, ConfigError, ModelConfig, differences
+from dlrm_jax.config import XLA, ConfigError, ModelConfig, differences, tell
 from dlrm_jax.data.dataset import Dataset
-from dlrm_jax.data.load import load_dataset
+from dlrm_jax.data.load import DATASETS, DataConfig, load_dataset
 from dlrm_jax.placement import place_run
 from dlrm_jax.run_config import RunConfig
 from dlrm_jax.sharding.options import ShardingOptions
@@ -37,7 +37,9 @@ def load_config(workdir: pathlib.Path, data_dir: str | None = None) -> RunConfig
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{path} is not a run's configuration: {error}") from error
     if data_dir is not None:
-        config = dataclasses.replace(config, data=dataclasses.replace(config.data, data_dir=data_dir))
+        dataset = config.data.dataset if config.data.dataset in DATASETS else DataConfig.dataset
+        data = dataclasses.replace(config.data, data_dir=data_dir, dataset=dataset)
+        config = dataclasses.replace(config, data=data)
     return config
 
 
@@ -57,8 +59,9 @@ def restore(workdir: pathlib.Path, which: str, data_dir: str | None = None, one_
     with Checkpoints(workdir) as checkpoints:
         kind, step = checkpoints.find(which)
         identity = json.loads(json.dumps(config.identity(model, raw)))
-        different = differences(identity, checkpoints.record(kind)["identity"])
+        then = checkpoints.record(kind, step)["identity"]
+        different = differences(run_config.without_schedule(identity), run_config.without_schedule(then))
         if different:
-            raise ConfigError(f"the checkpoint belongs to other data (now != then): {'; '.join(different[:8])}")
+            raise ConfigError(f"the checkpoint belongs to other data (now != then): {tell(different)}")
         state = checkpoints.restore(kind, placed, step)
     return Trained(config, model, dataset, placed, state)
