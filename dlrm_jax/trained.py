@@ -8,7 +8,8 @@ from dlrm_jax import run_config
 from dlrm_jax.checkpoint import Checkpoints
 from dlrm_jax.config import XLA, ConfigError, ModelConfig, differences, tell
 from dlrm_jax.data.dataset import Dataset
-from dlrm_jax.data.load import DATASETS, DataConfig, load_dataset
+from dlrm_jax.data.load import DataConfig, load_dataset
+from dlrm_jax.data.prepared import is_prepared
 from dlrm_jax.placement import place_run
 from dlrm_jax.run_config import RunConfig
 from dlrm_jax.sharding.options import ShardingOptions
@@ -37,8 +38,12 @@ def load_config(workdir: pathlib.Path, data_dir: str | None = None) -> RunConfig
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{path} is not a run's configuration: {error}") from error
     if data_dir is not None:
-        dataset = config.data.dataset if config.data.dataset in DATASETS else DataConfig.dataset
-        data = dataclasses.replace(config.data, data_dir=data_dir, dataset=dataset)
+        data = dataclasses.replace(config.data, data_dir=data_dir)
+        if is_prepared(pathlib.Path(data_dir)):  # It says all by itself, and whether it is the run's is seen later.
+            unsaid = {
+                name: getattr(DataConfig, name) for name in ("dataset", "split", "num_examples", "max_rows_per_table")
+            }
+            data = dataclasses.replace(data, **unsaid)
         config = dataclasses.replace(config, data=data)
     return config
 
