@@ -16,13 +16,16 @@ from types import TracebackType
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
 from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
 from dlrm_jax import checksums
+from dlrm_jax.checksums import array_name
 from dlrm_jax.config import ConfigError
+from dlrm_jax.embedding import POOLING_WEIGHTS
 from dlrm_jax.sharding.placed import Placed
 from dlrm_jax.sharding.plan import plan_from_dict
 from dlrm_jax.sharding.reshard import Kind, Source, read_array
@@ -165,11 +168,12 @@ class Checkpoints:
             )
             self._require_whole(kind, step, found.dense, noted, "dense")
             self._require_whole(kind, step, found.tables, noted, "tables")
-            return TrainState(**found.dense, **found.tables)
+            return _complete(TrainState(**found.dense, **found.tables), placed)
         dense = self._restore(kind, step, dense=ocp.args.StandardRestore(rest)).dense
         self._require_whole(kind, step, dense, noted, "dense")
         try:
-            return TrainState(**dense, **self._read_tables(kind, step, placed, tables, saved, noted))
+            read = self._read_tables(kind, step, placed, tables, saved, noted)
+            return _complete(TrainState(**dense, **read), placed)
         except ConfigError:
             raise
         except Exception as error:  # What a damaged file raises depends on where it is damaged.
@@ -203,21 +207,31 @@ class Checkpoints:
         def open_array(group: str, name: str) -> Any:
             kvstore = {"driver": "ocdbt", "base": base, "path": f"{group}.{name}/"}
             store = tensorstore.open({"driver": "zarr", "kvstore": kvstore}, context=context, read=True, open=True)
-            path = jax.tree_util.keystr((jax.tree_util.DictKey(group), jax.tree_util.DictKey(name)))
+            path = f"{group}.{name}"
             return _Sliced(store.result(), None if noted is None else noted["tables"][path], path)
 
         source = Source(saved, open_array)
-        found: dict[str, Any] = {group: dict(tables[group]) for group in TABLES}
-        for stack in placed.stacks:
-            for group in TABLES:
-                for weights in (False, True):
-                    key = Kind(group, weights, False).key(stack)
-                    leaf = tables[group].get(key, ())
-                    if isinstance(leaf, jax.ShapeDtypeStruct):
-                        of_row = weights or (group == TABLES[1] and placed.optimizer.table == "rowwise_adagrad")
-                        kind_of = Kind(group, weights, of_row)
-                        found[group][key] = read_array(source, kind_of, stack, leaf.shape, leaf.sharding)
-        return found
+        arrays = {
+            stack.name + ending: (stack, bool(ending)) for stack in placed.stacks for ending in ("", POOLING_WEIGHTS)
+        }
+
+        def read(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+            group, key, *inner = path
+            stack, weights = arrays[key.key]
+            of_state = group.key == TABLES[1]
+            per_row = weights or (
+                of_state and (placed.optimizer.table == "rowwise_adagrad" or leaf.shape != stack.shape)
+            )
+            if leaf.shape != (stack.row_shape() if per_row else stack.shape) or leaf.dtype != np.float32:
+                raise ConfigError(
+                    f"{array_name(path)} of checkpoint {step} is {leaf.dtype}{list(leaf.shape)}, neither a float32 for each "
+                    "weight nor for each row: it can be read under the plan it was saved under only"
+                )
+            return read_array(
+                source, Kind(group.key, weights, per_row, array_name(inner)), stack, leaf.shape, leaf.sharding
+            )
+
+        return jax.tree_util.tree_map_with_path(read, tables)
 
     def _restore(self, kind: str, step: int | None, **items: Any) -> Any:
         if step is None:
@@ -287,6 +301,19 @@ def _tidy(directory: pathlib.Path) -> None:
     for unfinished in directory.glob("*.orbax-checkpoint-tmp*"):
         # Left by a killed process. Orbax ignores it, but it would fill the disk, one a kill.
         shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _complete(state: TrainState, placed: Placed) -> TrainState:
+    """`state`, once it is seen to hold what `placed` asks for, array by array."""
+    wanted, _ = jax.tree_util.tree_flatten_with_path(placed.abstract_state)
+    for (path, want), leaf in zip(wanted, jax.tree.leaves(state), strict=True):
+        if not isinstance(leaf, jax.Array) or (leaf.shape, leaf.dtype) != (want.shape, want.dtype):
+            found = f"{getattr(leaf, 'dtype', '?')}{list(getattr(leaf, 'shape', '?'))}"
+            raise ConfigError(
+                f"{array_name(path)} of a checkpoint was read as {type(leaf).__name__} {found}; the run needs an array "
+                f"{want.dtype}{list(want.shape)}"
+            )
+    return state
 
 
 def _split(state: TrainState) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -26,6 +26,11 @@ _BLOCK_NUMBERS = 2**18
 _BLOCKS_PER_PIECE = 16
 
 
+def array_name(path: Any) -> str:
+    """A path into a state's tree, as a checkpoint names the array there."""
+    return jax.tree_util.keystr(tuple(path), simple=True, separator=".")
+
+
 def of_json(value: Any) -> str:
     """SHA-256 of what `value` says as JSON."""
     return hashlib.sha256(json.dumps(json.loads(json.dumps(value)), sort_keys=True).encode()).hexdigest()
@@ -33,19 +38,19 @@ def of_json(value: Any) -> str:
 
 def of_tables(tree: Any) -> dict[str, Any]:
     """The checksums of each piece of each array, by the array's path in the tree; every process must ask."""
-    return {jax.tree_util.keystr(path): _of_pieces(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    return {array_name(path): _of_pieces(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def of_small(tree: Any) -> dict[str, str]:
     """The SHA-256 of each array, which every process has whole, by its path in the tree."""
-    return {jax.tree_util.keystr(path): _sha256(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    return {array_name(path): _sha256(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def differing(tree: Any, noted: dict[str, Any]) -> list[str]:
     """Paths of the arrays that are not those whose checksums were noted; every process must ask."""
     found = []
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        name = jax.tree_util.keystr(path)
+        name = array_name(path)
         then = noted[name]
         if (_sha256(leaf) if isinstance(then, str) else _of_pieces(leaf, then["rows"])) != then:
             found.append(name)

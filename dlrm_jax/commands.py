@@ -2,7 +2,6 @@
 
 import logging
 import re
-import signal
 import sys
 from collections.abc import Callable
 
@@ -10,30 +9,28 @@ from absl import app, flags
 from absl import logging as absl_logging
 from tqdm import tqdm
 
-from dlrm_jax import gpu_atomics
+from dlrm_jax import gpu_atomics, interrupts
 from dlrm_jax.config import ConfigError
 
 FLAGS = flags.FLAGS
+_LONGEST_LINE = 600
 
 
 def run_command(main: Callable[[], None]) -> None:
     """Parse flags and run `main`; what the user can mend becomes one line on stderr and exit status 1."""
 
     def guarded(argv: list[str]) -> None:
-        _log_to_stderr()
-        sys.unraisablehook = _quiet_when_reading_failed
-        gpu_atomics.use_hardware_additions()
-        try:
-            if len(argv) > 1:
-                raise ConfigError(f"unexpected argument {argv[1]!r}; flags look like --name=value")
-            main()
-        except (ConfigError, OSError) as error:
-            print(f"error: {' '.join(_say(error).split())}", file=sys.stderr)  # One line, whatever a value holds.
-            sys.exit(1)
-        except KeyboardInterrupt:
-            # Before training, and the second Ctrl-C: what was saved is whole, what was not is lost.
-            print("interrupted", file=sys.stderr)
-            sys.exit(128 + signal.SIGINT)
+        with interrupts.one_line():
+            _log_to_stderr()
+            sys.unraisablehook = _quiet_when_reading_failed
+            gpu_atomics.use_hardware_additions()
+            try:
+                if len(argv) > 1:
+                    raise ConfigError(f"unexpected argument {argv[1]!r}; flags look like --name=value")
+                main()
+            except (ConfigError, OSError) as error:
+                print(f"error: {_shortened(_say(error))}", file=sys.stderr)
+                sys.exit(1)
 
     app.run(guarded, flags_parser=_parse_flags)
 
@@ -67,6 +64,12 @@ def _say(error: ConfigError | OSError) -> str:
 
 def _without_number(text: str) -> str:
     return re.sub(r"\[Errno -?\d+\] ", "", text)
+
+
+def _shortened(text: str) -> str:
+    """One line, whatever a value holds; of a long one the beginning, which says what, and the end, what to do."""
+    line = " ".join(text.split())
+    return line if len(line) <= _LONGEST_LINE else f"{line[: _LONGEST_LINE - 200]} ... {line[-190:]}"
 
 
 class _BesideProgressBar(logging.Handler):

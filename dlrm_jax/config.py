@@ -1,6 +1,7 @@
 """The nouns of a run, as frozen dataclasses. Every check that needs no data is here."""
 
 import dataclasses
+import math
 from typing import Any
 
 INTERACTIONS = ("dot", "cat", "cross")
@@ -35,6 +36,15 @@ def require_unique(what: str, names: list[str]) -> None:
     """ConfigError naming what is repeated."""
     repeated = sorted({name for name in names if names.count(name) > 1})
     require(not repeated, f"{what} names must be unique; repeated: {', '.join(repeated)}")
+
+
+def require_finite(config: Any) -> None:
+    """ConfigError for a field of a dataclass that holds NaN or an infinity."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        for number in value if isinstance(value, tuple) else (value,):
+            finite = not isinstance(number, float) or math.isfinite(number)
+            require(finite, f"{field.name} is {value}; it must be finite")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,9 +179,11 @@ class LossConfig:
     threshold: float = 0.0
 
     def __post_init__(self) -> None:
+        require_finite(self)
         require_choice("loss", self.name, LOSSES)
         require(len(self.class_weights) == 2, f"class_weights is {self.class_weights}; give two, for label 0 and 1")
         require(min(self.class_weights) >= 0, f"class_weights is {self.class_weights}; weights are not negative")
+        require(max(self.class_weights) > 0, "class_weights is 0,0; so nothing would be learned: give one above 0")
         require(0.0 <= self.threshold < 0.5, f"loss_threshold is {self.threshold}; it must lie in [0, 0.5)")
 
 
@@ -191,6 +203,7 @@ class ScheduleConfig:
     compat: str = "none"
 
     def __post_init__(self) -> None:
+        require_finite(self)
         require_choice("lr_compat", self.compat, SCHEDULE_COMPAT)
         require(self.learning_rate > 0, f"learning_rate is {self.learning_rate}; it must be positive")
         for field in ("warmup_steps", "decay_start_step", "decay_steps", "decay_power", "end_learning_rate"):
@@ -213,6 +226,7 @@ class OptimizerConfig:
     weight_decay: float = 0.0
 
     def __post_init__(self) -> None:
+        require_finite(self)
         require_choice("dense_optimizer", self.dense, DENSE_OPTIMIZERS)
         require_choice("table_optimizer", self.table, TABLE_OPTIMIZERS)
         require(self.eps > 0, f"eps is {self.eps}; it must be positive")
@@ -230,7 +244,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def differences(ours: Any, theirs: Any, path: str = "") -> list[str]:
-    """Lines `path: ours != theirs` for every leaf in which two JSON-like values differ."""
+    """Lines `path: ours != theirs` for every leaf in which two JSON-like values differ; a long value is cut."""
     if isinstance(ours, dict) and isinstance(theirs, dict):
         lines = []
         for key in sorted(set(ours) | set(theirs)):
@@ -240,4 +254,34 @@ def differences(ours: Any, theirs: Any, path: str = "") -> list[str]:
         return [
             line for i, pair in enumerate(zip(ours, theirs, strict=True)) for line in differences(*pair, f"{path}[{i}]")
         ]
-    return [] if ours == theirs else [f"{path}: {ours!r} != {theirs!r}"]
+    return [] if ours == theirs else [f"{_cut(path, _LONGEST_PATH)}: {' != '.join(_told(ours, theirs))}"]
+
+
+def tell(different: list[str]) -> str:
+    """Some lines of `differences` for a person, names first, checksums last: they say that, not what, is different."""
+    ends = [line.partition(":")[0].rpartition(".")[2] for line in different]
+    order = sorted(range(len(ends)), key=lambda i: (ends[i] != "name", ends[i] == "fingerprint"))
+    more = len(different) - _MOST_TOLD
+    shown = "; ".join(different[i] for i in order[:_MOST_TOLD])
+    return shown + (f"; and {more} more" if more > 0 else "")
+
+
+_MOST_TOLD = 3
+_LONGEST_VALUE, _LONGEST_PATH = 40, 50
+
+
+def _told(ours: Any, theirs: Any) -> tuple[str, str]:
+    """Two values that differ, each in a few words: whole, or counted, or cut around the place where they differ."""
+    texts = repr(ours), repr(theirs)
+    if max(map(len, texts)) <= _LONGEST_VALUE:
+        return texts
+    if isinstance(ours, list | tuple) and isinstance(theirs, list | tuple) and len(ours) != len(theirs):
+        return f"{len(ours)} of them", f"{len(theirs)} of them"
+    equal = next((i for i, (a, b) in enumerate(zip(*texts, strict=False)) if a != b), min(map(len, texts)))
+    start = max(0, equal - _LONGEST_VALUE // 4)
+    ours_text, theirs_text = (("..." if start else "") + _cut(text[start:], _LONGEST_VALUE) for text in texts)
+    return ours_text, theirs_text
+
+
+def _cut(text: str, most: int) -> str:
+    return text if len(text) <= most else text[:most] + "..."

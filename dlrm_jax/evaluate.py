@@ -59,6 +59,7 @@ def main() -> None:
     dataset, state = run.dataset, run.state
     evaluate = Evaluator(run.config, run.placed, dataset.expander)
     result = evaluate_splits(run.config, dataset, evaluate, state) | Speed().summary()
+    result = reporting.with_earlier_speed(result, reporting.earlier_result(workdir))
     split = dataset.splits[FLAGS.split]
     shown = result[FLAGS.split] if FLAGS.split in result else evaluate(state, split)
     print(reporting.format_table({FLAGS.split: shown}, result.get("optimum") if FLAGS.split == "test" else None))

@@ -1,5 +1,7 @@
 """The flags of a training run, and how they become a RunConfig. Only commands import this."""
 
+import logging
+
 from absl import flags
 
 from dlrm_jax.config import (
@@ -21,11 +23,13 @@ from dlrm_jax.config import (
 )
 from dlrm_jax.data.load import DATASETS, DataConfig
 from dlrm_jax.data.multi_hot import DISTRIBUTIONS, MULTI_HOT
+from dlrm_jax.flag_effects import EFFECTS, without_effect
 from dlrm_jax.run_config import TARGET_METRICS, ModelOptions, RunConfig
 from dlrm_jax.sharding.options import AUTO, EXCHANGE_DTYPES, ShardingOptions
 from dlrm_jax.sharding.plan import SHARDINGS
 
 FLAGS = flags.FLAGS
+_LOG = logging.getLogger("dlrm_jax")
 
 
 def define_run_flags() -> None:
@@ -167,6 +171,12 @@ def _define_run_flags() -> None:
     flags.DEFINE_enum("target_metric", "auc", TARGET_METRICS, "Metric on val that chooses the best checkpoint.")
     flags.DEFINE_float("target_value", None, "Stop when the target metric reaches this.")
     flags.DEFINE_integer("patience", 0, "Stop after this many evaluations without improvement; 0: never.")
+    flags.DEFINE_bool(
+        "allow_schedule_change",
+        False,
+        "In a workdir that is used already, go on although --learning_rate, warm-up or decay differ from before: from "
+        "there on they are as given now. config.json keeps what they were.",
+    )
     flags.DEFINE_integer("seed", 0, "Decides initial weights, order of rows, and planted data.")
     flags.DEFINE_string(
         "workdir",
@@ -176,7 +186,15 @@ def _define_run_flags() -> None:
 
 
 def config_from_flags() -> RunConfig:
-    """The RunConfig that the parsed flags describe; ConfigError for a value that cannot be."""
+    """The RunConfig that the parsed flags describe; ConfigError for a value that cannot be, or has no effect."""
+    config = unchecked_config()
+    for line in without_effect(config, {name: _text(name) for name in EFFECTS if _differs(name)}):
+        _LOG.warning("%s", line)
+    return config
+
+
+def unchecked_config() -> RunConfig:
+    """The RunConfig that the parsed flags describe, whether all of them have an effect or not."""
     return RunConfig(
         data=DataConfig(
             dataset=FLAGS.dataset,
@@ -218,7 +236,7 @@ def config_from_flags() -> RunConfig:
             "eval_every",
         ),
         **_values("checkpoint_every", "log_every", "target_metric", "target_value", "patience", "shuffle"),
-        **_values("ids_out_of_range", "cpu_kernels", "seed"),
+        **_values("ids_out_of_range", "cpu_kernels", "seed", "allow_schedule_change"),
         sharding=sharding_from_flags(),
     )
 
@@ -234,6 +252,19 @@ def sharding_from_flags() -> ShardingOptions:
 
 def _values(*names: str) -> dict:
     return {name: FLAGS[name].value for name in names}
+
+
+def _text(name: str) -> str:
+    value = FLAGS[name].value
+    return ",".join(value) if isinstance(value, list) else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _differs(name: str) -> bool:
+    """Whether a flag's value is another than its default; lists by their numbers."""
+    value, default = FLAGS[name].value, FLAGS[name].default
+    if isinstance(value, list) and value and default:
+        return _numbers(name, float) != tuple(map(float, default))
+    return value != default
 
 
 def _numbers(name: str, kind: type) -> tuple:

@@ -13,13 +13,13 @@ import jax
 
 from dlrm_jax import checkpoint, files, heap, huge_pages, processes, reporting
 from dlrm_jax.batch import Batch
-from dlrm_jax.config import ConfigError, differences
-from dlrm_jax.data.load import load_dataset
+from dlrm_jax.config import ConfigError, differences, tell
+from dlrm_jax.data.load import load_dataset, named
 from dlrm_jax.data.pipeline import Prefetcher, process_shard, steps_per_epoch, train_batches
 from dlrm_jax.evaluation import Evaluator, evaluate_splits
 from dlrm_jax.monitor import EXCHANGE_OVERFLOWS, Clock, Interrupted, LossWindow, Speed, catch_signals
-from dlrm_jax.placement import place_run, prediction
-from dlrm_jax.run_config import RunConfig, check_dataset
+from dlrm_jax.placement import place_run, prediction, setting_of
+from dlrm_jax.run_config import EARLIER_SCHEDULES, RunConfig, check_dataset
 from dlrm_jax.state import TrainState
 from dlrm_jax.stepper import Stepper
 
@@ -34,6 +34,10 @@ class Progress:
     best_step: int | None = None
     evals_since_best: int = 0
     stopped: str | None = None
+    target_metric: str | None = None
+    """What `best_value` is of; None in checkpoints of before it was noted."""
+    earlier_schedules: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    """Where the run went on with another learning rate: the settings it had before, and `until_step`."""
 
 
 class Run:
@@ -41,17 +45,35 @@ class Run:
 
     def __init__(self, config: RunConfig, workdir: pathlib.Path) -> None:
         self.config, self.workdir = config, workdir
+        _LOG.info("loading %s", config.data.data_dir or config.data.dataset)
         raw = load_dataset(config.data)
         self.model = config.model.build(raw)
         self.identity = json.loads(json.dumps(config.identity(self.model, raw)))
         self.dataset, self.ids_out_of_range = check_dataset(raw, self.model, config.ids_out_of_range)
-        per_epoch = steps_per_epoch(len(self.dataset.splits["train"]), config.batch_size)
+        num_rows = len(self.dataset.splits["train"])
+        per_epoch = steps_per_epoch(num_rows, config.batch_size)
         self.num_steps = config.num_steps or config.num_epochs * per_epoch
+        if num_rows < config.batch_size:
+            _LOG.warning("%d training rows, the rest of --batch_size=%d is padding", num_rows, config.batch_size)
+        if config.eval_every > self.num_steps:
+            _LOG.warning(
+                "--eval_every=%d is beyond the last step, %d: val is scored once, at the end",
+                config.eval_every,
+                self.num_steps,
+            )
+        self._require_val_rows()
         self.eval_every = config.eval_every or per_epoch
         self.checkpoint_every = config.checkpoint_every or per_epoch
         self.placed = place_run(config, self.model, self.dataset)
         self.evaluate = Evaluator(config, self.placed, raw.expander)
         self.writes = processes.is_first()
+
+    def _require_val_rows(self) -> None:
+        for name in ("patience", "target_value"):
+            if getattr(self.config, name) and not len(self.dataset.splits["val"]):
+                raise ConfigError(
+                    f"--{name}={getattr(self.config, name)} needs val rows, and {self.dataset.name} has none"
+                )
 
     def undisturbed(self, step: int) -> int:
         """Steps from `step` to the next one that logs, evaluates or saves, or the last."""
@@ -116,16 +138,19 @@ def _train_and_evaluate(config: RunConfig, workdir: pathlib.Path, flagfile: str 
         checkpoints = stack.enter_context(checkpoint.Checkpoints(workdir))
         state, progress = restore_or_init(run, checkpoints)
         if run.writes:
-            reporting.write_json_atomically(workdir / "config.json", dataclasses.asdict(config))
+            reporting.write_json_atomically(workdir / "config.json", config_of(run, progress))
             reporting.write_json_atomically(workdir / "plan.json", run.placed.plan.to_dict())
             if flagfile is not None:
                 (workdir / "flags.txt").write_text(flagfile)
-        log = stack.enter_context(reporting.MetricsLog(workdir, int(state.step), silent=not run.writes))
+        resumed_at = int(state.step)
+        log = stack.enter_context(reporting.MetricsLog(workdir, resumed_at, silent=not run.writes))
         stop_signal = stack.enter_context(catch_signals())
         state, speed, memory = train(run, state, progress, checkpoints, log, stop_signal)
         checkpoints.wait()
         result = final_result(run, state, progress, checkpoints, speed)
         result["step_cost"] = predicted_and_measured(run, speed, memory)
+        if resumed_at:
+            result = reporting.with_earlier_speed(result, reporting.earlier_result(workdir))
     if run.writes:
         optimum = run.dataset.optimum
         try:
@@ -141,20 +166,50 @@ def restore_or_init(run: Run, checkpoints: checkpoint.Checkpoints) -> tuple[Trai
     if checkpoints.step(checkpoint.LATEST) is None:
         return run.placed.init_state(run.config.seed), Progress()
     record = checkpoints.record(checkpoint.LATEST)
-    different = differences(run.identity, record["identity"])
-    if different:
-        raise ConfigError(
-            f"{run.workdir} holds another run; choose another --workdir or the same settings. "
-            f"Differing (this command != the workdir): {'; '.join(different[:8])}"
-        )
+    progress = Progress(**record["progress"])
+    require_the_same_run(run, record, checkpoints.step(checkpoint.LATEST) or 0, progress)
     state = checkpoints.restore(checkpoint.LATEST, run.placed)
     huge_pages.collapse(state)
-    _LOG.info("resumed at step %d of %d", int(state.step), run.num_steps)
-    progress = Progress(**record["progress"])
     if progress.best_step is not None and checkpoints.step(checkpoint.BEST) is None:
         _LOG.warning("the best checkpoint, of step %d, is missing: the best from here on is kept", progress.best_step)
         progress.best_value = progress.best_step = None
+    progress.stopped = stopping(run.config, progress)
+    _LOG.info("resumed at step %d of %d", int(state.step), run.num_steps)
     return state, progress
+
+
+def require_the_same_run(run: Run, record: dict[str, Any], step: int, progress: Progress) -> None:
+    """ConfigError unless `run` may go on from a checkpoint's record; a change of schedule is noted in `progress`."""
+    config, then = run.config, record["identity"]
+    changed = differences(run.identity["optimizer"]["schedule"], then["optimizer"]["schedule"])
+    different = differences(run.identity, then)
+    if len(different) > (len(changed) if config.allow_schedule_change else 0):
+        only = len(different) == len(changed)
+        raise ConfigError(
+            f"{run.workdir} holds another run; choose another --workdir or the same settings"
+            f"{', or go on with --allow_schedule_change' if only else ''}. "
+            f"Differing (this command != the workdir): {tell(different)}"
+        )
+    if step > run.num_steps:
+        raise ConfigError(
+            f"{run.workdir} is at step {step} already, beyond the {run.num_steps} asked for; nothing was changed. "
+            "Ask for more --num_steps or --num_epochs, or choose another --workdir"
+        )
+    if progress.best_value is not None and progress.target_metric not in (None, config.target_metric):
+        raise ConfigError(
+            f"{run.workdir} chose its best checkpoint by {progress.target_metric}, not by --target_metric="
+            f"{config.target_metric}; choose another --workdir or the same metric"
+        )
+    if changed:
+        progress.earlier_schedules.append({"until_step": step, **then["optimizer"]["schedule"]})
+        _LOG.info("from step %d on with another schedule (now != before): %s", step, tell(changed))
+
+
+def config_of(run: Run, progress: Progress) -> dict[str, Any]:
+    """What `config.json` says: the settings, the data by its own name, and what the schedule was before, if another."""
+    config = dataclasses.replace(run.config, data=named(run.config.data, run.dataset))
+    earlier = {EARLIER_SCHEDULES: progress.earlier_schedules} if progress.earlier_schedules else {}
+    return dataclasses.asdict(config) | earlier
 
 
 def train(
@@ -173,13 +228,13 @@ def train(
         Prefetcher(run.batches(step), expander=run.dataset.expander, put=run.placed.put) as batches,
         reporting.Progress(run.num_steps, step, config.batch_size, silent=not run.writes) as bar,
     ):
-        clock, alone = Clock(batches, config.batch_size), jax.process_count() == 1
+        alone = jax.process_count() == 1
         train_step = Stepper(config, run.placed, batches)
+        clock = Clock(batches, config.batch_size, lambda: train_step.compile_seconds)
         while step < run.num_steps and progress.stopped is None:
             taken, state = train_step(state, run.undisturbed(step))
             losses.push(step + 1, taken)
             step += len(taken)
-            bar.update(step, losses.last)
             at_log, at_eval = step % config.log_every == 0, step % run.eval_every == 0 or step == run.num_steps
             at_checkpoint = step % run.checkpoint_every == 0 or at_eval
             # Several processes stop at one step, so they ask each other where they would wait for each other anyway.
@@ -187,6 +242,7 @@ def train(
             if signum or at_log or at_checkpoint or clock.just_started:
                 losses.flush()
                 clock.lap(speed, step)
+            bar.update(step, losses.last, clock.rate(speed, step))
             if at_log:
                 rate, wait = float(taken[-1][1]["learning_rate"]), speed.summary()["input_wait_fraction"]
                 values = {"loss": losses.mean(), "learning_rate": rate, "input_wait_fraction": wait}
@@ -221,23 +277,36 @@ def evaluate_progress(
     values = run.evaluate(state, split)
     log.write(step, "val", values)
     value = values[config.target_metric]
+    progress.target_metric = config.target_metric
     progress.evals_since_best += 1
     if config.is_better(value, progress.best_value):
         progress.best_value, progress.best_step, progress.evals_since_best = value, step, 0
         checkpoints.save(checkpoint.BEST, state, run.placed, record_of(run, progress))
+    progress.stopped = stopping(config, progress)
     reached = f"val {config.target_metric} {value:.6f} at step {step}"
-    if config.reaches_target(value):
-        progress.stopped = f"{reached} reached the target {config.target_value}"
-    elif config.patience and progress.evals_since_best >= config.patience:
-        progress.stopped = f"{reached} is the {config.patience}th evaluation without improvement"
     _LOG.info("%s%s", reached, f"; stopping: {progress.stopped}" if progress.stopped else "")
 
 
-def predicted_and_measured(run: Run, speed: Speed, memory: int | None) -> dict[str, dict[str, float | None]]:
+def stopping(config: RunConfig, progress: Progress) -> str | None:
+    """Why a run ends here under today's stopping rules; None if it goes on."""
+    best = f"no val {config.target_metric} so far"
+    if progress.best_value is not None:
+        best = f"val {config.target_metric} {progress.best_value:.6f} at step {progress.best_step}"
+        if config.reaches_target(progress.best_value):
+            return f"{best} reached the target {config.target_value}"
+    if config.patience and progress.evals_since_best >= config.patience:
+        return (
+            f"{best}, and {progress.evals_since_best} of --patience={config.patience} evaluations without a better one"
+        )
+    return None
+
+
+def predicted_and_measured(run: Run, speed: Speed, memory: int | None) -> dict[str, dict[str, Any]]:
     """Seconds a step and bytes a device: as the planner has them, and as the clock and XLA have them."""
     cost, rate = prediction(run.config, run.placed), speed.summary()["samples_per_second"]
+    hardware = setting_of(run.config, run.model, run.placed.plan.mesh).hardware.name
     return {
-        "predicted": {"seconds": cost.step_seconds, "bytes": cost.bytes_held},
+        "predicted": {"seconds": cost.step_seconds, "bytes": cost.bytes_held, "hardware": hardware},
         "measured": {"seconds": run.config.batch_size / rate if rate else None, "bytes": memory},
     }
 

@@ -5,7 +5,7 @@ import logging
 import pathlib
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -90,19 +90,21 @@ class Speed:
 
 
 class Clock:
-    """Adds the time between `resume` and `lap` to a Speed; the first lap, with the compilation, counts nothing."""
+    """Adds the time between `resume` and `lap` to a Speed; the first lap counts nothing, and no compilation does.
 
-    def __init__(self, batches: Prefetcher, batch_size: int) -> None:
-        self._batches, self._batch_size = batches, batch_size
+    `compile_seconds` tells how long the run has compiled steps so far.
+    """
+
+    def __init__(self, batches: Prefetcher, batch_size: int, compile_seconds: Callable[[], float]) -> None:
+        self._batches, self._batch_size, self._compile_seconds = batches, batch_size, compile_seconds
         self.just_started = True
         self._running = False
-        self._start, self._start_step, self._start_wait = 0.0, 0, 0.0
+        self._start, self._start_step, self._start_wait, self._start_compile = 0.0, 0, 0.0, 0.0
 
     def lap(self, speed: Speed, step: int) -> None:
         """Book the steps since the last lap; the caller has just waited for them."""
         if self._running:
-            speed.samples += (step - self._start_step) * self._batch_size
-            speed.seconds += time.perf_counter() - self._start
+            speed.samples, speed.seconds = self._so_far(speed, step)
             speed.wait_seconds += self._batches.wait_seconds - self._start_wait
         self._running, self._start_step, self.just_started = False, step, False
 
@@ -111,6 +113,18 @@ class Clock:
         if not self._running and not self.just_started:
             self._running = True
             self._start, self._start_wait = time.perf_counter(), self._batches.wait_seconds
+            self._start_compile = self._compile_seconds()
+
+    def rate(self, speed: Speed, step: int) -> float | None:
+        """Samples a second, of what is booked and of the steps since; None before any timed step."""
+        samples, seconds = self._so_far(speed, step) if self._running else (speed.samples, speed.seconds)
+        return samples / seconds if samples and seconds > 0 else None
+
+    def _so_far(self, speed: Speed, step: int) -> tuple[int, float]:
+        """(samples, seconds), with the lap that is running."""
+        compiling = self._compile_seconds() - self._start_compile
+        seconds = speed.seconds + time.perf_counter() - self._start - compiling
+        return speed.samples + (step - self._start_step) * self._batch_size, seconds
 
 
 class Interrupted(Exception):

@@ -16,7 +16,7 @@ from dlrm_jax.run_config import RunConfig
 from dlrm_jax.sharding.cost import Cost, Load, estimate
 from dlrm_jax.sharding.hardware import at_hand
 from dlrm_jax.sharding.mesh import MeshShape, parse_mesh
-from dlrm_jax.sharding.options import AUTO, place
+from dlrm_jax.sharding.options import AUTO, check_on_one_device, place, without_effect
 from dlrm_jax.sharding.placed import Placed, on_one_device
 from dlrm_jax.sharding.planner import Setting, auto_plan
 from dlrm_jax.sharding.skew import skews
@@ -33,10 +33,19 @@ def place_run(config: RunConfig, model: ModelConfig, dataset: Dataset) -> Placed
             raise ConfigError(f"--mesh={config.sharding.mesh} leaves devices out; of several processes all are used")
         _LOG.info("--mesh=%s takes %d of %d devices", config.sharding.mesh, shape.size, jax.device_count())
     if shape.size == 1:
+        _say_unused(check_on_one_device(model, config.sharding), "on one device")
         return on_one_device(model, config.optimizer, config.cpu_kernels)
     auto = auto_plan(setting_of(config, model, shape)) if config.sharding.sharding == AUTO else None
     sample = sample_batches(config, dataset)
-    return place(model, config.optimizer, config.sharding, auto, sample, kernels=config.cpu_kernels)
+    placed = place(model, config.optimizer, config.sharding, auto, sample, kernels=config.cpu_kernels)
+    _say_unused(without_effect(config.sharding, placed.plan, placed.stacks), "under this plan")
+    return placed
+
+
+def _say_unused(given: list[str], where: str) -> None:
+    """Not refused: one file of flags may serve machines of one device and of many."""
+    if given:
+        _LOG.warning("without effect %s: %s", where, ", ".join(given))
 
 
 def setting_of(config: RunConfig, model: ModelConfig, shape: MeshShape) -> Setting:

@@ -4,6 +4,7 @@ Nothing is allocated; with --hardware no accelerator is touched. The table says 
 why, what a device holds and sends, how long a step should take, and how the other strategies compare.
 """
 
+import dataclasses
 import pathlib
 
 from absl import flags
@@ -11,8 +12,8 @@ from absl import flags
 from dlrm_jax import files, reporting
 from dlrm_jax import flags as run_flags
 from dlrm_jax.commands import run_command
-from dlrm_jax.config import ConfigError, FeatureConfig, ModelConfig, TableConfig
-from dlrm_jax.data.load import load_dataset, synthetic_spec
+from dlrm_jax.config import ConfigError, ModelConfig
+from dlrm_jax.data.load import load_dataset
 from dlrm_jax.data.prepared import is_prepared, read_json
 from dlrm_jax.flags import config_from_flags, define_run_flags
 from dlrm_jax.run_config import RunConfig
@@ -38,16 +39,11 @@ def define_plan_flags() -> None:
 
 
 def model_of(config: RunConfig) -> ModelConfig:
-    """The model; synthetic data need not be made to know its tables."""
-    if config.data.dataset != "synthetic" or config.data.data_dir:
-        return config.model.build(load_dataset(config.data))
-    spec = synthetic_spec(config.data)
-    names = [f"C{i + 1}" for i in range(len(spec.table_sizes))]
-    features = tuple(FeatureConfig(name, name, hotness=h) for name, h in zip(names, spec.bag_sizes, strict=True))
-    dim = config.model.embedding_dim
-    tables = tuple(TableConfig(n, rows, dim) for n, rows in zip(names, spec.table_sizes, strict=True))
-    options = {k: v for k, v in vars(config.model).items() if k != "embedding_dim"}
-    return ModelConfig(num_dense=config.data.num_dense, tables=tables, features=features, **options)
+    """The model that the run would train, under the names that its data gives to tables."""
+    data = config.data
+    if data.multi_hot != "none":  # Both ways give bags of the same sizes, and this one holds nothing in memory.
+        data = dataclasses.replace(data, multi_hot="virtual")
+    return config.model.build(load_dataset(data))
 
 
 def load_of(config: RunConfig) -> Load:

@@ -128,12 +128,16 @@ class Progress:
     """
 
     def __init__(self, num_steps: int, start_step: int, batch_size: int, silent: bool = False) -> None:
-        self._batch_size, self._start_step, self._num_steps = batch_size, start_step, num_steps
+        self._batch_size, self._num_steps = batch_size, num_steps
         self._silent, self._terminal = silent, sys.stderr.isatty() and not silent
         self._bar = tqdm(
-            total=num_steps, initial=start_step, unit="step", disable=not self._terminal, dynamic_ncols=True
+            total=num_steps,
+            initial=start_step,
+            disable=not self._terminal,
+            dynamic_ncols=True,
+            bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]",  # tqdm's own rate counts compilation.
         )
-        self._start = self._last_print = time.perf_counter()
+        self._last_print = time.perf_counter()
 
     def __enter__(self) -> "Progress":
         return self
@@ -144,22 +148,24 @@ class Progress:
         del kind, error, traceback
         self._bar.close()
 
-    def update(self, step: int, loss: float) -> None:
-        """Show that `step` steps are done; `loss` is NaN while none was read yet."""
+    def update(self, step: int, loss: float, rate: float | None) -> None:
+        """Show that `step` steps are done at `rate` samples a second; `loss` is NaN, `rate` None before one is known.
+
+        The rate is the run's own (monitor.Clock), without compilation: the same that the result will say.
+        """
         if self._silent:
             return
-        now = time.perf_counter()
-        seconds, done = now - self._start, step - self._start_step
-        rate = done / seconds
-        speed = f"{rate * self._batch_size:,.0f} samples/s"
-        shown = speed if math.isnan(loss) else f"{speed}, loss {loss:.4f}"
+        parts = [] if rate is None else [f"{rate:,.0f} samples/s"]
+        parts += [] if math.isnan(loss) else [f"loss {loss:.4f}"]
+        if rate:
+            parts.append(f"{(self._num_steps - step) * self._batch_size / rate:.0f} s left")
+        now, shown = time.perf_counter(), ", ".join(parts)
         if self._terminal:
             self._bar.set_postfix_str(shown, refresh=False)
             self._bar.update(step - self._bar.n)
         elif now - self._last_print > _PLAIN_PROGRESS_SECONDS or step == self._num_steps:
             self._last_print = now
-            left = (self._num_steps - step) / rate
-            print(f"step {step}/{self._num_steps}  {shown}, {left:.0f} s left", file=sys.stderr, flush=True)
+            print(f"step {step}/{self._num_steps}  {shown}", file=sys.stderr, flush=True)
 
 
 def format_table(results: dict[str, dict[str, Any] | None], optimum: dict[str, float] | None = None) -> str:
@@ -173,15 +179,38 @@ def format_table(results: dict[str, dict[str, Any] | None], optimum: dict[str, f
     return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
 
 
-def format_cost(cost: dict[str, dict[str, float | None]]) -> str:
-    """Predicted beside measured: time of a step, memory of a device."""
+def format_cost(cost: dict[str, dict[str, Any]]) -> str:
+    """Predicted beside measured: time of a step, memory of a device; and what the prediction is of."""
 
-    def one(values: dict[str, float | None]) -> str:
+    def one(values: dict[str, Any]) -> str:
         seconds, held = values["seconds"], values["bytes"]
         time_text = "-" if seconds is None else f"{seconds * 1e3:,.3f} ms a step"
         return f"{time_text}, {'-' if held is None else f'{held / 1e6:,.1f} MB a device'}"
 
-    return f"predicted {one(cost['predicted'])}; measured {one(cost['measured'])}"
+    text = f"predicted {one(cost['predicted'])}; measured {one(cost['measured'])}"
+    if cost["measured"]["seconds"] is None or "hardware" not in cost["predicted"]:
+        return text
+    return (
+        f"{text}\nthe prediction is of a step alone at the rates listed for {cost['predicted']['hardware']}; input, "
+        "logging and a busy or other machine come on top (python -m dlrm_jax.plan --calibrate measures this one)"
+    )
+
+
+def earlier_result(workdir: pathlib.Path) -> dict[str, Any]:
+    """What `result.json` says so far; nothing where there is none that can be read."""
+    try:
+        result = json.loads((workdir / "result.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return result if isinstance(result, dict) else {}
+
+
+def with_earlier_speed(result: dict[str, Any], earlier: dict[str, Any]) -> dict[str, Any]:
+    """`result`, with the speed and cost that an earlier one has where this run took no step and so measured none."""
+    if result.get("samples_per_second") is not None:
+        return result
+    names = ("samples_per_second", "input_wait_fraction", "step_cost", "ids_out_of_range")
+    return result | {name: earlier[name] for name in names if earlier.get(name) is not None}
 
 
 def _cell(value: float | int | None) -> str:

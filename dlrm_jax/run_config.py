@@ -1,6 +1,7 @@
 """RunConfig: everything that decides a training run, as a value that is saved beside its results."""
 
 import dataclasses
+import math
 from typing import Any
 
 from dlrm_jax.batch import check_ids
@@ -14,12 +15,15 @@ from dlrm_jax.config import (
     OptimizerConfig,
     ScheduleConfig,
     TableConfig,
+    require_finite,
 )
 from dlrm_jax.data.dataset import Dataset, Rows, Split
 from dlrm_jax.data.load import DataConfig
 from dlrm_jax.sharding.options import ShardingOptions
 
 TARGET_METRICS = ("auc", "log_loss", "accuracy", "normalized_entropy")
+EARLIER_SCHEDULES = "earlier_schedules"
+"""Key in config.json beside a RunConfig's fields, of a run that went on with another schedule: what it had before."""
 _SMALLER_IS_BETTER = ("log_loss", "normalized_entropy")
 
 
@@ -71,6 +75,7 @@ class RunConfig:
     ids_out_of_range: str = "error"
     cpu_kernels: str = XLA
     seed: int = 0
+    allow_schedule_change: bool = False
     sharding: ShardingOptions = dataclasses.field(default_factory=ShardingOptions)
 
     def __post_init__(self) -> None:
@@ -93,6 +98,13 @@ class RunConfig:
             )
         if self.target_metric not in TARGET_METRICS:
             raise ConfigError(f"target_metric is {self.target_metric!r}; choose one of {', '.join(TARGET_METRICS)}")
+        require_finite(self)
+        highest = math.inf if self.target_metric in _SMALLER_IS_BETTER else 1
+        if self.target_value is not None and not 0 <= self.target_value <= highest:
+            within = "0 or more" if highest > 1 else "between 0 and 1"
+            raise ConfigError(
+                f"target_value is {self.target_value}, which {self.target_metric} cannot reach: it is {within}"
+            )
         if self.cpu_kernels not in CPU_KERNELS:
             raise ConfigError(f"cpu_kernels is {self.cpu_kernels!r}; choose one of {', '.join(CPU_KERNELS)}")
         if self.ids_out_of_range not in OUT_OF_RANGE_POLICIES:
@@ -127,6 +139,11 @@ class RunConfig:
         }
 
 
+def without_schedule(identity: dict[str, Any]) -> dict[str, Any]:
+    """An identity but for the learning rate's schedule, which weights that are there already do not depend on."""
+    return identity | {"optimizer": {k: v for k, v in identity["optimizer"].items() if k != "schedule"}}
+
+
 def check_dataset(dataset: Dataset, model: ModelConfig, policy: str) -> tuple[Dataset, dict[str, dict[str, int]]]:
     """The dataset with every id inside its table, and how many were not, by split and feature (batch.check_ids)."""
     if dataset.expander is not None:  # What is in memory are one-hot ids still.
@@ -146,7 +163,7 @@ def check_dataset(dataset: Dataset, model: ModelConfig, policy: str) -> tuple[Da
 
 def from_dict(values: dict[str, Any]) -> RunConfig:
     """The RunConfig that `dataclasses.asdict` (through JSON) came from."""
-    values = dict(values)
+    values = {name: value for name, value in values.items() if name != EARLIER_SCHEDULES}
     model = _tuples(values.pop("model"))
     loss = values.pop("loss")
     optimizer = values.pop("optimizer")

@@ -1,5 +1,6 @@
 """Training steps: one after the other, several in one dispatch, or with the next batch's ids exchanged meanwhile."""
 
+import logging
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -11,6 +12,14 @@ from dlrm_jax.run_config import RunConfig
 from dlrm_jax.sharding.placed import Placed
 from dlrm_jax.state import TrainState
 from dlrm_jax.step import make_pipelined_step, make_scanned_step, make_train_step
+
+_LOG = logging.getLogger("dlrm_jax")
+_COMPILED = {
+    "plain": "training step",
+    "scanned": "training step, several at once",
+    "pipelined": "training step, with the next batch's exchange",
+    "route": "exchange of the first batch's ids",
+}
 
 
 class Stepper:
@@ -50,6 +59,7 @@ class Stepper:
     def _compiled(self, name: str, step: Any, *arguments: Any) -> Any:
         if name not in self._executables:
             start = time.perf_counter()
+            _LOG.info("compiling the %s", _COMPILED[name])
             self._executables[name] = step.lower(*arguments).compile()
             self.compile_seconds += time.perf_counter() - start
         return self._executables[name](*arguments)

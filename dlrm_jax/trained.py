@@ -7,9 +7,10 @@ from typing import Any
 
 from dlrm_jax import run_config
 from dlrm_jax.checkpoint import Checkpoints
-from dlrm_jax.config import XLA, ConfigError, ModelConfig, differences
+from dlrm_jax.config import XLA, ConfigError, ModelConfig, differences, tell
 from dlrm_jax.data.dataset import Dataset
-from dlrm_jax.data.load import load_dataset
+from dlrm_jax.data.load import DataConfig, load_dataset
+from dlrm_jax.data.prepared import is_prepared
 from dlrm_jax.placement import place_run
 from dlrm_jax.run_config import RunConfig
 from dlrm_jax.sharding.options import ShardingOptions
@@ -38,7 +39,13 @@ def load_config(workdir: pathlib.Path, data_dir: str | None = None) -> RunConfig
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{path} is not a run's configuration: {error}") from error
     if data_dir is not None:
-        config = dataclasses.replace(config, data=dataclasses.replace(config.data, data_dir=data_dir))
+        data = dataclasses.replace(config.data, data_dir=data_dir)
+        if is_prepared(pathlib.Path(data_dir)):  # It says all by itself, and whether it is the run's is seen later.
+            unsaid = {
+                name: getattr(DataConfig, name) for name in ("dataset", "split", "num_examples", "max_rows_per_table")
+            }
+            data = dataclasses.replace(data, **unsaid)
+        config = dataclasses.replace(config, data=data)
     return config
 
 
@@ -71,11 +78,12 @@ def _newest_state(workdir: pathlib.Path, which: str, placed: Placed, identity: d
                 raise failure
             kind, step = tried = found
             try:
-                different = differences(identity, checkpoints.record(kind, step)["identity"])
+                then = checkpoints.record(kind, step)["identity"]
+                different = differences(run_config.without_schedule(identity), run_config.without_schedule(then))
                 state = None if different else checkpoints.restore(kind, placed, step)
             except ConfigError as error:
                 failure = error
                 continue
         if state is None:
-            raise ConfigError(f"the checkpoint belongs to other data (now != then): {'; '.join(different[:8])}")
+            raise ConfigError(f"the checkpoint belongs to other data (now != then): {tell(different)}")
         return state

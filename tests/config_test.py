@@ -4,6 +4,8 @@ import dataclasses
 import json
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from dlrm_jax.config import (
     ConfigError,
@@ -13,6 +15,7 @@ from dlrm_jax.config import (
     ScheduleConfig,
     TableConfig,
     differences,
+    tell,
 )
 from dlrm_jax.data.load import DataConfig
 from dlrm_jax.run_config import ModelOptions, RunConfig, from_dict
@@ -80,3 +83,60 @@ def test_target_metric_knows_its_direction(metric, better, worse):
     assert config.is_better(better, worse) and not config.is_better(worse, better)
     assert config.is_better(worse, None) and not config.is_better(float("nan"), None)
     assert config.reaches_target(better) and not config.reaches_target(worse)
+
+
+def test_other_data_is_told_in_a_short_line_names_first():
+    ours = {"data": {"fingerprint": "a" * 300 + "b", "name": "mine"}, "model": {"tables": [{"name": "t"}] * 26}}
+    theirs = {"data": {"fingerprint": "a" * 300 + "c", "name": "yours"}, "model": {"tables": [{"name": "t"}] * 7}}
+    told = tell(differences(ours, theirs))
+    assert told.startswith("data.name: 'mine' != 'yours'; model.tables: 26 of them != 7 of them; data.fingerprint: ...")
+    assert told.endswith("aab' != ...aaaaaaaaaac'")
+
+
+JSON = st.recursive(
+    st.integers() | st.floats(allow_nan=False) | st.text(max_size=300),
+    lambda inner: st.lists(inner, max_size=30) | st.dictionaries(st.text(max_size=100), inner, max_size=30),
+    max_leaves=60,
+)
+
+
+@given(JSON, JSON)
+def test_no_difference_is_told_in_a_long_line(ours, theirs):
+    different = differences(ours, theirs)
+    assert (not different) == (ours == theirs)
+    assert len(tell(different)) < 600
+
+
+NOT_FINITE = [float("nan"), float("inf"), -float("inf")]
+
+
+@pytest.mark.parametrize("value", NOT_FINITE)
+@pytest.mark.parametrize(
+    "make",
+    [
+        *(lambda v, name=f.name: ScheduleConfig(**{"learning_rate": 0.1, name: v})
+          for f in dataclasses.fields(ScheduleConfig) if f.type is float),
+        *(lambda v, name=f.name: OptimizerConfig(ScheduleConfig(0.1), dense="adamw", **{name: v})
+          for f in dataclasses.fields(OptimizerConfig) if f.type is float),
+        lambda v: LossConfig("wbce", (1.0, v)),
+        lambda v: LossConfig("wbce", (v, 1.0)),
+        lambda v: LossConfig(threshold=v),
+        lambda v: DataConfig("synthetic", id_skew=v),
+        lambda v: run_config(target_value=v),
+    ],
+)  # fmt: skip
+def test_numbers_that_are_not_finite_are_refused(make, value):
+    with pytest.raises(ConfigError, match=f"{value}|must"):
+        make(value)
+
+
+@pytest.mark.parametrize(("metric", "value"), [("auc", 1.5), ("auc", -0.1), ("accuracy", 2.0), ("log_loss", -1.0)])
+def test_a_target_that_no_model_reaches_is_refused(metric, value):
+    with pytest.raises(ConfigError, match=f"target_value is {value}, which {metric} cannot reach"):
+        run_config(target_metric=metric, target_value=value)
+
+
+def test_class_weights_that_train_nothing_are_refused():
+    with pytest.raises(ConfigError, match="class_weights is 0,0"):
+        LossConfig("wbce", (0.0, 0.0))
+    assert LossConfig("wbce", (0.0, 1.0)).class_weights == (0.0, 1.0)

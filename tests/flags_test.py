@@ -5,9 +5,12 @@ import dataclasses
 import pytest
 from absl import flags
 
-from dlrm_jax.flags import FLAGS, config_from_flags, define_run_flags, flagfile_text
+from dlrm_jax.config import ConfigError
+from dlrm_jax.flag_effects import EFFECTS
+from dlrm_jax.flags import FLAGS, config_from_flags, define_run_flags, flagfile_text, unchecked_config
+from tests.helpers import ROOT
 
-# flag -> (its text, where it ends up, the value there); together they make one valid run.
+# flag -> (its text, where it ends up, the value there); each is valid, if not of use, beside the others.
 SETTINGS = {
     "dataset": ("movielens_100k", "data.dataset", "movielens_100k"),
     "data_dir": ("some/where", "data.data_dir", "some/where"),
@@ -64,6 +67,7 @@ SETTINGS = {
     "target_metric": ("log_loss", "target_metric", "log_loss"),
     "target_value": ("0.4", "target_value", 0.4),
     "patience": ("17", "patience", 17),
+    "allow_schedule_change": ("true", "allow_schedule_change", True),
     "sharding": ("column_wise", "sharding.sharding", "column_wise"),
     "sharding_plan": ("plan.json", "sharding.plan", "plan.json"),
     "mesh": ("data:2", "sharding.mesh", "data:2"),
@@ -78,7 +82,7 @@ SETTINGS = {
 def parsed():
     define_run_flags()
     FLAGS(["train", *(f"--{name}={text}" for name, (text, _, _) in SETTINGS.items())])
-    yield config_from_flags()
+    yield unchecked_config()
     for name in (*SETTINGS, "workdir"):
         delattr(FLAGS, name)
 
@@ -119,6 +123,129 @@ def test_flagfile_text_gives_the_same_config(parsed, tmp_path):
     path.write_text(flagfile_text())
     FLAGS.unparse_flags()
     FLAGS(["train", f"--flagfile={path}"])
-    assert config_from_flags() == parsed
+    assert unchecked_config() == parsed
     assert all(line.startswith("--") for line in path.read_text().splitlines())
     assert isinstance(FLAGS, flags.FlagValues)
+
+
+DECAY = ("decay_steps=5",)
+# Of each flag that has an effect under some settings only: those settings.
+NEEDS = {
+    "split": ("dataset=movielens_100k", "data_dir=raw"),
+    "num_examples": (),
+    "max_rows_per_table": ("dataset=criteo_kaggle", "data_dir=raw"),
+    **dict.fromkeys(("num_dense", "id_skew", "id_trace"), ("dataset=synthetic",)),
+    "table_sizes": ("dataset=synthetic",),
+    "hotness": ("dataset=synthetic", "table_sizes=50,60"),
+    "multi_hot_sizes": ("multi_hot=virtual",),
+    "multi_hot_distribution": ("multi_hot=virtual", "multi_hot_sizes=2,5"),
+    "ids_out_of_range": (),
+    "self_interaction": (),
+    **dict.fromkeys(("cross_layers", "cross_rank"), ("interaction=cross",)),
+    "class_weights": ("loss=wbce",),
+    "adagrad_eps": ("dense_optimizer=adagrad",),
+    "momentum": ("dense_optimizer=momentum",),
+    "weight_decay": ("dense_optimizer=adamw",),
+    **dict.fromkeys(("decay_start_step", "decay_power", "end_learning_rate", "lr_compat"), DECAY),
+    "num_epochs": (),
+}
+# Settings under which it has none, where that is not so by default.
+WITHOUT = {
+    "num_examples": ("dataset=criteo_kaggle", "data_dir=raw"),
+    "ids_out_of_range": ("dataset=synthetic",),
+    "self_interaction": ("interaction=cat",),
+    "num_epochs": ("num_steps=50",),
+}
+OTHERS = [
+    ("adagrad_eps=1e-8", "table_optimizer=rowwise_adagrad"),
+    ("max_rows_per_table=9", "dataset=synthetic"),
+    ("num_examples=90", "dataset=synthetic"),
+    ("momentum=0.9",),  # As by default: that says nothing.
+    ("class_weights=1,1",),
+    ("table_sizes=" + ",".join(["1000"] * 8),),
+]
+HAVE_NONE = [
+    (("decay_power=3", "decay_steps=5", "lr_compat=dlrm"), "--decay_power=3.0 has no effect here: it needs"),
+    (("id_skew=2", "data_dir=mine", "dataset=synthetic"), "--id_skew=2.0 has no effect"),
+    (("table_sizes=5,6", "data_dir=mine"), "--table_sizes=5,6 has no effect here: it is for --dataset=synthetic"),
+    (("class_weights=0.5,2",), "--class_weights=0.5,2 has no effect here: it is for --loss=wbce; leave it out"),
+]
+
+
+@pytest.fixture
+def parse():
+    define = "seed" not in FLAGS
+    if define:
+        define_run_flags()
+
+    def parse_flags(*flags: str) -> None:
+        FLAGS.unparse_flags()
+        for flag in FLAGS.flags_by_module_dict()["dlrm_jax.flags"]:
+            flag.unparse()
+        FLAGS(["train", *(f"--{flag}" for flag in flags)])
+
+    yield parse_flags
+    if define:
+        for name in EFFECTS:
+            delattr(FLAGS, name)
+
+
+def test_every_flag_is_in_the_table_of_effects(parse):
+    assert set(EFFECTS) == {flag.name for flag in FLAGS.flags_by_module_dict()["dlrm_jax.flags"]}
+    assert set(NEEDS) == {name for name, effect in EFFECTS.items() if effect.words}
+
+
+@pytest.mark.parametrize("name", NEEDS)
+def test_a_flag_without_effect_is_refused_or_said(parse, name, caplog):
+    given = f"{name}={SETTINGS[name][0]}"
+    parse(given, *NEEDS[name])
+    config_from_flags()
+    assert not caplog.text
+    parse(given, *WITHOUT.get(name, ()))
+    if name == "multi_hot_sizes":
+        words = "multi_hot and multi_hot_sizes go together"
+    elif name == "weight_decay":
+        words = "only adamw decays weights"
+    else:
+        words = f"--{name}=.* has no effect here: {EFFECTS[name].words}"
+    if EFFECTS[name].refused:
+        with pytest.raises(ConfigError, match=words):
+            config_from_flags()
+    else:
+        config_from_flags()
+        assert words.partition(".*")[2] in caplog.text
+
+
+@pytest.mark.parametrize("name", [name for name, effect in EFFECTS.items() if not effect.words and name != "workdir"])
+def test_a_flag_with_an_effect_everywhere_is_never_refused(parse, name):
+    together = {
+        "multi_hot": ["multi_hot_sizes=2,5"],
+        "embedding_dim": ["bottom_mlp=8"],
+        "bottom_mlp": ["embedding_dim=8"],
+    }
+    together |= {"num_micro_batches": ["batch_size=12"], "dataset": ["data_dir=raw"]}
+    parse(f"{name}={SETTINGS[name][0]}", *together.get(name, []))
+    config_from_flags()
+
+
+@pytest.mark.parametrize("flags", OTHERS)
+def test_flags_that_have_an_effect_or_say_the_default(parse, flags):
+    parse(*flags)
+    config_from_flags()
+
+
+@pytest.mark.parametrize(("flags", "words"), HAVE_NONE)
+def test_flags_that_have_none(parse, flags, words):
+    parse(*flags)
+    with pytest.raises(ConfigError, match=words):
+        config_from_flags()
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("experiments/*.flags")), ids=lambda path: path.stem)
+def test_files_of_flags_and_what_runs_write_of_them_are_accepted(parse, path, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    parse(f"flagfile={path}", "data_dir=" if "shape" in path.stem or path.stem == "quickstart" else "data_dir=raw")
+    config = config_from_flags()
+    (tmp_path / "flags.txt").write_text(flagfile_text())
+    parse(f"flagfile={tmp_path}/flags.txt")
+    assert config_from_flags() == config

@@ -10,7 +10,7 @@ import pytest
 from tests.helpers import ROOT
 
 LAYERS = (
-    {"config", "rows", "formulations", "huge_pages", "heap", "gpu_atomics"},
+    {"config", "formulations", "gpu_atomics", "heap", "huge_pages", "interrupts", "rows"},
     {
         "batch",
         "checksums",
@@ -73,7 +73,7 @@ LAYERS = (
     {"serving.export"},
     {"serving.placed"},
     {"trained"},
-    {"loop"},
+    {"loop", "flag_effects"},
     {"flags", "commands"},
     {"train", "evaluate", "prepare", "plan", "export", "serve", "loadtest", "benchmark"},
 )

@@ -13,9 +13,11 @@ from dlrm_jax.config import ConfigError
 from dlrm_jax.data import planted
 from dlrm_jax.data.dataset import Split
 from dlrm_jax.data.load import DataConfig
+from dlrm_jax.data.schema import Split as ByRandom
 from dlrm_jax.native.ops import native_ops
 from dlrm_jax.sharding import placed
 from tests.native_test import needs_compiler
+from tests.prepared_helpers import prepare_text, schema
 from tests.resume_test import CONFIG, final_state
 
 
@@ -267,3 +269,28 @@ def test_a_reader_goes_on_to_the_newer_checkpoint_when_a_training_deletes_the_ol
     shutil.rmtree(directory)
     with pytest.raises(ConfigError, match="no checkpoint 'latest'"):
         trained.restore(tmp_path, "latest")
+
+
+def test_config_names_prepared_data_by_its_own_name(tmp_path):
+    """It said planted, which --dataset is by default."""
+    text = "label,x,c\n" + "".join(f"{i % 2},{i},u{i % 7}\n" for i in range(60))
+    output = prepare_text(tmp_path, text, schema(name="mine", split=ByRandom("random")))
+    config = dataclasses.replace(CONFIG, data=DataConfig(data_dir=str(output)), num_steps=2, batch_size=8)
+    loop.train_and_evaluate(config, tmp_path / "run")
+    said = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert said["data"]["dataset"] == "mine"
+    assert trained.restore(tmp_path / "run", "latest").dataset.name == "mine"
+    moved = output.rename(tmp_path / "moved")
+    assert trained.restore(tmp_path / "run", "latest", str(moved)).dataset.name == "mine"
+    with pytest.raises(ConfigError, match="holds no prepared data set"):
+        trained.restore(tmp_path / "run", "latest")
+
+
+def test_evaluating_other_data_is_refused_in_a_short_line(tmp_path):
+    text = "label,x,c\n" + "".join(f"{i % 2},{i},u{i % 7}\n" for i in range(60))
+    output = prepare_text(tmp_path, text, schema(name="mine", split=ByRandom("random")))
+    loop.train_and_evaluate(dataclasses.replace(CONFIG, num_steps=2), tmp_path / "run")
+    with pytest.raises(ConfigError) as error:
+        trained.restore(tmp_path / "run", "latest", str(output))
+    told = str(error.value)
+    assert "(now != then): data.name: 'mine' != 'planted'; model.features: " in told and len(told) < 400

@@ -166,4 +166,4 @@ def test_ctrl_c_before_training_leaves_no_traceback(tmp_path):
     time.sleep(0.5)
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=120)
-    assert process.returncode == 130 and stderr == "interrupted\n"
+    assert process.returncode == 130 and stderr == "loading planted\ninterrupted\n"

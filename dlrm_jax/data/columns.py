@@ -328,3 +328,14 @@ def read_dense(dense: Dense, array: pa.Array, null_values: tuple[str, ...]) -> t
     undefined = ~np.isfinite(values)
     bad += distinct.bad(undefined[:-1] & ~wrong, dense.source, f"has no finite float32 under {dense.transform}")
     return values[distinct.index_R], bad
+
+
+def is_missing(array: pa.Array, null_values: tuple[str, ...]) -> np.ndarray:
+    """Of each row, whether it has no value: null, a text among `null_values`, NaN."""
+    if pa.types.is_dictionary(array.type):
+        indices = array.indices.fill_null(len(array.dictionary)).to_numpy(zero_copy_only=False)
+        return _pad(is_missing(array.dictionary, null_values), True)[indices]
+    missing = array.is_null(nan_is_null=True).to_numpy(zero_copy_only=False)
+    if pa.types.is_string(array.type) or pa.types.is_large_string(array.type):
+        missing = missing | _is_among(array, null_values)
+    return missing

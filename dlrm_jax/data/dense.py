@@ -71,3 +71,35 @@ def finish_dense(dense: Dense, values: np.ndarray, own: DenseStatistics, least: 
     elif dense.transform == "log1p":
         values = transform("log1p", values)
     return values.astype(np.float32)
+
+
+def inverse(name: str, values: np.ndarray) -> np.ndarray:
+    """The numbers that `transform` made `values` of; those below 0 as 0, where it took them so."""
+    if name == "log1p":
+        return np.expm1(values)
+    return np.exp(values) - 3 if name == "nvidia_log" else values
+
+
+class DenseRange:
+    """What a person wants to know of a dense column: least, most, mean of the log's numbers, how many are missing."""
+
+    def __init__(self) -> None:
+        self._rows = self._missing = 0
+        self._sum, self._least, self._most = 0.0, float("inf"), -float("inf")
+
+    def add(self, numbers: np.ndarray, missing: np.ndarray) -> None:
+        """Count some rows; what stands in `numbers` where they are missing does not matter."""
+        count = int(missing.sum())
+        self._rows, self._missing = self._rows + len(numbers), self._missing + count
+        present = numbers[~missing] if count else numbers
+        if len(present):
+            self._sum += float(present.sum(dtype=np.float64))
+            self._least, self._most = min(self._least, float(present.min())), max(self._most, float(present.max()))
+
+    def summary(self) -> dict[str, float | None]:
+        """As statistics.json has it; None for the numbers of a column without any."""
+        count = self._rows - self._missing
+        share = round(self._missing / self._rows, 6) if self._rows else None
+        if not count:
+            return {"least": None, "most": None, "mean": None, "missing_share": share}
+        return {"least": self._least, "most": self._most, "mean": self._sum / count, "missing_share": share}

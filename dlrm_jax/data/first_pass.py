@@ -58,6 +58,7 @@ def parse_chunk(schema: Schema, chunk: Chunk, skip_bad: bool, vocabularies: dict
             out[wide_name(i)] = values
         else:
             out["dense"][:, i] = values
+    out["missing"] = np.packbits(_missing(schema, raw.arrays, len(raw.row_R)), axis=1)
     bags = [taken(read_bags(sparse, raw.arrays[sparse.source], nulls)) for sparse in schema.sparse]
     bad_rows = raw.bad + _explain(found, raw)
     if found and skip_bad:
@@ -71,6 +72,14 @@ def parse_chunk(schema: Schema, chunk: Chunk, skip_bad: bool, vocabularies: dict
         known = bag.keys_U.astype(np.int32) if vocabulary is None else vocabulary.find(bag.keys_U, bag.checks_U)
         bag.ids_U = known
     return Parsed(chunk, out, bags, raw.num_rows, len(out["row"]), sorted(bad_rows, key=lambda bad: bad.row))
+
+
+def _missing(schema: Schema, arrays: dict[str, pa.Array], num_rows: int) -> np.ndarray:
+    """missing_RxN: which dense values are to be filled in; only counted, since afterwards they look like others."""
+    missing_RxN = np.zeros((num_rows, max(len(schema.dense), 1)), bool)
+    for i, dense in enumerate(schema.dense):
+        missing_RxN[:, i] = column_readers.is_missing(arrays[dense.source], schema.null_values)
+    return missing_RxN
 
 
 def _bad_weights(name: str, weights: np.ndarray) -> list[column_readers.Bad]:

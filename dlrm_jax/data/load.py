@@ -4,7 +4,7 @@ import dataclasses
 import pathlib
 from collections.abc import Callable
 
-from dlrm_jax.config import ConfigError, require, require_choice
+from dlrm_jax.config import ConfigError, require, require_choice, require_finite
 from dlrm_jax.data import criteo, movielens, multi_hot, planted, synthetic
 from dlrm_jax.data.dataset import Dataset
 from dlrm_jax.data.prepared import is_prepared, open_prepared
@@ -15,7 +15,10 @@ _GENERATED = ("planted", "synthetic")
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """Which data: the fields beyond `dataset` and `data_dir` each concern one data set (see dlrm_jax/flags.py)."""
+    """Which data: the fields beyond `dataset` and `data_dir` each concern one data set (see dlrm_jax/flags.py).
+
+    `dataset` of a prepared `data_dir` may be the name that its schema gives it.
+    """
 
     dataset: str = "planted"
     data_dir: str = ""
@@ -33,7 +36,9 @@ class DataConfig:
     multi_hot_distribution: str = "uniform"
 
     def __post_init__(self) -> None:
-        require_choice("dataset", self.dataset, DATASETS)
+        require_finite(self)
+        if not self.data_dir:
+            require_choice("dataset", self.dataset, DATASETS)
         require_choice("multi_hot", self.multi_hot, multi_hot.MULTI_HOT)
         require_choice("multi_hot_distribution", self.multi_hot_distribution, multi_hot.DISTRIBUTIONS)
         for field in ("num_examples", "max_rows_per_table"):
@@ -56,6 +61,13 @@ def synthetic_spec(config: DataConfig) -> synthetic.Spec:
     return synthetic.Spec(config.num_dense, sizes, config.hotness, config.id_skew, config.id_trace)
 
 
+def named(config: DataConfig, dataset: Dataset) -> DataConfig:
+    """The same, with the name of prepared data instead of what --dataset says where it is left out."""
+    if not config.data_dir or not is_prepared(pathlib.Path(config.data_dir)):
+        return config
+    return dataclasses.replace(config, dataset=dataset.name)
+
+
 def load_dataset(config: DataConfig) -> Dataset:
     """Open, read, or generate the data set that `config` names."""
     dataset = _load(config)
@@ -70,7 +82,7 @@ def _load(config: DataConfig) -> Dataset:
     directory = pathlib.Path(config.data_dir)
     if config.data_dir and is_prepared(directory):
         return _open_prepared(config, directory)
-    if config.dataset in _GENERATED and config.data_dir:
+    if config.data_dir and (config.dataset in _GENERATED or config.dataset not in DATASETS):
         unfinished = (directory / "staging").exists()
         what = (
             "an unfinished preparation: run the same dlrm_jax.prepare again"

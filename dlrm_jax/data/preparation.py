@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from dlrm_jax import files
-from dlrm_jax.config import ConfigError, differences
+from dlrm_jax.config import ConfigError, differences, tell
 from dlrm_jax.data import blocks
 from dlrm_jax.data.first_pass import FirstPass
 from dlrm_jax.data.open_log import open_log
@@ -130,7 +130,7 @@ def _finished(output: pathlib.Path, job: dict[str, Any]) -> dict[str, Any]:
     different = differences(json.loads(json.dumps(job)), read_json(output / "job.json"))
     if different:
         raise ConfigError(
-            f"{output} holds a dataset prepared from something else (now != then): {'; '.join(different[:6])}; "
+            f"{output} holds a dataset prepared from something else (now != then): {tell(different)}; "
             "choose another --output or delete it"
         )
     # A run that was killed at the very end left these.

@@ -76,6 +76,10 @@ class SecondPass:
                 for i, own in self._counts.dense.items()
                 if own.count
             },
+            "dense_columns": {
+                dense.name: counted.summary()
+                for dense, counted in zip(self._schema.dense, self._counts.ranges, strict=True)
+            },
             "positives_over_time": self._counts.time_bins,
         }
 

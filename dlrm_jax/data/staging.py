@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from dlrm_jax.config import ConfigError, differences
+from dlrm_jax.config import ConfigError, differences, tell
 
 _VOCAB_SCHEMA = pa.schema([("key", pa.uint64()), ("check", pa.uint64()), ("text", pa.large_string())])
 _META = b"dlrm_jax"
@@ -62,7 +62,7 @@ class Staging:
             if different and self.num_files() and not changed:
                 raise ConfigError(
                     f"{self.directory} holds an unfinished preparation of something else (now != then): "
-                    f"{'; '.join(different[:6])}; delete it to start anew, or give the same input and settings"
+                    f"{tell(different)}; delete it to start anew, or give the same input and settings"
                 )
             if different:
                 _LOG.info("%s: the log has changed since the last attempt; starting anew", self.directory)

@@ -8,7 +8,7 @@ import numpy as np
 
 from dlrm_jax.config import ConfigError
 from dlrm_jax.data.columns import SPLIT_NAMES
-from dlrm_jax.data.dense import DenseStatistics
+from dlrm_jax.data.dense import DenseRange, DenseStatistics, inverse
 from dlrm_jax.data.schema import Schema, Sparse
 from dlrm_jax.data.splits import Splitter
 from dlrm_jax.data.staging import Staging, wide_name
@@ -37,6 +37,7 @@ class Counts:
         self.positives_S = np.zeros(len(SPLIT_NAMES), np.int64)
         self.time_bins: list[list[float]] = []
         self.features = {f.name: FeatureCount(np.zeros(3, np.int64), np.zeros(3, np.int64)) for f in schema.sparse}
+        self.ranges = [DenseRange() for _ in schema.dense]
         self.dense = {i: DenseStatistics() for i, dense in enumerate(schema.dense) if dense.needs_statistics}
 
     def count_rows(self) -> None:
@@ -45,7 +46,7 @@ class Counts:
         low, high = self._time_range() if by_time else (0, self._splitter.num_rows - 1)
         width = max((high - low + 1) / NUM_TIME_BINS, 1e-9)
         rows, positives = np.zeros(NUM_TIME_BINS), np.zeros(NUM_TIME_BINS)
-        wanted = ["label", *(["time"] if by_time else []), *map(wide_name, self.dense)]
+        wanted = ["label", "dense", "missing", *(["time"] if by_time else []), *map(wide_name, self.dense)]
         for file, batch, columns, codes in self._batches(wanted):
             label_R = columns["label"]
             codes_R = np.broadcast_to(codes, label_R.shape)
@@ -58,8 +59,17 @@ class Counts:
             positives += np.bincount(bin_R, label_R, minlength=NUM_TIME_BINS)
             for column, statistics in self.dense.items():
                 statistics.add(columns[wide_name(column)])
+            self._count_ranges(columns)
         edges = low + np.arange(NUM_TIME_BINS) * width
         self.time_bins = [list(item) for item in zip(edges.tolist(), rows.tolist(), positives.tolist(), strict=True)]
+
+    def _count_ranges(self, columns: dict[str, np.ndarray]) -> None:
+        if "missing" not in columns:
+            return  # Staged by a version that did not keep it.
+        missing_RxN = np.unpackbits(columns["missing"], axis=1).view(bool)
+        for i, (dense, into) in enumerate(zip(self._schema.dense, self.ranges, strict=True)):
+            wide = columns.get(wide_name(i))
+            into.add(inverse(dense.transform, columns["dense"][:, i]) if wide is None else wide, missing_RxN[:, i])
 
     def _time_range(self) -> tuple[int, int]:
         times = [b["time"] for file in range(self._num_files) for b in self._staging.batches(file, ["time"])]

@@ -7,7 +7,7 @@ import pathlib
 from collections.abc import Callable
 from typing import Any
 
-from dlrm_jax.config import ConfigError, differences
+from dlrm_jax.config import ConfigError, differences, tell
 from dlrm_jax.serving.loaded import Servable
 from dlrm_jax.serving.store import Version, newest_whole, open_version, versions
 from dlrm_jax.serving.telemetry import Telemetry, log
@@ -108,7 +108,7 @@ class Repository:
         if like is not None:
             changed = differences(servable.signature.interface(), like.signature.interface())
             if changed:
-                raise ConfigError(f"its schema differs (new != present): {'; '.join(changed[:4])}")
+                raise ConfigError(f"its schema differs (new != present): {tell(changed)}")
         servable.self_check()
         servable.warm_up()
         return servable

@@ -12,8 +12,8 @@ from dlrm_jax.config import XLA, ConfigError, ModelConfig, OptimizerConfig, requ
 from dlrm_jax.sharding.exchange import ExchangeOptions
 from dlrm_jax.sharding.mesh import MeshShape, make_mesh, parse_mesh
 from dlrm_jax.sharding.placed import Placed
-from dlrm_jax.sharding.plan import DATA_PARALLEL, SHARDINGS, Plan, make_plan, read_overrides
-from dlrm_jax.sharding.storage import ROUTED, PlacedStack, place_stacks
+from dlrm_jax.sharding.plan import DATA_PARALLEL, SHARDINGS, TABLE_ROW_WISE, Plan, make_plan, read_overrides
+from dlrm_jax.sharding.storage import REPLICATED, ROUTED, PlacedStack, place_stacks
 
 AUTO = "auto"
 EXCHANGE_DTYPES = ("float32", "bfloat16")
@@ -52,6 +52,35 @@ def choose_plan(model: ModelConfig, options: ShardingOptions, mesh: MeshShape, a
         overrides = {**auto.tables, **overrides}
     fallback = DATA_PARALLEL if options.sharding == AUTO else options.sharding
     return make_plan(model, mesh, fallback, overrides, options.group_size)
+
+
+def check_on_one_device(model: ModelConfig, options: ShardingOptions) -> list[str]:
+    """The placement flags that one device leaves without effect; ConfigError for a plan that cannot be its own."""
+    choose_plan(model, ShardingOptions(DATA_PARALLEL, options.plan), MeshShape(1, 1), None)
+    return _given(options, [field.name for field in dataclasses.fields(options) if field.name != "mesh"])
+
+
+def without_effect(options: ShardingOptions, plan: Plan, stacks: tuple[PlacedStack, ...]) -> list[str]:
+    """The placement flags that a plan leaves without effect."""
+    kinds, forms = {placement.sharding for placement in plan.tables.values()}, {stack.form for stack in stacks}
+    unused = [] if TABLE_ROW_WISE in kinds else ["group_size"]
+    unused += [] if ROUTED in forms else ["exchange_capacity"]
+    unused += [] if forms - {REPLICATED} else ["exchange_dtype"]
+    return _given(options, unused)
+
+
+_FLAGS = {"plan": "sharding_plan", "pipeline": "pipeline_exchange"}
+
+
+def _given(options: ShardingOptions, fields: list[str]) -> list[str]:
+    """Those of some fields that are not their default, as flags."""
+    given = {name: getattr(options, name) for name in fields if getattr(options, name) != getattr(_DEFAULTS, name)}
+    return [
+        f"--{_FLAGS.get(name, name)}={str(value).lower() if value is True else value}" for name, value in given.items()
+    ]
+
+
+_DEFAULTS = ShardingOptions()
 
 
 def _existing(path: str) -> pathlib.Path:

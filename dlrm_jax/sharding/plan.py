@@ -11,6 +11,7 @@ from dlrm_jax.sharding.mesh import MeshShape
 
 DATA_PARALLEL, TABLE_WISE, ROW_WISE = "data_parallel", "table_wise", "row_wise"
 COLUMN_WISE, TABLE_ROW_WISE = "column_wise", "table_row_wise"
+_MOST_NAMED = 5
 SHARDINGS = (DATA_PARALLEL, TABLE_WISE, ROW_WISE, COLUMN_WISE, TABLE_ROW_WISE)
 
 
@@ -52,16 +53,17 @@ def plan_from_dict(values: Any, source: str = "plan") -> Plan:
 def read_overrides(path: pathlib.Path) -> dict[str, str | Placement]:
     """What `--sharding_plan` says of single tables: {"tables": {NAME: sharding type, or a placement as Plan's}}."""
     try:
-        tables = json.loads(path.read_text())["tables"]
-        return {
-            name: value if isinstance(value, str) else Placement(value["sharding"], int(value["first"]), value["count"])
-            for name, value in tables.items()
-        }
+        tables = json.loads(path.read_text(encoding="utf-8"))["tables"]
+        return {name: value if isinstance(value, str) else _placement(value) for name, value in tables.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(
             f'{path} is not a sharding plan ({error}); write {{"tables": {{"NAME": "row_wise"}}}} or take what '
             "dlrm_jax.plan --json wrote"
         ) from error
+
+
+def _placement(value: Any) -> Placement:
+    return Placement(str(value["sharding"]), int(value["first"]), int(value["count"]))
 
 
 def make_plan(
@@ -79,7 +81,9 @@ def make_plan(
     overrides = dict(overrides or {})
     unknown = sorted(set(overrides) - {table.name for table in model.tables})
     if unknown:
-        raise ConfigError(f"the sharding plan speaks of {', '.join(unknown)}, which the model does not have")
+        shown = ", ".join(unknown[:_MOST_NAMED]) + (", ..." if len(unknown) > _MOST_NAMED else "")
+        known = ", ".join([table.name for table in model.tables[:_MOST_NAMED]])
+        raise ConfigError(f"the sharding plan speaks of {shown}, which the model does not have; it has {known}, ...")
     group_size = check_group_size(group_size, mesh.model)
     kinds = {
         table.name: overrides.get(table.name, sharding if isinstance(sharding, str) else sharding[table.name])

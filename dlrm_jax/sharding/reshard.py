@@ -22,15 +22,20 @@ _PIECE_FLOATS = 2**22
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """Which of a stack's arrays: `weights` the learned pooling weights', `per_row` with one number a row."""
+    """Which of a stack's arrays: `weights` the learned pooling weights', `per_row` with one number a row.
+
+    `slot` is which of an optimizer's arrays, where it keeps several for a stack.
+    """
 
     group: str
     weights: bool
     per_row: bool
+    slot: str = ""
 
     def key(self, stack: PlacedStack) -> str:
         """The array's name in its group."""
-        return stack.name + POOLING_WEIGHTS if self.weights else stack.name
+        name = stack.name + POOLING_WEIGHTS if self.weights else stack.name
+        return f"{name}.{self.slot}" if self.slot else name
 
 
 class Rows(Protocol):
