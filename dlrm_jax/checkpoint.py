@@ -224,8 +224,8 @@ class Checkpoints:
             )
             if leaf.shape != (stack.row_shape() if per_row else stack.shape) or leaf.dtype != np.float32:
                 raise ConfigError(
-                    f"{array_name(path)} of checkpoint {step} is {leaf.dtype}{list(leaf.shape)}, neither a float32 for each "
-                    "weight nor for each row: it can be read under the plan it was saved under only"
+                    f"{array_name(path)} of checkpoint {step} is {leaf.dtype}{list(leaf.shape)}, neither a float32 for "
+                    "each weight nor for each row: it can be read under the plan it was saved under only"
                 )
             return read_array(
                 source, Kind(group.key, weights, per_row, array_name(inner)), stack, leaf.shape, leaf.sharding
