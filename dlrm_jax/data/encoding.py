@@ -35,7 +35,7 @@ def is_utf8(encoding: str) -> bool:
 def require_encoding(encoding: str) -> None:
     """ConfigError for a name that Python does not know as an encoding of text."""
     try:
-        b"".decode(encoding)  # Refuses what is no encoding of text, as base64.
+        "a".encode(encoding)  # Refuses what is no encoding of text, as base64.
         codecs.getincrementaldecoder(encoding)
     except (LookupError, ValueError):
         raise ConfigError(

@@ -1,7 +1,5 @@
 """Guess the label: by its name and its values. Where only a person can tell, the error says what to write."""
 
-import re
-
 import numpy as np
 
 from dlrm_jax.config import ConfigError
@@ -35,7 +33,7 @@ _POSITIVE_WORDS = {
     "bad": "good",
 }
 """The positive word of each known pair, by the negative one; and of `no X`, `not X`, `unX` it is X."""
-_NOT = re.compile(r"(?:no|not|non|un)[ _-]?(.+)")
+_NOT = ("no", "not", "non", "un")
 
 
 def find_label(columns: list[Column], reasons: list[str]) -> Label:
@@ -58,12 +56,21 @@ def find_label(columns: list[Column], reasons: list[str]) -> Label:
     if binary and binary[0] is columns[0]:
         reasons.append(f"{binary[0].name} is the label: the first column, and it holds 0 and 1")
         return Label(binary[0].name)
-    which = (
-        f"{len(binary)} columns hold 0 and 1 ({', '.join(c.name for c in binary[:8])})"
-        if binary
-        else f"no column is called {', '.join(_LABEL_NAMES[:4])} or holds both 0 and 1 and nothing else"
-    )
+    which = f"{len(binary)} columns hold 0 and 1 ({', '.join(c.name for c in binary[:8])})"
+    if not binary:
+        names = ", ".join(_LABEL_NAMES[:4])
+        which = f"no column is called {names} or holds both 0 and 1 and nothing else{_nearly(columns)}"
     raise ConfigError(f"cannot tell the label: {which}; write a schema file that names it (see README, Your own log)")
+
+
+def _nearly(columns: list[Column]) -> str:
+    """Columns that may be meant: those of two values, and those of 0 or 1 alone."""
+    said = []
+    for column in columns:
+        texts = sorted(column.distinct_texts)[:3]
+        if not column.is_list and (len(texts) == 2 or texts in (["0"], ["1"])):
+            said.append(f"{column.name} only {' and '.join(map(repr, texts))}")
+    return f" ({', '.join(said[:5])[:300]})" if said else ""
 
 
 def _is_binary(column: Column) -> bool:
@@ -123,5 +130,5 @@ def _usable_texts(column: Column) -> tuple[Label | None, str]:
 
 def _positive_of(negative: str) -> tuple[str, ...]:
     """What is positive if `negative` is not."""
-    match = _NOT.fullmatch(negative)
-    return tuple(filter(None, (_POSITIVE_WORDS.get(negative, ""), match.group(1) if match else "")))
+    opposite = [negative.removeprefix(word).lstrip(" _-") for word in _NOT if negative.startswith(word)]
+    return tuple(filter(None, (_POSITIVE_WORDS.get(negative, ""), *opposite)))

@@ -18,7 +18,7 @@ from dlrm_jax.data import column_types, json_lines
 from dlrm_jax.data.encoding import UTF8, guess_encoding
 from dlrm_jax.data.records import read_head
 from dlrm_jax.data.schema import MAX_NAME_BYTES
-from dlrm_jax.data.source import refuse
+from dlrm_jax.data.source import refuse, require_columns
 from dlrm_jax.data.text_source import guess_delimiter, read_header
 
 _HEAD_BYTES = 4 << 20
@@ -28,7 +28,9 @@ _HEADER_ROWS = 200
 _NUMBER = re.compile(r"[+-]?(\d+([.,]\d*)?|[.,]\d+)([eE][+-]?\d+)?")
 _DATE = re.compile(r"\d{4}[-/.]\d{1,2}[-/.]\d{1,2}.*|\d{1,2}[-/.]\d{1,2}[-/.]\d{2,4}.*|\d{1,2}:\d{2}(:\d{2}.*)?")
 _HEX = re.compile(r"[0-9a-f]{8}")
-_COMMON_NAMES = ("data", "log", "logs", "train", "part", "clicks", "export", "file", "dataset", "output", "sample")
+_COMMON_NAMES = frozenset(
+    ("data", "dataset", "log", "logs", "train", "training", "test", "val", "valid", "part", "export", "file", "output")
+)
 FALLBACK_NAME = "click_log"
 
 
@@ -84,9 +86,7 @@ def _parquet_layout(path: str) -> Layout:
         schema = pq.read_schema(path)
     except (pa.ArrowException, OSError) as error:
         refuse(path, error)
-    repeated = [name for name, count in collections.Counter(schema.names).items() if count > 1]
-    if repeated:
-        raise ConfigError(f"{path} has two columns {repeated[0]!r}; name them apart")
+    require_columns(path, schema.names, schema.names)
     why = {field.name: column_types.why_unusable(field.type, "sparse") for field in schema}
     unusable = {name: f"left out, holds {reason}" for name, reason in why.items() if reason}
     return Layout([name for name in schema.names if name not in unusable], {"format": "parquet"}, unusable)

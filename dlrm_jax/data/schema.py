@@ -199,7 +199,7 @@ class Schema:
         require(self.name.isidentifier() and self.name.islower(), f"schema name {self.name!r} is not a lower_case name")
         require(
             len(self.name.encode()) <= MAX_NAME_BYTES,
-            f"schema name {self.name!r} is longer than {MAX_NAME_BYTES} bytes",
+            f"schema name {self.name!r} is longer than {MAX_NAME_BYTES} bytes; files are named after it",
         )
         if self.format:
             require_choice("schema: format", self.format, FORMATS)

@@ -105,10 +105,12 @@ def _natural(path: str) -> list[Any]:
 
 
 def require_columns(path: str, names: list[str], needed: list[str]) -> None:
-    """ConfigError naming the first needed column that a file lacks."""
+    """ConfigError naming the first needed column that a file lacks, or has twice."""
     for name in needed:
         if name not in names:
             raise ConfigError(f"{path} has no column {name!r}; it has {list_names(names)}")
+        if names.count(name) > 1:
+            raise ConfigError(f"{path} has two columns {name!r}; name them apart")
 
 
 def list_names(names: list[str]) -> str:
