@@ -149,3 +149,22 @@ def test_two_columns_of_one_name_are_told(tmp_path):
 def test_plain_arrays_are_not_copied():
     for array in (pa.array([1, 2]), pa.array(["a", None]), pa.array([["a"], None])):
         assert plain(array) is array
+
+
+@pytest.mark.parametrize(("share", "left_out"), [(2, True), (200, False)])
+def test_infer_leaves_out_bytes_that_are_no_text(tmp_path, share, left_out):
+    """Of some damaged rows preparation names the first."""
+    blob = pa.array([b"\xc8" if i % share == 1 else b"a" if i % 3 else b"b" for i in range(400)])
+    table = pa.table({"click": [0, 1] * 200, "c": ["a", "b"] * 200, "blob": blob, "bytes": blob})
+    pq.write_table(table, tmp_path / "log.parquet")
+    found = infer((str(tmp_path / "log.parquet"),))
+    assert [s.name for s in found.sparse] == (["c"] if left_out else ["c", "blob", "bytes"])
+    assert any("blob: left out, byte 0xc8 is not UTF-8" in reason for reason in found.reasons) == left_out
+    if left_out:
+        prepare((str(tmp_path / "log.parquet"),), tmp_path / "out", found)
+    else:
+        with pytest.raises(
+            ConfigError, match="row 1, column blob: byte 0xc8 is not UTF-8; mend the row or say"
+        ) as error:
+            prepare((str(tmp_path / "log.parquet"),), tmp_path / "out", found)
+        assert "encoding" not in str(error.value)

@@ -202,3 +202,8 @@ def test_an_unknown_encoding_is_refused(encoding):
 def test_an_encoding_of_parquet_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="has format parquet; encoding is for text and JSON lines"):
         prepare_text(tmp_path, b"PAR1", schema(encoding="cp1252"), name="log.parquet")
+
+
+def test_utf_16_without_its_mark_is_one_line(tmp_path):
+    with pytest.raises(ConfigError, match=r"log\.csv: the file is not utf-16: UTF-16 stream does not start with BOM"):
+        prepare_text(tmp_path, "label,x,c\n", schema(encoding="utf-16"))

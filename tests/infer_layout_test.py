@@ -71,3 +71,10 @@ def test_a_first_line_with_names_is_a_header(tmp_path, header, row):
 def test_a_dataset_is_named_after_its_file(path, name):
     assert guess_name(f"/{path}" if "/" in path else f"/somewhere/{path}") == name
     assert schema(name=guess_name(path), label=Label("label")).name.islower()
+
+
+def test_columns_without_a_name_are_left_out(tmp_path):
+    """As a spreadsheet appends them."""
+    (tmp_path / "log.csv").write_text("click,user,,\n" + rows(lambda i: (i % 2, f"u{i % 9}", "", "")))
+    found = infer((str(tmp_path / "log.csv"),))
+    assert [s.name for s in found.sparse] == ["user"] and "2 columns without a name are left out" in found.reasons

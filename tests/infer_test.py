@@ -61,6 +61,15 @@ def test_columns_of_an_unknown_log(tmp_path):
         assert words in reasons
 
 
+def test_two_logs_get_two_names(tmp_path):
+    """And so two default working directories."""
+    names = []
+    for file in ("clicks.csv", "sales.csv"):
+        (tmp_path / file).write_text("click,user\n" + "".join(f"{i % 2},u{i % 7}\n" for i in range(30)))
+        names.append(infer((str(tmp_path / file),)).name)
+    assert names == ["clicks", "sales"]
+
+
 def test_the_written_schema_is_the_guessed_one(tmp_path):
     pq.write_table(own_log(), tmp_path / "log.parquet")
     found = infer((str(tmp_path / "log.parquet"),))

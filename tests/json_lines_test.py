@@ -104,3 +104,19 @@ def test_numbers_in_lists_are_texts(tmp_path):
     text = lines(*[{"label": 1, "c": [1, 2.0, "x", None, True]}, {"label": 0, "c": "1"}] * 2)
     output = prepare_text(tmp_path, text, schema(dense=(), sparse=(Sparse("c", hotness=9),)), name="log.jsonl")
     assert rows_of(output).ids_RxK[:2].tolist() == [[0, 1, 2, 3, *[-1] * 5], [0, *[-1] * 8]]
+
+
+def test_one_odd_line_does_not_cost_its_column(tmp_path):
+    values = [{"click": i % 2, "c": {"a": 1} if i == 177 else f"v{i % 5}"} for i in range(300)]
+    (tmp_path / "log.jsonl").write_text(lines(*values))
+    found = infer((str(tmp_path / "log.jsonl"),))
+    assert [sparse.name for sparse in found.sparse] == ["c"]
+    with pytest.raises(ConfigError, match=r"log\.jsonl, line 178, column c: .* is an object"):
+        prepare((str(tmp_path / "log.jsonl"),), tmp_path / "out", found)
+
+
+@pytest.mark.parametrize("text", ['[{"click": 1}]', '{\n "click": 1\n}'])
+def test_other_json_is_told(tmp_path, text):
+    (tmp_path / "log.json").write_text(text)
+    with pytest.raises(ConfigError, match="no JSON object among its first lines; JSON lines have one in each line"):
+        infer((str(tmp_path / "log.json"),))

@@ -48,7 +48,8 @@ class Decoded:
     """The text of a stream, as UTF-8; what cannot be decoded becomes byte 0xff and a letter that tells its value."""
 
     def __init__(self, stream: Readable, encoding: str) -> None:
-        self._stream, self._decoder = stream, codecs.getincrementaldecoder(encoding)("dlrm_jax.mark")
+        self._stream, self._encoding = stream, encoding
+        self._decoder = codecs.getincrementaldecoder(encoding)("dlrm_jax.mark")
         self._rest = b""
         self._ended = False
 
@@ -58,7 +59,10 @@ class Decoded:
         while held < num_bytes and not self._ended:
             block = self._stream.read(_BLOCK_BYTES)
             self._ended = not block
-            text = self._decoder.decode(block, self._ended)
+            try:
+                text = self._decoder.decode(block, self._ended)
+            except UnicodeError as error:  # As utf-16 without a byte order mark.
+                raise OSError(f"the file is not {self._encoding}: {error}; see encoding in its schema") from None
             parts.append(text.encode(UTF8, "surrogateescape"))
             held += len(parts[-1])
         data = b"".join(parts)

@@ -123,7 +123,7 @@ def _explain(found: list[column_readers.Bad], raw: Columns) -> list[BadRow]:
 
 def _hint(bad: BadRow) -> str:
     """What may be wrong with the schema instead of the row."""
-    if bad.reason.endswith("is not UTF-8"):
+    if bad.reason.endswith("is not UTF-8") and bad.unit == "line":
         return "; or, if the file is in another encoding, say it in the schema (as encoding: cp1252)"
     if "number" in bad.reason and re.fullmatch(r"[+-]?\d+,\d+", bad.value or ""):
         return '; or, if commas are decimal, say decimal: "," in the schema'

@@ -5,10 +5,10 @@ that look like counts, are dense; texts and whole numbers that look like ids are
 different (a row number, free text) is left out.
 """
 
+import collections
 import dataclasses
 import itertools
 import pathlib
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -17,11 +17,11 @@ from dlrm_jax.config import ConfigError
 from dlrm_jax.data.infer_column import Column, is_numeric, make_column, use_decimal_comma
 from dlrm_jax.data.infer_features import make_features
 from dlrm_jax.data.infer_label import find_label
-from dlrm_jax.data.infer_layout import guess_layout, guess_name
+from dlrm_jax.data.infer_layout import MAX_WRONG_SHARE, Layout, guess_layout, guess_name
 from dlrm_jax.data.open_log import guess_format, open_log
 from dlrm_jax.data.presets import PRESETS
 from dlrm_jax.data.schema import Label, Schema, Sparse, Split
-from dlrm_jax.data.source import Position
+from dlrm_jax.data.source import BadRow, Position
 
 SAMPLE_ROWS = 100_000
 _WEIGHT_NAMES = tuple(
@@ -49,7 +49,7 @@ def infer(paths: tuple[str, ...]) -> Schema:
         return dataclasses.replace(schema, reasons=(f"format {kind} by the name of {pathlib.Path(paths[0]).name}",))
     reasons = [f"format {kind} by name and first bytes of {pathlib.Path(paths[0]).name}"]
     layout = guess_layout(paths, kind, reasons)
-    columns = _sample(paths, layout.names, layout.fields)
+    columns = _sample(paths, layout)
     if not any(column.values for column in columns):
         raise ConfigError(f"{paths[0]} has no rows to infer a schema from")
     found = {text for column in columns for text in column.texts if text in _NULL_TEXTS}
@@ -98,19 +98,28 @@ def infer(paths: tuple[str, ...]) -> Schema:
     )
 
 
-def _sample(paths: tuple[str, ...], names: list[str], layout: dict[str, Any]) -> list[Column]:
-    """Every column's first values."""
+def _sample(paths: tuple[str, ...], layout: Layout) -> list[Column]:
+    """Every column's first values; those that can hardly be read become unusable."""
+    names = [name for name in layout.names if name not in layout.unusable]
     if not names:
         raise ConfigError(f"{paths[0]} has no column that can be read; a column must hold values or lists of them")
-    everything = _Everything("sample", Label(names[0]), sparse=tuple(Sparse(name) for name in names), **layout)
+    everything = _Everything("sample", Label(names[0]), sparse=tuple(Sparse(name) for name in names), **layout.fields)
     chunks = itertools.islice(open_log(paths, everything).chunks(Position()), 8)
     arrays: dict[str, list] = {name: [] for name in names}
+    bad: list[BadRow] = []
     for chunk in chunks:
         parsed = chunk.parse()
+        bad += parsed.bad
         for name in names:
             arrays[name] += parsed.arrays[name].to_pylist()
         if len(arrays[names[0]]) >= SAMPLE_ROWS:
             break
+    count = collections.Counter(row.column for row in bad if row.column)
+    if count and max(count.values()) > MAX_WRONG_SHARE * (len(arrays[names[0]]) + len(bad)):
+        worst = max(count, key=lambda name: count[name])
+        reason = next(row.reason for row in bad if row.column == worst)
+        layout.unusable[worst] = f"left out, {reason}, in {count[worst]:,} of the first rows"
+        return _sample(paths, layout)
     return [make_column(name, values[:SAMPLE_ROWS]) for name, values in arrays.items()]
 
 

@@ -25,6 +25,8 @@ _HEAD_BYTES = 4 << 20
 _MAX_FILES = 16
 """Files whose first bytes tell the encoding."""
 _HEADER_ROWS = 200
+MAX_WRONG_SHARE = 0.01
+"""A column in which more rows than this hold what is no value is left out; of fewer, preparation names the row."""
 _NUMBER = re.compile(r"[+-]?(\d+([.,]\d*)?|[.,]\d+)([eE][+-]?\d+)?")
 _DATE = re.compile(r"\d{4}[-/.]\d{1,2}[-/.]\d{1,2}.*|\d{1,2}[-/.]\d{1,2}[-/.]\d{2,4}.*|\d{1,2}:\d{2}(:\d{2}.*)?")
 _HEX = re.compile(r"[0-9a-f]{8}")
@@ -61,9 +63,11 @@ def guess_layout(paths: tuple[str, ...], kind: str, reasons: list[str]) -> Layou
         names = [f"column_{i}" for i in range(1, len(first) + 1)]
         return Layout(names, fields | {"header": False, "columns": tuple(names)})
     repeated = [name for name, count in collections.Counter(first).items() if count > 1]
+    if any(repeated):
+        raise ConfigError(f"{path}: the header names {max(repeated)!r} twice; write a schema with columns")
     if repeated:
-        raise ConfigError(f"{path}: the header names {repeated[0]!r} twice; write a schema with columns")
-    return Layout(first, fields)
+        reasons.append(f"{first.count('')} columns without a name are left out")
+    return Layout([name for name in first if name not in repeated], fields)
 
 
 def _encoding(paths: tuple[str, ...], reasons: list[str]) -> str:
@@ -93,7 +97,8 @@ def _parquet_layout(path: str) -> Layout:
 
 
 def _json_layout(path: str, encoding: str, fields: dict[str, Any]) -> Layout:
-    names: dict[str, None] = {}
+    count: collections.Counter[str] = collections.Counter()
+    wrong: collections.Counter[str] = collections.Counter()
     unusable: dict[str, str] = {}
     lines = read_head(path, _HEAD_BYTES, encoding).split(b"\n")
     for line in lines[: max(len(lines) - 1, 1)]:
@@ -102,13 +107,15 @@ def _json_layout(path: str, encoding: str, fields: dict[str, Any]) -> Layout:
         except (ValueError, RecursionError):
             continue  # Preparation names such a line.
         if isinstance(values, dict):
-            names |= dict.fromkeys(values)
+            count.update(values.keys())
             for name, value in values.items():
                 if isinstance(value, dict | list) and (why := json_lines.why_unusable(value)):
-                    unusable.setdefault(name, f"left out, {why.split(',')[0].split(';')[0]}")
-    if not names:
-        raise ConfigError(f"{path}: no JSON object among its first lines")
-    return Layout([name for name in names if name not in unusable], fields, unusable)
+                    wrong[name] += 1
+                    unusable.setdefault(name, f"left out, {why.split(',')[0]}")
+    if not count:
+        raise ConfigError(f"{path}: no JSON object among its first lines; JSON lines have one in each line")
+    unusable = {name: why for name, why in unusable.items() if wrong[name] > MAX_WRONG_SHARE * count[name]}
+    return Layout([name for name in count if name not in unusable], fields, unusable)
 
 
 def _no_header(path: str, delimiter: str, encoding: str, first: list[str]) -> str:
