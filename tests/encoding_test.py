@@ -205,5 +205,5 @@ def test_an_encoding_of_parquet_is_refused(tmp_path):
 
 
 def test_utf_16_without_its_mark_is_one_line(tmp_path):
-    with pytest.raises(ConfigError, match=r"log\.csv: the file is not utf-16: UTF-16 stream does not start with BOM"):
+    with pytest.raises(ConfigError, match=r"log\.csv: the file is not utf-16: .* start with BOM"):
         prepare_text(tmp_path, "label,x,c\n", schema(encoding="utf-16"))

@@ -82,7 +82,7 @@ def test_a_name_with_a_newline_stays_in_its_comment(tmp_path):
     rows = "".join(f"{i % 2},v{i % 3},w{i % 5}\n" for i in range(50))
     (tmp_path / "log.csv").write_text('click,"odd\nlabel: evil",b\n' + rows)
     found = infer((str(tmp_path / "log.csv"),))
-    (tmp_path / "schema.yaml").write_text(dump_yaml(dataclasses.replace(found, reasons=("one\nlabel: two",))))
+    (tmp_path / "schema.yaml").write_text(dump_yaml(dataclasses.replace(found, reasons=("one\ncolour: two",))))
     assert load(tmp_path / "schema.yaml") == dataclasses.replace(found, reasons=())
     assert found.sparse[0].name == "odd\nlabel: evil" and not any("\n" in reason for reason in found.reasons)
 
