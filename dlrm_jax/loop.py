@@ -14,6 +14,7 @@ import jax
 from dlrm_jax import checkpoint, files, heap, huge_pages, processes, reporting
 from dlrm_jax.batch import Batch
 from dlrm_jax.config import ConfigError, differences, tell
+from dlrm_jax.data.label_values import describe_one_class
 from dlrm_jax.data.load import load_dataset, named
 from dlrm_jax.data.pipeline import Prefetcher, process_shard, steps_per_epoch, train_batches
 from dlrm_jax.evaluation import Evaluator, evaluate_splits
@@ -134,6 +135,9 @@ def _train_and_evaluate(config: RunConfig, workdir: pathlib.Path, flagfile: str 
     for split, counts in run.ids_out_of_range.items():
         for feature, count in counts.items():
             _LOG.warning("%s, feature %r: %d ids out of range (%s)", split, feature, count, config.ids_out_of_range)
+    for name, rows in run.dataset.splits.items():
+        if rows.only_label is not None:
+            _LOG.warning("%s", describe_one_class(name, len(rows), rows.only_label))
     with ExitStack() as stack:
         checkpoints = stack.enter_context(checkpoint.Checkpoints(workdir))
         state, progress = restore_or_init(run, checkpoints)

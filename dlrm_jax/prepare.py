@@ -13,6 +13,7 @@ from dlrm_jax import commands, files
 from dlrm_jax.config import ConfigError
 from dlrm_jax.data import schema_io
 from dlrm_jax.data.blocks import COMPRESSIONS
+from dlrm_jax.data.label_values import one_class_warnings, shown_texts
 from dlrm_jax.data.preparation import BAD_ROW_POLICIES, Options, Progress, prepare
 from dlrm_jax.data.presets import PRESETS
 from dlrm_jax.data.schema import Schema
@@ -157,6 +158,11 @@ def _print_summary(output: pathlib.Path, statistics: dict, seconds: float) -> No
         if feature["truncated_ids"]:
             print(f"{name}: {feature['truncated_ids']:,} ids beyond hotness {feature['hotness']} were left out")
     splits = statistics["splits"]
+    negative = statistics.get("negative_texts")
+    if negative:
+        print(f"label: counted as negative: {shown_texts(negative)}")
+    for warning in one_class_warnings(splits):
+        print(f"warning: {warning}", file=sys.stderr)
     rows = sum(split["rows"] for split in splits.values())
     parts = ", ".join(f"{name} {split['rows']:,}" for name, split in splits.items())
     tables = statistics["tables"].values()

@@ -61,12 +61,42 @@ def test_columns_of_an_unknown_log(tmp_path):
         assert words in reasons
 
 
+def test_two_logs_get_two_names(tmp_path):
+    """And so two default working directories."""
+    names = []
+    for file in ("clicks.csv", "sales.csv"):
+        (tmp_path / file).write_text("click,user\n" + "".join(f"{i % 2},u{i % 7}\n" for i in range(30)))
+        names.append(infer((str(tmp_path / file),)).name)
+    assert names == ["clicks", "sales"]
+
+
 def test_the_written_schema_is_the_guessed_one(tmp_path):
     pq.write_table(own_log(), tmp_path / "log.parquet")
     found = infer((str(tmp_path / "log.parquet"),))
     (tmp_path / "schema.yaml").write_text(dump_yaml(found))
     assert load(tmp_path / "schema.yaml") == dataclasses.replace(found, reasons=())
     assert "# user_id: sparse" in (tmp_path / "schema.yaml").read_text()
+
+
+def test_a_name_with_a_newline_stays_in_its_comment(tmp_path):
+    rows = "".join(f"{i % 2},v{i % 3},w{i % 5}\n" for i in range(50))
+    (tmp_path / "log.csv").write_text('click,"odd\nlabel: evil",b\n' + rows)
+    found = infer((str(tmp_path / "log.csv"),))
+    (tmp_path / "schema.yaml").write_text(dump_yaml(dataclasses.replace(found, reasons=("one\ncolour: two",))))
+    assert load(tmp_path / "schema.yaml") == dataclasses.replace(found, reasons=())
+    assert found.sparse[0].name == "odd\nlabel: evil" and not any("\n" in reason for reason in found.reasons)
+
+
+def test_a_weight_may_be_anything(tmp_path):
+    """Only a name that says whose weight it is makes a column weigh rows; any other stays a number, and is told."""
+    for name, is_weight in (("weight", False), ("importance", False), ("sample_weight", True), ("exampleWeight", True)):
+        rows = "".join(f"{i % 2},u{i % 7},{50 + i % 70}.5\n" for i in range(300))
+        (tmp_path / "log.csv").write_text(f"click,user,{name}\n{rows}")
+        found = infer((str(tmp_path / "log.csv"),))
+        assert found.weight == (name if is_weight else "")
+        assert [dense.name for dense in found.dense] == ([] if is_weight else [name])
+        told = f"{name} is taken for a feature; if it is the weight of each row in the loss, say weight: {name}"
+        assert any(reason.startswith(told) for reason in found.reasons) != is_weight
 
 
 def test_a_file_without_header(tmp_path):
@@ -138,6 +168,9 @@ def test_short_forms():
         ),
         ("name: x\nlabel: y\nsparse: [{name: c, oov: 1}]", "oov is 1; expected true or false"),
         ("name: x\nlabel: y\nsparse: c", "sparse is not a list"),
+        ("name: x\nlabel: {column: y, positive: [yes]}\nsparse: [c]", "positive is True; expected text; in YAML yes"),
+        ("name: x\nlabel: {column: y, positive: yes}\nsparse: [c]", "positive is True; expected text; in YAML yes"),
+        ("name: x\nlabel: {column: y, positive: [1.0]}\nsparse: [c]", "positive is 1.0; expected text; in YAML yes"),
         ("name: x\nlabel: {column: y, threshold: high}\nsparse: [c]", "threshold is 'high'; expected a number"),
         ("name: [x\nlabel", "neither YAML nor JSON"),
         ("name: x\nlabel: y\nsparse: [{name: c, type: number}]", "type is 'number'; choose one of string, int, hex"),

@@ -294,3 +294,15 @@ def test_evaluating_other_data_is_refused_in_a_short_line(tmp_path):
         trained.restore(tmp_path / "run", "latest", str(output))
     told = str(error.value)
     assert "(now != then): data.name: 'mine' != 'planted'; model.features: " in told and len(told) < 400
+
+
+def test_a_split_of_one_class_is_a_warning(tmp_path, monkeypatch, caplog):
+    honest = planted.generate(0, 2000)
+    val = honest.splits["val"]
+    one_class = dataclasses.replace(val, label_R=np.zeros_like(val.label_R))
+    splits = {**honest.splits, "val": one_class}
+    monkeypatch.setattr(planted, "generate", lambda seed, count: dataclasses.replace(honest, splits=splits))
+    loop.train_and_evaluate(dataclasses.replace(CONFIG, num_steps=2), tmp_path)
+    assert [line for line in caplog.messages if line.startswith("split ")] == [
+        "split val: all 200 rows have label 0, so it has no AUC; is the label right, and the split?"
+    ]

@@ -85,6 +85,23 @@ def test_flags_change_what_they_promise(tmp_path):
     assert json.loads((tmp_path / "data" / "job.json").read_text())["compression"] == "zstd"
 
 
+def test_what_a_label_counts_as_negative_and_a_split_of_one_class_are_said(tmp_path):
+    rows = "".join(
+        f"{'sold' if i % 5 == 0 and i < 150 else 'back' if i % 2 else 'Sold'},k{i % 3}\n" for i in range(200)
+    )
+    (tmp_path / "log.csv").write_text("outcome,kind\n" + rows)
+    (tmp_path / "s.yaml").write_text(
+        "name: mine\nlabel: {column: outcome, positive: [sold]}\nsparse: [kind]\nsplit: {by: order}\n"
+    )
+    flags = (f"--input={tmp_path}/log.csv", f"--output={tmp_path}/data", f"--schema={tmp_path}/s.yaml")
+    finished = run("prepare", *flags)
+    assert finished.returncode == 0, finished.stderr
+    assert "label: counted as negative: 'Sold' (85), 'back' (85)" in finished.stdout
+    for name in ("val", "test"):
+        assert f"warning: split {name}: all 20 rows have label 0, so it has no AUC" in finished.stderr
+    assert "split train" not in finished.stderr
+
+
 @pytest.mark.slow
 def test_prepared_data_refuses_flags_that_would_do_nothing(tmp_path):
     (tmp_path / "train.txt").write_text(kaggle_text(300))

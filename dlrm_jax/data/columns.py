@@ -247,21 +247,41 @@ def _filled(values: pa.Array) -> np.ndarray:
     return values.fill_null(0).to_numpy(zero_copy_only=False)
 
 
+def label_texts(label: Label, array: pa.Array, null_values: tuple[str, ...]) -> Distinct:
+    """The distinct texts of a label that names its positive ones, without the spaces around them."""
+    if pa.types.is_dictionary(array.type):
+        array = array.dictionary_decode()
+    if pa.types.is_floating(array.type):
+        array = pc.if_else(pc.is_nan(array), pa.scalar(None, array.type), array)
+    texts = pc.cast(array, pa.string())
+    return Distinct.of(pc.utf8_trim_whitespace(texts), null_values)
+
+
 def read_label(label: Label, array: pa.Array, null_values: tuple[str, ...]) -> tuple[np.ndarray, list[Bad]]:
     """(label_R as float32, bad rows)."""
+    if label.positive:
+        distinct = label_texts(label, array, null_values)
+        wanted = pa.array([text.strip() for text in label.positive])
+        positive = pc.is_in(distinct.values, value_set=wanted).to_numpy(zero_copy_only=False)
+        return distinct.spread(positive.astype(np.float32), 0), distinct.missing(label.column)
     distinct = Distinct.of(array, null_values)
     bad = distinct.missing(label.column)
-    if label.positive:
-        texts = pc.cast(distinct.values, pa.string())
-        positive = pc.is_in(texts, value_set=pa.array(label.positive)).to_numpy(zero_copy_only=False)
-        return distinct.spread(positive.astype(np.float32), 0), bad
     numbers, wrong = to_numbers(distinct.values)
+    if distinct.is_text and wrong.any():
+        numbers, wrong = _with_booleans(distinct.values, numbers, wrong)
     wrong = wrong | np.isnan(numbers)
     bad += distinct.bad(wrong, label.column, "is not a number")
     if label.threshold is not None:
         return distinct.spread((numbers >= label.threshold).astype(np.float32), 0), bad
     bad += distinct.bad(~wrong & (numbers != 0) & (numbers != 1), label.column, "is neither 0 nor 1")
     return distinct.spread(numbers.astype(np.float32), 0), bad
+
+
+def _with_booleans(texts: pa.Array, numbers: np.ndarray, wrong: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """`to_numbers` with true as 1 and false as 0, as JSON writes them."""
+    lower = pc.utf8_lower(pc.utf8_trim_whitespace(texts))
+    value = pc.index_in(lower, value_set=pa.array(["false", "true"])).fill_null(-1).to_numpy(zero_copy_only=False)
+    return np.where(value >= 0, value.astype(np.float64), numbers), wrong & (value < 0)
 
 
 def read_number(column: str, array: pa.Array, null_values: tuple[str, ...]) -> tuple[np.ndarray, list[Bad]]:

@@ -18,6 +18,10 @@ class Rows(Protocol):
     def __len__(self) -> int:
         """Rows."""
 
+    @property
+    def only_label(self) -> int | None:
+        """The label that all rows have, 0 or 1; None where there are both, or where nobody counted."""
+
     def windows(self, seed: int, epoch: int, shuffle: bool, start: int = 0) -> Iterator[tuple["Split", np.ndarray]]:
         """The epoch's rows from number `start` on: (rows in memory, the order in which to visit them), each row once.
 
@@ -60,6 +64,13 @@ class Split:
 
     def __len__(self) -> int:
         return len(self.label_R)
+
+    @property
+    def only_label(self) -> int | None:
+        """See Rows."""
+        if not len(self) or self.label_R.min() != self.label_R.max():
+            return None
+        return int(self.label_R[0])
 
     def windows(self, seed: int, epoch: int, shuffle: bool, start: int = 0) -> Iterator[tuple["Split", np.ndarray]]:
         """One window: all rows, in the order of a permutation from (seed, epoch)."""

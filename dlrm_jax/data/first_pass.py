@@ -5,7 +5,9 @@ Chunks are parsed by all cores; vocabularies grow in the log's order, so that id
 
 import collections
 import concurrent.futures
+import functools
 import os
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,8 +18,9 @@ import pyarrow.compute as pc
 from dlrm_jax.config import ConfigError
 from dlrm_jax.data import columns as column_readers
 from dlrm_jax.data.bags import read_bags
+from dlrm_jax.data.decimals import as_written, with_points
 from dlrm_jax.data.numbering import IS_DATE, MAX_EXAMPLES, Background, Parsed, Pending, number_new
-from dlrm_jax.data.schema import Schema
+from dlrm_jax.data.schema import Dense, Schema
 from dlrm_jax.data.source import BadRow, Chunk, Columns, Position, Source
 from dlrm_jax.data.staging import Staging, wide_name
 from dlrm_jax.data.vocabulary import Vocabulary
@@ -38,12 +41,22 @@ def parse_chunk(schema: Schema, chunk: Chunk, skip_bad: bool, vocabularies: dict
         found.extend(pair[1])
         return pair[0]
 
+    def numbers(name: str, read: Callable[[pa.Array], tuple[Any, list[column_readers.Bad]]]) -> Any:
+        """Read a column whose texts may have decimal commas."""
+        if schema.decimal == ".":
+            return taken(read(raw.arrays[name]))
+        values, bad = read(with_points(raw.arrays[name], schema.decimal, nulls))
+        return taken((values, as_written(bad, raw.arrays[name])))
+
     out: dict[str, np.ndarray] = {"row": raw.row_R.astype(np.int64)}
-    label = raw.arrays[schema.label.column]
-    out["label"] = taken(column_readers.read_label(schema.label, label, nulls))
+    label = schema.label
+    if label.positive:
+        out["label"] = taken(column_readers.read_label(label, raw.arrays[label.column], nulls))
+    else:
+        out["label"] = numbers(label.column, lambda array: column_readers.read_label(label, array, nulls))
     if schema.weight:
-        weights, bad = column_readers.read_number(schema.weight, raw.arrays[schema.weight], nulls)
-        found += bad + _bad_weights(schema.weight, weights)
+        weights = numbers(schema.weight, lambda array: column_readers.read_number(schema.weight, array, nulls))
+        found += _bad_weights(schema.weight, weights)
         out["weight"] = np.nan_to_num(weights).astype(np.float32)
     if schema.timestamp:
         read = column_readers.read_time(schema.timestamp, raw.arrays[schema.timestamp], nulls)
@@ -53,7 +66,7 @@ def parse_chunk(schema: Schema, chunk: Chunk, skip_bad: bool, vocabularies: dict
         out["split"] = taken(column_readers.read_split(name, raw.arrays[name], nulls))
     out["dense"] = np.ones((len(raw.row_R), max(len(schema.dense), 1)), np.float32)
     for i, dense in enumerate(schema.dense):
-        values = taken(column_readers.read_dense(dense, raw.arrays[dense.source], nulls))
+        values = numbers(dense.source, functools.partial(_read_dense, dense, nulls))
         if dense.needs_statistics:
             out[wide_name(i)] = values
         else:
@@ -61,17 +74,31 @@ def parse_chunk(schema: Schema, chunk: Chunk, skip_bad: bool, vocabularies: dict
     out["missing"] = np.packbits(_missing(schema, raw.arrays, len(raw.row_R)), axis=1)
     bags = [taken(read_bags(sparse, raw.arrays[sparse.source], nulls)) for sparse in schema.sparse]
     bad_rows = raw.bad + _explain(found, raw)
+    kept = np.ones(len(raw.row_R), bool)
+    for item in found:
+        kept[item.row_M] = False
+    texts = _count_texts(schema, raw, kept) if label.positive else {}
     if found and skip_bad:
-        kept = np.ones(len(raw.row_R), bool)
-        for item in found:
-            kept[item.row_M] = False
         out = {name: column[kept] for name, column in out.items()}
         bags = [bag.keep(np.flatnonzero(kept)) for bag in bags]
     for sparse, bag in zip(schema.sparse, bags, strict=True):
         vocabulary = vocabularies.get(sparse.table_name)
         known = bag.keys_U.astype(np.int32) if vocabulary is None else vocabulary.find(bag.keys_U, bag.checks_U)
         bag.ids_U = known
-    return Parsed(chunk, out, bags, raw.num_rows, len(out["row"]), sorted(bad_rows, key=lambda bad: bad.row))
+    bad_rows.sort(key=lambda bad: bad.row)
+    return Parsed(chunk, out, bags, raw.num_rows, len(out["row"]), bad_rows, texts, raw.names)
+
+
+def _read_dense(dense: Dense, nulls: tuple[str, ...], array: pa.Array) -> tuple[np.ndarray, list[column_readers.Bad]]:
+    return column_readers.read_dense(dense, array, nulls)
+
+
+def _count_texts(schema: Schema, raw: Columns, kept_R: np.ndarray) -> dict[str, int]:
+    """How often each text of the label occurs in the rows that are kept."""
+    distinct = column_readers.label_texts(schema.label, raw.arrays[schema.label.column], schema.null_values)
+    index_R = distinct.index_R[kept_R]
+    counts = np.bincount(index_R[index_R >= 0], minlength=len(distinct.values)).tolist()
+    return {text: count for text, count in zip(distinct.values.to_pylist(), counts, strict=True) if count}
 
 
 def _missing(schema: Schema, arrays: dict[str, pa.Array], num_rows: int) -> np.ndarray:
@@ -102,6 +129,15 @@ def _explain(found: list[column_readers.Bad], raw: Columns) -> list[BadRow]:
         value = None if item.reason == "is missing" else value
         out.append(BadRow(number, line, item.reason, item.column, value, raw.unit))
     return out
+
+
+def _hint(bad: BadRow) -> str:
+    """What may be wrong with the schema instead of the row."""
+    if bad.reason.endswith("is not UTF-8") and bad.unit == "line":
+        return "; or, if the file is in another encoding, say it in the schema (as encoding: cp1252)"
+    if "number" in bad.reason and re.fullmatch(r"[+-]?\d+,\d+", bad.value or ""):
+        return '; or, if commas are decimal, say decimal: "," in the schema'
+    return ""
 
 
 class FirstPass:
@@ -155,7 +191,7 @@ class FirstPass:
     def _refuse_bad(self, parsed: Parsed) -> None:
         if parsed.bad and not self._skip_bad:
             described = parsed.bad[0].describe(self._source.paths[parsed.chunk.file])
-            raise ConfigError(f"{described}; mend the row or say --on_bad_row=skip_and_count")
+            raise ConfigError(f"{described}; mend the row or say --on_bad_row=skip_and_count{_hint(parsed.bad[0])}")
 
     def _parse(self, chunk: Chunk) -> Parsed:
         return parse_chunk(self._schema, chunk, self._skip_bad, self._vocabularies)

@@ -16,6 +16,9 @@ from dlrm_jax.data.vocabulary import Vocabulary
 
 MAX_EXAMPLES = 20
 """Bad rows that one staged file describes in full; the others are counted."""
+MAX_LABEL_TEXTS = 1000
+"""Texts of a label that one staged file counts by themselves; a label of more is no label."""
+OTHER_TEXTS = "(others)"
 
 IS_DATE = "time_is_date"
 """Column of a chunk, not staged: whether a row's time is a date, and not a number."""
@@ -31,6 +34,10 @@ class Parsed:
     num_rows: int
     num_kept: int
     bad: list[BadRow]
+    label_texts: dict[str, int] = dataclasses.field(default_factory=dict)
+    """How often each text of the label occurs, where the schema names the positive ones."""
+    names: frozenset[str] | None = None
+    """Names of columns that some row has, where each row names its own."""
 
 
 def _join(parts: list[Additions]) -> Additions:
@@ -131,6 +138,8 @@ class Pending:
         self._skipped: collections.Counter[str] = collections.Counter()
         self._examples: list[str] = []
         self._times = {"dates": 0, "numbers": 0}
+        self._label_texts: dict[int, collections.Counter[str]] = {}
+        self._names: set[str] = set()
 
     def add(self, parsed: Parsed, path: str, row: int) -> None:
         """Take a chunk whose first row is number `row` of the log."""
@@ -146,6 +155,10 @@ class Pending:
         self._next = parsed.chunk.next
         truncated = [0 if bag.truncated_R is None else int(bag.truncated_R.sum()) for bag in parsed.bags]
         self._truncated = [a + b for a, b in zip(self._truncated or [0] * len(truncated), truncated, strict=True)]
+        counts = self._label_texts.setdefault(parsed.chunk.file, collections.Counter())
+        for text, count in parsed.label_texts.items():
+            counts[text if text in counts or len(counts) < MAX_LABEL_TEXTS else OTHER_TEXTS] += count
+        self._names.update(parsed.names or ())
         for bad in parsed.bad:
             self._skipped[f"column {bad.column}: {bad.reason}" if bad.column else bad.reason] += 1
             if len(self._examples) < MAX_EXAMPLES:
@@ -166,6 +179,8 @@ class Pending:
             "times": self._times,
             "skipped": dict(self._skipped),
             "examples": self._examples,
+            "label_texts": [[file, dict(counts)] for file, counts in self._label_texts.items()],
+            "names": sorted(self._names),
         }
         merged = [_join(self._additions[table]) for table in sorted(self._additions)]
         staging.write(index, [columns | {"ids": ids_matrix(bags)} for columns, bags in self._parts], merged, meta)

@@ -2,8 +2,9 @@
 
 import pathlib
 
-from dlrm_jax.config import ConfigError
+from dlrm_jax.config import ConfigError, require
 from dlrm_jax.data.array_source import ArraySource
+from dlrm_jax.data.encoding import is_utf8
 from dlrm_jax.data.records import read_head
 from dlrm_jax.data.schema import Schema
 from dlrm_jax.data.source import Source
@@ -36,6 +37,9 @@ def guess_format(path: str) -> str:
 def open_log(paths: tuple[str, ...], schema: Schema) -> Source:
     """The reader of a log; ConfigError for a path that is no file."""
     kind = schema.format or guess_format(paths[0])
+    where = f"schema: {paths[0]} has format {kind}"
+    require(is_utf8(schema.encoding) or kind in ("text", "jsonl"), f"{where}; encoding is for text and JSON lines")
+    require(schema.decimal == "." or kind in ("text", "parquet"), f"{where}; decimal is for texts in delimited files")
     if kind == "movielens":
         if len(paths) > 1:
             raise ConfigError(f"--input: give MovieLens' directory alone, not {len(paths)} files")

@@ -17,14 +17,16 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from dlrm_jax import files
-from dlrm_jax.config import ConfigError, differences, tell
+from dlrm_jax.config import ConfigError, differences, require, tell
 from dlrm_jax.data import blocks
 from dlrm_jax.data.first_pass import FirstPass
+from dlrm_jax.data.label_values import check_label
 from dlrm_jax.data.open_log import open_log
 from dlrm_jax.data.prepared import is_prepared, read_json
 from dlrm_jax.data.schema import Schema
 from dlrm_jax.data.schema_io import dump_yaml, to_dict
 from dlrm_jax.data.second_pass import SecondPass
+from dlrm_jax.data.source import list_names
 from dlrm_jax.data.splits import make_splitter
 from dlrm_jax.data.staging import Staging, write_whole
 
@@ -97,13 +99,14 @@ def _run(
     total = max(source.num_bytes, 1)
     num_files = first.run(lambda rows, done: progress(Progress("reading", rows, done / total)))
     del first  # With its hash tables, before the counts are made.
-    _require_one_kind_of_time(schema.timestamp, staging, num_files)
+    metas = [staging.meta(i) for i in range(num_files)]
+    negative = _check_columns(paths, schema, staging, metas)
     splitter = make_splitter(schema.split, staging, num_files, paths)
     num_rows = splitter.num_rows
     second = SecondPass(schema, output, staging, num_files, splitter, options.compression)
     progress(Progress("counting", num_rows, 0.0))
     statistics = second.run(lambda rows: progress(Progress("writing", rows, rows / num_rows)))
-    statistics = {"name": schema.name, "skipped": _skipped(staging, num_files)} | statistics
+    statistics = {"name": schema.name, "skipped": _skipped(metas), "negative_texts": negative} | statistics
     if not statistics["splits"]["train"]["rows"]:
         raise ConfigError(f"none of the {num_rows} rows is for training under split: by: {schema.split.by}")
     write_whole(output / "job.json", json.dumps(job, indent=1).encode())
@@ -157,25 +160,44 @@ def _alone(output: pathlib.Path) -> Iterator[None]:
         path.unlink()
 
 
-def _require_one_kind_of_time(column: str, staging: Staging, num_files: int) -> None:
+def _require_one_kind_of_time(column: str, metas: list[dict[str, Any]]) -> None:
     """ConfigError where a column holds dates and numbers: these cannot be told to be before or after each other."""
-    count: collections.Counter[str] = collections.Counter()
-    for file in range(num_files):
-        count.update(staging.meta(file).get("times", {}))
-    if count["dates"] and count["numbers"]:
-        shutil.rmtree(staging.directory)  # Another schema, or another log, is what comes next.
-        raise ConfigError(
-            f"column {column} is a number in {count['numbers']:,} rows and a date in {count['dates']:,}, which have no "
-            "common order; make them one kind, or leave timestamp out of the schema"
-        )
+    dates, numbers = (sum(meta.get("times", {}).get(kind, 0) for meta in metas) for kind in ("dates", "numbers"))
+    require(
+        not (dates and numbers),
+        f"column {column} is a number in {numbers:,} rows and a date in {dates:,}, which have no common order; make "
+        "them one kind, or leave timestamp out of the schema",
+    )
 
 
-def _skipped(staging: Staging, num_files: int) -> dict[str, Any]:
+def _check_columns(
+    paths: tuple[str, ...], schema: Schema, staging: Staging, metas: list[dict[str, Any]]
+) -> dict[str, int]:
+    """What only the whole log tells: that each column is there, and each positive label; the negative ones' counts."""
+    try:
+        names = sorted({name for meta in metas for name in meta.get("names", ())})
+        if names:
+            where = paths[0] if len(paths) == 1 else f"the {len(paths)} files"
+            for name in schema.source_columns():
+                require(name in names, f"no line of {where} has {name!r}; the lines have {list_names(names)}")
+        _require_one_kind_of_time(schema.timestamp, metas)
+        if not schema.label.positive:
+            return {}
+        texts: dict[str, collections.Counter[str]] = {path: collections.Counter() for path in paths}
+        for file, counts in (item for meta in metas for item in meta.get("label_texts", ())):
+            texts[paths[file]].update(counts)
+        return check_label(schema.label, texts) if any(texts.values()) else {}
+    except ConfigError:
+        # With this schema no run can end otherwise, and with another the rows must be read again.
+        shutil.rmtree(staging.directory)
+        raise
+
+
+def _skipped(metas: list[dict[str, Any]]) -> dict[str, Any]:
     """How many rows were left out, why, and the first of them."""
     reasons: collections.Counter[str] = collections.Counter()
     examples: list[str] = []
-    for file in range(num_files):
-        meta = staging.meta(file)
+    for meta in metas:
         reasons.update(meta["skipped"])
         examples += meta["examples"][: 20 - len(examples)]
     return {"rows": sum(reasons.values()), "reasons": dict(sorted(reasons.items())), "examples": examples}

@@ -13,6 +13,7 @@ import numpy as np
 from dlrm_jax.config import ConfigError
 from dlrm_jax.data.blocks import BLOCK_ROWS
 from dlrm_jax.data.dataset import SPLITS, Dataset, Split
+from dlrm_jax.data.label_values import only_label
 from dlrm_jax.data.schema import Schema
 from dlrm_jax.data.schema_io import from_dict, to_dict
 from dlrm_jax.data.windows import blocked_windows
@@ -34,6 +35,8 @@ class PreparedSplit:
     num_rows: int
     limit_K: np.ndarray
     """Rows of the table that each slot's ids name."""
+    only_label: int | None = None
+    """See dataset.Rows."""
 
     def __len__(self) -> int:
         return self.num_rows
@@ -132,7 +135,9 @@ def open_prepared(directory: pathlib.Path) -> Dataset:
             if not path.is_file():
                 raise ConfigError(f"{path} is missing; prepare the dataset anew")
         blocks = _Blocks(paths, lengths, builder.info.features)
-        splits[name] = PreparedSplit(name, blocks, statistics["splits"][name]["rows"], limit_K)
+        counts = statistics["splits"][name]
+        only = only_label(counts["rows"], counts.get("positives"), counts["positive_rate"])
+        splits[name] = PreparedSplit(name, blocks, counts["rows"], limit_K, only)
     return Dataset(
         name=schema.name,
         dense_names=tuple(dense.name for dense in schema.dense) or ("constant",),

@@ -1,4 +1,4 @@
-"""Bytes of text files: streams of compressed ones, and where records end."""
+"""Bytes of text files: streams of compressed ones and of those in other encodings, and where records end."""
 
 import io
 import pathlib
@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 
 from dlrm_jax.config import ConfigError
+from dlrm_jax.data.encoding import UTF8, Decoded, is_utf8
 from dlrm_jax.data.source import refuse
 
 CHUNK_BYTES = 16 << 20
@@ -16,28 +17,29 @@ _COMPRESSIONS = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bz2"
 _NEWLINE, _CARRIAGE_RETURN = 10, 13
 
 
-def open_binary(path: str) -> tuple[io.FileIO, pa.NativeFile | io.FileIO]:
-    """(the file itself, whose position tells the progress, and the stream of its uncompressed bytes)."""
+def open_binary(path: str, encoding: str = UTF8) -> tuple[io.FileIO, pa.NativeFile | Decoded | io.FileIO]:
+    """(the file itself, whose position tells the progress, and the stream of its text as UTF-8, uncompressed)."""
     raw = io.FileIO(path)
     magic = raw.read(4)
     raw.seek(0)
+    stream: pa.NativeFile | io.FileIO = raw
     for signature, name in _COMPRESSIONS.items():
         if magic.startswith(signature):
-            return raw, pa.CompressedInputStream(pa.PythonFile(raw, mode="r"), name)
-    return raw, raw
+            stream = pa.CompressedInputStream(pa.PythonFile(raw, mode="r"), name)
+    return raw, stream if is_utf8(encoding) else Decoded(stream, encoding)
 
 
-def read_head(path: str, num_bytes: int) -> bytes:
-    """The first bytes of a file's text; ConfigError for what is no file."""
+def read_head(path: str, num_bytes: int, encoding: str = UTF8) -> bytes:
+    """The first bytes of a file's text, as UTF-8; ConfigError for what is no file."""
     if not pathlib.Path(path).is_file():
         raise ConfigError(f"--input: {path} is not a file; give files or a glob such as {path}/*")
     try:
-        return open_binary(path)[1].read(num_bytes)
+        return open_binary(path, encoding)[1].read(num_bytes)
     except (OSError, EOFError) as error:
         refuse(path, error)
 
 
-def skip(stream: pa.NativeFile | io.FileIO, offset: int) -> None:
+def skip(stream: pa.NativeFile | Decoded | io.FileIO, offset: int) -> None:
     """Move a stream to `offset`, reading what cannot be jumped over."""
     if isinstance(stream, io.FileIO):
         stream.seek(offset)

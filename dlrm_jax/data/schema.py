@@ -5,6 +5,7 @@ import re
 from typing import Any
 
 from dlrm_jax.config import POOLINGS, FeatureConfig, require, require_choice, require_unique
+from dlrm_jax.data.encoding import UTF8, require_encoding
 
 FORMATS = ("text", "parquet", "jsonl", "dlrm_npz", "mlperf_bin", "torchrec_npy", "mlperf_multi_hot", "movielens")
 TRANSFORMS = ("none", "log1p", "torchrec_log", "nvidia_log", "standardise")
@@ -14,6 +15,8 @@ ORDERS = ("first", "frequency")
 DENSE_MISSING = ("fill", "mean", "error")
 SPARSE_MISSING = ("empty", "fill", "error")
 _INTEGER = re.compile(r"[+-]?0*([0-9]{1,19})", re.ASCII)
+MAX_NAME_BYTES = 100
+"""Of a dataset's name, with which its files' names begin."""
 SPLITS_BY = ("order", "random", "time", "column", "files", "last_part")
 
 
@@ -181,7 +184,11 @@ class Split:
 
 @dataclasses.dataclass(frozen=True)
 class Schema:
-    """A whole log. `columns` names those of a file without header; `null_values` are texts that mean missing."""
+    """A whole log. `columns` names those of a file without header; `null_values` are texts that mean missing.
+
+    `encoding` is that of delimited text and JSON lines; `decimal` is what stands before a fraction in the texts of
+    numbers, a point or a comma.
+    """
 
     name: str
     label: Label
@@ -196,13 +203,21 @@ class Schema:
     columns: tuple[str, ...] = ()
     quote: str = '"'
     null_values: tuple[str, ...] = ("",)
+    encoding: str = UTF8
+    decimal: str = "."
     reasons: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         require(self.name.isidentifier() and self.name.islower(), f"schema name {self.name!r} is not a lower_case name")
+        require(
+            len(self.name.encode()) <= MAX_NAME_BYTES,
+            f"schema name {self.name!r} is longer than {MAX_NAME_BYTES} bytes; files are named after it",
+        )
         if self.format:
             require_choice("schema: format", self.format, FORMATS)
         require(len(self.delimiter) <= 1, f"schema: delimiter is {self.delimiter!r}; one character")
+        require_encoding(self.encoding)
+        require(self.decimal in (".", ","), f'schema: decimal is {self.decimal!r}; write "." or ","')
         require(len(self.quote) <= 1, f"schema: quote is {self.quote!r}; one character, or empty for none")
         require(len(self.sparse) > 0, "schema: no sparse column; a DLRM needs at least one")
         require(self.header or bool(self.columns), "schema: header is false, so columns must name the columns")
@@ -225,8 +240,21 @@ class Schema:
         """The model's features."""
         return tuple(FeatureConfig(s.name, s.table_name, s.hotness, s.pooling) for s in self.sparse)
 
+    def roles(self) -> dict[str, list[str]]:
+        """Columns of the log that are read, and what each is for; all but sparse want one value a row."""
+        named = [("label", self.label.column), ("weight", self.weight), ("timestamp", self.timestamp)]
+        named += [("split", self.split.column)] if self.split.by == "column" else []
+        named += [("dense", dense.source) for dense in self.dense] + [("sparse", s.source) for s in self.sparse]
+        roles: dict[str, list[str]] = {}
+        for role, name in named:
+            if name or role in ("label", "dense", "sparse"):
+                roles.setdefault(name, []).append(role)
+        return roles
+
     def source_columns(self) -> list[str]:
         """Columns of the log that are read, each once."""
-        others = [name for name in (self.weight, self.timestamp, self.split.column) if name]
-        named = [self.label.column, *others, *(c.source for c in self.dense), *(c.source for c in self.sparse)]
-        return list(dict.fromkeys(named))
+        return list(self.roles())
+
+    def scalar_columns(self) -> frozenset[str]:
+        """Those of them that must hold one value a row."""
+        return frozenset(name for name, roles in self.roles().items() if set(roles) != {"sparse"})

@@ -63,7 +63,7 @@ def _build(kind: Any, values: Any, where: str) -> Any:
 def _typed(value: Any, kind: Any, where: str) -> Any:
     """`value` as the field's type, where nothing is lost by it."""
     if kind == tuple[str, ...]:
-        value = [value] if isinstance(value, str | int | float) else value
+        value = [value] if isinstance(value, str | int | float | bool) else value
         require(isinstance(value, list | tuple), f"{where} is {value!r}; expected a list")
         return tuple(_text(item, where) for item in value)
     if kind is str:
@@ -83,7 +83,9 @@ def _typed(value: Any, kind: Any, where: str) -> Any:
 
 
 def _text(value: Any, where: str) -> str:
-    require(isinstance(value, str | int) and not isinstance(value, bool), f"{where} is {value!r}; expected text")
+    quotes = "; in YAML yes, no, true, false and numbers with a point are texts only in quotes"
+    fits = isinstance(value, str | int) and not isinstance(value, bool)
+    require(fits, f"{where} is {value!r}; expected text{quotes if isinstance(value, bool | float) else ''}")
     return str(value)
 
 
@@ -110,5 +112,5 @@ def dump_yaml(schema: Schema) -> str:
     values = to_dict(schema)
     split = schema.split
     values["split"] = {"by": split.by, "val": split.val, "test": split.test} | values.get("split", {})
-    comments = "".join(f"# {reason}\n" for reason in values.pop("reasons", []))
+    comments = "".join(f"# {' '.join(reason.split())}\n" for reason in values.pop("reasons", []))
     return comments + yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=110)

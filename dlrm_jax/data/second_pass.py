@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from dlrm_jax.data import blocks
 from dlrm_jax.data.columns import SPLIT_NAMES
 from dlrm_jax.data.dense import finish_dense
+from dlrm_jax.data.file_names import file_names
 from dlrm_jax.data.final_ids import TablePlan, counting_groups, plan_table
 from dlrm_jax.data.schema import Schema, Sparse
 from dlrm_jax.data.splits import Splitter
@@ -44,6 +45,7 @@ class SecondPass:
         self._schema, self._output, self._staging, self._splitter = schema, output, staging, splitter
         self._num_files, self._compression = num_files, compression
         self._tables = schema.tables()
+        self._file_names = file_names(self._tables)
         self._counts = Counts(schema, staging, num_files, splitter)
         self._plans: dict[str, TablePlan] = {}
         self._least = float("inf")
@@ -61,6 +63,7 @@ class SecondPass:
             "splits": {
                 name: {
                     "rows": int(rows),
+                    "positives": int(positives),
                     "positive_rate": round(float(positives / rows), 6) if rows else None,
                     "shards": len(shards[name]),
                     "checksum": _combine([checksum for _, checksum in shards[name]]),
@@ -155,7 +158,7 @@ class SecondPass:
         return pa.array(keys if rule.type == "hex" else keys.view(np.int64))
 
     def _write_vocabulary(self, name: str, values: pa.Array, counts: np.ndarray, first: int) -> None:
-        path = self._output / "vocabularies" / f"{name}.parquet"
+        path = self._output / "vocabularies" / f"{self._file_names[name]}.parquet"
         path.parent.mkdir(exist_ok=True)
         ids = pa.array(np.arange(first, first + len(values), dtype=np.int32))
         table = pa.table({"id": ids, "value": values, "count": pa.array(counts[: len(values)])})

@@ -34,7 +34,8 @@ class BadRow:
 class Columns:
     """A chunk's rows: `arrays` by column name; `num_rows` counts the bad ones too, `row_R` numbers those that are left.
 
-    `line_of` tells the line of a row (numbered as in `row_R`), for error texts; it may be slow.
+    `line_of` tells the line of a row (numbered as in `row_R`), for error texts; it may be slow. `names`, where rows and
+    not the file's head name the columns, are names that some row has: all that were asked for, and some others.
     """
 
     arrays: dict[str, pa.Array]
@@ -43,6 +44,7 @@ class Columns:
     bad: list[BadRow]
     line_of: Callable[[int], int | None]
     unit: str = "line"
+    names: frozenset[str] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,11 +105,17 @@ def _natural(path: str) -> list[Any]:
 
 
 def require_columns(path: str, names: list[str], needed: list[str]) -> None:
-    """ConfigError naming the first needed column that a file lacks."""
+    """ConfigError naming the first needed column that a file lacks, or has twice."""
     for name in needed:
         if name not in names:
-            shown = " ".join(", ".join(names[:40]).split())[:500] + (", ..." if len(names) > 40 else "")
-            raise ConfigError(f"{path} has no column {name!r}; it has {shown}")
+            raise ConfigError(f"{path} has no column {name!r}; it has {list_names(names)}")
+        if names.count(name) > 1:
+            raise ConfigError(f"{path} has two columns {name!r}; name them apart")
+
+
+def list_names(names: list[str]) -> str:
+    """Column names for an error text: one line, not too long."""
+    return " ".join(", ".join(names[:40]).split())[:500] + (", ..." if len(names) > 40 else "")
 
 
 def refuse(path: str, error: Exception) -> NoReturn:

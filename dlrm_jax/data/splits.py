@@ -74,7 +74,9 @@ def make_splitter(rule: Split, staging: Staging, num_files: int, paths: tuple[st
     splitter = Splitter(rule, staging, batches_F, np.zeros(0, np.uint8), np.zeros(0), SPLIT_NAMES)
     num_rows = splitter.num_rows
     if not num_rows:
-        raise ConfigError(f"no rows in {', '.join(paths[:3])}{', ...' if len(paths) > 3 else ''}")
+        examples = [example for meta in metas for example in meta["examples"]]
+        skipped = f"; all were skipped, the first: {examples[0]}" if examples else ""
+        raise ConfigError(f"no rows in {', '.join(paths[:3])}{', ...' if len(paths) > 3 else ''}{skipped}")
     if rule.by == "files":
         splitter.file_codes = np.asarray([_file_code(rule, path) for path in paths], np.uint8)
     elif rule.by == "random":

@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from dlrm_jax.data.column_types import plain, require_usable
 from dlrm_jax.data.schema import Schema
 from dlrm_jax.data.source import BadRow, Chunk, Columns, Position, refuse, require_columns
 
@@ -20,7 +21,7 @@ class ParquetSource:
     def __init__(self, paths: tuple[str, ...], schema: Schema) -> None:
         self.paths = paths
         self.num_bytes = sum(pathlib.Path(path).stat().st_size for path in paths)
-        self._needed = schema.source_columns()
+        self._needed, self._roles = schema.source_columns(), schema.roles()
 
     def chunks(self, start: Position) -> Iterator[Chunk]:
         """Chunks from `start` on; offsets count rows."""
@@ -38,6 +39,8 @@ class ParquetSource:
     def _file_chunks(self, file: int, path: str, first: int, done: int, size: int) -> Iterator[Chunk]:
         with pq.ParquetFile(path) as parquet:
             require_columns(path, parquet.schema_arrow.names, self._needed)
+            kinds = {name: parquet.schema_arrow.field(name).type for name in self._needed}
+            require_usable(path, kinds, self._roles)
             num_rows, row = parquet.metadata.num_rows, 0
             for group in range(parquet.num_row_groups):
                 rows_in_group = parquet.metadata.row_group(group).num_rows
@@ -57,6 +60,7 @@ class TableSource:
         self.paths, self.num_bytes = (path,), table.nbytes
         require_columns(path, table.column_names, schema.source_columns())
         self._table = table.select(schema.source_columns())
+        require_usable(path, {field.name: field.type for field in self._table.schema}, schema.roles())
 
     def chunks(self, start: Position) -> Iterator[Chunk]:
         """Chunks from `start` on; offsets count rows."""
@@ -72,23 +76,12 @@ def _chunk(file: int, batch: pa.RecordBatch, end_row: int, done: int) -> Chunk:
 
 
 def _columns(batch: pa.RecordBatch, first_row: int) -> Columns:
-    arrays = {name: _plain(batch.column(name)) for name in batch.schema.names}
+    arrays = {name: plain(batch.column(name)) for name in batch.schema.names}
     bad = _undecodable(arrays, first_row)
     rows = np.delete(np.arange(batch.num_rows), [wrong.row for wrong in bad])
     if bad:
         arrays = {name: array.take(pa.array(rows)) for name, array in arrays.items()}
     return Columns(arrays, rows, batch.num_rows, bad, lambda row: first_row + row, "row")
-
-
-def _plain(array: pa.Array) -> pa.Array:
-    """Without a dictionary: the order of its values says nothing of their first appearance."""
-    if pa.types.is_dictionary(array.type):
-        return _plain(array.dictionary_decode())
-    if pa.types.is_large_binary(array.type):
-        array = array.cast(pa.binary())
-    if pa.types.is_binary(array.type):
-        return array.view(pa.string())  # A cast would refuse the chunk for one row; `_undecodable` finds the row.
-    return array.cast(pa.string()) if pa.types.is_large_string(array.type) else array
 
 
 def _undecodable(arrays: dict[str, pa.Array], first_row: int) -> list[BadRow]:

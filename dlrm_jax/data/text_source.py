@@ -2,7 +2,6 @@
 
 import functools
 import io
-import json
 import pathlib
 from collections.abc import Callable, Iterator
 
@@ -11,6 +10,8 @@ import pyarrow as pa
 from pyarrow import csv
 
 from dlrm_jax.config import ConfigError
+from dlrm_jax.data.encoding import BYTE_ORDER_MARK, UTF8, describe_wrong
+from dlrm_jax.data.json_lines import parse_json
 from dlrm_jax.data.records import CHUNK_BYTES, open_binary, read_head, record_end, record_starts, skip, to_line_end
 from dlrm_jax.data.schema import Schema
 from dlrm_jax.data.source import BadRow, Chunk, Columns, Position, refuse, require_columns
@@ -28,8 +29,9 @@ class TextSource:
         self.num_bytes = sum(pathlib.Path(path).stat().st_size for path in paths)
         self._schema, self._chunk_bytes = schema, chunk_bytes
         self._needed = schema.source_columns()
+        self._scalars = schema.scalar_columns()
         self._json = is_json
-        self._delimiter = schema.delimiter or guess_delimiter(paths[0])
+        self._delimiter = schema.delimiter or guess_delimiter(paths[0], schema.encoding)
         # A quote that no file uses in its first bytes may still come later: only a schema without one turns it off.
         self._quote = b"" if self._json else schema.quote.encode()
 
@@ -48,7 +50,7 @@ class TextSource:
         for data, num_lines, raw_position in self._records(path, offset):
             body, first_line = data, line
             if offset == 0:
-                body = body.removeprefix(b"\xef\xbb\xbf")
+                body = body.removeprefix(BYTE_ORDER_MARK)
                 if columns is not None and self._schema.header:
                     end = record_end(body, self._quote, 1)
                     first_line += body[:end].count(b"\n")
@@ -57,7 +59,8 @@ class TextSource:
             following = Position(file, offset, line)
             parse: Callable[[], Columns]
             if columns is None:
-                parse = functools.partial(_parse_json, body, first_line, self._needed)
+                encoding = self._schema.encoding
+                parse = functools.partial(parse_json, body, first_line, self._needed, self._scalars, encoding)
             else:
                 parse = functools.partial(self._parse, path, body, first_line, columns)
             yield Chunk(file, following, done + raw_position, parse)
@@ -65,7 +68,7 @@ class TextSource:
     def _records(self, path: str, offset: int) -> Iterator[tuple[bytes, int, int]]:
         """(bytes of whole records, their newlines, position in the file itself) from `offset` on."""
         try:
-            raw, stream = open_binary(path)
+            raw, stream = open_binary(path, self._schema.encoding)
             with raw:
                 skip(stream, offset)
                 rest, larger = b"", 0
@@ -74,18 +77,21 @@ class TextSource:
                     num_bytes = larger or self._chunk_bytes // (4 if offset < self._chunk_bytes else 1)
                     if stream is raw and not self._quote:  # Then nothing is left over that must be cut off, in a copy.
                         num_bytes = to_line_end(raw, num_bytes)
-                    block = stream.read(num_bytes)
+                    while num_bytes <= len(rest):
+                        num_bytes *= 2
+                    # With what is left, as many bytes as a restart at this offset would take: the same borders.
+                    block = stream.read(num_bytes - len(rest))
+                    last = len(rest) + len(block) < num_bytes
                     data = rest + block
-                    last = not block or (stream is raw and len(block) < num_bytes)
                     end = len(data) if last else record_end(data, self._quote)
                     if end:
                         yield data[:end], data.count(b"\n", 0, end), raw.tell()
                     if last:
                         return
+                    larger = 0 if end else 2 * len(data)
                     if stream is raw:  # Reading the rest once more is cheaper than moving all the data behind it.
                         raw.seek(end - len(data), io.SEEK_CUR)
                         rest = b""
-                        larger = 0 if end else 2 * len(data)
                     else:
                         rest = data[end:]
                     if not end and len(data) > MAX_RECORD_BYTES:
@@ -100,12 +106,12 @@ class TextSource:
     def _column_names(self, path: str) -> tuple[str, ...]:
         names = self._schema.columns
         if self._schema.header:
-            names = read_header(path, self._delimiter, self._schema.quote)
+            names = read_header(path, self._delimiter, self._schema.quote, self._schema.encoding)
         require_columns(path, list(names), self._needed)
         return names
 
     def _parse(self, path: str, data: bytes, first_line: int, names: tuple[str, ...]) -> Columns:
-        line_of = functools.partial(_line_of_record, data, self._quote, first_line)
+        line_of = _Lines(data, self._quote, first_line)
         refused: list[csv.InvalidRow] = []
         undecodable: dict[int, BadRow] = {}
 
@@ -117,7 +123,7 @@ class TextSource:
             try:
                 data.decode("utf8")
             except UnicodeDecodeError:
-                data, undecodable = _blank_undecodable(data, self._quote, line_of)
+                data, undecodable = _blank_undecodable(data, line_of, self._schema.encoding)
         try:
             table = self._read_csv(data, names, skip_row)
         except pa.ArrowInvalid as error:
@@ -172,16 +178,16 @@ def _one_chunk(column: pa.ChunkedArray) -> pa.Array:
     return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()  # One as a rule: then no copy.
 
 
-def guess_delimiter(path: str) -> str:
+def guess_delimiter(path: str, encoding: str = UTF8) -> str:
     """Tab where the first line has one, else the commonest of , ; | in it."""
-    first = read_head(path, 1 << 16).split(b"\n")[0].decode("utf8", "replace")
+    first = read_head(path, 1 << 16, encoding).split(b"\n")[0].decode("utf8", "replace")
     return "\t" if "\t" in first else max(",;|", key=first.count)
 
 
-def read_header(path: str, delimiter: str, quote: str) -> tuple[str, ...]:
+def read_header(path: str, delimiter: str, quote: str, encoding: str = UTF8) -> tuple[str, ...]:
     """The names in a file's first line."""
-    head = read_head(path, 1 << 20)
-    first = head.removeprefix(b"\xef\xbb\xbf")
+    head = read_head(path, 1 << 20, encoding)
+    first = head.removeprefix(BYTE_ORDER_MARK)
     first = first[: record_end(first, quote.encode(), 1) or len(first)]
     if not first.strip():
         raise ConfigError(f"{path} is empty; expected a header and rows")
@@ -197,68 +203,36 @@ def read_header(path: str, delimiter: str, quote: str) -> tuple[str, ...]:
     return tuple(str(column[0].as_py()).strip() for column in table.columns)
 
 
-def _line_of_record(data: bytes, quote: bytes, first_line: int, row: int) -> int:
-    starts = record_starts(data, quote)
-    return first_line + data.count(b"\n", 0, starts[min(row, len(starts) - 1)])
+class _Lines:
+    """The line of each record of a chunk, all found at the first question."""
+
+    def __init__(self, data: bytes, quote: bytes, first_line: int) -> None:
+        self.data, self._quote, self._first_line = data, quote, first_line
+
+    @functools.cached_property
+    def starts(self) -> list[int]:
+        """Where the records begin."""
+        return record_starts(self.data, self._quote)
+
+    @functools.cached_property
+    def _newlines(self) -> np.ndarray:
+        return np.flatnonzero(np.frombuffer(self.data, np.uint8) == ord("\n"))
+
+    def __call__(self, row: int) -> int:
+        """The line of record `row`."""
+        start = self.starts[min(row, len(self.starts) - 1)]
+        return self._first_line + int(np.searchsorted(self._newlines, start))
 
 
-def _blank_undecodable(
-    data: bytes, quote: bytes, line_of: Callable[[int], int | None]
-) -> tuple[bytes, dict[int, BadRow]]:
+def _blank_undecodable(data: bytes, lines: _Lines, encoding: str) -> tuple[bytes, dict[int, BadRow]]:
     """Records that are no UTF-8 replaced by one byte, which then has too few columns; and what is wrong with each."""
-    starts = record_starts(data, quote)
     out, bad = [], {}
-    for row, (start, stop) in enumerate(zip(starts, [*starts[1:], len(data)], strict=True)):
+    for row, (start, stop) in enumerate(zip(lines.starts, [*lines.starts[1:], len(data)], strict=True)):
         record = data[start:stop]
         try:
             record.decode("utf8")
         except UnicodeDecodeError as error:
-            bad[row] = BadRow(row, line_of(row), f"byte 0x{record[error.start]:02x} is not UTF-8")
+            bad[row] = BadRow(row, lines(row), describe_wrong(record, error.start, encoding))
             record = b"?\n"
         out.append(record)
     return b"".join(out), bad
-
-
-def _parse_json(data: bytes, first_line: int, needed: list[str]) -> Columns:
-    values: list[dict] = []
-    bad, rows, lines = [], [], {}
-    row = 0
-    for number, line in enumerate(data.split(b"\n"), first_line):
-        if not line.strip():
-            continue
-        try:
-            values.append(_json_object(line))
-            rows.append(row)
-            lines[row] = number
-        except (ValueError, RecursionError) as error:
-            bad.append(BadRow(row, number, f"not a JSON object: {str(error)[:100]}"))
-        row += 1
-    arrays = {name: _json_column([object_.get(name) for object_ in values]) for name in needed}
-    return Columns(arrays, np.asarray(rows, np.int64), row, bad, lines.get)
-
-
-def _json_object(line: bytes) -> dict:
-    values = json.loads(line)
-    if not isinstance(values, dict):
-        raise ValueError(f"it is a {type(values).__name__}")
-    if b"\\u" in line:  # An escaped half of a surrogate pair is no text.
-        json.dumps(values, ensure_ascii=False).encode()
-    return values
-
-
-def _json_column(values: list) -> pa.Array:
-    """Texts, or lists of texts where any value is a list; a number is written as JSON writes it."""
-    if any(isinstance(value, list) for value in values):
-        items = [value if value is None or isinstance(value, list) else [value] for value in values]
-        return pa.array(
-            [None if bag is None else [_json_text(item) for item in bag] for bag in items], pa.list_(pa.string())
-        )
-    return pa.array([_json_text(value) for value in values], pa.string()).dictionary_encode()
-
-
-def _json_text(value: object) -> str | None:
-    if value is None or isinstance(value, str):
-        return value
-    if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
-        return str(int(value))
-    return json.dumps(value, ensure_ascii=False)

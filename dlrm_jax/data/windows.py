@@ -62,6 +62,8 @@ class GeneratedSplit:
     block_rows: int
     make_block: Callable[[int], Split]
     """The log's rows from `index * block_rows` on, `block_rows` of them."""
+    only_label: int | None = None
+    """Nobody counts what is generated."""
 
     def __len__(self) -> int:
         return self.num_rows

@@ -26,6 +26,7 @@ from dlrm_jax import embedding, metrics, reporting
 from dlrm_jax.batch import Batch
 from dlrm_jax.config import ConfigError, LossConfig, ModelConfig, require_choice
 from dlrm_jax.data.dataset import Dataset, Rows
+from dlrm_jax.data.file_names import existing_file, file_names
 from dlrm_jax.data.pipeline import Prefetcher, eval_batches
 from dlrm_jax.data.prepared import is_prepared, read_json
 from dlrm_jax.data.schema import Sparse
@@ -208,11 +209,12 @@ def _write_vocabularies(directory: pathlib.Path, signature: Signature, data_dir:
     (directory / "vocabularies").mkdir()
     index: dict[str, list[str]] = {}
     schema = schema_from_dict(dict(signature.schema or {}))
+    names_of = file_names(schema.tables())
     for i, (table, features) in enumerate(schema.tables().items()):
         rule: Sparse = features[0]
         if rule.ids != "vocabulary":
             continue
-        path = data_dir / "vocabularies" / f"{table}.parquet"
+        path = existing_file(data_dir / "vocabularies", table, names_of[table], ".parquet")
         try:
             values = pq.read_table(path, columns=["value"])["value"].combine_chunks()
         except (OSError, ValueError, KeyError) as error:

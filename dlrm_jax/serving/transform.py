@@ -44,7 +44,8 @@ class Reader:
             self._allowed: frozenset[str] = frozenset()
         else:
             nulls = frozenset(self._schema.null_values)
-            self._dense = [(d.source, _dense_of(d, nulls)) for d in self._schema.dense]
+            decimal = self._schema.decimal
+            self._dense = [(d.source, _with_points(_dense_of(d, nulls), decimal, nulls)) for d in self._schema.dense]
             rows = {feature.table: feature.rows for feature in signature.features}
             self._bags = [
                 (s.source, *_bag_of(s, nulls, vocabularies.get(s.table_name), rows[s.table_name]))
@@ -215,6 +216,19 @@ def _dense_of(dense: Dense, nulls: frozenset[str]) -> Column:
         return number
 
     return read
+
+
+def _with_points(read: Column, decimal: str, nulls: frozenset[str]) -> Column:
+    """`read` for texts with decimal commas, as data/decimals.py has it; numbers are numbers."""
+
+    def read_text(value: Any) -> Any:
+        if isinstance(value, str) and value not in nulls:
+            if "." in value:
+                raise _Refused(f"{shown(value)} has a point, and decimals of this log have a comma")
+            value = value.replace(",", ".")
+        return read(value)
+
+    return read if decimal == "." else read_text
 
 
 def _parse_number(text: str) -> float:
