@@ -6,6 +6,7 @@ renamed it into place, so that a killed run finds its last complete one. Under a
 are read row by row from where they were stored (sharding/reshard.py).
 """
 
+import math
 import pathlib
 import shutil
 from types import TracebackType
@@ -17,6 +18,7 @@ import tensorstore
 from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
+from dlrm_jax import heap, memory
 from dlrm_jax.config import ConfigError
 from dlrm_jax.sharding.placed import Placed
 from dlrm_jax.sharding.plan import plan_from_dict
@@ -25,6 +27,9 @@ from dlrm_jax.sharding.storage import PlacedStack, place_stacks
 from dlrm_jax.state import TrainState
 
 LATEST, BEST = "latest", "best"
+COPIES = 1.2
+"""What saving holds of a state in the host's memory, measured on a CPU: a copy, and what is being written of it."""
+
 TABLES = ("tables", "table_opt_state")
 """The parts of a state that a plan places."""
 
@@ -76,7 +81,9 @@ class Checkpoints:
         if kind == LATEST:
             # Its record names the best step so far, which must be on disk first, whenever the process is killed.
             self.wait()
-        self._check_space(sum(leaf.nbytes for leaf in jax.tree.leaves(state)) // jax.process_count())
+        num_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state)) // jax.process_count()
+        self._check_space(num_bytes)
+        self._check_memory(math.ceil(COPIES * num_bytes))
         tables, rest = _split(state)
         pieces = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES), tables)
         items = ocp.args.Composite(
@@ -99,6 +106,19 @@ class Checkpoints:
             raise ConfigError(
                 f"no space for a checkpoint of {num_bytes / 1e6:.1f} MB in {self.directory}, "
                 f"{free / 1e6:.1f} MB free; free some and run the same command to go on from the last checkpoint"
+            )
+
+    def _check_memory(self, num_bytes: int) -> None:
+        """Refuse what would end the process: an allocation that fails in a thread that writes is an abort."""
+        if (memory.host_available() or num_bytes) >= num_bytes:
+            return
+        self.wait()  # What is being written holds a copy.
+        heap.give_back()
+        free = memory.host_available() or num_bytes
+        if free < num_bytes:
+            raise ConfigError(
+                f"no memory for a checkpoint in {self.directory}: it is written from a copy, {num_bytes / 1e6:.1f} MB, "
+                f"{free / 1e6:.1f} MB are free; free some and run the same command to go on from the last checkpoint"
             )
 
     def wait(self) -> None:
@@ -138,15 +158,7 @@ class Checkpoints:
         self, kind: str, step: int | None, placed: Placed, tables: dict[str, Any], saved: tuple[PlacedStack, ...]
     ) -> dict[str, Any]:
         """The placed parts of a state, from a checkpoint made under the plan of `saved`."""
-        base = f"file://{self.directory / kind / str(step) / 'tables'}/"
-        context = tensorstore.Context({"cache_pool": {"total_bytes_limit": 16 * _CHUNK_BYTES}})
-
-        def open_array(group: str, name: str) -> Any:
-            kvstore = {"driver": "ocdbt", "base": base, "path": f"{group}.{name}/"}
-            store = tensorstore.open({"driver": "zarr", "kvstore": kvstore}, context=context, read=True, open=True)
-            return _Sliced(store.result())
-
-        source = Source(saved, open_array)
+        source = self._rows(kind, step, saved)
         found: dict[str, Any] = {group: dict(tables[group]) for group in TABLES}
         for stack in placed.stacks:
             for group in TABLES:
@@ -158,6 +170,26 @@ class Checkpoints:
                         kind_of = Kind(group, weights, of_row)
                         found[group][key] = read_array(source, kind_of, stack, leaf.shape, leaf.sharding)
         return found
+
+    def read_model(self, kind: str, step: int, placed: Placed) -> tuple[TrainState, Source]:
+        """(a state whose tables are shapes only, their rows where they are stored): as much as fits any memory."""
+        _, rest = _split(placed.abstract_state)
+        dense = self._restore(kind, step, dense=ocp.args.StandardRestore(rest)).dense
+        saved = saved_stacks(placed, self.record(kind, step)["placement"])
+        state = placed.abstract_state.replace(**dense)
+        return state, self._rows(kind, step, saved)
+
+    def _rows(self, kind: str, step: int | None, saved: tuple[PlacedStack, ...]) -> Source:
+        """Rows of the tables of a checkpoint that was made under the plan of `saved`."""
+        base = f"file://{self.directory / kind / str(step) / 'tables'}/"
+        context = tensorstore.Context({"cache_pool": {"total_bytes_limit": 16 * _CHUNK_BYTES}})
+
+        def open_array(group: str, name: str) -> Any:
+            kvstore = {"driver": "ocdbt", "base": base, "path": f"{group}.{name}/"}
+            store = tensorstore.open({"driver": "zarr", "kvstore": kvstore}, context=context, read=True, open=True)
+            return _Sliced(store.result())
+
+        return Source(saved, open_array)
 
     def _restore(self, kind: str, step: int | None, **items: Any) -> Any:
         if step is None:

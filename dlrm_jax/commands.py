@@ -9,7 +9,7 @@ from absl import app, flags
 from absl import logging as absl_logging
 from tqdm import tqdm
 
-from dlrm_jax import gpu_atomics
+from dlrm_jax import gpu_atomics, memory
 from dlrm_jax.config import ConfigError
 
 FLAGS = flags.FLAGS
@@ -21,12 +21,17 @@ def run_command(main: Callable[[], None]) -> None:
     def guarded(argv: list[str]) -> None:
         _log_to_stderr()
         gpu_atomics.use_hardware_additions()
+        memory.end_in_one_line()
         try:
             if len(argv) > 1:
                 raise ConfigError(f"unexpected argument {argv[1]!r}; flags look like --name=value")
             main()
-        except (ConfigError, OSError) as error:
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)  # One line, whatever a value holds.
+        except Exception as error:
+            exhausted = memory.is_exhausted(error)
+            if not exhausted and not isinstance(error, ConfigError | OSError):
+                raise
+            text = f"{memory.ran_out(error)}; a smaller model, batch or data set would fit" if exhausted else str(error)
+            print(f"error: {' '.join(text.split())}", file=sys.stderr)  # One line, whatever a value holds.
             sys.exit(1)
         except KeyboardInterrupt:
             # Before training, and the second Ctrl-C: what was saved is whole, what was not is lost.

@@ -17,7 +17,7 @@ from dlrm_jax.data.load import load_dataset
 from dlrm_jax.data.pipeline import Prefetcher, process_shard, steps_per_epoch, train_batches
 from dlrm_jax.evaluation import Evaluator, evaluate_splits
 from dlrm_jax.monitor import EXCHANGE_OVERFLOWS, Clock, Interrupted, LossWindow, Speed, catch_signals
-from dlrm_jax.placement import place_run, prediction
+from dlrm_jax.placement import failing_in_one_line, place_run, prediction
 from dlrm_jax.run_config import RunConfig, check_dataset
 from dlrm_jax.state import TrainState
 from dlrm_jax.stepper import Stepper
@@ -40,7 +40,7 @@ class Run:
 
     def __init__(self, config: RunConfig, workdir: pathlib.Path) -> None:
         self.config, self.workdir = config, workdir
-        raw = load_dataset(config.data)
+        raw = load_dataset(config.data, config.allow_oversubscription)
         self.model = config.model.build(raw)
         self.identity = json.loads(json.dumps(config.identity(self.model, raw)))
         self.dataset, self.ids_out_of_range = check_dataset(raw, self.model, config.ids_out_of_range)
@@ -48,7 +48,7 @@ class Run:
         self.num_steps = config.num_steps or config.num_epochs * per_epoch
         self.eval_every = config.eval_every or per_epoch
         self.checkpoint_every = config.checkpoint_every or per_epoch
-        self.placed = place_run(config, self.model, self.dataset)
+        self.placed = place_run(config, self.model, self.dataset, checkpoint.COPIES)
         self.evaluate = Evaluator(config, self.placed, raw.expander)
         self.writes = processes.is_first()
 
@@ -82,6 +82,7 @@ def train_and_evaluate(config: RunConfig, workdir: pathlib.Path, flagfile: str |
         for feature, count in counts.items():
             _LOG.warning("%s, feature %r: %d ids out of range (%s)", split, feature, count, config.ids_out_of_range)
     with ExitStack() as stack:
+        stack.enter_context(failing_in_one_line(config, run.placed))
         checkpoints = stack.enter_context(checkpoint.Checkpoints(workdir))
         state, progress = restore_or_init(run, checkpoints)
         if run.writes:
@@ -214,6 +215,7 @@ def final_result(
 ) -> dict[str, Any]:
     """Evaluate the best state (the last one where nothing was validated) and put together `result.json`."""
     if progress.best_step is not None and progress.best_step != int(state.step):
+        jax.tree.map(lambda array: array.delete(), state)  # Both together may not fit.
         state = checkpoints.restore(checkpoint.BEST, run.placed)
     if progress.stopped:
         _LOG.info("stopped early: %s", progress.stopped)

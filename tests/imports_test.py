@@ -11,7 +11,7 @@ from tests.helpers import ROOT
 
 LAYERS = (
     {"config", "rows", "formulations", "huge_pages", "heap", "gpu_atomics"},
-    {"batch", "sparse_optimizer", "dense_optimizer", "interaction", "loss", "schedule", "sharding.mesh"},
+    {"batch", "sparse_optimizer", "dense_optimizer", "interaction", "loss", "schedule", "sharding.mesh", "memory"},
     {"data.hashing", "data.schema", "data.source", "sharding.plan", "sharding.collective", "pooling", "native.build"},
     {"data.dense", "serving.errors", "serving.signature", "serving.store"},
     {
