@@ -236,7 +236,8 @@ def read_weights(version: Version) -> dict[str, jax.Array]:
         array = jnp.zeros((rows, *row_shape), facts["dtype"])
         for start in range(0, rows, piece):
             start = min(start, rows - piece)  # The last piece is as long as the others: they share a program.
-            array = _put(array, _rows_of(version, facts, shapes, start, piece), start)
+            # One at a time, or all that are waiting would be in memory.
+            array = jax.block_until_ready(_put(array, _rows_of(version, facts, shapes, start, piece), start))
         weights[name] = array
     return weights
 
