@@ -6,9 +6,9 @@ import typing
 
 from absl import flags
 
+from dlrm_jax import memory
 from dlrm_jax.commands import run_command
 from dlrm_jax.config import CPU_KERNELS, NATIVE, XLA, ConfigError, require
-from dlrm_jax.memory import TRY_ANYWAY_HELP
 from dlrm_jax.sharding.plan import SHARDINGS
 
 if typing.TYPE_CHECKING:
@@ -52,7 +52,7 @@ def define_flags() -> None:
     flags.DEFINE_enum(
         "cpu_kernels", XLA, CPU_KERNELS, "Who scores on a CPU: the exported program, or C++ compiled at the first use."
     )
-    flags.DEFINE_bool("allow_oversubscription", False, TRY_ANYWAY_HELP)
+    flags.DEFINE_bool("allow_oversubscription", False, memory.TRY_ANYWAY_HELP)
     flags.DEFINE_string("token_file", "", "File with a token that every request but health must bear.")
     flags.DEFINE_string("tls_cert", "", "Certificate (PEM) for HTTPS.")
     flags.DEFINE_string("tls_key", "", "Its key (PEM).")
@@ -128,8 +128,8 @@ def _make_engine(largest_batch: int) -> "MakeEngine":
             make = NativeCpu
 
         def with_room(version: "Version", like: "Engine | None") -> "Engine":
-            require_room(version, native or None, oversubscribe)
-            return make(version, like)
+            with memory.named(*require_room(version, native or None, oversubscribe)):
+                return make(version, like)
 
         return with_room
     require(FLAGS.cpu_kernels == XLA, "--cpu_kernels=native scores on one device: leave it or --mesh out")

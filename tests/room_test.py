@@ -6,7 +6,7 @@ import types
 import jax
 import pytest
 
-from dlrm_jax import checkpoint, memory
+from dlrm_jax import checkpoint, loop, memory, serve
 from dlrm_jax.config import ConfigError
 from dlrm_jax.data import load
 from dlrm_jax.data.load import DataConfig, load_dataset
@@ -18,6 +18,7 @@ from dlrm_jax.serving.store import open_version
 from dlrm_jax.sharding.mesh import MeshShape
 from dlrm_jax.sharding.options import ShardingOptions
 from dlrm_jax.sharding.plan import make_plan
+from dlrm_jax.state import init_state
 from tests.commands_test import run
 from tests.helpers import optimizer, tiny_model
 from tests.resume_test import CONFIG
@@ -131,6 +132,32 @@ def test_a_model_that_does_not_fit_is_not_served(tmp_path, monkeypatch):
     engine_maker(many, 16, oversubscribe=True)(open_version(tmp_path), None)
 
 
+def test_an_allocation_that_fails_while_serving_names_the_largest_holder(tmp_path, monkeypatch):
+    version = export_tiny(tmp_path, tiny_model(bottom_mlp=(500, 4)))
+
+    def fails(version, like):
+        raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 5 bytes.")
+
+    monkeypatch.setattr(loaded, "OneDevice", fails)
+    unset = types.SimpleNamespace(present=False)
+    flags = {"mesh": "", "cpu_kernels": "xla", "allow_oversubscription": False}
+    monkeypatch.setattr(serve, "FLAGS", _Flags(flags, unset))
+    line = r"memory ran out \(Out of memory allocating 5 bytes\); most of it is weights/.* an export with --tables="
+    with pytest.raises(ConfigError, match=line):
+        serve._make_engine(16)(version, None)
+
+
+class _Flags(types.SimpleNamespace):
+    """Flags that a test sets; of the others none was given."""
+
+    def __init__(self, values: dict, unset) -> None:
+        super().__init__(**values)
+        self._unset = unset
+
+    def __getitem__(self, name: str):
+        return self._unset
+
+
 HUGE = (
     *("--dataset=synthetic", "--table_sizes=2000000000,30", "--embedding_dim=1024", "--bottom_mlp=8,1024"),
     *("--num_examples=1000",),
@@ -148,3 +175,19 @@ def test_the_commands_refuse_in_one_line_and_try_when_told_to(tmp_path, module):
     assert tried.returncode == 1 and tried.stderr.count("\n") == 1, tried.stderr
     assert tried.stderr.startswith("error: memory ran out (Out of memory allocating ")
     assert "the largest 'f0' (2,000,000,000 rows of 1024: 8192.00 GB); what would fit:" in tried.stderr
+
+
+def test_the_best_state_takes_the_last_ones_place():
+    """On an accelerator that one of them fills, both together would not fit."""
+    state = init_state(tiny_model(), optimizer(), 0)
+
+    class Restored(Exception):
+        """Raised where the best state would be read."""
+
+    def restore(kind, placed):
+        assert all(array.is_deleted() for array in jax.tree.leaves(state))
+        raise Restored
+
+    run, checkpoints = types.SimpleNamespace(placed=None), types.SimpleNamespace(restore=restore)
+    with pytest.raises(Restored):
+        loop.final_result(run, state, loop.Progress(best_step=3), checkpoints, None)

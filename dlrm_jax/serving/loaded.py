@@ -260,10 +260,10 @@ def _put(array: jax.Array, piece: jax.Array, start: jax.Array) -> jax.Array:
     return jax.lax.dynamic_update_slice_in_dim(array, piece, start, axis=0)
 
 
-def require_room(version: Version, on_host: bool | None, oversubscribe: bool) -> None:
+def require_room(version: Version, on_host: bool | None, oversubscribe: bool) -> tuple[str, str]:
     """ConfigError where a version's files are more than the memory holds that they are read into.
 
-    That of the first device, unless `on_host`.
+    That of the first device, unless `on_host`. (The largest holder, what would fit), for what fails all the same.
     """
     on_host = jax.devices()[0].platform == "cpu" if on_host is None else on_host
     sizes = {}
@@ -285,6 +285,7 @@ def require_room(version: Version, on_host: bool | None, oversubscribe: bool) ->
     holder = holder if on_host and sizes[largest] > words else f"the vocabularies ({memory.gigabytes(words)})"
     needs = (what, needed, memory.host_available(), "this machine's memory", holder)
     memory.require_room(*needs, remedy, oversubscribe)
+    return f"{largest} ({memory.gigabytes(sizes[largest])})", remedy
 
 
 def _bytes(version: Version, file: str) -> int:

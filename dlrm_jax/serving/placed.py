@@ -56,9 +56,10 @@ class SeveralDevices:
         """
         self._model, self._threshold = read_model(version)
         self.placed = _place(self._model, options, largest_batch)
-        _require_room(version, self.placed, oversubscribe)
+        largest, remedy = _require_room(version, self.placed, oversubscribe)
         self.batch_multiple = self.placed.num_devices
-        self._tables = _read_tables(version, self.placed)
+        with memory.named(largest, remedy):
+            self._tables = _read_tables(version, self.placed)
         dense = {name: jax.device_put(value, self.placed.everywhere) for name, value in read_dense(version).items()}
         self._dense = nested(dense)
         same = isinstance(like, SeveralDevices) and like._made_for() == self._made_for()
@@ -92,20 +93,21 @@ def _place(model: ModelConfig, options: ShardingOptions, largest_batch: int) -> 
     return place(model, _UNUSED, options, auto)
 
 
-def _require_room(version: Version, placed: Placed, oversubscribe: bool) -> None:
-    stacks = placed.stacks
-    size = 4 * sum(math.prod(stack.local_shape) for stack in stacks)
+def _require_room(version: Version, placed: Placed, oversubscribe: bool) -> tuple[str, str]:
+    """ConfigError where the tables do not fit; (the largest holder, what would fit), for what fails all the same."""
+    size, free = 4 * sum(math.prod(stack.local_shape) for stack in placed.stacks), memory.host_available()
     device = jax.local_devices()[0]
     table = max(placed.model.tables, key=lambda table: table.num_embeddings)
     largest = f"table {table.name!r} ({table.num_embeddings:,} rows of {table.embedding_dim}, float32 here)"
+    where, remedy = "this machine's memory", "one device (without --mesh), where tables stay as they are stored"
     if device.platform == "cpu":
-        size, free, where = size * placed.num_devices, memory.host_available(), "this machine's memory"
+        size *= placed.num_devices // jax.process_count()
     else:
         free, where = memory.device_available(device), f"the memory of a {device.device_kind}"
+        remedy = "more devices on the model axis"
     what = f"serving {version.directory} under {placed.plan.mesh}"
-    memory.require_room(
-        what, size, free, where, largest, "more devices on the model axis, of more machines", oversubscribe
-    )
+    memory.require_room(what, size, free, where, largest, remedy, oversubscribe)
+    return largest, remedy
 
 
 def _shardings(placed: Placed) -> dict[str, NamedSharding]:
