@@ -10,6 +10,7 @@ of every array and of the record, and nothing that was read is handed out before
 """
 
 import logging
+import math
 import pathlib
 import shutil
 from types import TracebackType
@@ -22,7 +23,7 @@ import tensorstore
 from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
-from dlrm_jax import checksums
+from dlrm_jax import checksums, heap, memory
 from dlrm_jax.checksums import array_name
 from dlrm_jax.config import ConfigError
 from dlrm_jax.embedding import POOLING_WEIGHTS
@@ -35,6 +36,9 @@ from dlrm_jax.state import TrainState
 _LOG = logging.getLogger("dlrm_jax")
 
 LATEST, BEST = "latest", "best"
+COPIES = 1.2
+"""What saving holds of a state in the host's memory, measured on a CPU: a copy, and what is being written of it."""
+
 TABLES = ("tables", "table_opt_state")
 """The parts of a state that a plan places."""
 
@@ -93,7 +97,9 @@ class Checkpoints:
         if kind == LATEST:
             # Its record names the best step so far, which must be on disk first, whenever the process is killed.
             self.wait()
-        self._check_space(sum(leaf.nbytes for leaf in jax.tree.leaves(state)) // jax.process_count())
+        num_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state)) // jax.process_count()
+        self._check_space(num_bytes)
+        self._check_memory(math.ceil(COPIES * num_bytes))
         tables, rest = _split(state)
         pieces = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES), tables)
         record = record | {"placement": placement(placed)}
@@ -123,6 +129,19 @@ class Checkpoints:
             raise ConfigError(
                 f"no space for a checkpoint of {num_bytes / 1e6:.1f} MB in {self.directory}, "
                 f"{free / 1e6:.1f} MB free; free some and run the same command to go on from the last checkpoint"
+            )
+
+    def _check_memory(self, num_bytes: int) -> None:
+        """Refuse what would end the process: an allocation that fails in a thread that writes is an abort."""
+        if (memory.host_available() or num_bytes) >= num_bytes:
+            return
+        self.wait()  # What is being written holds a copy.
+        heap.give_back()
+        free = memory.host_available() or num_bytes
+        if free < num_bytes:
+            raise ConfigError(
+                f"no memory for a checkpoint in {self.directory}: it is written from a copy, {num_bytes / 1e6:.1f} MB, "
+                f"{free / 1e6:.1f} MB are free; free some and run the same command to go on from the last checkpoint"
             )
 
     def wait(self) -> None:
@@ -201,16 +220,7 @@ class Checkpoints:
         noted: dict[str, Any] | None,
     ) -> dict[str, Any]:
         """The placed parts of a state, from a checkpoint made under the plan of `saved`."""
-        base = f"file://{self.directory / kind / str(step) / 'tables'}/"
-        context = tensorstore.Context({"cache_pool": {"total_bytes_limit": 16 * _CHUNK_BYTES}})
-
-        def open_array(group: str, name: str) -> Any:
-            kvstore = {"driver": "ocdbt", "base": base, "path": f"{group}.{name}/"}
-            store = tensorstore.open({"driver": "zarr", "kvstore": kvstore}, context=context, read=True, open=True)
-            path = f"{group}.{name}"
-            return _Sliced(store.result(), None if noted is None else noted["tables"][path], path)
-
-        source = Source(saved, open_array)
+        source = self._rows(kind, step, saved, noted)
         arrays = {
             stack.name + ending: (stack, bool(ending)) for stack in placed.stacks for ending in ("", POOLING_WEIGHTS)
         }
@@ -232,6 +242,30 @@ class Checkpoints:
             )
 
         return jax.tree_util.tree_map_with_path(read, tables)
+
+    def read_model(self, kind: str, step: int, placed: Placed) -> tuple[dict[str, Any], Source]:
+        """(a state but for its tables, by field, rows of its tables where they are stored): it fits any memory."""
+        _, rest = _split(placed.abstract_state)
+        noted = self._noted(kind, step)
+        dense = self._restore(kind, step, dense=ocp.args.StandardRestore(rest)).dense
+        self._require_whole(kind, step, dense, noted, "dense")
+        saved = saved_stacks(placed, self.record(kind, step)["placement"])
+        return dense, self._rows(kind, step, saved, noted)
+
+    def _rows(
+        self, kind: str, step: int | None, saved: tuple[PlacedStack, ...], noted: dict[str, Any] | None
+    ) -> Source:
+        """Rows of the tables of a checkpoint that was made under the plan of `saved`, checked as they are read."""
+        base = f"file://{self.directory / kind / str(step) / 'tables'}/"
+        context = tensorstore.Context({"cache_pool": {"total_bytes_limit": 16 * _CHUNK_BYTES}})
+
+        def open_array(group: str, name: str) -> Any:
+            kvstore = {"driver": "ocdbt", "base": base, "path": f"{group}.{name}/"}
+            store = tensorstore.open({"driver": "zarr", "kvstore": kvstore}, context=context, read=True, open=True)
+            path = f"{group}.{name}"
+            return _Sliced(store.result(), None if noted is None else noted["tables"][path], path)
+
+        return Source(saved, open_array)
 
     def _restore(self, kind: str, step: int | None, **items: Any) -> Any:
         if step is None:

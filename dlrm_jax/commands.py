@@ -9,7 +9,7 @@ from absl import app, flags
 from absl import logging as absl_logging
 from tqdm import tqdm
 
-from dlrm_jax import gpu_atomics, interrupts
+from dlrm_jax import gpu_atomics, interrupts, memory
 from dlrm_jax.config import ConfigError
 
 FLAGS = flags.FLAGS
@@ -24,12 +24,13 @@ def run_command(main: Callable[[], None]) -> None:
             _log_to_stderr()
             sys.unraisablehook = _quiet_when_reading_failed
             gpu_atomics.use_hardware_additions()
+            memory.end_in_one_line()
             try:
                 if len(argv) > 1:
                     raise ConfigError(f"unexpected argument {argv[1]!r}; flags look like --name=value")
                 main()
-            except (ConfigError, OSError) as error:
-                print(f"error: {_shortened(_say(error))}", file=sys.stderr)
+            except Exception as error:
+                print(f"error: {_shortened(_say_or_raise(error))}", file=sys.stderr)
                 sys.exit(1)
 
     app.run(guarded, flags_parser=_parse_flags)
@@ -52,6 +53,15 @@ def _quiet_when_reading_failed(unraisable: "sys.UnraisableHookArgs") -> None:
     error = unraisable.exc_value
     if not (isinstance(error, RuntimeError) and str(error) == "Event loop is closed"):
         sys.__unraisablehook__(unraisable)
+
+
+def _say_or_raise(error: Exception) -> str:
+    """What the user can mend, in words; anything else is raised."""
+    if memory.is_exhausted(error):
+        return f"{memory.ran_out(error)}; a smaller model, batch or data set would fit"
+    if isinstance(error, ConfigError | OSError):
+        return _say(error)
+    raise error
 
 
 def _say(error: ConfigError | OSError) -> str:

@@ -13,6 +13,7 @@ from dlrm_jax.commands import run_command
 from dlrm_jax.data.dataset import SPLITS, Rows
 from dlrm_jax.data.pipeline import rows_and_labels
 from dlrm_jax.evaluation import Evaluator, evaluate_splits
+from dlrm_jax.memory import TRY_ANYWAY_HELP
 from dlrm_jax.monitor import Speed
 from dlrm_jax.trained import restore
 
@@ -26,6 +27,7 @@ def define_flags() -> None:
     flags.DEFINE_string("checkpoint", "best", "best, latest, or a step number.")
     flags.DEFINE_enum("split", "test", SPLITS, "Rows that are printed, and predicted with --predictions_out.")
     flags.DEFINE_string("predictions_out", None, "CSV file for row number, label and probability of every row.")
+    flags.DEFINE_bool("allow_oversubscription", False, TRY_ANYWAY_HELP)
     flags.DEFINE_string("data_dir", None, "Where the raw log is now, if it moved since training.")
 
 
@@ -54,7 +56,7 @@ def main() -> None:
     """Restore, evaluate, print, and renew result.json."""
     files.require_output_file("predictions_out", FLAGS.predictions_out)
     workdir = pathlib.Path(FLAGS.workdir)
-    run = restore(workdir, FLAGS.checkpoint, FLAGS.data_dir)
+    run = restore(workdir, FLAGS.checkpoint, FLAGS.data_dir, FLAGS.allow_oversubscription)
     heap.keep_freed_temporaries()
     dataset, state = run.dataset, run.state
     evaluate = Evaluator(run.config, run.placed, dataset.expander)

@@ -24,6 +24,7 @@ from dlrm_jax.config import (
 from dlrm_jax.data.load import DATASETS, DataConfig
 from dlrm_jax.data.multi_hot import DISTRIBUTIONS, MULTI_HOT
 from dlrm_jax.flag_effects import EFFECTS, without_effect
+from dlrm_jax.memory import TRY_ANYWAY_HELP
 from dlrm_jax.run_config import TARGET_METRICS, ModelOptions, RunConfig
 from dlrm_jax.sharding.options import AUTO, EXCHANGE_DTYPES, ShardingOptions
 from dlrm_jax.sharding.plan import SHARDINGS
@@ -162,6 +163,7 @@ def _define_run_flags() -> None:
         "What looks up and updates the tables of a CPU: XLA, or C++ that is compiled here at the first use (needs a "
         "compiler), faster for bags; one device only. Equal up to rounding.",
     )
+    flags.DEFINE_bool("allow_oversubscription", False, TRY_ANYWAY_HELP)
     flags.DEFINE_integer("num_epochs", 1, "Passes over the training rows.")
     flags.DEFINE_integer("num_steps", 0, "Updates; overrides --num_epochs unless 0.")
     flags.DEFINE_integer("eval_batch_size", 16384, "Examples per evaluation step.")
@@ -236,7 +238,7 @@ def unchecked_config() -> RunConfig:
             "eval_every",
         ),
         **_values("checkpoint_every", "log_every", "target_metric", "target_value", "patience", "shuffle"),
-        **_values("ids_out_of_range", "cpu_kernels", "seed", "allow_schedule_change"),
+        **_values("ids_out_of_range", "cpu_kernels", "allow_oversubscription", "seed", "allow_schedule_change"),
         sharding=sharding_from_flags(),
     )
 

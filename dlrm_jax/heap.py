@@ -2,6 +2,7 @@
 
 import ctypes
 import sys
+from typing import Any
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -2, -3, -4
 _CHUNKS = ((_M_MMAP_THRESHOLD, 32 << 20), (_M_TRIM_THRESHOLD, 256 << 20), (_M_TOP_PAD, 4 << 20))
@@ -24,8 +25,33 @@ def keep_freed_temporaries() -> bool:
     return _tell(_STEPS)
 
 
+def give_back() -> None:
+    """Give what is kept back to the machine, as far as whole pages are free."""
+    if (trim := _of_libc("malloc_trim")) is not None:
+        trim(0)
+
+
+def kept_bytes() -> int:
+    """Bytes that were freed and are kept: this process gets them again without asking the machine."""
+    if (info := _of_libc("mallinfo2")) is None:  # glibc has it since 2.33.
+        return 0
+    info.restype = _Mallinfo
+    return int(info().fordblks)
+
+
+class _Mallinfo(ctypes.Structure):
+    _fields_ = (
+        *((f"other_{i}", ctypes.c_size_t) for i in range(8)),
+        ("fordblks", ctypes.c_size_t),
+        ("keepcost", ctypes.c_size_t),
+    )
+
+
+def _of_libc(name: str) -> Any:
+    """A function of glibc; None where there is none."""
+    return getattr(ctypes.CDLL(None), name, None) if sys.platform.startswith("linux") else None
+
+
 def _tell(settings: tuple[tuple[int, int], ...]) -> bool:
-    if not sys.platform.startswith("linux"):
-        return False
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # Another libc than glibc has none.
+    mallopt = _of_libc("mallopt")  # Another libc than glibc has none.
     return mallopt is not None and all(mallopt(parameter, value) for parameter, value in settings)

@@ -22,6 +22,7 @@ def collapse(arrays: Any) -> int:
         return 0
     advise = ctypes.CDLL(None).madvise
     advise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    jax.block_until_ready(arrays)  # To ask for the place of an array whose allocation failed would be an abort.
     done = 0
     for start, num_bytes in sorted({place for array in jax.tree.leaves(arrays) for place in _places(array)}):
         first, end = -(-start // _HUGE) * _HUGE, (start + num_bytes) // _HUGE * _HUGE

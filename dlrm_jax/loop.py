@@ -19,7 +19,7 @@ from dlrm_jax.data.load import load_dataset, named
 from dlrm_jax.data.pipeline import Prefetcher, process_shard, steps_per_epoch, train_batches
 from dlrm_jax.evaluation import Evaluator, evaluate_splits
 from dlrm_jax.monitor import EXCHANGE_OVERFLOWS, Clock, Interrupted, LossWindow, Speed, catch_signals
-from dlrm_jax.placement import place_run, prediction, setting_of
+from dlrm_jax.placement import failing_in_one_line, place_run, prediction, setting_of
 from dlrm_jax.run_config import EARLIER_SCHEDULES, RunConfig, check_dataset
 from dlrm_jax.state import TrainState
 from dlrm_jax.stepper import Stepper
@@ -47,7 +47,7 @@ class Run:
     def __init__(self, config: RunConfig, workdir: pathlib.Path) -> None:
         self.config, self.workdir = config, workdir
         _LOG.info("loading %s", config.data.data_dir or config.data.dataset)
-        raw = load_dataset(config.data)
+        raw = load_dataset(config.data, config.allow_oversubscription)
         self.model = config.model.build(raw)
         self.identity = json.loads(json.dumps(config.identity(self.model, raw)))
         self.dataset, self.ids_out_of_range = check_dataset(raw, self.model, config.ids_out_of_range)
@@ -65,7 +65,7 @@ class Run:
         self._require_val_rows()
         self.eval_every = config.eval_every or per_epoch
         self.checkpoint_every = config.checkpoint_every or per_epoch
-        self.placed = place_run(config, self.model, self.dataset)
+        self.placed = place_run(config, self.model, self.dataset, checkpoint.COPIES)
         self.evaluate = Evaluator(config, self.placed, raw.expander)
         self.writes = processes.is_first()
 
@@ -139,6 +139,7 @@ def _train_and_evaluate(config: RunConfig, workdir: pathlib.Path, flagfile: str 
         if rows.only_label is not None:
             _LOG.warning("%s", describe_one_class(name, len(rows), rows.only_label))
     with ExitStack() as stack:
+        stack.enter_context(failing_in_one_line(config, run.placed))
         checkpoints = stack.enter_context(checkpoint.Checkpoints(workdir))
         state, progress = restore_or_init(run, checkpoints)
         if run.writes:
@@ -324,11 +325,14 @@ def final_result(
     run: Run, state: TrainState, progress: Progress, checkpoints: checkpoint.Checkpoints, speed: Speed
 ) -> dict[str, Any]:
     """Evaluate the best state (the last one where nothing was validated) and put together `result.json`."""
-    if progress.best_step is not None and progress.best_step != int(state.step):
+    last_step = int(state.step)
+    if progress.best_step is not None and progress.best_step != last_step:
+        jax.tree.map(lambda array: array.delete(), state)  # Both together may not fit; the last state is saved.
         try:
             state = checkpoints.restore(checkpoint.BEST, run.placed)
         except ConfigError as error:
-            _LOG.warning("%s; the result is that of the last step, %d", error, int(state.step))
+            _LOG.warning("%s; the result is that of the last step, %d", error, last_step)
+            state = checkpoints.restore(checkpoint.LATEST, run.placed)
     if progress.stopped:
         _LOG.info("stopped early: %s", progress.stopped)
     result = evaluate_splits(run.config, run.dataset, run.evaluate, state) | speed.summary()

@@ -14,7 +14,7 @@ from dlrm_jax import heap, step_parts
 from dlrm_jax.batch import Batch
 from dlrm_jax.data.load import load_dataset
 from dlrm_jax.data.pipeline import Prefetcher, train_batches
-from dlrm_jax.placement import place_run, setting_of
+from dlrm_jax.placement import failing_in_one_line, place_run, setting_of
 from dlrm_jax.run_config import RunConfig, check_dataset
 from dlrm_jax.sharding.cost import estimate, forward_work
 from dlrm_jax.sharding.hardware import Hardware
@@ -40,7 +40,8 @@ def measure(config: RunConfig, seconds: float, hardware: Hardware | None = None,
         TRAIN: (cost.flops, cost.traffic, cost.seconds),
         FORWARD: forward_work(placed.model, placed.stacks, setting.load, hardware),
     }
-    numbers = {INPUT: input_numbers} | _passes(config, placed, batches, seconds, parts)
+    with failing_in_one_line(config, placed):
+        numbers = {INPUT: input_numbers} | _passes(config, placed, batches, seconds, parts)
     for kind, (flops, traffic, predicted) in work.items():
         numbers[kind] |= _against(hardware, flops, traffic, predicted, numbers[kind]["step_seconds"])
         numbers[kind]["samples_per_second"] = config.batch_size / numbers[kind]["step_seconds"]
@@ -54,7 +55,7 @@ def measure(config: RunConfig, seconds: float, hardware: Hardware | None = None,
 
 def _placed_batches(config: RunConfig, seconds: float) -> tuple[Placed, list[Batch], dict[str, float]]:
     """The run's model where it lies, some of its batches on the devices, and how long the input takes for one."""
-    raw = load_dataset(config.data)
+    raw = load_dataset(config.data, config.allow_oversubscription)
     model = config.model.build(raw)
     dataset, _ = check_dataset(raw, model, config.ids_out_of_range)
     placed = place_run(config, model, dataset)

@@ -63,7 +63,7 @@ def hardware_of() -> hardware.Hardware:
         return hardware.find(FLAGS.hardware)
     import jax  # Only now is a device touched.
 
-    return hardware.at_hand(jax.devices()[0].device_kind, jax.devices()[0].platform)
+    return hardware.of_device(jax.devices()[0], jax.local_device_count())
 
 
 def main() -> None:
@@ -99,7 +99,7 @@ def main() -> None:
         reporting.write_json_atomically(pathlib.Path(FLAGS.json), values)
     if FLAGS.picture:
         report.draw(setting, ranked, pathlib.Path(FLAGS.picture))
-    if setting.over(cost) > 0:
+    if setting.over(cost) > 0 and not config.allow_oversubscription:
         raise ConfigError(planner.does_not_fit(setting, cost))
 
 

@@ -74,6 +74,7 @@ class RunConfig:
     shuffle: bool = True
     ids_out_of_range: str = "error"
     cpu_kernels: str = XLA
+    allow_oversubscription: bool = False
     seed: int = 0
     allow_schedule_change: bool = False
     sharding: ShardingOptions = dataclasses.field(default_factory=ShardingOptions)

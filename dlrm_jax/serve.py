@@ -6,13 +6,14 @@ import typing
 
 from absl import flags
 
-from dlrm_jax import files
+from dlrm_jax import files, memory
 from dlrm_jax.commands import run_command
 from dlrm_jax.config import CPU_KERNELS, NATIVE, XLA, ConfigError, require
 from dlrm_jax.sharding.plan import SHARDINGS
 
 if typing.TYPE_CHECKING:
-    from dlrm_jax.serving.loaded import MakeEngine
+    from dlrm_jax.serving.loaded import Engine, MakeEngine
+    from dlrm_jax.serving.store import Version
 
 FLAGS = flags.FLAGS
 _NEEDED = ("starlette", "uvicorn", "httptools", "uvloop", "orjson", "prometheus_client", "flatbuffers")
@@ -51,6 +52,7 @@ def define_flags() -> None:
     flags.DEFINE_enum(
         "cpu_kernels", XLA, CPU_KERNELS, "Who scores on a CPU: the exported program, or C++ compiled at the first use."
     )
+    flags.DEFINE_bool("allow_oversubscription", False, memory.TRY_ANYWAY_HELP)
     flags.DEFINE_string("token_file", "", "File with a token that every request but health must bear.")
     flags.DEFINE_string("tls_cert", "", "Certificate (PEM) for HTTPS.")
     flags.DEFINE_string("tls_key", "", "Its key (PEM).")
@@ -114,22 +116,30 @@ def _batch_sizes() -> tuple[int, ...]:
 
 
 def _make_engine(largest_batch: int) -> "MakeEngine":
-    from dlrm_jax.serving.loaded import OneDevice
+    from dlrm_jax.serving.loaded import OneDevice, require_room
 
+    oversubscribe = FLAGS.allow_oversubscription
     if not FLAGS.mesh:
         for name in ("sharding", "sharding_plan"):
             require(not FLAGS[name].present, f"--{name} places tables on several devices: give --mesh=model:N too")
-        if FLAGS.cpu_kernels == NATIVE:
+        make: MakeEngine = OneDevice
+        native = FLAGS.cpu_kernels == NATIVE
+        if native:
             from dlrm_jax.serving.native import NativeCpu
 
-            return NativeCpu
-        return OneDevice
+            make = NativeCpu
+
+        def with_room(version: "Version", like: "Engine | None") -> "Engine":
+            with memory.named(*require_room(version, native or None, oversubscribe)):
+                return make(version, like)
+
+        return with_room
     require(FLAGS.cpu_kernels == XLA, "--cpu_kernels=native scores on one device: leave it or --mesh out")
     from dlrm_jax.serving.placed import engine_maker
     from dlrm_jax.sharding.options import ShardingOptions
 
     options = ShardingOptions(sharding=FLAGS.sharding, plan=FLAGS.sharding_plan, mesh=FLAGS.mesh)
-    return engine_maker(options, largest_batch)
+    return engine_maker(options, largest_batch, oversubscribe)
 
 
 def _token() -> str:

@@ -3,7 +3,8 @@
 import dataclasses
 import json
 import pathlib
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from dlrm_jax import run_config
 from dlrm_jax.checkpoint import Checkpoints
@@ -11,22 +12,40 @@ from dlrm_jax.config import XLA, ConfigError, ModelConfig, differences, tell
 from dlrm_jax.data.dataset import Dataset
 from dlrm_jax.data.load import DataConfig, load_dataset
 from dlrm_jax.data.prepared import is_prepared
-from dlrm_jax.placement import place_run
+from dlrm_jax.placement import failing_in_one_line, place_run
 from dlrm_jax.run_config import RunConfig
+from dlrm_jax.sharding import reshard
 from dlrm_jax.sharding.options import ShardingOptions
 from dlrm_jax.sharding.placed import Placed, on_one_device
 from dlrm_jax.state import TrainState
 
+T = TypeVar("T")
+
 
 @dataclasses.dataclass(frozen=True)
-class Trained:
-    """A run's settings, its `dataset` with checked ids, and one checkpoint's `state` on the devices at hand."""
+class Opened:
+    """A run's settings, and its `dataset` with checked ids."""
 
     config: RunConfig
     model: ModelConfig
     dataset: Dataset
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained(Opened):
+    """With one checkpoint's `state` on the devices at hand."""
+
     placed: Placed
     state: TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored(Opened):
+    """With one checkpoint's `step` and dense parameters, and its tables' rows where they are stored."""
+
+    step: int
+    dense_params: Any
+    rows: reshard.Rows
 
 
 def load_config(workdir: pathlib.Path, data_dir: str | None = None) -> RunConfig:
@@ -49,25 +68,45 @@ def load_config(workdir: pathlib.Path, data_dir: str | None = None) -> RunConfig
     return config
 
 
-def restore(workdir: pathlib.Path, which: str, data_dir: str | None = None, one_device: bool = False) -> Trained:
-    """The run of a workdir at checkpoint `which` (best, latest, a step); ConfigError if its data has changed since.
+def restore(workdir: pathlib.Path, which: str, data_dir: str | None = None, oversubscribe: bool = False) -> Trained:
+    """The run of a workdir at checkpoint `which` (best, latest, a step), on all devices.
 
-    On all devices, or all on the first one.
+    ConfigError if its data has changed since, or, unless `oversubscribe`, if it does not fit into the memory at hand.
     """
+    run, raw = _open(workdir, data_dir, oversubscribe)
+    placed = place_run(run.config, run.model, run.dataset)
+    with failing_in_one_line(run.config, placed):
+        state = _reading(
+            workdir, which, run, raw, lambda checkpoints, kind, step: checkpoints.restore(kind, placed, step)
+        )
+    return Trained(**vars(run), placed=placed, state=state)
+
+
+def open_stored(workdir: pathlib.Path, which: str, data_dir: str | None = None, oversubscribe: bool = False) -> Stored:
+    """As `restore`, but tables and their optimizer's state are not read: they may be larger than any memory."""
+    run, raw = _open(workdir, data_dir, oversubscribe)
+    placed = on_one_device(run.model, run.config.optimizer)
+    dense, rows = _reading(
+        workdir, which, run, raw, lambda checkpoints, kind, step: checkpoints.read_model(kind, step, placed)
+    )
+    return Stored(**vars(run), step=int(dense["step"]), dense_params=dense["dense_params"], rows=rows)
+
+
+def _open(workdir: pathlib.Path, data_dir: str | None, oversubscribe: bool) -> tuple[Opened, Dataset]:
+    """(the run, its dataset as it was read)."""
     config = load_config(workdir, data_dir)
-    raw = load_dataset(config.data)
+    config = dataclasses.replace(
+        config, sharding=ShardingOptions(), cpu_kernels=XLA, allow_oversubscription=oversubscribe
+    )
+    raw = load_dataset(config.data, oversubscribe)
     model = config.model.build(raw)
     dataset, _ = run_config.check_dataset(raw, model, config.ids_out_of_range)
-    if one_device:
-        placed = on_one_device(model, config.optimizer)
-    else:
-        placed = place_run(dataclasses.replace(config, sharding=ShardingOptions(), cpu_kernels=XLA), model, dataset)
-    identity = json.loads(json.dumps(config.identity(model, raw)))
-    return Trained(config, model, dataset, placed, _newest_state(workdir, which, placed, identity))
+    return Opened(config, model, dataset), raw
 
 
-def _newest_state(workdir: pathlib.Path, which: str, placed: Placed, identity: dict[str, Any]) -> TrainState:
-    """The state of checkpoint `which`; the next one if a running training deletes it meanwhile."""
+def _reading(workdir: pathlib.Path, which: str, run: Opened, raw: Dataset, read: Callable[..., T]) -> T:
+    """`read(checkpoints, kind, step)` of checkpoint `which`; of the next one if a training deletes that meanwhile."""
+    identity = run_config.without_schedule(json.loads(json.dumps(run.config.identity(run.model, raw))))
     failure: ConfigError | None = None
     tried: tuple[str, int] | None = None
     while True:
@@ -78,12 +117,11 @@ def _newest_state(workdir: pathlib.Path, which: str, placed: Placed, identity: d
                 raise failure
             kind, step = tried = found
             try:
-                then = checkpoints.record(kind, step)["identity"]
-                different = differences(run_config.without_schedule(identity), run_config.without_schedule(then))
-                state = None if different else checkpoints.restore(kind, placed, step)
+                then = run_config.without_schedule(checkpoints.record(kind, step)["identity"])
+                different = differences(identity, then)
+                if not different:
+                    return read(checkpoints, kind, step)
             except ConfigError as error:
                 failure = error
                 continue
-        if state is None:
-            raise ConfigError(f"the checkpoint belongs to other data (now != then): {tell(different)}")
-        return state
+        raise ConfigError(f"the checkpoint belongs to other data (now != then): {tell(different)}")

@@ -67,7 +67,7 @@ def compare(devices: list) -> tuple[dict[str, dict], str]:
     from dlrm_jax.flags import config_from_flags
     from dlrm_jax.plan import load_of, model_of
     from dlrm_jax.sharding import planner, report
-    from dlrm_jax.sharding.hardware import at_hand
+    from dlrm_jax.sharding.hardware import of_device
     from dlrm_jax.sharding.hlo import collectives, totals
     from dlrm_jax.sharding.mesh import make_mesh, parse_mesh
     from dlrm_jax.sharding.placed import Placed
@@ -76,7 +76,7 @@ def compare(devices: list) -> tuple[dict[str, dict], str]:
     config = config_from_flags()
     model = model_of(config)
     shape = parse_mesh(config.sharding.mesh, len(devices))
-    hardware = at_hand(devices[0].device_kind, devices[0].platform, len(devices))
+    hardware = of_device(devices[0], len(devices))
     setting = planner.Setting(model, config.optimizer, shape, load_of(config), hardware, config.sharding.group_size)
     sizes = tuple(model.table(feature.table).num_embeddings for feature in model.features)
     bags = tuple(feature.hotness for feature in model.features)

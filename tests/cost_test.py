@@ -1,5 +1,6 @@
 """Promise 6: what a step sends and holds is known beforehand, and agrees with the compiled step."""
 
+import dataclasses
 import math
 
 import jax
@@ -30,12 +31,15 @@ def model(interaction: str = "dot", pooling: str = "sum") -> ModelConfig:
     return ModelConfig(13, tables, features, (64, 16), (64, 1), interaction, cross_rank=8)
 
 
-def predicted_and_compiled(mesh, sharding, table="rowwise_adagrad", **changes):
+def predicted_and_compiled(mesh, sharding, table="rowwise_adagrad", dtype="", **changes):
     config, shape = model(**changes), MeshShape(*mesh)
     if sharding == "mix":
         sharding = {t.name: SHARDINGS[i % len(SHARDINGS)] for i, t in enumerate(config.tables)}
     plan = make_plan(config, shape, sharding)
     cost = estimate(config, optimizer(table), plan, Load(BATCH), HARDWARE["cpu"])
+    if dtype:
+        options = dataclasses.replace(cost.options, dtype=dtype)
+        cost = estimate(config, optimizer(table), plan, Load(BATCH), HARDWARE["cpu"], options)
     placed = Placed(config, optimizer(table), plan, make_mesh(shape), cost.options)
     step = placed.jit_step(make_train_step(config, LossConfig(), placed.optimizer, 1, placed.ops))
     return cost, step.lower(placed.abstract_state, placed.abstract_batch(BATCH)).compile()
@@ -70,6 +74,15 @@ def test_bytes_and_memory_are_those_of_the_compiled_step(mesh, sharding, table):
     assert largest_result(text, moving) < smallest_big_table
     assert memory.temp_size_in_bytes < 2 * smallest_big_table
     assert memory.alias_size_in_bytes > 0.98 * memory.output_size_in_bytes
+
+
+@pytest.mark.parametrize("sharding", ["table_wise", "row_wise", "column_wise"])
+def test_bfloat16_halves_what_is_sent_on_every_backend(sharding):
+    cost, compiled = predicted_and_compiled((1, 4), sharding, dtype="bfloat16")
+    sent = totals(collectives(compiled.as_text()))
+    assert sent == dict(cost.sent.bytes_by_kind)
+    full, _ = predicted_and_compiled((1, 4), sharding)
+    assert sent["all-to-all"] < 0.6 * full.sent.bytes_by_kind["all-to-all"]
 
 
 def test_scales_that_travel_are_counted():

@@ -1,24 +1,39 @@
 """An exported model: the same probabilities, in a process without the training code, and never a changed file."""
 
+import dataclasses
 import json
 import os
 import shutil
 import subprocess
 import sys
+import types
+import weakref
 
 import jax
 import numpy as np
 import pytest
 
+from dlrm_jax import checkpoint, export
 from dlrm_jax.config import ConfigError, LossConfig
-from dlrm_jax.serving import load
+from dlrm_jax.data.load import DataConfig
+from dlrm_jax.embedding import named_tables
+from dlrm_jax.loop import train_and_evaluate
+from dlrm_jax.serving import load, loaded
 from dlrm_jax.serving.errors import BadRequest
+from dlrm_jax.serving.export import export_model, of_arrays
+from dlrm_jax.serving.placed import engine_maker
+from dlrm_jax.serving.quantise import TABLE_TYPES, stored_table
 from dlrm_jax.serving.store import open_version, versions, write_version
+from dlrm_jax.sharding import reshard
+from dlrm_jax.sharding.options import ShardingOptions
+from dlrm_jax.sharding.placed import on_one_device
 from dlrm_jax.state import TrainState
 from dlrm_jax.step import make_eval_step
+from dlrm_jax.trained import open_stored
 from tests.commands_test import run
 from tests.helpers import ROOT, random_batch, tiny_model
-from tests.serving_helpers import export_tiny, lively_state
+from tests.resume_test import CONFIG
+from tests.serving_helpers import export_tiny, lively_state, random_dataset
 
 MODELS = {
     "dot": {},
@@ -195,6 +210,116 @@ def test_a_self_check_sees_other_weights(copied):
 def test_bad_numbers_are_named(exported, dense, ids, words):
     with pytest.raises(BadRequest, match=words):
         load(exported).predict(dense, ids)
+
+
+@pytest.mark.parametrize("kind", TABLE_TYPES)
+def test_a_table_is_written_piece_by_piece(tmp_path, kind):
+    """No two pieces need be there at once, and the files are those of the whole table."""
+    model, alive = tiny_model(learned_pooling=True), []
+    state = lively_state(model)
+    tables = {name: np.asarray(rows) for name, rows in named_tables(model, state.tables)}
+
+    def pieces(name: str):
+        for first in range(0, len(tables[name]), 2):
+            assert sum(piece() is not None for piece in alive) <= 1
+            piece = tables[name][first : first + 2].copy()
+            alive.append(weakref.ref(piece))
+            yield piece
+
+    arguments = (model, LossConfig(), state.dense_params)
+    whole = export_model(tmp_path / "a", *arguments, of_arrays(tables), random_dataset(model), kind)
+    parts = export_model(tmp_path / "b", *arguments, pieces, random_dataset(model), kind)
+    assert len(alive) == 2 * (6 + 4 + 1)
+    for name, facts in whole.manifest["files"].items():
+        if name != "program.stablehlo":
+            assert parts.manifest["files"][name] == facts, name
+    rows = np.load(parts.directory / "tables/000_user.npy", allow_pickle=False)
+    stored = stored_table(tables["user"], kind)
+    np.testing.assert_array_equal(rows, stored.view(np.uint16) if kind == "bfloat16" else stored)
+
+
+def test_large_arrays_reach_the_device_in_pieces_unchanged(tmp_path, monkeypatch):
+    model = tiny_model()
+    version = export_tiny(tmp_path, model)
+    want = loaded.read_weights(version)
+    for num_bytes in (16, 48, 80):
+        monkeypatch.setattr(loaded, "_PIECE_BYTES", num_bytes)
+        jax.tree.map(np.testing.assert_array_equal, loaded.read_weights(version), want)
+
+
+def test_a_row_that_is_not_finite_is_named_and_nothing_is_left(tmp_path):
+    model = tiny_model()
+    state = lively_state(model)
+    tables = {name: np.array(rows) for name, rows in named_tables(model, state.tables)}
+    tables["item"][5, 1] = np.nan
+    data = random_dataset(model)
+    with pytest.raises(ConfigError, match="table 'item' holds NaN or infinity, first in row 5; export another"):
+        export_model(tmp_path, model, LossConfig(), state.dense_params, of_arrays(tables), data)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind", ["float32", "int8"])
+def test_what_only_several_devices_hold_is_evaluated_on_them(tmp_path, kind):
+    model = tiny_model()
+    state, data = lively_state(model), random_dataset(model)
+    tables = of_arrays({name: np.asarray(rows) for name, rows in named_tables(model, state.tables)})
+    arguments = (model, LossConfig(), state.dense_params, tables, data, kind)
+    one = export_model(tmp_path / "one", *arguments)
+    make = engine_maker(ShardingOptions(sharding="row_wise", mesh="model:8"), 16384)
+    many = export_model(tmp_path / "many", *arguments, make_engine=make)
+    assert one.manifest["evaluated_on"] == "the exported program on one device"
+    assert many.manifest["evaluated_on"].startswith("8 devices, which share the tables")
+    for split in ("val", "test"):
+        got, want = (version.read_json("metrics.json")[split] for version in (many, one))
+        assert got["log_loss"] == pytest.approx(want["log_loss"], abs=1e-6) and got["num_samples"] == 200
+    assert load(tmp_path / "many").self_check() < 1e-6
+    for name in ("tables/000_user.npy", "signature.json", "weights.json"):
+        assert many.manifest["files"][name] == one.manifest["files"][name]
+
+
+def test_the_command_scores_on_several_devices_where_one_is_too_small(monkeypatch):
+    monkeypatch.setattr(export, "FLAGS", types.SimpleNamespace(tables="float32", allow_oversubscription=False))
+    gpu = types.SimpleNamespace(platform="gpu", device_kind="H100", memory_stats=lambda: {"bytes_limit": room})
+    model = tiny_model()
+    needed = 4 * 4 * (11 + 7 + 1)
+    monkeypatch.setattr(jax, "devices", lambda: [gpu])
+    room = needed
+    assert export._engine(model, "table 'user'") is None
+    room = needed - 1
+    assert export._engine(model, "table 'user'") is not None
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    with pytest.raises(
+        ConfigError, match=r"evaluating what is exported needs .* most of it is table 'user'; what would"
+    ):
+        export._engine(model, "table 'user'")
+
+
+@pytest.mark.parametrize("mesh", ["model:1", "data:2,model:4"])
+def test_only_tables_are_read_of_a_checkpoint_and_by_pieces(tmp_path, monkeypatch, mesh):
+    """Whatever plan it was saved under; of the optimizer's state nothing."""
+    options = ShardingOptions(mesh=mesh, sharding="row_wise")
+    config = dataclasses.replace(CONFIG, num_steps=5, sharding=options, data=DataConfig(num_examples=2000))
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, learned_pooling=True))
+    train_and_evaluate(config, tmp_path / "run")
+    asked, read = [], reshard.Source.rows
+
+    def rows(self, kind, table, first, step, count):
+        asked.append((kind.group, count))
+        return read(self, kind, table, first, step, count)
+
+    monkeypatch.setattr(reshard.Source, "rows", rows)
+    monkeypatch.setattr(export, "_PIECE_FLOATS", 400)
+    run = open_stored(tmp_path / "run", "latest")
+    got = {
+        name: np.concatenate(list(export._pieces(run, name)))
+        for table in run.model.tables
+        for name in (table.name, table.name + "/pooling_weights")
+    }
+    assert {group for group, _ in asked} == {"tables"} and max(count for _, count in asked) <= 400
+    with checkpoint.Checkpoints(tmp_path / "run") as checkpoints:
+        state = checkpoints.restore(checkpoint.LATEST, on_one_device(run.model, config.optimizer))
+    for name, want in named_tables(run.model, state.tables):
+        np.testing.assert_array_equal(got[name], want)
 
 
 @pytest.mark.end_to_end

@@ -29,6 +29,7 @@ SETTINGS = {
     "shuffle": ("false", "shuffle", False),
     "ids_out_of_range": ("hash", "ids_out_of_range", "hash"),
     "cpu_kernels": ("native", "cpu_kernels", "native"),
+    "allow_oversubscription": ("true", "allow_oversubscription", True),
     "embedding_dim": ("8", "model.embedding_dim", 8),
     "bottom_mlp": ("32,8", "model.bottom_mlp", (32, 8)),
     "top_mlp": ("9,1", "model.top_mlp", (9, 1)),

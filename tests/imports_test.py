@@ -18,6 +18,7 @@ LAYERS = (
         "files",
         "interaction",
         "loss",
+        "memory",
         "schedule",
         "sharding.mesh",
         "sparse_optimizer",

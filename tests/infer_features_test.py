@@ -7,6 +7,13 @@ from dlrm_jax.data.infer_column import make_column
 from dlrm_jax.data.infer_features import _is_called_id, _looks_like_ids, make_features
 
 RNG = np.random.default_rng(0)
+
+
+@pytest.fixture(autouse=True)
+def _the_same_numbers_in_any_order():
+    RNG.bit_generator.state = np.random.default_rng(0).bit_generator.state
+
+
 IDS = (
     "userId",
     "movieId",

@@ -12,7 +12,7 @@ import pytest
 from dlrm_jax.config import ConfigError, FeatureConfig, LossConfig, TableConfig
 from dlrm_jax.embedding import named_tables
 from dlrm_jax.serving import native
-from dlrm_jax.serving.export import export_model
+from dlrm_jax.serving.export import export_model, of_arrays
 from dlrm_jax.serving.loaded import OneDevice, load
 from dlrm_jax.serving.native import NativeCpu
 from dlrm_jax.serving.store import open_version
@@ -75,7 +75,7 @@ def export_random(model_dir, model, kind):
     tables = {name: draw(rows) for name, rows in named_tables(model, state.tables)}
     dense_params = jax.tree.map(lambda array: draw(array) / len(array) ** 0.5, state.dense_params)
     data = random_dataset(model)
-    return export_model(model_dir, model, LossConfig(), dense_params, tables, data, kind, evaluated=())
+    return export_model(model_dir, model, LossConfig(), dense_params, of_arrays(tables), data, kind, evaluated=())
 
 
 @needs_compiler

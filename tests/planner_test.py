@@ -2,18 +2,21 @@
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 
+import jax
 import pytest
 
+from dlrm_jax import memory
 from dlrm_jax.config import ConfigError
 from dlrm_jax.sharding.cost import Load
-from dlrm_jax.sharding.hardware import HARDWARE, at_hand, find
+from dlrm_jax.sharding.hardware import HARDWARE, at_hand, find, of_device
 from dlrm_jax.sharding.mesh import MeshShape, parse_mesh
 from dlrm_jax.sharding.options import ShardingOptions, choose_plan
 from dlrm_jax.sharding.plan import SHARDINGS, Placement, make_plan, plan_from_dict, read_overrides
-from dlrm_jax.sharding.planner import AUTO, Setting, auto_plan, does_not_fit, ranking
+from dlrm_jax.sharding.planner import AUTO, Setting, auto_plan, does_not_fit, largest_holder, ranking
 from dlrm_jax.sharding.topology import parse_topology
 from tests.cost_test import model
 from tests.helpers import ROOT, optimizer
@@ -45,10 +48,65 @@ def test_what_does_not_fit_whole_is_split():
 
 def test_a_plan_that_cannot_fit_says_by_how_much_and_what_would_help():
     small = with_memory(12e6)
-    with pytest.raises(ConfigError, match=r"needs 0\.0\d GB a device, 0\.0\d GB more than .* usable of h100; with the"):
-        auto_plan(small)
+    text = does_not_fit(small, small.cost_of(auto_plan(small)))
+    assert re.match(
+        r"the plan needs 0\.0\d GB a device, 0\.0\d GB more than the 0\.01 GB usable of h100; most of", text
+    )
+    assert "the largest 't0' (1,000,000 rows of 16: 0.06 GB)" in text
+    devices = int(re.search(r"about (\d+) devices on the model axis", text)[1])
+    more = dataclasses.replace(small, mesh=MeshShape(1, devices))
+    assert more.over(more.cost_of(auto_plan(more))) <= 0 < small.over(small.cost_of(auto_plan(small)))
     tiny = with_memory(1e3)
-    assert "make --batch_size smaller" in does_not_fit(tiny, tiny.cost("row_wise"))
+    assert "a smaller --batch_size" in does_not_fit(tiny, tiny.cost("row_wise"))
+
+
+def test_the_largest_holder_is_named_with_its_size():
+    def largest(**changes) -> str:
+        setting = dataclasses.replace(SETTING, mesh=MeshShape(1, 1), **changes)
+        return largest_holder(setting, setting.cost("data_parallel"))
+
+    assert largest() == "tables (0.12 GB), the largest 't0' (1,000,000 rows of 16: 0.06 GB)"
+    assert largest(load=Load(2**20)).startswith("activations of batch_size 1,048,576 (")
+
+
+KINDS = {
+    "gpu": {
+        **{"NVIDIA H100 80GB HBM3": "h100", "NVIDIA GH200 480GB": "h200", "NVIDIA A100-SXM4-40GB": "a100"},
+        **{"NVIDIA B200": "b200", "NVIDIA L40S": "l40s", "NVIDIA L4": "l4", "NVIDIA A10G": "a10g"},
+        **{"Tesla T4": "t4", "Tesla V100-SXM2-16GB": "v100", "NVIDIA GeForce RTX 4090": "rtx4090"},
+        **{"AMD Instinct MI300X": "mi300x", "AMD Instinct MI250X/MI250": "mi250x"},
+    },
+    "tpu": {
+        **{"TPU v2": "v2", "TPU v3": "v3", "TPU v4": "v4", "TPU v5": "v5p", "TPU v5p": "v5p", "TPU v5 lite": "v5e"},
+        **{"TPU v5e": "v5e", "TPU v6 lite": "v6e", "TPU v6e": "v6e", "TPU7x": "tpu7x"},
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("platform", "kind"), [(platform, kind) for platform, kinds in KINDS.items() for kind in kinds]
+)
+def test_accelerators_are_known_by_the_names_that_jax_gives_them(platform, kind):
+    known = at_hand(kind, platform, memory_bytes=5e9)
+    assert known == dataclasses.replace(HARDWARE[KINDS[platform][kind]], memory_bytes=5e9) and not known.assumed
+    assert at_hand(kind, platform).memory_bytes == HARDWARE[known.name].memory_bytes
+
+
+@pytest.mark.parametrize(
+    ("platform", "kind"), [("gpu", "NVIDIA A40"), ("gpu", "AMD Instinct MI500"), ("tpu", "TPU v9")]
+)
+def test_an_unknown_accelerator_has_its_own_memory_and_says_what_is_assumed(platform, kind):
+    found = at_hand(kind, platform, 8, 111e9)
+    assert found.assumed and found.name == kind and found.memory_bytes == 111e9
+    assert found.flops > 1e13, "an accelerator's, not a CPU's"
+    assert "not in the table: its rates are assumed" in found.source and "--calibrate" in found.source
+    assert "its memory and rates are assumed" in at_hand(kind, platform).source
+
+
+def test_a_cpu_at_hand_has_its_machines_memory():
+    whole, shared = of_device(jax.devices()[0]), of_device(jax.devices()[0], 8)
+    assert whole.memory_bytes == memory.host_total() and shared.memory_bytes == memory.host_total() // 8
+    assert at_hand("cpu", "cpu", 4).memory_bytes == HARDWARE["cpu"].memory_bytes / 4
 
 
 def test_table_wise_balances_what_devices_carry():
@@ -109,8 +167,6 @@ def test_meshes_topologies_and_hardware_as_text():
             parse_topology(text)
     with pytest.raises(ConfigError, match="--hardware=abacus is not known; choose one of h100"):
         find("abacus")
-    assert at_hand("NVIDIA H100 80GB HBM3", "gpu").name == "h100" and at_hand("TPU v5 lite", "tpu").name == "v5e"
-    assert at_hand("cpu", "cpu").name == "cpu"
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess:

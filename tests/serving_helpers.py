@@ -7,7 +7,7 @@ import numpy as np
 from dlrm_jax.config import LossConfig, ModelConfig
 from dlrm_jax.data.dataset import Dataset, Split
 from dlrm_jax.embedding import named_tables
-from dlrm_jax.serving.export import export_model
+from dlrm_jax.serving.export import export_model, of_arrays
 from dlrm_jax.serving.store import Version
 from dlrm_jax.state import TrainState, init_state
 from tests.helpers import optimizer, random_batch
@@ -42,4 +42,4 @@ def export_tiny(
     tables = {name: np.asarray(rows) for name, rows in named_tables(model, state.tables)}
     data = random_dataset(model)
     loss = loss or LossConfig()
-    return export_model(model_dir, model, loss, state.dense_params, tables, data, kind, evaluated=("test",))
+    return export_model(model_dir, model, loss, state.dense_params, of_arrays(tables), data, kind, evaluated=("test",))

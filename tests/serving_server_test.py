@@ -17,7 +17,7 @@ from dlrm_jax.config import LossConfig
 from dlrm_jax.data.prepared import open_prepared
 from dlrm_jax.embedding import named_tables
 from dlrm_jax.serving import load
-from dlrm_jax.serving.export import export_model
+from dlrm_jax.serving.export import export_model, of_arrays
 from dlrm_jax.serving.store import write_version
 from tests.helpers import tiny_model
 from tests.prepared_helpers import digest, rows_of
@@ -273,7 +273,7 @@ def test_a_new_version_takes_over_without_a_dropped_request(served, prepared, tm
             state = lively_state(model, seed=5)
             tables = {name: np.asarray(table) for name, table in named_tables(model, state.tables)}
             dataset = open_prepared(output)
-            args = (model, LossConfig(), state.dense_params, tables, dataset, "float32", output)
+            args = (model, LossConfig(), state.dense_params, of_arrays(tables), dataset, "float32", output)
             assert export_model(model_dir, *args, evaluated=()).number == 2
             server.event("model_ready", version=2)
             time.sleep(0.3)

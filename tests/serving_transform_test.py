@@ -18,7 +18,7 @@ from dlrm_jax.embedding import named_tables
 from dlrm_jax.run_config import ModelOptions
 from dlrm_jax.serving import load
 from dlrm_jax.serving.errors import BadRequest
-from dlrm_jax.serving.export import export_model
+from dlrm_jax.serving.export import export_model, of_arrays
 from dlrm_jax.serving.signature import ServedFeature, Signature
 from dlrm_jax.serving.transform import Reader
 from tests.export_test import in_training
@@ -85,7 +85,15 @@ def prepared(tmp_path_factory):
     state = lively_state(model)
     tables = {name: np.asarray(table) for name, table in named_tables(model, state.tables)}
     export_model(
-        directory / "model", model, LossConfig(), state.dense_params, tables, dataset, "float32", output, evaluated=()
+        directory / "model",
+        model,
+        LossConfig(),
+        state.dense_params,
+        of_arrays(tables),
+        dataset,
+        "float32",
+        output,
+        evaluated=(),
     )
     return rows, output, directory / "model", model, state
 

@@ -9,14 +9,14 @@ import pytest
 from dlrm_jax.config import ConfigError
 from dlrm_jax.data import trace
 from dlrm_jax.data.pipeline import eval_batches
-from dlrm_jax.data.synthetic import Spec, device_batch, generate, rank_of
+from dlrm_jax.data.synthetic import Spec, _below, device_batch, generate, rank_of, segments
 from dlrm_jax.data.trace import Distribution, profile, read_distribution, read_trace, write_distribution
 
 
 @pytest.mark.parametrize("skew", [0.0, 0.8, 1.0, 1.3])
 def test_ids_follow_the_power_law(skew):
     rows = 500
-    ids = rank_of(np, np.random.default_rng(0).random(400_000), rows, skew)
+    ids = rank_of(np.random.default_rng(0).random(400_000), rows, skew)
     counts = np.bincount(ids, minlength=rows)
     expected = np.diff(cumulative(rows, skew)) * 400_000
     np.testing.assert_allclose(counts, expected, atol=6 * expected.max() ** 0.5)
@@ -46,9 +46,59 @@ def test_on_device_batches_have_the_same_law():
     spec = Spec(4, (1000, 7), (3, 1), id_skew=1.1)
     batch = jax.jit(lambda key: device_batch(spec, 4096, key))(jax.random.key(0))
     assert batch.ids_BxK.shape == (4096, 4) and batch.dense_BxN.shape == (4096, 4)
-    host = rank_of(np, np.random.default_rng(0).random(12_288), 1000, 1.1)
+    host = rank_of(np.random.default_rng(0).random(12_288), 1000, 1.1)
     assert abs((np.asarray(batch.ids_BxK[:, :3]) < 10).mean() - (host < 10).mean()) < 0.02
     assert np.asarray(batch.ids_BxK[:, 3]).max() == 6
+
+
+@pytest.mark.parametrize("skew", [0.0, 0.3, 1.0, 1.05])
+@pytest.mark.parametrize("rows", [40_000_000, 2**31 - 1])
+def test_on_device_ids_reach_every_row_of_a_large_table(rows, skew):
+    """float32 has 24 bits: beyond 2^24 it holds even ids only, and a uniform one has 2^23 values."""
+    draws = 2**20
+    batch = jax.jit(lambda key: device_batch(Spec(1, (rows,), (64,), skew), draws // 64, key))(jax.random.key(3))
+    ids = np.asarray(batch.ids_BxK).ravel()
+    assert ids.dtype == np.int32 and ids.min() >= 0 and ids.max() < rows
+    bounds = np.unique(np.geomspace(1, rows, 200).astype(np.int64)) if skew else np.linspace(0, rows, 200)
+    bounds[0], bounds[-1] = 0, rows
+    counts, _ = np.histogram(ids, bounds)
+    expected = np.diff(law(bounds, rows, skew)) * draws
+    chi_square = ((counts - expected) ** 2 / expected).sum()
+    degrees = len(counts) - 1
+    assert abs(chi_square - degrees) < 6 * (2 * degrees) ** 0.5
+    high = ids[ids >= 2**24]
+    assert abs((high % 2).mean() - 0.5) < 5 * 0.5 / len(high) ** 0.5
+    residues = np.bincount(high % 64, minlength=64)
+    assert ((residues - len(high) / 64) ** 2 / (len(high) / 64)).sum() < 63 + 6 * 126**0.5
+    if not skew:
+        distinct = rows * -np.expm1(draws * np.log1p(-1 / rows))
+        assert abs(len(np.unique(ids)) - distinct) < 6 * (draws**2 / 2 / rows) ** 0.5 + 1
+
+
+def law(bounds: np.ndarray, rows: int, skew: float) -> np.ndarray:
+    """P(id < bound), as the host has it."""
+    x, top = bounds + 1.0, rows + 1.0
+    return np.log(x) / np.log(top) if skew == 1 else (x ** (1 - skew) - 1) / (top ** (1 - skew) - 1)
+
+
+def test_a_segment_holds_ranks_that_are_nearly_as_likely():
+    for rows, skew in ((1, 1.05), (5, 0.0), (1000, 3.0), (2**31 - 1, 0.0), (2**31 - 1, 0.01), (2**31 - 1, 1.3)):
+        first, below = segments(rows, skew)
+        assert first[0] == 0 and first[-1] == rows and len(below) == len(first) - 2
+        widths = np.diff(first.astype(np.int64))
+        assert (widths > 0).all() and (np.diff(below.astype(np.int64)) >= 0).all()
+        wide = widths > 1
+        fall = ((first[1:] + 0.0) / (first[:-1] + 1.0)) ** skew
+        assert (fall[wide] <= 1 + 2**-8 + 1e-9).all()
+
+
+def test_words_are_scaled_as_whole_numbers_are():
+    rng = np.random.default_rng(0)
+    high, low, bound = rng.integers(0, 2**32, (3, 1000), np.uint64)
+    high[:4], low[:4], bound[:4] = 2**32 - 1, 2**32 - 1, [1, 2, 2**31, 2**32 - 1]
+    got = _below(*(words.astype(np.uint32) for words in (high, low, bound)))
+    words = zip(high.tolist(), low.tolist(), bound.tolist(), strict=True)
+    assert got.tolist() == [(h * 2**32 + rest) * most >> 64 for h, rest, most in words]
 
 
 @pytest.mark.parametrize(

@@ -5,11 +5,12 @@ import json
 import os
 import subprocess
 import sys
+from importlib import metadata
 
 import pytest
 
 from dlrm_jax.config import ConfigError
-from dlrm_jax.sharding.topology import devices, parse_topology
+from dlrm_jax.sharding.topology import devices, other_libtpu, parse_topology
 from tests.helpers import ROOT
 
 HAS_LIBTPU = importlib.util.find_spec("libtpu") is not None
@@ -72,3 +73,29 @@ def test_mlperf_on_a_pod_as_predicted(tmp_path, model, pod):
 def test_a_shape_that_libtpu_does_not_know_is_one_line():
     with pytest.raises(ConfigError, match=r"libtpu does not know the topology v5e:3x5"):
         devices(parse_topology("v5e:3x5"))
+
+
+def test_a_libtpu_of_another_release_is_one_line(tmp_path, monkeypatch):
+    """A package that is not what JAX asks for; whatever goes wrong with it, the line says what to install."""
+    (tmp_path / "libtpu-0.0.3.dist-info").mkdir()
+    (tmp_path / "libtpu-0.0.3.dist-info" / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: libtpu\nVersion: 0.0.3\n"
+    )
+    (tmp_path / "libtpu").mkdir()
+    (tmp_path / "libtpu" / "__init__.py").write_text("def get_library_path():\n    return '/nowhere/libtpu.so'\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert other_libtpu().startswith("libtpu 0.0.3 does not belong to jax ")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    command = [sys.executable, "-m", "dlrm_jax.plan", "--dataset=synthetic", "--topology=v5e:2x2"]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert done.stderr.startswith("error: libtpu 0.0.3 does not belong to jax ") and done.stderr.count("\n") == 1
+    assert 'pip install --upgrade "dlrm_jax[tpu-plan]" (it ended in: ' in done.stderr
+
+
+def test_the_libtpu_that_jax_asks_for_is_its_own(monkeypatch):
+    monkeypatch.setattr(metadata, "requires", lambda name: ['libtpu==0.0.42.*; extra == "tpu"'])
+    for found, other in (("0.0.42", ""), ("0.0.42.1", ""), ("0.0.4", "0.0.42"), ("0.0.421", "0.0.42")):
+        monkeypatch.setattr(metadata, "version", lambda name, found=found: found)
+        assert other in other_libtpu() and bool(other) == bool(other_libtpu())

@@ -8,6 +8,8 @@ from dlrm_jax.config import ConfigError, require, require_choice, require_finite
 from dlrm_jax.data import criteo, movielens, multi_hot, planted, synthetic
 from dlrm_jax.data.dataset import Dataset
 from dlrm_jax.data.prepared import is_prepared, open_prepared
+from dlrm_jax.data.text import find_file
+from dlrm_jax.memory import gigabytes, host_available, require_room
 
 DATASETS = ("planted", "synthetic", "movielens_100k", "criteo_kaggle")
 _GENERATED = ("planted", "synthetic")
@@ -68,14 +70,48 @@ def named(config: DataConfig, dataset: Dataset) -> DataConfig:
     return dataclasses.replace(config, dataset=dataset.name)
 
 
-def load_dataset(config: DataConfig) -> Dataset:
-    """Open, read, or generate the data set that `config` names."""
+def load_dataset(config: DataConfig, oversubscribe: bool = False) -> Dataset:
+    """Open, read, or generate the data set that `config` names.
+
+    ConfigError, unless `oversubscribe`, where what must be in memory does not fit there.
+    """
+    _require_room(config, oversubscribe)
     dataset = _load(config)
     if config.multi_hot == "none":
         return dataset
+    if config.multi_hot == "compatible" and len(config.multi_hot_sizes) == len(dataset.features):
+        rows = [dataset.table_sizes[feature.table] for feature in dataset.features]
+        further = [4 * n * (hotness - 1) for n, hotness in zip(rows, config.multi_hot_sizes, strict=True)]
+        most = further.index(max(further))
+        largest = f"those of {dataset.features[most].name!r} ({gigabytes(further[most])})"
+        needs = ("the bags of --multi_hot=compatible", sum(further), host_available(), "this machine's memory", largest)
+        require_room(*needs, "--multi_hot=virtual, which holds none", oversubscribe)
     return multi_hot.expand_dataset(
         dataset, config.multi_hot_sizes, config.multi_hot_distribution, config.multi_hot == "virtual"
     )
+
+
+def _require_room(config: DataConfig, oversubscribe: bool) -> None:
+    """ConfigError for rows that are read or made as a whole and are more than memory holds."""
+    if config.data_dir and is_prepared(pathlib.Path(config.data_dir)):
+        return
+    if config.dataset == "criteo_kaggle":
+        path = find_file(config.data_dir, criteo.FILE_NAMES)
+        needs = (
+            f"reading {path} as a whole",
+            path.stat().st_size,
+            host_available(),
+            "this machine's memory",
+            "its text",
+        )
+        require_room(*needs, "the log prepared by python -m dlrm_jax.prepare, which is streamed", oversubscribe)
+    if config.dataset == "synthetic" and config.id_trace:
+        spec, rows = synthetic_spec(config), config.num_examples or synthetic.DEFAULT_EXAMPLES
+        size = 4 * rows * (spec.num_dense + sum(spec.bag_sizes) + 3)
+        needs = ("a log of --id_trace", size, host_available(), "this machine's memory", f"its {rows:,} rows")
+        require_room(
+            *needs, "a smaller --num_examples, or --id_skew, whose rows are made as they are read", oversubscribe
+        )
 
 
 def _load(config: DataConfig) -> Dataset:

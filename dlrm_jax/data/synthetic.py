@@ -2,6 +2,10 @@
 
 Skew: the id of frequency rank k (1-based; ids are ranks, so id 0 is the most frequent) occurs in proportion to k^-skew,
 drawn by inverting the continuous law, P(rank <= k) ~ integral from 1 to k + 1. Reuse: see trace.py.
+
+On a device there are float32 numbers only, of which uniform ones have 23 bits: they reach 8 million rows. There ids are
+drawn in whole numbers: a segment of neighbouring ranks by its probability, and one of its ranks, all alike. A segment
+is one rank where ranks differ much; within one the law falls by a factor of at most 1 + 2^-8.
 """
 
 import dataclasses
@@ -18,6 +22,7 @@ from dlrm_jax.data.windows import GeneratedSplit
 DEFAULT_EXAMPLES = 1_000_000
 _BLOCK_ROWS = 65_536
 _POSITIVE_RATE = 0.25
+_SEGMENT_FALL = 1 + 2**-8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,14 +51,59 @@ class Spec:
         return self.hotness if len(self.hotness) > 1 else self.hotness * len(self.table_sizes)
 
 
-def rank_of(xp: Any, u: Any, rows: int, skew: float) -> Any:
-    """Ids (ranks from 0) for uniform numbers u in [0, 1), computed with numpy or jax.numpy."""
+def rank_of(u: np.ndarray, rows: int, skew: float) -> np.ndarray:
+    """Ids (ranks from 0) for uniform numbers u in [0, 1) of float64."""
     top = rows + 1.0
     if abs(skew - 1) < 1e-9:
-        rank = xp.exp(u * np.log(top)) - 1
+        rank = np.exp(u * np.log(top)) - 1
     else:
         rank = (1 + u * (top ** (1 - skew) - 1)) ** (1 / (1 - skew)) - 1
-    return xp.clip(xp.floor(rank), 0, rows - 1).astype(xp.int32)
+    return np.clip(np.floor(rank), 0, rows - 1).astype(np.int32)
+
+
+def _cumulative(k: np.ndarray, rows: int, skew: float) -> np.ndarray:
+    """P(rank < k), by the continuous law."""
+    if abs(skew - 1) < 1e-9:
+        return np.log(k + 1.0) / np.log(rows + 1.0)
+    return ((k + 1.0) ** (1 - skew) - 1) / ((rows + 1.0) ** (1 - skew) - 1)
+
+
+@functools.cache
+def segments(rows: int, skew: float) -> tuple[np.ndarray, np.ndarray]:
+    """(first ranks of the segments, and `rows`; P(rank < first) of all but the first segment, in 2^-32)."""
+    fall = _SEGMENT_FALL ** (1 / skew) if skew > 0 else float("inf")
+    first = [0]
+    while first[-1] < rows:
+        first.append(min(rows, max(first[-1] + 1, int(min((first[-1] + 1) * fall, rows + 1.0)) - 1)))
+    below = np.floor(_cumulative(np.array(first[1:-1], np.float64), rows, skew) * 2**32)
+    return np.array(first, np.int32), np.minimum(below, 2**32 - 1).astype(np.uint32)
+
+
+def _device_ids(key: Any, shape: tuple[int, int], rows: int, skew: float) -> Any:
+    """int32 ids (ranks from 0), drawn on the device from 96 random bits each."""
+    import jax
+    import jax.numpy as jnp
+
+    first, below = segments(rows, skew)
+    choice, high, low = jax.random.bits(key, (3, *shape), jnp.uint32)
+    segment = jnp.searchsorted(below, choice, side="right") if len(below) else jnp.zeros(shape, jnp.int32)
+    start, stop = jnp.asarray(first)[segment], jnp.asarray(first)[segment + 1]
+    return start + _below(high, low, (stop - start).astype(jnp.uint32)).astype(jnp.int32)
+
+
+def _below(high: Any, low: Any, bound: Any) -> Any:
+    """floor((high * 2^32 + low) * bound / 2^64) in 32-bit words: a number below `bound`, all as likely as can be."""
+    over, rest = _product(high, bound)
+    carried, _ = _product(low, bound)
+    return over + ((rest + carried) < rest).astype(over.dtype)
+
+
+def _product(a: Any, b: Any) -> tuple[Any, Any]:
+    """(upper, lower) 32 bits of a * b, from 16-bit halves."""
+    a1, a0, b1, b0 = a >> 16, a & 0xFFFF, b >> 16, b & 0xFFFF
+    middle = a1 * b0 + (a0 * b0 >> 16)
+    other = a0 * b1 + (middle & 0xFFFF)
+    return a1 * b1 + (middle >> 16) + (other >> 16), a * b
 
 
 def generate(spec: Spec, seed: int, num_examples: int = DEFAULT_EXAMPLES) -> Dataset:
@@ -98,7 +148,7 @@ def _block(spec: Spec, traces: list[trace.Distribution] | None, seed: int, index
     columns = []
     for f, (rows, hotness) in enumerate(zip(spec.table_sizes, spec.bag_sizes, strict=True)):
         if traces is None:
-            columns.append(rank_of(np, rng.random((_BLOCK_ROWS, hotness)), rows, spec.id_skew))
+            columns.append(rank_of(rng.random((_BLOCK_ROWS, hotness)), rows, spec.id_skew))
         else:
             drawn = trace.generate(traces[f], _BLOCK_ROWS * hotness, rng)
             columns.append(drawn.astype(np.int32).reshape(_BLOCK_ROWS, hotness))
@@ -120,7 +170,7 @@ def device_batch(spec: Spec, batch_size: int, key: Any) -> Any:
     require(not spec.id_trace, "ids of a trace are made on the host only; leave id_trace out")
     dense_key, label_key, *id_keys = jax.random.split(key, 2 + len(spec.table_sizes))
     columns = [
-        rank_of(jnp, jax.random.uniform(id_key, (batch_size, hotness)), rows, spec.id_skew)
+        _device_ids(id_key, (batch_size, hotness), rows, spec.id_skew)
         for id_key, rows, hotness in zip(id_keys, spec.table_sizes, spec.bag_sizes, strict=True)
     ]
     return Batch(

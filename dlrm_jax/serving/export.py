@@ -7,14 +7,14 @@ weights.json          name of each array of `weights` -> the files whose rows, o
 weights/, tables/     .npy files; tables by name, as --tables stores them (quantise.py)
 vocabularies/         keys of each table's values in the order of their ids (transform.py)
 self_check.npz        a few rows and their probabilities, for who loads it to compare
-metrics.json          of this very program on val and test
+metrics.json          of this very program on val and test; manifest.json says so, or which devices it took instead
 """
 
 import dataclasses
 import json
 import pathlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -23,17 +23,18 @@ import numpy as np
 from jax import export as jax_export
 
 from dlrm_jax import embedding, metrics, reporting
-from dlrm_jax.batch import Batch
+from dlrm_jax.batch import EMPTY_SLOT, Batch
 from dlrm_jax.config import ConfigError, LossConfig, ModelConfig, require_choice
 from dlrm_jax.data.dataset import Dataset, Rows
 from dlrm_jax.data.file_names import existing_file, file_names
-from dlrm_jax.data.pipeline import Prefetcher, eval_batches
+from dlrm_jax.data.pipeline import Prefetcher, eval_batches, padded
 from dlrm_jax.data.prepared import is_prepared, read_json
 from dlrm_jax.data.schema import Sparse
 from dlrm_jax.data.schema_io import from_dict as schema_from_dict
 from dlrm_jax.embedding import POOLING_WEIGHTS
 from dlrm_jax.loss import example_losses, probability
 from dlrm_jax.model import DLRM
+from dlrm_jax.serving.loaded import MakeEngine, read_weights
 from dlrm_jax.serving.quantise import TABLE_TYPES, stored_table, take_stored
 from dlrm_jax.serving.signature import ServedFeature, Signature
 from dlrm_jax.serving.store import Version, write_version
@@ -42,6 +43,10 @@ PLATFORMS = ("cpu", "cuda", "tpu")
 _CHECKED_ROWS = 16
 
 Weights = dict[str, Any]
+Score = Callable[[Any, Any], Any]
+"""(dense_BxN, ids_BxK) -> (probability_B, logit_B)."""
+Pieces = Callable[[str], Iterable[np.ndarray]]
+"""The float32 rows of a table, or (`<table>/pooling_weights`) of its pooling weights, one piece below the other."""
 Forward = Callable[[Weights, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
 
 
@@ -96,47 +101,56 @@ def export_model(
     model: ModelConfig,
     loss: LossConfig,
     dense_params: Any,
-    named_tables: dict[str, np.ndarray],
+    pieces: Pieces,
     dataset: Dataset,
     kind: str = "float32",
     data_dir: pathlib.Path | None = None,
     facts: dict[str, Any] | None = None,
     evaluated: tuple[str, ...] = ("val", "test"),
+    make_engine: MakeEngine | None = None,
 ) -> Version:
-    """Write the next version. `named_tables` are float32, by table name (embedding.named_tables).
+    """Write the next version, its tables by `pieces`, so that no table need be in memory as a whole.
 
     `data_dir`, where the dataset was prepared, has its vocabularies. `evaluated` are the splits that metrics are of.
+    What is written is scored by the very program, on the first device; by `make_engine` where it does not fit there.
     """
     require_choice("tables", kind, TABLE_TYPES)
     signature = make_signature(model, dataset, kind, data_dir)
-    stored = {}
-    for name, rows in named_tables.items():
-        try:
-            stored[name] = rows if name.endswith(POOLING_WEIGHTS) else stored_table(rows, kind)
-        except ConfigError as error:
-            raise ConfigError(f"table {name!r}: {error}") from error
-    dense = _flat(dense_params)
-    weights = {name: jnp.asarray(value) for name, value in dense.items()} | embedding.stack_tables(model, stored)
-    forward = make_forward(model, loss, kind)
-    score = jax.jit(forward)
-    scores = {name: _evaluate(score, weights, loss, dataset, name) for name in evaluated}
+    dense, forward = _flat(dense_params), make_forward(model, loss, kind)
+    facts = {"name": signature.name, "tables": kind, "table_bytes": 0, **(facts or {})}
 
     def write(directory: pathlib.Path) -> None:
-        shapes = {name: jax.ShapeDtypeStruct(value.shape, value.dtype) for name, value in weights.items()}
+        index, shapes, facts["table_bytes"] = _write_weights(directory, model, dense, pieces, kind)
         program = export_program(forward, shapes, model.num_dense, model.num_slots)
         (directory / "program.stablehlo").write_bytes(program)
         described = {"model": dataclasses.asdict(model), "loss_threshold": loss.threshold}
         _write_json(directory / "model.json", described)
         _write_json(directory / "signature.json", signature.to_dict())
-        _write_json(directory / "weights.json", _write_weights(directory, model, dense, stored))
-        _write_json(directory / "metrics.json", reporting.json_ready(scores))
+        _write_json(directory / "weights.json", index)
         if signature.schema is not None and data_dir is not None:
             _write_vocabularies(directory, signature, data_dir)
-        _write_self_check(directory, score, weights, dataset.splits["train"], dataset)
+        score, multiple, facts["evaluated_on"] = _scorer(Version(0, directory, {}), forward, make_engine)
+        scores = {name: _evaluate(score, multiple, loss, dataset, name) for name in evaluated}
+        _write_json(directory / "metrics.json", reporting.json_ready(scores))
+        _write_self_check(directory, score, multiple, dataset.splits["train"], dataset)
 
-    table_bytes = sum(rows.nbytes for rows in stored.values())
-    facts = {"name": signature.name, "tables": kind, "table_bytes": table_bytes, **(facts or {})}
-    return write_version(model_dir, write, facts | {"platforms": list(PLATFORMS), "versions": reporting.versions()})
+    facts |= {"platforms": list(PLATFORMS), "versions": reporting.versions()}
+    return write_version(model_dir, write, facts)
+
+
+def of_arrays(named_tables: Mapping[str, np.ndarray]) -> Pieces:
+    """Tables that are in memory, by name (embedding.named_tables)."""
+    return lambda name: [named_tables[name]]
+
+
+def _scorer(version: Version, forward: Forward, make_engine: MakeEngine | None) -> tuple[Score, int, str]:
+    """(what scores a batch by the files of a version, what batches must be a multiple of, in words)."""
+    if make_engine is not None:
+        engine = make_engine(version, None)
+        where = f"{jax.device_count()} devices, which share the tables; not the exported program"
+        return lambda dense, ids: engine.run(np.asarray(dense), np.asarray(ids)), engine.batch_multiple, where
+    weights, jitted = read_weights(version), jax.jit(forward)
+    return lambda dense, ids: jitted(weights, dense, ids), 1, "the exported program on one device"
 
 
 def make_signature(model: ModelConfig, dataset: Dataset, kind: str, data_dir: pathlib.Path | None = None) -> Signature:
@@ -174,30 +188,65 @@ def _file_name(index: int, name: str) -> str:
 
 
 def _write_weights(
-    directory: pathlib.Path, model: ModelConfig, dense: dict[str, np.ndarray], stored: dict[str, np.ndarray]
-) -> dict[str, Any]:
-    """weights.json, its files written."""
+    directory: pathlib.Path, model: ModelConfig, dense: dict[str, np.ndarray], pieces: Pieces, kind: str
+) -> tuple[dict[str, Any], dict[str, jax.ShapeDtypeStruct], int]:
+    """(weights.json, the arrays' shapes, bytes of the tables), the files written."""
     for folder in ("weights", "tables"):
         (directory / folder).mkdir()
     arrays: dict[str, Any] = {}
+    shapes = {name: jax.ShapeDtypeStruct(value.shape, value.dtype) for name, value in dense.items()}
     for i, (name, value) in enumerate(dense.items()):
-        arrays[name] = {"dtype": value.dtype.name, "files": [_save(directory, f"weights/{_file_name(i, name)}", value)]}
-    files = {}
-    for i, (name, rows) in enumerate(stored.items()):
-        files[name] = _save(directory, f"tables/{_file_name(i, name)}", rows)
+        file = f"weights/{_file_name(i, name)}"
+        _append(directory / file, [value], value.shape)
+        arrays[name] = {"dtype": value.dtype.name, "files": [file]}
     suffixes = ("", POOLING_WEIGHTS) if model.learned_pooling else ("",)
+    names = [table.name + suffix for table in model.tables for suffix in suffixes]
+    written = {}
+    for i, name in enumerate(names):
+        table = model.table(name.removesuffix(POOLING_WEIGHTS))
+        stored_as = "float32" if name.endswith(POOLING_WEIGHTS) else kind
+        file = f"tables/{_file_name(i, name)}"
+        row = _append(directory / file, _stored(name, pieces(name), stored_as), (table.num_embeddings,))
+        written[name] = (file, row)
+    table_bytes = 0
     for stack in embedding.make_stacks(model):
         for suffix in suffixes:
-            names = [table.name + suffix for table in stack.tables]
-            dtype = stored[names[0]].dtype.name
-            arrays[stack.name + suffix] = {"dtype": dtype, "files": [files[name] for name in names], "tables": names}
-    return arrays
+            of_stack = [table.name + suffix for table in stack.tables]
+            files, (row, *_) = zip(*(written[name] for name in of_stack), strict=True)
+            arrays[stack.name + suffix] = {"dtype": row.dtype.name, "files": list(files), "tables": of_stack}
+            shapes[stack.name + suffix] = jax.ShapeDtypeStruct((stack.num_rows, *row.shape), row.dtype)
+            table_bytes += stack.num_rows * row.size * row.dtype.itemsize
+    return arrays, shapes, table_bytes
 
 
-def _save(directory: pathlib.Path, name: str, value: np.ndarray) -> str:
-    # NumPy's format has no bfloat16; weights.json says what the bits are.
-    np.save(directory / name, value.view(np.uint16) if value.dtype.name == "bfloat16" else value, allow_pickle=False)
-    return name
+def _stored(name: str, pieces: Iterable[np.ndarray], kind: str) -> Iterator[np.ndarray]:
+    """A table's rows as they are stored; ConfigError for what is not finite."""
+    first = 0
+    for rows_PxD in pieces:
+        bad = np.flatnonzero(~np.isfinite(rows_PxD).all(axis=1))
+        if len(bad):
+            raise ConfigError(
+                f"table {name!r} holds NaN or infinity, first in row {first + bad[0]}; export another --checkpoint"
+            )
+        yield stored_table(np.asarray(rows_PxD, np.float32), kind)
+        first += len(rows_PxD)
+
+
+def _append(path: pathlib.Path, pieces: Iterable[np.ndarray], rows: tuple[int, ...]) -> jax.ShapeDtypeStruct:
+    """Write a .npy file of arrays one below the other, `rows` in all, as numpy.save would; a row's shape and type."""
+    row = None
+    with path.open("wb") as file:
+        for piece in pieces:
+            # NumPy's format has no bfloat16; weights.json says what the bits are.
+            bits = piece.view(np.uint16) if piece.dtype.name == "bfloat16" else piece
+            if row is None:
+                row = jax.ShapeDtypeStruct(piece.shape[1:], piece.dtype)
+                shape = (*rows[:1], *piece.shape[1:])
+                described = {"descr": np.lib.format.dtype_to_descr(bits.dtype), "fortran_order": False, "shape": shape}
+                np.lib.format.write_array_header_1_0(file, described)
+            np.ascontiguousarray(bits).tofile(file)
+    assert row is not None, "a table has rows"
+    return row
 
 
 def _write_vocabularies(directory: pathlib.Path, signature: Signature, data_dir: pathlib.Path) -> None:
@@ -231,35 +280,34 @@ def _write_vocabularies(directory: pathlib.Path, signature: Signature, data_dir:
     _write_json(directory / "vocabularies.json", index)
 
 
-def _write_self_check(
-    directory: pathlib.Path, forward: Forward, weights: Weights, split: Rows, dataset: Dataset
-) -> None:
+def _write_self_check(directory: pathlib.Path, score: Score, multiple: int, split: Rows, dataset: Dataset) -> None:
     rows, order = next(split.windows(seed=0, epoch=0, shuffle=False))
     order = order[:_CHECKED_ROWS]
     batch = Batch(rows.dense_RxN[order], rows.ids_RxK[order], rows.label_R[order], np.ones(len(order), np.float32))
     if dataset.expander is not None:
         batch = dataset.expander.on_host(batch)
-    prob_B, logit_B = forward(weights, batch.dense_BxN, batch.ids_BxK)
+    dense_BxN, ids_BxK, count = np.asarray(batch.dense_BxN), np.asarray(batch.ids_BxK), len(order)
+    more = ((0, -count % multiple), (0, 0))
+    prob_B, logit_B = score(np.pad(dense_BxN, more), np.pad(ids_BxK, more, constant_values=EMPTY_SLOT))
     np.savez(
         directory / "self_check.npz",
-        dense=np.asarray(batch.dense_BxN),
-        ids=np.asarray(batch.ids_BxK),
-        probability=np.asarray(prob_B),
-        logit=np.asarray(logit_B),
+        dense=dense_BxN,
+        ids=ids_BxK,
+        probability=np.asarray(prob_B)[:count],
+        logit=np.asarray(logit_B)[:count],
     )
 
 
-def _evaluate(
-    forward: Forward, weights: Weights, loss: LossConfig, dataset: Dataset, name: str
-) -> dict[str, Any] | None:
-    """Metrics of the very program that is exported, so that what quantising costs shows."""
+def _evaluate(score: Score, multiple: int, loss: LossConfig, dataset: Dataset, name: str) -> dict[str, Any] | None:
+    """Metrics of what is exported, so that what quantising costs shows."""
     split = dataset.splits[name]
     if not len(split):
         return None
     collected = metrics.Metrics()
-    with Prefetcher(eval_batches(split, min(16384, len(split))), expander=dataset.expander) as batches:
+    batch_size = padded(min(16384, len(split)), multiple)
+    with Prefetcher(eval_batches(split, batch_size), expander=dataset.expander) as batches:
         for _, batch in batches:
-            prob_B, logit_B = forward(weights, batch.dense_BxN, batch.ids_BxK)
+            prob_B, logit_B = score(batch.dense_BxN, batch.ids_BxK)
             collected.append(
                 metrics.batch_sums(
                     loss_B=example_losses(loss, logit_B, batch.label_B),

@@ -1,16 +1,19 @@
 """An exported model in a process of its own: jax and numpy, no training code, no flags."""
 
 import dataclasses
+import functools
 import pathlib
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from jax import export as jax_export
 
+from dlrm_jax import memory
 from dlrm_jax.config import ConfigError, ModelConfig, model_from_dict
 from dlrm_jax.data.vocabulary import Vocabulary
 from dlrm_jax.serving import signature as signatures
@@ -21,6 +24,9 @@ from dlrm_jax.serving.transform import Reader
 
 BATCH_SIZES = (1, 4, 16, 64, 128, 256, 512, 1024, 2048)
 """Batches are filled up to the next of these; larger ones are cut."""
+
+_PIECE_BYTES = 1 << 26
+"""What is read of a table's files at a time."""
 
 _POOLING_WEIGHTS = "/pooling_weights"
 """Suffix of such an array's name (embedding.py, which serving does not import)."""
@@ -73,7 +79,7 @@ class OneDevice:
 
     def __init__(self, version: Version, like: Engine | None = None) -> None:
         """Read a version's weights; the compiled program of `like` is kept where it is the same."""
-        self._weights = _read_weights(version)
+        self._weights = read_weights(version)
         program = (version.directory / "program.stablehlo").read_bytes()
         self._shapes = {name: (value.shape, value.dtype) for name, value in self._weights.items()}
         known = like if isinstance(like, OneDevice) and like._shapes == self._shapes else None
@@ -217,12 +223,73 @@ def load(
     return Servable(open_version(pathlib.Path(model_dir), version), batch_sizes, make_engine=make_engine)
 
 
-def _read_weights(version: Version) -> dict[str, jax.Array]:
+def read_weights(version: Version) -> dict[str, jax.Array]:
+    """All arrays of `weights.json` on the first device; large ones go there piece by piece."""
     weights = {}
     for name, facts in version.read_json("weights.json").items():
-        parts = [read_array(version, file, facts["dtype"]) for file in facts["files"]]
-        weights[name] = jax.device_put(parts[0] if len(parts) == 1 else np.concatenate(parts))
+        shapes = [read_array(version, file, facts["dtype"]).shape for file in facts["files"]]
+        rows, row_shape = sum(shape[0] for shape in shapes), shapes[0][1:]
+        piece = max(1, _PIECE_BYTES // max(1, np.dtype(facts["dtype"]).itemsize * int(np.prod(row_shape))))
+        if rows <= piece:
+            weights[name] = jax.device_put(_rows_of(version, facts, shapes, 0, rows))
+            continue
+        array = jnp.zeros((rows, *row_shape), facts["dtype"])
+        for start in range(0, rows, piece):
+            start = min(start, rows - piece)  # The last piece is as long as the others: they share a program.
+            # One at a time, or all that are waiting would be in memory.
+            array = jax.block_until_ready(_put(array, _rows_of(version, facts, shapes, start, piece), start))
+        weights[name] = array
     return weights
+
+
+def _rows_of(
+    version: Version, facts: dict[str, Any], shapes: list[tuple[int, ...]], start: int, count: int
+) -> np.ndarray:
+    """Rows of an array whose files lie one below the other. Each is mapped for so long only."""
+    parts, first = [], 0
+    for file, shape in zip(facts["files"], shapes, strict=True):
+        inside = slice(max(0, start - first), max(0, start + count - first))
+        if inside.start < shape[0] and inside.stop > 0:
+            parts.append(np.array(read_array(version, file, facts["dtype"])[inside]))
+        first += shape[0]
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _put(array: jax.Array, piece: jax.Array, start: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_update_slice_in_dim(array, piece, start, axis=0)
+
+
+def require_room(version: Version, on_host: bool | None, oversubscribe: bool) -> tuple[str, str]:
+    """ConfigError where a version's files are more than the memory holds that they are read into.
+
+    That of the first device, unless `on_host`. (The largest holder, what would fit), for what fails all the same.
+    """
+    on_host = jax.devices()[0].platform == "cpu" if on_host is None else on_host
+    sizes = {}
+    for facts in version.read_json("weights.json").values():
+        for i, file in enumerate(facts["files"]):
+            sizes[f"table {facts['tables'][i]!r}" if "tables" in facts else file] = _bytes(version, file)
+    words = 0
+    if (version.directory / "vocabularies.json").is_file():
+        files = [file for names in version.read_json("vocabularies.json").values() for file in names]
+        words = sum(_bytes(version, file) for file in files)
+    largest, weights = max(sizes, key=lambda name: sizes[name]), sum(sizes.values())
+    holder = f"{largest} ({memory.gigabytes(sizes[largest])})"
+    what, remedy = f"serving {version.directory}", "an export with --tables=bfloat16, int8 or int4"
+    if not on_host:
+        device = jax.devices()[0]
+        needs = (what, weights, memory.device_available(device), f"the memory of a {device.device_kind}", holder)
+        memory.require_room(*needs, f"{remedy}, or several devices (--mesh=model:N)", oversubscribe)
+    needed = words + on_host * weights
+    holder = holder if on_host and sizes[largest] > words else f"the vocabularies ({memory.gigabytes(words)})"
+    needs = (what, needed, memory.host_available(), "this machine's memory", holder)
+    memory.require_room(*needs, remedy, oversubscribe)
+    return f"{largest} ({memory.gigabytes(sizes[largest])})", remedy
+
+
+def _bytes(version: Version, file: str) -> int:
+    return (version.directory / file).stat().st_size
 
 
 def read_model(version: Version) -> tuple[ModelConfig, float]:

@@ -4,6 +4,7 @@ Tables are float32 there, whatever their type in the export, and each device's p
 no device, and no process, holds a whole table that is split.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
+from dlrm_jax import memory
 from dlrm_jax.config import ModelConfig, OptimizerConfig, ScheduleConfig
 from dlrm_jax.loss import probability
 from dlrm_jax.model import DLRM
@@ -22,7 +24,7 @@ from dlrm_jax.serving.store import Version
 from dlrm_jax.sharding import reshard
 from dlrm_jax.sharding.cost import Load
 from dlrm_jax.sharding.exchange import array_specs
-from dlrm_jax.sharding.hardware import at_hand
+from dlrm_jax.sharding.hardware import of_device
 from dlrm_jax.sharding.mesh import parse_mesh
 from dlrm_jax.sharding.options import AUTO, ShardingOptions, place
 from dlrm_jax.sharding.placed import Placed
@@ -41,13 +43,23 @@ class SeveralDevices:
     _forward: Forward
 
     def __init__(
-        self, version: Version, options: ShardingOptions, largest_batch: int, like: Engine | None = None
+        self,
+        version: Version,
+        options: ShardingOptions,
+        largest_batch: int,
+        like: Engine | None = None,
+        oversubscribe: bool = False,
     ) -> None:
-        """Read a version's weights; what was compiled for `like` is kept where model and plan are the same."""
+        """Read a version's weights; what was compiled for `like` is kept where model and plan are the same.
+
+        ConfigError, unless `oversubscribe`, where they do not fit.
+        """
         self._model, self._threshold = read_model(version)
         self.placed = _place(self._model, options, largest_batch)
+        largest, remedy = _require_room(version, self.placed, oversubscribe)
         self.batch_multiple = self.placed.num_devices
-        self._tables = _read_tables(version, self.placed)
+        with memory.named(largest, remedy):
+            self._tables = _read_tables(version, self.placed)
         dense = {name: jax.device_put(value, self.placed.everywhere) for name, value in read_dense(version).items()}
         self._dense = nested(dense)
         same = isinstance(like, SeveralDevices) and like._made_for() == self._made_for()
@@ -75,11 +87,27 @@ class SeveralDevices:
 def _place(model: ModelConfig, options: ShardingOptions, largest_batch: int) -> Placed:
     auto = None
     if options.sharding == AUTO:
-        device = jax.devices()[0]
         shape = parse_mesh(options.mesh, jax.device_count())
-        hardware = at_hand(device.device_kind, device.platform, jax.local_device_count())
+        hardware = of_device(jax.devices()[0], jax.local_device_count())
         auto = auto_plan(Setting(model, _UNUSED, shape, Load(largest_batch), hardware, options.group_size))
     return place(model, _UNUSED, options, auto)
+
+
+def _require_room(version: Version, placed: Placed, oversubscribe: bool) -> tuple[str, str]:
+    """ConfigError where the tables do not fit; (the largest holder, what would fit), for what fails all the same."""
+    size, free = 4 * sum(math.prod(stack.local_shape) for stack in placed.stacks), memory.host_available()
+    device = jax.local_devices()[0]
+    table = max(placed.model.tables, key=lambda table: table.num_embeddings)
+    largest = f"table {table.name!r} ({table.num_embeddings:,} rows of {table.embedding_dim}, float32 here)"
+    where, remedy = "this machine's memory", "one device (without --mesh), where tables stay as they are stored"
+    if device.platform == "cpu":
+        size *= placed.num_devices // jax.process_count()
+    else:
+        free, where = memory.device_available(device), f"the memory of a {device.device_kind}"
+        remedy = "more devices on the model axis"
+    what = f"serving {version.directory} under {placed.plan.mesh}"
+    memory.require_room(what, size, free, where, largest, remedy, oversubscribe)
+    return largest, remedy
 
 
 def _shardings(placed: Placed) -> dict[str, NamedSharding]:
@@ -114,6 +142,8 @@ class _Rows:
         return rows.astype(np.float32, copy=False)
 
 
-def engine_maker(options: ShardingOptions, largest_batch: int) -> Callable[[Version, Engine | None], Engine]:
+def engine_maker(
+    options: ShardingOptions, largest_batch: int, oversubscribe: bool = False
+) -> Callable[[Version, Engine | None], Engine]:
     """What makes a version's engine under `options` (loaded.MakeEngine)."""
-    return lambda version, like: SeveralDevices(version, options, largest_batch, like)
+    return lambda version, like: SeveralDevices(version, options, largest_batch, like, oversubscribe)

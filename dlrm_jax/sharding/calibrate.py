@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dlrm_jax.sharding.hardware import Hardware, at_hand
+from dlrm_jax.sharding.hardware import Hardware, of_device
 from dlrm_jax.sharding.mesh import BATCH_SPEC, MODEL, MeshShape, make_mesh
 
 _STREAM_FLOATS = 2**24
@@ -19,7 +19,7 @@ _MATRIX = 1024
 def calibrate() -> Hardware:
     """A Hardware entry of the first device, and of the links between all of them."""
     device = jax.devices()[0]
-    known = at_hand(device.device_kind, device.platform)
+    known = of_device(device, len(jax.local_devices()))
     stream = jnp.ones(_STREAM_FLOATS)
     memory_rate = 8.0 * _STREAM_FLOATS / seconds(jax.jit(lambda x: x + 1), stream)
     matrix = jnp.ones((_MATRIX, _MATRIX))
@@ -32,7 +32,7 @@ def calibrate() -> Hardware:
     link_rate, latency = _links(known)
     return Hardware(
         name=f"{known.name} (calibrated)",
-        memory_bytes=_memory_bytes(device) or known.memory_bytes,
+        memory_bytes=known.memory_bytes,
         memory_rate=memory_rate,
         flops=flops,
         link_rate=link_rate,
@@ -71,7 +71,3 @@ def _links(known: Hardware) -> tuple[float, float]:
     latency = seconds(run, small)
     sent = 4.0 * count * 2**18 * (1 - 1 / count)
     return sent / max(seconds(run, large) - latency, 1e-9), latency
-
-
-def _memory_bytes(device: Any) -> float:
-    return float((device.memory_stats() or {}).get("bytes_limit", 0))

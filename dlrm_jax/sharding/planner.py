@@ -1,10 +1,12 @@
 """Which plan: strategies ranked by predicted step time, and `auto`, which places each table where it costs least."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 
-from dlrm_jax.config import ConfigError, ModelConfig, OptimizerConfig
-from dlrm_jax.sharding.cost import Cost, Load, estimate
+from dlrm_jax.config import ModelConfig, OptimizerConfig
+from dlrm_jax.memory import gigabytes
+from dlrm_jax.sharding.cost import FLOAT, Cost, Load, estimate
 from dlrm_jax.sharding.hardware import Hardware
 from dlrm_jax.sharding.mesh import MeshShape
 from dlrm_jax.sharding.plan import SHARDINGS, Plan, make_plan
@@ -12,6 +14,8 @@ from dlrm_jax.sharding.plan import SHARDINGS, Plan, make_plan
 AUTO = "auto"
 _USABLE = 0.92
 """Share of a device's memory that a plan may fill; the rest is the runtime's."""
+
+_OF_BATCH = ("activations", "exchange buffers")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,28 +57,54 @@ def ranking(setting: Setting) -> list[tuple[str, Cost]]:
 
 
 def auto_plan(setting: Setting) -> Plan:
-    """The best plan found; ConfigError, with what would make it fit, if none does."""
-    cost = _improved(setting, {kind: setting.cost(kind) for kind in SHARDINGS})
-    if setting.over(cost) > 0:
-        raise ConfigError(does_not_fit(setting, cost))
-    return cost.plan
+    """The best plan found, which may not fit."""
+    return _improved(setting, {kind: setting.cost(kind) for kind in SHARDINGS}).plan
 
 
 def does_not_fit(setting: Setting, cost: Cost) -> str:
     """By how much a plan is too large, and what would help."""
     held, room = cost.bytes_held, _USABLE * setting.hardware.memory_bytes
-    tables = cost.memory["tables"] + cost.memory["optimizer state"]
-    others = held - tables
-    needed = -(-tables * setting.mesh.model // max(room - others, 1)) if room > others else None
-    help_ = (
-        f"with the tables split evenly about {int(needed)} devices on the model axis would hold them"
-        if needed
-        else "the batch alone is too large; make --batch_size smaller"
-    )
     return (
         f"the plan needs {held / 1e9:.2f} GB a device, {(held - room) / 1e9:.2f} GB more than the "
-        f"{room / 1e9:.2f} GB usable of {setting.hardware.name}; {help_}"
+        f"{room / 1e9:.2f} GB usable of {setting.hardware.name}; most of it is {largest_holder(setting, cost)}; "
+        f"what would fit: {remedy(setting, cost, room)}"
     )
+
+
+def largest_holder(setting: Setting, cost: Cost) -> str:
+    """What takes most memory on a device, with its size; of the tables the largest is named."""
+    part = max(cost.memory, key=lambda name: cost.memory[name])
+    size = f"{cost.memory[part] / 1e9:.2f} GB"
+    if part != "tables":
+        batch = f" of batch_size {setting.load.batch_size:,}" if part in _OF_BATCH else ""
+        return f"{part}{batch} ({size})"
+    table = max(setting.model.tables, key=lambda table: table.num_embeddings)
+    of_it = table.num_embeddings * table.embedding_dim * FLOAT / 1e9
+    return (
+        f"tables ({size}), the largest {table.name!r} ({table.num_embeddings:,} rows of {table.embedding_dim}: "
+        f"{of_it:.2f} GB)"
+    )
+
+
+def remedy(setting: Setting, cost: Cost, room: float, copies: float = 0, sharing: int = 0) -> str:
+    """What would fit `room` bytes of a device's memory, if tables and their state lie there `1 + copies` times.
+
+    `sharing` devices that have one memory together get no more of it by being more.
+    """
+    state = cost.memory["tables"] + cost.memory["optimizer state"]
+    others, all_copies = cost.bytes_held - state, (1 + copies) * state
+    if others >= room:
+        return "a smaller --batch_size, if not smaller MLPs: the tables are not all that is too large"
+    share = (room - others) / max(all_copies, 1)
+    rows = sum(table.num_embeddings for table in setting.model.tables)
+    ways = [f"tables of at most {math.floor(rows * share):,} rows in all"]
+    if (dim := math.floor(setting.model.embedding_dim * share)) >= 1:
+        ways.append(f"--embedding_dim of at most {dim}")
+    if sharing:
+        ways.append(f"{gigabytes(sharing * (others + all_copies - room))} more memory")
+    else:
+        ways.append(f"about {math.ceil(setting.mesh.model / share)} devices on the model axis")
+    return ", or ".join(ways)
 
 
 def _improved(setting: Setting, uniform: Mapping[str, Cost]) -> Cost:

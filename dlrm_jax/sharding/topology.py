@@ -3,11 +3,15 @@
 Needs libtpu (`pip install "dlrm_jax[tpu-plan]"`), no TPU. Nothing is allocated.
 """
 
+import contextlib
 import dataclasses
 import importlib.util
 import math
 import os
+import re
 import time
+from collections.abc import Iterator
+from importlib import metadata
 from typing import Any
 
 from dlrm_jax.config import ConfigError, LossConfig
@@ -56,6 +60,33 @@ def _example(generation: str) -> str:
     return f"{generation}:{'x'.join('4' * _AXES[generation])}"
 
 
+def other_libtpu() -> str:
+    """Why the libtpu that is installed is not the one that JAX asks for (in its extra `tpu`); empty where it is."""
+    try:
+        found, wanted = metadata.version("libtpu"), metadata.requires("jax") or ()
+    except metadata.PackageNotFoundError:
+        return ""
+    releases = [match[1] for line in wanted if (match := re.match(r"libtpu ?==([\d.]+)\.\*", line))]
+    if not releases or f"{found}.".startswith(f"{releases[0]}."):
+        return ""
+    return (
+        f"libtpu {found} does not belong to jax {metadata.version('jax')}, which asks for {releases[0]}: "
+        'pip install --upgrade "dlrm_jax[tpu-plan]"'
+    )
+
+
+@contextlib.contextmanager
+def _by_own_libtpu() -> Iterator[None]:
+    """What fails inside is one line where libtpu is another than JAX asks for: the internal errors then say nothing."""
+    try:
+        yield
+    except Exception as error:
+        if other := other_libtpu():
+            reason = next(iter(str(error).splitlines()), type(error).__name__)[:200]
+            raise ConfigError(f"{other} (it ended in: {reason})") from error
+        raise
+
+
 def devices(topology: Topology) -> list[Any]:
     """The topology's devices, for a mesh to compile for; ConfigError without libtpu or for a shape it does not know."""
     if importlib.util.find_spec("libtpu") is None:
@@ -65,7 +96,10 @@ def devices(topology: Topology) -> list[Any]:
     from jax.experimental import topologies
 
     try:
-        return list(topologies.get_topology_desc(platform="tpu", topology_name=topology.name).devices)
+        with _by_own_libtpu():
+            return list(topologies.get_topology_desc(platform="tpu", topology_name=topology.name).devices)
+    except ConfigError:
+        raise
     except Exception as error:  # What libtpu raises differs from version to version.
         reason = str(error).splitlines()[0][:200]
         raise ConfigError(f"libtpu does not know the topology {topology.name} ({reason})") from error
@@ -115,7 +149,8 @@ def compile_report(setting: Setting, loss: LossConfig, cost: Cost, topology: Top
     step = placed.jit_step(make_train_step(setting.model, loss, setting.optimizer, 1, placed.ops))
     batch_size = -(-setting.load.batch_size // mesh.size) * mesh.size
     start = time.perf_counter()
-    compiled = step.lower(placed.abstract_state, placed.abstract_batch(batch_size)).compile()
+    with _by_own_libtpu():
+        compiled = step.lower(placed.abstract_state, placed.abstract_batch(batch_size)).compile()
     seconds = time.perf_counter() - start
     memory, text = compiled.memory_analysis(), compiled.as_text()
     return Compiled(

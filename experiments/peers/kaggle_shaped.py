@@ -13,7 +13,7 @@ from dlrm_jax.config import LossConfig, OptimizerConfig, ScheduleConfig
 from dlrm_jax.data import synthetic
 from dlrm_jax.embedding import named_tables
 from dlrm_jax.run_config import ModelOptions
-from dlrm_jax.serving.export import export_model
+from dlrm_jax.serving.export import export_model, of_arrays
 from dlrm_jax.serving.quantise import TABLE_TYPES
 from dlrm_jax.state import init_state
 
@@ -36,7 +36,7 @@ def main() -> None:
     tables = {name: np.asarray(rows) for name, rows in named_tables(model, state.tables)}
     dense_params = state.dense_params
     del state
-    args = (model, LossConfig(), dense_params, tables, dataset, flags.tables)
+    args = (model, LossConfig(), dense_params, of_arrays(tables), dataset, flags.tables)
     print(export_model(flags.out, *args, evaluated=("test",)).directory)
 
 
