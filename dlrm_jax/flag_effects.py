@@ -117,6 +117,7 @@ EFFECTS: Mapping[str, Effect] = {
     "target_value": _ALWAYS,
     "patience": _ALWAYS,
     "seed": _ALWAYS,
+    "allow_oversubscription": _ALWAYS,
     "allow_schedule_change": _ALWAYS,
     "workdir": _ALWAYS,
 }
