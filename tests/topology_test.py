@@ -35,7 +35,7 @@ def compiled(tmp_path, *flags: str) -> dict:
 
 @pytest.mark.skipif(HAS_LIBTPU, reason="libtpu is installed")
 def test_without_libtpu_the_command_says_what_to_install():
-    with pytest.raises(ConfigError, match=r"pip install .dlrm_jax\[tpu-plan\]"):
+    with pytest.raises(ConfigError, match=r'pip install "\.\[tpu-plan\]"'):
         devices(parse_topology("v5e:2x4"))
 
 
