@@ -71,10 +71,13 @@ class Run:
         )
 
 
-def train_and_evaluate(config: RunConfig, workdir: pathlib.Path, flagfile: str | None = None) -> dict[str, Any]:
+def train_and_evaluate(
+    config: RunConfig, workdir: pathlib.Path, flagfile: str | None = None, defaults: str = ""
+) -> dict[str, Any]:
     """Train, or go on training, in `workdir`; returns what `result.json` says. Raises Interrupted after a signal.
 
-    `flagfile` is kept as `flags.txt`, so that the run can be repeated from it.
+    `flagfile` is kept as `flags.txt`, so that the run can be repeated from it; `defaults`, settings that the user left
+    open, are told once nothing forbids the run.
     """
     workdir.mkdir(parents=True, exist_ok=True)
     run = Run(config, workdir)
@@ -84,6 +87,8 @@ def train_and_evaluate(config: RunConfig, workdir: pathlib.Path, flagfile: str |
     with ExitStack() as stack:
         checkpoints = stack.enter_context(checkpoint.Checkpoints(workdir))
         state, progress = restore_or_init(run, checkpoints)
+        if defaults:
+            _LOG.info("defaults taken: %s", defaults)
         if run.writes:
             reporting.write_json_atomically(workdir / "config.json", dataclasses.asdict(config))
             reporting.write_json_atomically(workdir / "plan.json", run.placed.plan.to_dict())

@@ -11,7 +11,7 @@ from dlrm_jax import processes
 from dlrm_jax.commands import run_command
 from dlrm_jax.config import ConfigError
 from dlrm_jax.data.prepared import is_prepared, read_schema
-from dlrm_jax.flags import config_from_flags, define_run_flags, flagfile_text
+from dlrm_jax.flags import config_from_flags, defaults_taken, define_run_flags, flagfile_text
 from dlrm_jax.loop import train_and_evaluate
 from dlrm_jax.monitor import Interrupted
 from dlrm_jax.reporting import format_cost, format_table
@@ -39,7 +39,7 @@ def main() -> None:
     workdir = pathlib.Path(FLAGS.workdir or f"runs/{read_schema(pathlib.Path(config.data.data_dir)).name}")
     try:
         with processes.ending_together(but_for=Interrupted):
-            result = train_and_evaluate(config, workdir, flagfile_text())
+            result = train_and_evaluate(config, workdir, flagfile_text(), defaults_taken())
     except Interrupted as interrupted:
         print(interrupted, file=sys.stderr)
         sys.exit(128 + interrupted.signum)

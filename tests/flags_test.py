@@ -1,11 +1,14 @@
 """Tests `dlrm_jax/flags.py`: every flag reaches the setting that its name promises, and survives flags.txt."""
 
+import ast
 import dataclasses
+import re
 
 import pytest
 from absl import flags
 
-from dlrm_jax.flags import FLAGS, config_from_flags, define_run_flags, flagfile_text
+from dlrm_jax.flags import FLAGS, LEARNING_DEFAULTS, config_from_flags, define_run_flags, flagfile_text
+from tests.helpers import ROOT
 
 # flag -> (its text, where it ends up, the value there); together they make one valid run.
 SETTINGS = {
@@ -87,6 +90,23 @@ def at(config, path: str):
     for name in path.split("."):
         config = getattr(config, name)
     return config
+
+
+def test_flag_files_say_how_they_learn():
+    """So that their published results do not depend on defaults."""
+    files = sorted((ROOT / "experiments").glob("*.flags"))
+    assert len(files) >= 14
+    for path in files:
+        lines = path.read_text().splitlines()
+        above = [line.split("=")[1] for line in lines if line.startswith("--flagfile=")]
+        lines += [line for name in above for line in (ROOT / name).read_text().splitlines()]
+        said = {line.split("=")[0].removeprefix("--") for line in lines}
+        assert set(LEARNING_DEFAULTS) <= said, path.name
+
+
+def test_defaults_are_those_that_were_chosen_by_measurement():
+    chosen = re.search(r"^CHOSEN = (\(.*\))$", (ROOT / "experiments" / "choose_defaults.py").read_text(), re.MULTILINE)
+    assert tuple(map(str, LEARNING_DEFAULTS.values())) == ast.literal_eval(chosen[1])
 
 
 @pytest.mark.parametrize("name", SETTINGS)
