@@ -21,6 +21,11 @@ class ConfigError(ValueError):
     """A setting or an input that the user can mend; commands print it as one line, without traceback."""
 
 
+def how_to_install(extra: str, upgrade: bool = False) -> str:
+    """The command for one of pyproject.toml's extras: the package is on no index, so it is typed in a checkout."""
+    return f'pip install {"--upgrade " if upgrade else ""}".[{extra}]" in the checkout of dlrm_jax'
+
+
 def require(condition: bool, message: str) -> None:
     """ConfigError with `message` unless `condition`."""
     if not condition:

@@ -32,6 +32,16 @@ from dlrm_jax.sharding.plan import SHARDINGS
 FLAGS = flags.FLAGS
 _LOG = logging.getLogger("dlrm_jax")
 
+LEARNING_DEFAULTS = {
+    "dense_optimizer": "adagrad",
+    "table_optimizer": "rowwise_adagrad",
+    "learning_rate": 0.02,
+    "batch_size": 256,
+    "num_epochs": 20,
+    "patience": 2,
+}
+"""Defaults that do well on every log they were tried on (experiments/choose_defaults.py), the same for all data."""
+
 
 def define_run_flags() -> None:
     """Define every flag that `config_from_flags` reads."""
@@ -109,9 +119,13 @@ def _define_optimizer_flags() -> None:
     flags.DEFINE_enum("loss", "bce", LOSSES, "Training loss.")
     flags.DEFINE_list("class_weights", ["1.0", "1.0"], "Weights of label 0 and label 1 for loss=wbce.")
     flags.DEFINE_float("loss_threshold", 0.0, "Clip probabilities to [t, 1-t], in training and scoring; 0: no.")
-    flags.DEFINE_enum("dense_optimizer", "sgd", DENSE_OPTIMIZERS, "Optimizer of the MLPs.")
-    flags.DEFINE_enum("table_optimizer", "sgd", TABLE_OPTIMIZERS, "Row-sparse optimizer of the tables.")
-    flags.DEFINE_float("learning_rate", 0.1, "Learning rate after warm-up.")
+    flags.DEFINE_enum(
+        "dense_optimizer", LEARNING_DEFAULTS["dense_optimizer"], DENSE_OPTIMIZERS, "Optimizer of the MLPs."
+    )
+    flags.DEFINE_enum(
+        "table_optimizer", LEARNING_DEFAULTS["table_optimizer"], TABLE_OPTIMIZERS, "Row-sparse optimizer of the tables."
+    )
+    flags.DEFINE_float("learning_rate", LEARNING_DEFAULTS["learning_rate"], "Learning rate after warm-up.")
     flags.DEFINE_float("adagrad_eps", 1e-10, "Added to the root of Adagrad's accumulator.")
     flags.DEFINE_float("momentum", 0.9, "Momentum of dense_optimizer=momentum.")
     flags.DEFINE_float("weight_decay", 0.0, "Weight decay of dense_optimizer=adamw.")
@@ -151,7 +165,7 @@ def _define_sharding_flags() -> None:
 
 
 def _define_run_flags() -> None:
-    flags.DEFINE_integer("batch_size", 128, "Examples per update.")
+    flags.DEFINE_integer("batch_size", LEARNING_DEFAULTS["batch_size"], "Examples per update.")
     flags.DEFINE_integer("num_micro_batches", 1, "Split each batch into this many parts and add their gradients.")
     flags.DEFINE_integer(
         "steps_per_dispatch", 1, "Steps that the device takes in one go, up to one that logs; equal up to rounding."
@@ -164,7 +178,9 @@ def _define_run_flags() -> None:
         "compiler), faster for bags; one device only. Equal up to rounding.",
     )
     flags.DEFINE_bool("allow_oversubscription", False, TRY_ANYWAY_HELP)
-    flags.DEFINE_integer("num_epochs", 1, "Passes over the training rows.")
+    flags.DEFINE_integer(
+        "num_epochs", LEARNING_DEFAULTS["num_epochs"], "Passes over the training rows, at most (--patience)."
+    )
     flags.DEFINE_integer("num_steps", 0, "Updates; overrides --num_epochs unless 0.")
     flags.DEFINE_integer("eval_batch_size", 16384, "Examples per evaluation step.")
     flags.DEFINE_integer("eval_every", 0, "Steps between evaluations on val; 0: once an epoch.")
@@ -172,7 +188,9 @@ def _define_run_flags() -> None:
     flags.DEFINE_integer("log_every", 100, "Steps between lines in metrics.jsonl.")
     flags.DEFINE_enum("target_metric", "auc", TARGET_METRICS, "Metric on val that chooses the best checkpoint.")
     flags.DEFINE_float("target_value", None, "Stop when the target metric reaches this.")
-    flags.DEFINE_integer("patience", 0, "Stop after this many evaluations without improvement; 0: never.")
+    flags.DEFINE_integer(
+        "patience", LEARNING_DEFAULTS["patience"], "Stop after this many evaluations without improvement; 0: never."
+    )
     flags.DEFINE_bool(
         "allow_schedule_change",
         False,
@@ -241,6 +259,14 @@ def unchecked_config() -> RunConfig:
         **_values("ids_out_of_range", "cpu_kernels", "allow_oversubscription", "seed", "allow_schedule_change"),
         sharding=sharding_from_flags(),
     )
+
+
+def defaults_taken() -> str:
+    """The flags of how a run learns that were left out, with what they are then, as one would type them."""
+    left_out = {name: FLAGS[name] for name in LEARNING_DEFAULTS if not FLAGS[name].present}
+    if FLAGS.num_steps:  # It overrides the epochs.
+        left_out.pop("num_epochs", None)
+    return " ".join(flag.serialize() for flag in left_out.values())
 
 
 def sharding_from_flags() -> ShardingOptions:

@@ -13,7 +13,7 @@ from absl import flags
 
 from dlrm_jax import files
 from dlrm_jax.commands import run_command
-from dlrm_jax.config import ConfigError, require
+from dlrm_jax.config import ConfigError, how_to_install, require
 from dlrm_jax.reporting import write_json_atomically
 
 FLAGS = flags.FLAGS
@@ -37,7 +37,7 @@ def define_flags() -> None:
 def main() -> None:
     """Flags to requests, answers to a table."""
     missing = [name for name in ("httptools", "uvloop", "flatbuffers") if importlib.util.find_spec(name) is None]
-    require(not missing, f'{", ".join(missing)} is not installed: pip install "dlrm_jax[serve]"')
+    require(not missing, f"{', '.join(missing)} is not installed: {how_to_install('serve')}")
     from dlrm_jax.serving import load_generator as generator
 
     files.require_output_file("json", FLAGS.json)

@@ -70,11 +70,16 @@ class Run:
         self.writes = processes.is_first()
 
     def _require_val_rows(self) -> None:
-        for name in ("patience", "target_value"):
-            if getattr(self.config, name) and not len(self.dataset.splits["val"]):
-                raise ConfigError(
-                    f"--{name}={getattr(self.config, name)} needs val rows, and {self.dataset.name} has none"
-                )
+        if len(self.dataset.splits["val"]):
+            return
+        if self.config.target_value is not None:
+            raise ConfigError(
+                f"--target_value={self.config.target_value} needs val rows, and {self.dataset.name} has none"
+            )
+        if self.config.patience:  # Not refused, as it is there by default.
+            _LOG.warning(
+                "%s has no val rows: all %d steps are taken, whatever --patience", self.dataset.name, self.num_steps
+            )
 
     def undisturbed(self, step: int) -> int:
         """Steps from `step` to the next one that logs, evaluates or saves, or the last."""
@@ -95,15 +100,18 @@ class Run:
         )
 
 
-def train_and_evaluate(config: RunConfig, workdir: pathlib.Path, flagfile: str | None = None) -> dict[str, Any]:
+def train_and_evaluate(
+    config: RunConfig, workdir: pathlib.Path, flagfile: str | None = None, defaults: str = ""
+) -> dict[str, Any]:
     """Train, or go on training, in `workdir`; returns what `result.json` says. Raises Interrupted after a signal.
 
-    `flagfile` is kept as `flags.txt`, so that the run can be repeated from it. ConfigError if another training is
-    running there, ResultNotWritten if all is done but the files at the end.
+    `flagfile` is kept as `flags.txt`, so that the run can be repeated from it; `defaults`, settings that the user left
+    open, are told once nothing forbids the run. ConfigError if another training is running there, ResultNotWritten if
+    all is done but the files at the end.
     """
     workdir.mkdir(parents=True, exist_ok=True)
     with the_only_training(workdir):
-        return _train_and_evaluate(config, workdir, flagfile)
+        return _train_and_evaluate(config, workdir, flagfile, defaults)
 
 
 @contextlib.contextmanager
@@ -130,7 +138,9 @@ class ResultNotWritten(ConfigError):
         self.result = result
 
 
-def _train_and_evaluate(config: RunConfig, workdir: pathlib.Path, flagfile: str | None) -> dict[str, Any]:
+def _train_and_evaluate(
+    config: RunConfig, workdir: pathlib.Path, flagfile: str | None, defaults: str
+) -> dict[str, Any]:
     run = Run(config, workdir)
     for split, counts in run.ids_out_of_range.items():
         for feature, count in counts.items():
@@ -142,6 +152,8 @@ def _train_and_evaluate(config: RunConfig, workdir: pathlib.Path, flagfile: str 
         stack.enter_context(failing_in_one_line(config, run.placed))
         checkpoints = stack.enter_context(checkpoint.Checkpoints(workdir))
         state, progress = restore_or_init(run, checkpoints)
+        if defaults:
+            _LOG.info("defaults taken: %s", defaults)
         if run.writes:
             reporting.write_json_atomically(workdir / "config.json", config_of(run, progress))
             reporting.write_json_atomically(workdir / "plan.json", run.placed.plan.to_dict())

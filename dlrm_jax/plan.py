@@ -76,7 +76,7 @@ def main() -> None:
     num_devices = topology.num_chips if topology else FLAGS.devices or (0 if chosen else 8)
     if num_devices < 0:
         raise ConfigError(f"--devices={num_devices} is not a number of devices")
-    mesh = parse_mesh(config.sharding.mesh, num_devices or 2**31)
+    mesh = parse_mesh(config.sharding.mesh, num_devices or 2**31, "" if topology else "plan for --devices={0}")
     setting = planner.Setting(
         model=model_of(config),
         optimizer=config.optimizer,

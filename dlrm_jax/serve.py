@@ -8,7 +8,7 @@ from absl import flags
 
 from dlrm_jax import files, memory
 from dlrm_jax.commands import run_command
-from dlrm_jax.config import CPU_KERNELS, NATIVE, XLA, ConfigError, require
+from dlrm_jax.config import CPU_KERNELS, NATIVE, XLA, ConfigError, how_to_install, require
 from dlrm_jax.sharding.plan import SHARDINGS
 
 if typing.TYPE_CHECKING:
@@ -67,7 +67,7 @@ def main() -> None:
     for name in ("token_file", "tls_cert", "tls_key", "sharding_plan"):
         files.require_input_file(name, FLAGS[name].value)
     missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
-    require(not missing, f'{", ".join(missing)} is not installed: pip install "dlrm_jax[serve]"')
+    require(not missing, f"{', '.join(missing)} is not installed: {how_to_install('serve')}")
     from dlrm_jax.serving.asgi import Limits
     from dlrm_jax.serving.loaded import BATCH_SIZES
     from dlrm_jax.serving.server import Settings, run_server

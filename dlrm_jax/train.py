@@ -11,7 +11,7 @@ from dlrm_jax import flags as run_flags
 from dlrm_jax.commands import run_command
 from dlrm_jax.config import ConfigError
 from dlrm_jax.data.prepared import is_prepared, read_schema
-from dlrm_jax.flags import config_from_flags, define_run_flags, flagfile_text
+from dlrm_jax.flags import config_from_flags, defaults_taken, define_run_flags, flagfile_text
 from dlrm_jax.loop import ResultNotWritten, train_and_evaluate
 from dlrm_jax.monitor import Interrupted
 from dlrm_jax.reporting import format_cost, format_table
@@ -42,7 +42,7 @@ def main() -> None:
     try:
         with processes.ending_together(but_for=Interrupted):
             try:
-                result = train_and_evaluate(config, workdir, flagfile_text())
+                result = train_and_evaluate(config, workdir, flagfile_text(), defaults_taken())
             except ResultNotWritten as error:
                 result, unwritten = error.result, error
     except Interrupted as interrupted:

@@ -1,6 +1,6 @@
 """Ours beside what a user would pick instead: PyTorch (eager, compiled), and JAX with dense gradients through optax.
 
-    pip install "dlrm_jax[peers]" && python experiments/compare_peers.py \
+    pip install ".[peers]" && python experiments/compare_peers.py \
         [--configs=kaggle_b128,kaggle_b2048,synthetic,rm1,rm2] [--json=FILE] [--picture=FILE] [--readme]
 
 Ours is measured twice: as it is by default, and with --cpu_kernels=native, where the machine has a C++ compiler. Both

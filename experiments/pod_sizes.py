@@ -1,6 +1,6 @@
 """The MLPerf models planned and compiled for TPU pods of 8 to 1,024 chips, without a TPU; about a minute a pod.
 
-    pip install "dlrm_jax[tpu-plan]" && python experiments/pod_sizes.py
+    pip install ".[tpu-plan]" && python experiments/pod_sizes.py
 
 Writes pod_sizes.json and pod_sizes.png, and the table between the markers of experiments/README.md.
 """

@@ -1,6 +1,6 @@
 """Training steps compiled for TPUs without a TPU: what grows with the tables, what XLA does row by row, the roofline.
 
-    pip install "dlrm_jax[tpu-plan]" && python experiments/tpu_steps.py
+    pip install ".[tpu-plan]" && python experiments/tpu_steps.py
 
 Each step is compiled with the tables as they are and with half their rows; the difference of its temporaries over
 that of its arguments is what a byte of tables costs besides itself, and must be next to nothing. Writes the table

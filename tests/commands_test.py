@@ -89,14 +89,18 @@ def test_second_run_in_the_same_workdir_is_done_at_once(quickstart):
 @pytest.mark.usefixtures("compiled_anew")
 @pytest.mark.slow
 def test_flags_txt_repeats_the_run_bit_by_bit(tmp_path):
-    small = ["--num_examples=5000", "--batch_size=100", "--learning_rate=0.05", "--dense_optimizer=adam"]
+    small = ["--num_examples=5000", "--batch_size=100", "--learning_rate=0.05", "--num_epochs=1"]
     first = run("train", *small, f"--workdir={tmp_path / 'a'}")
     assert first.returncode == 0, first.stderr
     text = (tmp_path / "a" / "flags.txt").read_text()
     assert "--num_examples=5000" in text and "--jax" not in text
+    assert "--table_optimizer=rowwise_adagrad" in text, "defaults that were taken are kept too"
+    (taken,) = (line for line in first.stderr.splitlines() if line.startswith("defaults taken: "))
+    assert taken.split()[2:] == ["--dense_optimizer=adagrad", "--table_optimizer=rowwise_adagrad", "--patience=2"]
     second = run("train", f"--flagfile={tmp_path / 'a' / 'flags.txt'}", f"--workdir={tmp_path / 'b'}")
     assert second.returncode == 0, second.stderr
     assert result_of(tmp_path / "a")["test"] == result_of(tmp_path / "b")["test"]
+    assert "defaults taken" not in second.stderr
 
 
 @pytest.mark.slow

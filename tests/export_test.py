@@ -324,7 +324,7 @@ def test_only_tables_are_read_of_a_checkpoint_and_by_pieces(tmp_path, monkeypatc
 
 @pytest.mark.end_to_end
 def test_the_command_exports_what_training_evaluated(tmp_path):
-    small = ["--num_examples=3000", "--batch_size=100", f"--workdir={tmp_path / 'run'}"]
+    small = ["--num_examples=3000", "--batch_size=100", "--num_epochs=1", f"--workdir={tmp_path / 'run'}"]
     assert run("train", *small).returncode == 0
     finished = run("export", f"--workdir={tmp_path / 'run'}", f"--out={tmp_path / 'models'}", "--tables=int8")
     assert finished.returncode == 0, finished.stderr

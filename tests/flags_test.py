@@ -1,13 +1,22 @@
 """Tests `dlrm_jax/flags.py`: every flag reaches the setting that its name promises, and survives flags.txt."""
 
+import ast
 import dataclasses
+import re
 
 import pytest
 from absl import flags
 
 from dlrm_jax.config import ConfigError
 from dlrm_jax.flag_effects import EFFECTS
-from dlrm_jax.flags import FLAGS, config_from_flags, define_run_flags, flagfile_text, unchecked_config
+from dlrm_jax.flags import (
+    FLAGS,
+    LEARNING_DEFAULTS,
+    config_from_flags,
+    define_run_flags,
+    flagfile_text,
+    unchecked_config,
+)
 from tests.helpers import ROOT
 
 # flag -> (its text, where it ends up, the value there); each is valid, if not of use, beside the others.
@@ -92,6 +101,23 @@ def at(config, path: str):
     for name in path.split("."):
         config = getattr(config, name)
     return config
+
+
+def test_flag_files_say_how_they_learn():
+    """So that their published results do not depend on defaults."""
+    files = sorted((ROOT / "experiments").glob("*.flags"))
+    assert len(files) >= 14
+    for path in files:
+        lines = path.read_text().splitlines()
+        above = [line.split("=")[1] for line in lines if line.startswith("--flagfile=")]
+        lines += [line for name in above for line in (ROOT / name).read_text().splitlines()]
+        said = {line.split("=")[0].removeprefix("--") for line in lines}
+        assert set(LEARNING_DEFAULTS) <= said, path.name
+
+
+def test_defaults_are_those_that_were_chosen_by_measurement():
+    chosen = re.search(r"^CHOSEN = (\(.*\))$", (ROOT / "experiments" / "choose_defaults.py").read_text(), re.MULTILINE)
+    assert tuple(map(str, LEARNING_DEFAULTS.values())) == ast.literal_eval(chosen[1])
 
 
 @pytest.mark.parametrize("name", SETTINGS)

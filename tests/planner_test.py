@@ -161,6 +161,8 @@ def test_meshes_topologies_and_hardware_as_text():
     for text in ("data:2,model:8", "rows:2", "data:x", "data:0"):
         with pytest.raises(ConfigError, match="mesh"):
             parse_mesh(text, 8)
+    with pytest.raises(ConfigError, match=r"has 16 devices, but there are 8; .* set JAX_NUM_CPU_DEVICES=16 \(with"):
+        parse_mesh("data:2,model:8", 8)
     assert parse_topology("v5p:4x4x4").num_chips == 64
     for text in ("v5p", "v5p:4x4", "v9:2x2", "v5e:0x2", "v5e:axb"):
         with pytest.raises(ConfigError, match="--topology"):
@@ -199,6 +201,7 @@ def test_the_command_plans_without_touching_a_device(tmp_path):
         (("--hardware=cpu", "--devices=1", "--embedding_dim=128", "--bottom_mlp=8,128"), "GB more than the"),
         (("--hardware=pea",), "--hardware=pea is not known"),
         (("--hardware=h100", "--mesh=rows:2"), "is not data:N or model:N"),
+        (("--hardware=h100", "--devices=2", "--mesh=model:4"), "there are 2; make it smaller, or plan for --devices=4"),
         (("--hardware=h100", "--sharding_plan=nowhere.json"), "nowhere.json is not a file"),
         (("--topology=v5p:4x4",), "v5p has 3 axes"),
     ],

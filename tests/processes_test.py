@@ -18,7 +18,7 @@ from tests.helpers import ROOT
 FLAGS = {
     **{"num_examples": 2000, "embedding_dim": 4, "bottom_mlp": "8,4", "top_mlp": "8,1", "batch_size": 64},
     **{"table_optimizer": "rowwise_adagrad", "dense_optimizer": "adam", "learning_rate": 0.01},
-    **{"checkpoint_every": 10, "log_every": 10, "sharding": "row_wise"},
+    **{"checkpoint_every": 10, "log_every": 10, "sharding": "row_wise", "patience": 0},
 }
 
 

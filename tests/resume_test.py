@@ -93,7 +93,7 @@ def command(workdir: pathlib.Path) -> list[str]:
     flags = {
         **{"num_examples": 2000, "embedding_dim": 4, "bottom_mlp": "8,4", "top_mlp": "8,1", "batch_size": 64},
         **{"table_optimizer": "rowwise_adagrad", "dense_optimizer": "adam", "learning_rate": 0.01, "num_steps": 3000},
-        **{"eval_every": 500, "checkpoint_every": 100, "log_every": 10, "workdir": workdir},
+        **{"eval_every": 500, "checkpoint_every": 100, "log_every": 10, "patience": 0, "workdir": workdir},
     }
     return [sys.executable, "-m", "dlrm_jax.train", *(f"--{name}={value}" for name, value in flags.items())]
 

@@ -170,10 +170,10 @@ def test_the_commands_refuse_in_one_line_and_try_when_told_to(tmp_path, module):
     flags = [*HUGE, *([f"--workdir={tmp_path}"] if module == "train" else [])]
     refused = run(module, *flags)
     assert refused.returncode == 1 and refused.stderr.count("error: ") == 1, refused.stderr
-    assert refused.stderr.startswith("error: this run") and "--allow_oversubscription tries" in refused.stderr
+    assert "error: this run" in refused.stderr and "--allow_oversubscription tries" in refused.stderr
     tried = run(module, *flags, "--allow_oversubscription")
     assert tried.returncode == 1 and tried.stderr.count("error: ") == 1, tried.stderr
-    assert tried.stderr.startswith("error: memory ran out (Out of memory allocating ")
+    assert "error: memory ran out (Out of memory allocating " in tried.stderr
     assert "the largest 'f0' (2,000,000,000 rows of 1024: 8192.00 GB); what would fit:" in tried.stderr
 
 

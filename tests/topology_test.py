@@ -36,7 +36,7 @@ def compiled(tmp_path, *flags: str) -> dict:
 
 @pytest.mark.skipif(HAS_LIBTPU, reason="libtpu is installed")
 def test_without_libtpu_the_command_says_what_to_install():
-    with pytest.raises(ConfigError, match=r"pip install .dlrm_jax\[tpu-plan\]"):
+    with pytest.raises(ConfigError, match=r'pip install "\.\[tpu-plan\]"'):
         devices(parse_topology("v5e:2x4"))
 
 
@@ -91,7 +91,7 @@ def test_a_libtpu_of_another_release_is_one_line(tmp_path, monkeypatch):
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert done.stderr.startswith("error: libtpu 0.0.3 does not belong to jax ") and done.stderr.count("\n") == 1
-    assert 'pip install --upgrade "dlrm_jax[tpu-plan]" (it ended in: ' in done.stderr
+    assert 'pip install --upgrade ".[tpu-plan]" in the checkout of dlrm_jax (it ended in: ' in done.stderr
 
 
 def test_the_libtpu_that_jax_asks_for_is_its_own(monkeypatch):

@@ -15,7 +15,7 @@ import tempfile
 
 import jax
 
-from dlrm_jax.config import ConfigError
+from dlrm_jax.config import ConfigError, how_to_install
 
 TABLES, SCORE, _INCLUDED = map(pathlib.Path(__file__).with_name, ("tables.cc", "score.cc", "parallel.h"))
 TARGETS = ("dlrm_lookup", "dlrm_update_sgd", "dlrm_update_adagrad", "dlrm_update_rowwise_adagrad")
@@ -53,7 +53,7 @@ def compiler() -> list[str]:
         return [sys.executable, "-m", "ziglang", "c++"]
     raise ConfigError(
         "no C++ compiler was found for --cpu_kernels=native; install g++ or clang++, name one in CXX, "
-        'or pip install "dlrm_jax[native]"'
+        f"or {how_to_install('native')}"
     )
 
 

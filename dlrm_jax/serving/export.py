@@ -24,7 +24,7 @@ from jax import export as jax_export
 
 from dlrm_jax import embedding, metrics, reporting
 from dlrm_jax.batch import EMPTY_SLOT, Batch
-from dlrm_jax.config import ConfigError, LossConfig, ModelConfig, require_choice
+from dlrm_jax.config import ConfigError, LossConfig, ModelConfig, how_to_install, require_choice
 from dlrm_jax.data.dataset import Dataset, Rows
 from dlrm_jax.data.file_names import existing_file, file_names
 from dlrm_jax.data.pipeline import Prefetcher, eval_batches, padded
@@ -93,7 +93,7 @@ def export_program(forward: Forward, weights: dict[str, jax.ShapeDtypeStruct], n
     try:
         return bytes(exported.serialize())
     except ImportError:
-        raise ConfigError('serialising StableHLO needs flatbuffers: pip install "dlrm_jax[serve]"') from None
+        raise ConfigError(f"serialising StableHLO needs flatbuffers: {how_to_install('serve')}") from None
 
 
 def export_model(

@@ -14,7 +14,7 @@ import numpy as np
 from jax import export as jax_export
 
 from dlrm_jax import memory
-from dlrm_jax.config import ConfigError, ModelConfig, model_from_dict
+from dlrm_jax.config import ConfigError, ModelConfig, how_to_install, model_from_dict
 from dlrm_jax.data.vocabulary import Vocabulary
 from dlrm_jax.serving import signature as signatures
 from dlrm_jax.serving.errors import BadRequest
@@ -42,7 +42,7 @@ class Program:
         try:
             exported = jax_export.deserialize(bytearray(serialized))
         except ImportError:
-            raise ConfigError('reading StableHLO needs flatbuffers: pip install "dlrm_jax[serve]"') from None
+            raise ConfigError(f"reading StableHLO needs flatbuffers: {how_to_install('serve')}") from None
         self.serialized, self._call = serialized, jax.jit(exported.call)
         self._compiled: dict[int, Any] = {}
         self._lock = threading.Lock()

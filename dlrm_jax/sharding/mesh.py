@@ -35,10 +35,15 @@ class MeshShape:
         return self.data * self.model
 
 
-def parse_mesh(text: str, num_devices: int) -> MeshShape:
+FAKE_DEVICES = "set JAX_NUM_CPU_DEVICES={0} (with JAX_PLATFORMS=cpu) for {0} fake devices on a CPU"
+"""How to have more devices than a machine has; {0} stands for their number."""
+
+
+def parse_mesh(text: str, num_devices: int, more: str = FAKE_DEVICES) -> MeshShape:
     """`data:2,model:4` as a MeshShape; an empty text puts all devices on `model`.
 
-    Raises ConfigError for another axis, a number that is none, or a product of more than `num_devices`.
+    Raises ConfigError for another axis, a number that is none, or a product of more than `num_devices`; `more` tells
+    how to have as many.
     """
     if not text:
         return MeshShape(1, num_devices)
@@ -50,7 +55,10 @@ def parse_mesh(text: str, num_devices: int) -> MeshShape:
         sizes[axis] = int(size)
     shape = MeshShape(**sizes)
     if shape.size > num_devices:
-        raise ConfigError(f"--mesh={text} has {shape.size} devices, but there are {num_devices}; make it smaller")
+        raise ConfigError(
+            f"--mesh={text} has {shape.size} devices, but there are {num_devices}; make it smaller"
+            + (f", or {more.format(shape.size)}" if more else "")
+        )
     return shape
 
 

@@ -1,6 +1,6 @@
 """TPU pods without TPUs: the real training step, compiled ahead of time for a topology, and what XLA says of it.
 
-Needs libtpu (`pip install "dlrm_jax[tpu-plan]"`), no TPU. Nothing is allocated.
+Needs libtpu (`pip install ".[tpu-plan]"`), no TPU. Nothing is allocated.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from importlib import metadata
 from typing import Any
 
-from dlrm_jax.config import ConfigError, LossConfig
+from dlrm_jax.config import ConfigError, LossConfig, how_to_install
 from dlrm_jax.sharding.cost import Cost
 from dlrm_jax.sharding.hardware import HARDWARE
 from dlrm_jax.sharding.hlo import collectives, serial_loops, totals
@@ -71,7 +71,7 @@ def other_libtpu() -> str:
         return ""
     return (
         f"libtpu {found} does not belong to jax {metadata.version('jax')}, which asks for {releases[0]}: "
-        'pip install --upgrade "dlrm_jax[tpu-plan]"'
+        f"{how_to_install('tpu-plan', upgrade=True)}"
     )
 
 
@@ -90,7 +90,7 @@ def _by_own_libtpu() -> Iterator[None]:
 def devices(topology: Topology) -> list[Any]:
     """The topology's devices, for a mesh to compile for; ConfigError without libtpu or for a shape it does not know."""
     if importlib.util.find_spec("libtpu") is None:
-        raise ConfigError('--topology needs libtpu, which is not installed: pip install "dlrm_jax[tpu-plan]"')
+        raise ConfigError(f"--topology needs libtpu, which is not installed: {how_to_install('tpu-plan')}")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # Else it asks a cloud's metadata server, for minutes.
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # No TPU is used, so several may compile at once.
     from jax.experimental import topologies
