@@ -170,7 +170,7 @@ NEEDS = {
     "self_interaction": (),
     **dict.fromkeys(("cross_layers", "cross_rank"), ("interaction=cross",)),
     "class_weights": ("loss=wbce",),
-    "adagrad_eps": ("dense_optimizer=adagrad",),
+    "adagrad_eps": (),
     "momentum": ("dense_optimizer=momentum",),
     "weight_decay": ("dense_optimizer=adamw",),
     **dict.fromkeys(("decay_start_step", "decay_power", "end_learning_rate", "lr_compat"), DECAY),
@@ -182,6 +182,7 @@ WITHOUT = {
     "ids_out_of_range": ("dataset=synthetic",),
     "self_interaction": ("interaction=cat",),
     "num_epochs": ("num_steps=50",),
+    "adagrad_eps": ("dense_optimizer=sgd", "table_optimizer=sgd"),
 }
 OTHERS = [
     ("adagrad_eps=1e-8", "table_optimizer=rowwise_adagrad"),
