@@ -150,6 +150,8 @@ def main() -> None:
     config = config_from_flags()
     if FLAGS.sweep_values and not FLAGS.sweep:
         raise ConfigError("--sweep_values needs --sweep, which says of what")
+    if not math.isfinite(FLAGS.seconds):
+        raise ConfigError(f"--seconds={FLAGS.seconds} never ends; give a number")
     configs = swept(config, FLAGS.sweep, FLAGS.sweep_values) if FLAGS.sweep else {}
     hardware = calibrate() if FLAGS.calibrate else None
     if not configs:

@@ -93,6 +93,8 @@ class RunConfig:
         for field in ("num_steps", "eval_every", "checkpoint_every", "patience", "seed"):
             if getattr(self, field) < 0:
                 raise ConfigError(f"{field} is {getattr(self, field)}; it must not be negative")
+        if self.seed >= 2**63:
+            raise ConfigError(f"seed is {self.seed}; it must be below 2^63")
         if self.batch_size % self.num_micro_batches:
             raise ConfigError(
                 f"batch_size {self.batch_size} does not split into {self.num_micro_batches} equal num_micro_batches"

@@ -136,6 +136,7 @@ def test_without_values_a_sweep_goes_around_the_runs_own():
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
+        (("--seconds=inf",), "--seconds=inf never ends"),
         (("--sweep_values=3",), "needs --sweep"),
         (("--sweep=batch", "--sweep_values=3,x"), "--sweep_values=3,x are not all whole numbers"),
         (("--sweep=rows",), "--sweep=rows changes the data, so it needs --dataset=synthetic"),

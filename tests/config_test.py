@@ -136,6 +136,11 @@ def test_a_target_that_no_model_reaches_is_refused(metric, value):
         run_config(target_metric=metric, target_value=value)
 
 
+def test_a_seed_beyond_64_bits_is_refused():
+    with pytest.raises(ConfigError, match="seed is 9223372036854775808; it must be below"):
+        run_config(seed=2**63)
+
+
 def test_class_weights_that_train_nothing_are_refused():
     with pytest.raises(ConfigError, match="class_weights is 0,0"):
         LossConfig("wbce", (0.0, 0.0))
