@@ -4,7 +4,6 @@ import csv
 import json
 import os
 import pathlib
-import shutil
 import subprocess
 import sys
 
@@ -196,9 +195,10 @@ def test_a_flag_file_and_a_token_file_that_are_not_there(tmp_path):
     assert finished.stderr == f"error: --token_file={tmp_path / 'no'} does not exist; name a file\n"
 
 
-def test_evaluate_leaves_a_running_training_alone(quickstart, tmp_path):
+def test_evaluate_leaves_a_running_training_alone(tmp_path):
     """Its half-written checkpoint stays, and its result.json is left to it."""
-    workdir = shutil.copytree(quickstart[0], tmp_path / "run")
+    workdir = tmp_path / "run"
+    assert run("train", "--num_examples=2000", "--num_steps=5", f"--workdir={workdir}").returncode == 0
     half = workdir / "checkpoints" / "latest" / "9999.orbax-checkpoint-tmp"
     half.mkdir()
     (workdir / "result.json").write_text("{}")
