@@ -37,15 +37,16 @@ def run_command(main: Callable[[], None]) -> None:
 
 
 def _parse_flags(argv: list[str]) -> list[str]:
-    """absl's parsing and its words for a bad flag, but for a flag file that is not there."""
+    """absl's parsing; what it refuses is one line too."""
     try:
         return FLAGS(argv)
     except flags.CantOpenFlagFileError as error:
         reason = str(error).partition("flagfile: ")[2] or str(error)
         print(f"error: --flagfile: {_without_number(reason)}", file=sys.stderr)
         sys.exit(1)
-    except flags.Error:
-        return app.parse_flags_with_usage(argv)
+    except flags.Error as error:
+        print(f"error: {_shortened(str(error))} (--help lists the flags)", file=sys.stderr)
+        sys.exit(1)
 
 
 def _quiet_when_reading_failed(unraisable: "sys.UnraisableHookArgs") -> None:
