@@ -1,9 +1,11 @@
 """What every command shares: parse flags, run, and turn what the user can mend into one line and an exit status."""
 
+import functools
 import logging
 import re
 import sys
 from collections.abc import Callable
+from typing import Any
 
 from absl import app, flags
 from absl import logging as absl_logging
@@ -22,7 +24,7 @@ def run_command(main: Callable[[], None]) -> None:
     def guarded(argv: list[str]) -> None:
         with interrupts.one_line():
             _log_to_stderr()
-            sys.unraisablehook = _quiet_when_reading_failed
+            sys.unraisablehook = functools.partial(_quiet_when_reading_failed, sys.unraisablehook)
             gpu_atomics.use_hardware_additions()
             memory.end_in_one_line()
             try:
@@ -49,11 +51,13 @@ def _parse_flags(argv: list[str]) -> list[str]:
         sys.exit(1)
 
 
-def _quiet_when_reading_failed(unraisable: "sys.UnraisableHookArgs") -> None:
+def _quiet_when_reading_failed(
+    otherwise: Callable[["sys.UnraisableHookArgs"], Any], unraisable: "sys.UnraisableHookArgs"
+) -> None:
     """Drop what a checkpoint's other reads say when one has failed, which is told, and Orbax's event loop is gone."""
     error = unraisable.exc_value
     if not (isinstance(error, RuntimeError) and str(error) == "Event loop is closed"):
-        sys.__unraisablehook__(unraisable)
+        otherwise(unraisable)
 
 
 def _say_or_raise(error: Exception) -> str:

@@ -67,7 +67,7 @@ def require_room(config: RunConfig, setting: Setting, plan: Plan, copies: float)
     load = dataclasses.replace(setting.load, batch_size=config.batch_size // config.num_micro_batches)
     setting = dataclasses.replace(setting, load=load)
     cost, local = setting.cost_of(plan), max(1, setting.mesh.size // processes)
-    once = dataclasses.replace(setting, mesh=MeshShape(1, 1)).cost(DATA_PARALLEL).memory
+    once = dataclasses.replace(setting, mesh=MeshShape(1, 1), group_size=0).cost(DATA_PARALLEL).memory
     saved = copies * sum(once[part] for part in ("tables", "optimizer state", "dense parameters")) / processes
     largest, on_cpu = planner.largest_holder(setting, cost), devices[0].platform == "cpu"
     if not on_cpu:

@@ -64,8 +64,6 @@ def define_flags() -> None:
 
 def main() -> None:
     """Flags to settings, settings to a server."""
-    for name in ("token_file", "tls_cert", "tls_key", "sharding_plan"):
-        files.require_input_file(name, FLAGS[name].value)
     missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
     require(not missing, f"{', '.join(missing)} is not installed: {how_to_install('serve')}")
     from dlrm_jax.serving.asgi import Limits
@@ -79,6 +77,8 @@ def main() -> None:
         require(FLAGS[name].value > 0, f"--{name} is {FLAGS[name].value}; it must be positive")
     require(FLAGS.max_delay_ms >= 0, f"--max_delay_ms is {FLAGS.max_delay_ms}; it must not be negative")
     require(bool(FLAGS.tls_cert) == bool(FLAGS.tls_key), "--tls_cert and --tls_key go together: give both or none")
+    for name in ("token_file", "tls_cert", "tls_key", "sharding_plan"):
+        files.require_input_file(name, FLAGS[name].value)
     batch_sizes = _batch_sizes() or BATCH_SIZES
     run_server(
         Settings(

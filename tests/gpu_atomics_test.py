@@ -46,6 +46,6 @@ def test_commands_ask_for_it_before_they_begin(monkeypatch):
     done = []
     monkeypatch.setattr(gpu_atomics, "use_hardware_additions", lambda: done.append("asked"))
     monkeypatch.setattr(commands, "_log_to_stderr", lambda: None)
-    monkeypatch.setattr(commands.app, "run", lambda guarded: guarded(["command"]))
+    monkeypatch.setattr(commands.app, "run", lambda guarded, flags_parser: guarded(["command"]))
     commands.run_command(lambda: done.append("began"))
     assert done == ["asked", "began"]

@@ -184,7 +184,7 @@ def test_the_command_plans_without_touching_a_device(tmp_path):
     plan, picture = tmp_path / "plan.json", tmp_path / "plan.png"
     done = run(KAGGLE, "--devices=8", "--hardware=h100", f"--json={plan}", f"--picture={picture}")
     assert done.returncode == 0, done.stderr
-    for words in ("26 tables, 33,762,577 rows of 16", "C26", "tables on a device: least", "predicted step:", "fits"):
+    for words in ("26 tables, 33,762,577 rows of 16", "f25", "tables on a device: least", "predicted step:", "fits"):
         assert words in done.stdout
     assert all(kind in done.stdout for kind in (*SHARDINGS, AUTO))
     values = json.loads(plan.read_text())

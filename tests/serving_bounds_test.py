@@ -126,7 +126,7 @@ def test_who_waited_too_long_is_refused_and_requests_are_logged(tmp_path):
         (["--model={tmp}", "--tls_cert=a"], "go together"),
         (["--model={tmp}", "--max_rows=0"], "--max_rows is 0"),
         (["--model={tmp}", "--max_wait_ms=0"], "--max_wait_ms is 0"),
-        (["--model={tmp}", "--token_file={tmp}/no"], "No such file"),
+        (["--model={tmp}", "--token_file={tmp}/no"], "does not exist"),
     ],
 )
 def test_a_mistake_in_the_flags_is_one_line(tmp_path, flags, words):

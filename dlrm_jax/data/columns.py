@@ -273,8 +273,9 @@ def read_label(label: Label, array: pa.Array, null_values: tuple[str, ...]) -> t
     bad += distinct.bad(wrong, label.column, "is not a number")
     if label.threshold is not None:
         return distinct.spread((numbers >= label.threshold).astype(np.float32), 0), bad
-    bad += distinct.bad(~wrong & (numbers != 0) & (numbers != 1), label.column, "is neither 0 nor 1")
-    return distinct.spread(numbers.astype(np.float32), 0), bad
+    binary = (numbers == 0) | (numbers == 1)
+    bad += distinct.bad(~wrong & ~binary, label.column, "is neither 0 nor 1")
+    return distinct.spread(np.where(binary, numbers, 0).astype(np.float32), 0), bad
 
 
 def _with_booleans(texts: pa.Array, numbers: np.ndarray, wrong: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
