@@ -16,6 +16,7 @@ from dlrm_jax.data import columns, text_source, times
 from dlrm_jax.data.bags import read_bags
 from dlrm_jax.data.dense import DenseStatistics, finish_dense, transform
 from dlrm_jax.data.infer import infer
+from dlrm_jax.data.json_lines import parse_json
 from dlrm_jax.data.preparation import Options, prepare
 from dlrm_jax.data.prepared import read_json
 from dlrm_jax.data.schema import Dense, Label, Sparse, Split, integer
@@ -137,6 +138,29 @@ def test_a_text_means_the_same_alone_as_among_others(reader, texts):
     alone = [by_row(read, pa.array([text]))[0] for text in texts]
     assert by_row(read, pa.array(texts)) == alone
     assert by_row(read, pa.array(texts).dictionary_encode()) == alone
+
+
+JSON_VALUE = st.one_of(
+    st.none(),
+    st.sampled_from(["", "NA", "a", "a|b", "|", "a||NA|c|d", "1|2"]),
+    st.integers(-5, 5),
+    st.floats(allow_nan=False),
+    st.booleans(),
+    st.lists(st.one_of(st.none(), st.sampled_from(["", "a", "a|b", "NA"]), st.integers(0, 3)), max_size=4),
+)
+
+
+@given(values=st.lists(JSON_VALUE, min_size=1, max_size=6))
+@settings(max_examples=200, deadline=None)
+def test_a_value_of_json_means_the_same_alone_as_among_others(values):
+    """A list in another line makes the column one of lists; texts must be cut at the separator all the same."""
+
+    def bags(values: list) -> list:
+        lines = "".join(json.dumps({"c": value}) + "\n" for value in values).encode()
+        array = parse_json(lines, 1, ["c"], (), separators={"c": "|"}).arrays["c"]
+        return by_row(lambda array: bag_of(Sparse("c", separator="|", hotness=3), array), array)
+
+    assert bags(values) == [bags([value])[0] for value in values]
 
 
 TYPED = {

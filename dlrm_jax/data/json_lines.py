@@ -1,7 +1,8 @@
 """JSON lines: the objects of a chunk as columns of texts, or of lists of texts."""
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -15,10 +16,16 @@ _LINES_FOR_NAMES = 100
 
 
 def parse_json(
-    data: bytes, first_line: int, needed: list[str], scalars: Collection[str], encoding: str = UTF8
+    data: bytes,
+    first_line: int,
+    needed: list[str],
+    scalars: Collection[str],
+    encoding: str = UTF8,
+    separators: Mapping[str, str] = MappingProxyType({}),
 ) -> Columns:
     """The columns `needed` of a chunk of lines; those among `scalars` hold one value a line, the others may hold lists.
 
+    A column's text is cut at its separator, if it has one, also where another line of the chunk has a list.
     A line without a column has a null there; `Columns.names` tells whether any line has it.
     """
     objects: list[dict[str, Any]] = []
@@ -51,7 +58,7 @@ def parse_json(
                 value = json.dumps(found[column], ensure_ascii=False)
                 bad.append(BadRow(row, number, reason, column, value))
         row += 1
-    arrays = {name: _column([found.get(name) for found in objects]) for name in needed}
+    arrays = {name: _column([found.get(name) for found in objects], separators.get(name, "")) for name in needed}
     return Columns(arrays, np.asarray(rows, np.int64), row, bad, lines.get, names=frozenset(names))
 
 
@@ -88,14 +95,19 @@ def _json_object(line: bytes) -> dict[str, Any]:
     return values
 
 
-def _column(values: list[Any]) -> pa.Array:
+def _column(values: list[Any], separator: str) -> pa.Array:
     """Texts, or lists of texts where any value is a list; a number is written as JSON writes it."""
     if any(isinstance(value, list) for value in values):
-        items = [value if value is None or isinstance(value, list) else [value] for value in values]
+        items = [value if value is None or isinstance(value, list) else _bag(value, separator) for value in values]
         return pa.array(
             [None if bag is None else [_json_text(item) for item in bag] for bag in items], pa.list_(pa.string())
         )
     return pa.array([_json_text(value) for value in values], pa.string()).dictionary_encode()
+
+
+def _bag(value: Any, separator: str) -> list[Any]:
+    text = _json_text(value)
+    return text.split(separator) if separator and text is not None else [value]
 
 
 def _json_text(value: object) -> str | None:

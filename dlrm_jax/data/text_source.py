@@ -30,6 +30,7 @@ class TextSource:
         self._schema, self._chunk_bytes = schema, chunk_bytes
         self._needed = schema.source_columns()
         self._scalars = schema.scalar_columns()
+        self._separators = {feature.source: feature.separator for feature in schema.sparse if feature.separator}
         self._json = is_json
         self._delimiter = schema.delimiter or guess_delimiter(paths[0], schema.encoding)
         # A quote that no file uses in its first bytes may still come later: only a schema without one turns it off.
@@ -60,7 +61,9 @@ class TextSource:
             parse: Callable[[], Columns]
             if columns is None:
                 encoding = self._schema.encoding
-                parse = functools.partial(parse_json, body, first_line, self._needed, self._scalars, encoding)
+                parse = functools.partial(
+                    parse_json, body, first_line, self._needed, self._scalars, encoding, self._separators
+                )
             else:
                 parse = functools.partial(self._parse, path, body, first_line, columns)
             yield Chunk(file, following, done + raw_position, parse)
