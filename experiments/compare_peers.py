@@ -70,7 +70,7 @@ bytes as the rows have, in order, each by itself: a step made of these cannot be
 is how many times as fast as that peer such a step is at most. All ratios are those of turns taken together: a peer's
 are to ours, and to the floor, beside it, which other peers' runs may have found faster or slower."""
 
-BATCHES, STEPS_CHECKED = 4, 3
+BATCHES, STEPS_CHECKED, TURNS = 4, 3, 7
 LOGIT_TOLERANCE, WEIGHT_TOLERANCE = 2e-4, 2e-5
 TURN_SECONDS, LEAST_STEPS, MOST_STEPS, MOST_SECONDS = 0.25, 3, 21, 45
 
@@ -262,7 +262,7 @@ def main() -> None:
     parser.add_argument("--configs", default=",".join(DEFAULT_CONFIGS), help="some of " + ", ".join(CONFIGS))
     parser.add_argument("--optimizers", default=",".join(OPTIMIZERS))
     parser.add_argument("--peers", default="torch,dense_jax")
-    parser.add_argument("--turns", type=int, default=7)
+    parser.add_argument("--turns", type=int, default=TURNS)
     parser.add_argument("--max_rows_per_table", type=int, default=0, help="cut tables, to fit this machine; 0: no")
     parser.add_argument("--json", type=pathlib.Path, help="where numbers go; those of other configurations stay there")
     parser.add_argument("--picture", type=pathlib.Path)
@@ -291,10 +291,15 @@ def main() -> None:
     if arguments.picture:
         draw(results, arguments.picture)
     if arguments.readme:
-        command = f"`python experiments/compare_peers.py --configs={','.join(results)}`"
-        tables = f"{table(results)}\n\n{FLOOR_TEXT}\n\n{floor_table(results)}"
-        text = f"{tables}\n\nMeasured {where_and_when(used)}, torch {used['torch']}; {command}."
-        replace_section(HERE / "README.md", "peers", text)
+        replace_section(HERE / "README.md", "peers", section(results, used, arguments.turns))
+
+
+def section(results: dict[str, dict], used: dict[str, str | None], turns: int) -> str:
+    """What experiments/README.md shows of some results, and of how they were measured."""
+    command = f"python experiments/compare_peers.py --configs={','.join(results)}"
+    command += f" --turns={turns}" if turns != TURNS else ""
+    tables = f"{table(results)}\n\n{FLOOR_TEXT}\n\n{floor_table(results)}"
+    return f"{tables}\n\nMeasured {where_and_when(used)}, torch {used['torch']}; `{command}`."
 
 
 if __name__ == "__main__":
