@@ -219,6 +219,7 @@ def flip(path, offset: int, bit: int) -> None:
 def test_any_file_may_be_missing_or_cut(saved, tmp_path, damage):
     directory, placements, good = saved
     files = [path for path in (directory / "checkpoints" / BEST / "0").rglob("*") if path.is_file()]
+    found = []
     for i, path in enumerate(files):
         copy = shutil.copytree(directory, tmp_path / str(i))
         spoilt = copy / path.relative_to(directory)
@@ -226,8 +227,9 @@ def test_any_file_may_be_missing_or_cut(saved, tmp_path, damage):
             spoilt.unlink()
         else:
             os.truncate(spoilt, spoilt.stat().st_size // 2)
-        require_equal_or_refused(copy, placements[i % 2], good[i % 2])
+        found.append(require_equal_or_refused(copy, placements[i % 2], good[i % 2]))
         shutil.rmtree(copy)
+    assert found.count("refused") >= 5, found  # Most others are what Orbax notes beside the arrays.
 
 
 @pytest.mark.parametrize("item", ["checksums", "dense", "record", "tables"])

@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import functools
 import re
 
 import pytest
@@ -252,14 +253,15 @@ def test_a_flag_with_an_effect_everywhere_is_never_refused(parse, name):
         "bottom_mlp": ["embedding_dim=8"],
     }
     together |= {"num_micro_batches": ["batch_size=12"], "dataset": ["data_dir=raw"]}
-    parse(f"{name}={SETTINGS[name][0]}", *together.get(name, []))
-    config_from_flags()
+    text, path, value = SETTINGS[name]
+    parse(f"{name}={text}", *together.get(name, []))
+    assert functools.reduce(getattr, path.split("."), config_from_flags()) == value
 
 
 @pytest.mark.parametrize("flags", OTHERS)
-def test_flags_that_have_an_effect_or_say_the_default(parse, flags):
+def test_flags_that_have_an_effect_or_say_the_default(parse, flags, caplog):
     parse(*flags)
-    config_from_flags()
+    assert config_from_flags() == unchecked_config() and not caplog.text
 
 
 @pytest.mark.parametrize(("flags", "words"), HAVE_NONE)
