@@ -144,6 +144,7 @@ def _draw(statistics: dict[str, Any], clock: Callable[[float], datetime.datetime
     shown = sorted(tables, key=lambda name: tables[name]["distinct"])[-40:]
     sizes.barh(shown, [max(tables[name]["distinct"], 1) for name in shown])
     sizes.set(xscale="log", xlabel="distinct ids", title="cardinalities")
+    sizes.set_xlim(left=0.9)  # From one on, so that lengths compare, and the ticks are powers of ten.
     sizes.tick_params(axis="y", labelsize=7)
     bins = [
         (clock(start) if clock else start, positives / rows)
