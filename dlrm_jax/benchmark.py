@@ -13,14 +13,15 @@ from typing import Any
 import jax
 from absl import flags
 
-from dlrm_jax import files, reporting, step_parts
-from dlrm_jax import flags as run_flags
-from dlrm_jax.commands import run_command
+from dlrm_jax.cli import flags as run_flags
+from dlrm_jax.cli.commands import run_command
+from dlrm_jax.cli.flags import config_from_flags, define_run_flags
 from dlrm_jax.config import ConfigError
-from dlrm_jax.flags import config_from_flags, define_run_flags
-from dlrm_jax.measuring import FORWARD, INPUT, TRAIN, measure
-from dlrm_jax.run_config import RunConfig
-from dlrm_jax.sharding.calibrate import calibrate
+from dlrm_jax.host import files
+from dlrm_jax.planning.calibrate import calibrate
+from dlrm_jax.training import reporting, step_parts
+from dlrm_jax.training.measuring import FORWARD, INPUT, TRAIN, measure
+from dlrm_jax.training.run_config import RunConfig
 
 FLAGS = flags.FLAGS
 SWEEPS = ("batch", "rows", "hotness", "dim", "devices")
@@ -170,8 +171,13 @@ def main() -> None:
         draw(numbers, pathlib.Path(FLAGS.picture))
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """The command, as a console script calls it too."""
     define_run_flags()
     define_benchmark_flags()
     flags.adopt_module_key_flags(run_flags)
     run_command(main)
+
+
+if __name__ == "__main__":
+    command()

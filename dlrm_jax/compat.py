@@ -14,8 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dlrm_jax import embedding
-from dlrm_jax.batch import Batch, pack_bags
 from dlrm_jax.config import (
     ConfigError,
     FeatureConfig,
@@ -25,8 +23,10 @@ from dlrm_jax.config import (
     ScheduleConfig,
     TableConfig,
 )
-from dlrm_jax.state import TrainState, new_state
-from dlrm_jax.step import make_train_step
+from dlrm_jax.data.batch import Batch, pack_bags
+from dlrm_jax.tables import embedding
+from dlrm_jax.training.state import TrainState, new_state
+from dlrm_jax.training.step import make_train_step
 
 LOSS_TOLERANCE = 2e-6
 WEIGHT_TOLERANCE = 5e-6

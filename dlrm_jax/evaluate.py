@@ -8,14 +8,15 @@ from typing import Any
 
 from absl import flags
 
-from dlrm_jax import files, heap, reporting
-from dlrm_jax.commands import run_command
-from dlrm_jax.data.dataset import SPLITS, Rows
-from dlrm_jax.data.pipeline import rows_and_labels
-from dlrm_jax.evaluation import Evaluator, evaluate_splits
-from dlrm_jax.memory import TRY_ANYWAY_HELP
-from dlrm_jax.monitor import Speed
-from dlrm_jax.trained import restore
+from dlrm_jax.cli.commands import run_command
+from dlrm_jax.cli.trained import restore
+from dlrm_jax.data.read.dataset import SPLITS, Rows
+from dlrm_jax.data.read.pipeline import rows_and_labels
+from dlrm_jax.host import files, heap
+from dlrm_jax.host.memory import TRY_ANYWAY_HELP
+from dlrm_jax.training import reporting
+from dlrm_jax.training.evaluation import Evaluator, evaluate_splits
+from dlrm_jax.training.monitor import Speed
 
 FLAGS = flags.FLAGS
 _LOG = logging.getLogger("dlrm_jax")
@@ -71,6 +72,11 @@ def main() -> None:
     renew_result(workdir, result)
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """The command, as a console script calls it too."""
     define_flags()
     run_command(main)
+
+
+if __name__ == "__main__":
+    command()

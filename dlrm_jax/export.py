@@ -8,19 +8,19 @@ import jax
 import numpy as np
 from absl import flags
 
-from dlrm_jax import files, memory
-from dlrm_jax.commands import run_command
+from dlrm_jax.cli.commands import run_command
+from dlrm_jax.cli.trained import Stored, open_stored
 from dlrm_jax.config import ModelConfig
-from dlrm_jax.data.dataset import SPLITS
-from dlrm_jax.embedding import POOLING_WEIGHTS
-from dlrm_jax.reporting import format_table, json_ready
-from dlrm_jax.serving.export import export_model
-from dlrm_jax.serving.loaded import MakeEngine
-from dlrm_jax.serving.placed import engine_maker
-from dlrm_jax.serving.quantise import TABLE_TYPES, stored_table
-from dlrm_jax.sharding import reshard
-from dlrm_jax.sharding.options import ShardingOptions
-from dlrm_jax.trained import Stored, open_stored
+from dlrm_jax.data.read.dataset import SPLITS
+from dlrm_jax.host import files, memory
+from dlrm_jax.serving.artifact.export import export_model
+from dlrm_jax.serving.artifact.loaded import MakeEngine
+from dlrm_jax.serving.artifact.placed import engine_maker
+from dlrm_jax.serving.artifact.quantise import TABLE_TYPES, stored_table
+from dlrm_jax.tables import reshard
+from dlrm_jax.tables.embedding import POOLING_WEIGHTS
+from dlrm_jax.training.options import ShardingOptions
+from dlrm_jax.training.reporting import format_table, json_ready
 
 FLAGS = flags.FLAGS
 _PIECE_FLOATS = 2**22
@@ -94,6 +94,11 @@ def _engine(model: ModelConfig, largest: str) -> MakeEngine | None:
     return None
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """The command, as a console script calls it too."""
     define_flags()
     run_command(main)
+
+
+if __name__ == "__main__":
+    command()

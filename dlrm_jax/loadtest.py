@@ -11,10 +11,10 @@ import pathlib
 
 from absl import flags
 
-from dlrm_jax import files
-from dlrm_jax.commands import run_command
+from dlrm_jax.cli.commands import run_command
 from dlrm_jax.config import ConfigError, how_to_install, require
-from dlrm_jax.reporting import write_json_atomically
+from dlrm_jax.host import files
+from dlrm_jax.training.reporting import write_json_atomically
 
 FLAGS = flags.FLAGS
 
@@ -38,7 +38,7 @@ def main() -> None:
     """Flags to requests, answers to a table."""
     missing = [name for name in ("httptools", "uvloop", "flatbuffers") if importlib.util.find_spec(name) is None]
     require(not missing, f"{', '.join(missing)} is not installed: {how_to_install('serve')}")
-    from dlrm_jax.serving import load_generator as generator
+    from dlrm_jax.serving.http import load_generator as generator
 
     files.require_output_file("json", FLAGS.json)
     files.require_output_file("picture", FLAGS.picture)
@@ -65,6 +65,11 @@ def main() -> None:
         generator.draw(best, pathlib.Path(FLAGS.picture))
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """The command, as a console script calls it too."""
     define_flags()
     run_command(main)
+
+
+if __name__ == "__main__":
+    command()

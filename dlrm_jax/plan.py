@@ -9,21 +9,22 @@ import pathlib
 
 from absl import flags
 
-from dlrm_jax import files, reporting
-from dlrm_jax import flags as run_flags
-from dlrm_jax.commands import run_command
+from dlrm_jax.cli import flags as run_flags
+from dlrm_jax.cli.commands import run_command
+from dlrm_jax.cli.flags import config_from_flags, define_run_flags
 from dlrm_jax.config import ConfigError, ModelConfig
-from dlrm_jax.data.load import load_dataset
-from dlrm_jax.data.prepared import is_prepared, read_json
-from dlrm_jax.flags import config_from_flags, define_run_flags
-from dlrm_jax.run_config import RunConfig
-from dlrm_jax.sharding import hardware, planner, report
-from dlrm_jax.sharding.calibrate import calibrate
-from dlrm_jax.sharding.cost import Load
-from dlrm_jax.sharding.mesh import parse_mesh
-from dlrm_jax.sharding.options import choose_plan
-from dlrm_jax.sharding.skew import skews
-from dlrm_jax.sharding.topology import compile_report, parse_topology
+from dlrm_jax.data.read.load import load_dataset
+from dlrm_jax.data.read.prepared import is_prepared, read_json
+from dlrm_jax.host import files
+from dlrm_jax.host.mesh import parse_mesh
+from dlrm_jax.planning import hardware, planner, report
+from dlrm_jax.planning.calibrate import calibrate
+from dlrm_jax.planning.cost import Load
+from dlrm_jax.planning.skew import skews
+from dlrm_jax.training import reporting
+from dlrm_jax.training.options import choose_plan
+from dlrm_jax.training.run_config import RunConfig
+from dlrm_jax.training.topology import compile_report, parse_topology
 
 FLAGS = flags.FLAGS
 
@@ -103,8 +104,13 @@ def main() -> None:
         raise ConfigError(planner.does_not_fit(setting, cost))
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """The command, as a console script calls it too."""
     define_run_flags()
     define_plan_flags()
     flags.adopt_module_key_flags(run_flags)
     run_command(main)
+
+
+if __name__ == "__main__":
+    command()

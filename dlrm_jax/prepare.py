@@ -9,16 +9,17 @@ import time
 from absl import flags
 from tqdm import tqdm
 
-from dlrm_jax import commands, files
+from dlrm_jax.cli import commands
 from dlrm_jax.config import ConfigError
-from dlrm_jax.data import schema_io
-from dlrm_jax.data.blocks import COMPRESSIONS
-from dlrm_jax.data.label_values import one_class_warnings, shown_texts
-from dlrm_jax.data.preparation import BAD_ROW_POLICIES, Options, Progress, prepare
-from dlrm_jax.data.presets import PRESETS
-from dlrm_jax.data.schema import Schema
-from dlrm_jax.data.source import expand
-from dlrm_jax.heap import keep_freed_chunks
+from dlrm_jax.data.formats.source import expand
+from dlrm_jax.data.prepare.blocks import COMPRESSIONS
+from dlrm_jax.data.prepare.preparation import BAD_ROW_POLICIES, Options, Progress, prepare
+from dlrm_jax.data.schema import schema_io
+from dlrm_jax.data.schema.presets import PRESETS
+from dlrm_jax.data.schema.schema import Schema
+from dlrm_jax.data.values.label_values import one_class_warnings, shown_texts
+from dlrm_jax.host import files
+from dlrm_jax.host.heap import keep_freed_chunks
 
 FLAGS = flags.FLAGS
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
@@ -45,7 +46,7 @@ def define_flags() -> None:
 def main() -> None:
     """Flags to schema and options; prepare; say what there is now."""
     if FLAGS.describe:
-        from dlrm_jax.data.describe import describe  # Draws pictures, which takes a second to import.
+        from dlrm_jax.data.prepare.describe import describe  # Draws pictures, which takes a second to import.
 
         print(describe(pathlib.Path(FLAGS.describe)))
         return
@@ -68,13 +69,13 @@ def main() -> None:
 def choose_schema(name: str, paths: tuple[str, ...]) -> Schema:
     """The schema that --schema names."""
     if name == "infer":
-        from dlrm_jax.data.infer import infer
+        from dlrm_jax.data.infer.infer import infer
 
         return infer(paths)
     if name in PRESETS:
         schema = PRESETS[name][1]()
         if schema.format == "mlperf_multi_hot":
-            from dlrm_jax.data.array_source import fit_hotness
+            from dlrm_jax.data.formats.array_source import fit_hotness
 
             return fit_hotness(schema, paths[0])
         if schema.format == "text" and schema.columns and _has_header(paths[0], schema):
@@ -88,7 +89,7 @@ def choose_schema(name: str, paths: tuple[str, ...]) -> Schema:
 
 def _has_header(path: str, schema: Schema) -> bool:
     """Whether a file that usually has no header has one (as the public sample of Criteo's log, a CSV)."""
-    from dlrm_jax.data.records import read_head
+    from dlrm_jax.data.formats.records import read_head
 
     first = read_head(path, 1 << 16).split(b"\n")[0].decode("utf8", "replace")
     return set(schema.source_columns()) <= {name.strip().strip('"') for name in first.split(",")}
@@ -170,6 +171,11 @@ def _print_summary(output: pathlib.Path, statistics: dict, seconds: float) -> No
     print(f"prepared in {seconds:.1f} s ({rows / seconds:,.0f} rows/s); train with --data_dir={os.fspath(output)}")
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """The command, as a console script calls it too."""
     define_flags()
     commands.run_command(main)
+
+
+if __name__ == "__main__":
+    command()

@@ -6,14 +6,14 @@ import typing
 
 from absl import flags
 
-from dlrm_jax import files, memory
-from dlrm_jax.commands import run_command
+from dlrm_jax.cli.commands import run_command
 from dlrm_jax.config import CPU_KERNELS, NATIVE, XLA, ConfigError, how_to_install, require
-from dlrm_jax.sharding.plan import SHARDINGS
+from dlrm_jax.host import files, memory
+from dlrm_jax.tables.plan import SHARDINGS
 
 if typing.TYPE_CHECKING:
-    from dlrm_jax.serving.loaded import Engine, MakeEngine
-    from dlrm_jax.serving.store import Version
+    from dlrm_jax.serving.artifact.loaded import Engine, MakeEngine
+    from dlrm_jax.serving.artifact.store import Version
 
 FLAGS = flags.FLAGS
 _NEEDED = ("starlette", "uvicorn", "httptools", "uvloop", "orjson", "prometheus_client", "flatbuffers")
@@ -66,9 +66,9 @@ def main() -> None:
     """Flags to settings, settings to a server."""
     missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
     require(not missing, f"{', '.join(missing)} is not installed: {how_to_install('serve')}")
-    from dlrm_jax.serving.asgi import Limits
-    from dlrm_jax.serving.loaded import BATCH_SIZES
-    from dlrm_jax.serving.server import Settings, run_server
+    from dlrm_jax.serving.artifact.loaded import BATCH_SIZES
+    from dlrm_jax.serving.http.asgi import Limits
+    from dlrm_jax.serving.http.server import Settings, run_server
 
     limits = Limits(FLAGS.max_body_bytes, FLAGS.max_rows, FLAGS.request_seconds, FLAGS.body_seconds)
     for name in ("max_queued_rows", "max_rows", "max_bag", "max_body_bytes", "max_connections"):
@@ -116,7 +116,7 @@ def _batch_sizes() -> tuple[int, ...]:
 
 
 def _make_engine(largest_batch: int) -> "MakeEngine":
-    from dlrm_jax.serving.loaded import OneDevice, require_room
+    from dlrm_jax.serving.artifact.loaded import OneDevice, require_room
 
     oversubscribe = FLAGS.allow_oversubscription
     if not FLAGS.mesh:
@@ -125,7 +125,7 @@ def _make_engine(largest_batch: int) -> "MakeEngine":
         make: MakeEngine = OneDevice
         native = FLAGS.cpu_kernels == NATIVE
         if native:
-            from dlrm_jax.serving.native import NativeCpu
+            from dlrm_jax.serving.artifact.native import NativeCpu
 
             make = NativeCpu
 
@@ -135,8 +135,8 @@ def _make_engine(largest_batch: int) -> "MakeEngine":
 
         return with_room
     require(FLAGS.cpu_kernels == XLA, "--cpu_kernels=native scores on one device: leave it or --mesh out")
-    from dlrm_jax.serving.placed import engine_maker
-    from dlrm_jax.sharding.options import ShardingOptions
+    from dlrm_jax.serving.artifact.placed import engine_maker
+    from dlrm_jax.training.options import ShardingOptions
 
     options = ShardingOptions(sharding=FLAGS.sharding, plan=FLAGS.sharding_plan, mesh=FLAGS.mesh)
     return engine_maker(options, largest_batch, oversubscribe)
@@ -150,6 +150,11 @@ def _token() -> str:
     return token
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """The command, as a console script calls it too."""
     define_flags()
     run_command(main)
+
+
+if __name__ == "__main__":
+    command()

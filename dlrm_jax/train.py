@@ -6,15 +6,15 @@ import sys
 
 from absl import flags
 
-from dlrm_jax import files, processes
-from dlrm_jax import flags as run_flags
-from dlrm_jax.commands import run_command
+from dlrm_jax.cli import flags as run_flags
+from dlrm_jax.cli.commands import run_command
+from dlrm_jax.cli.flags import config_from_flags, defaults_taken, define_run_flags, flagfile_text
 from dlrm_jax.config import ConfigError
-from dlrm_jax.data.prepared import is_prepared, read_schema
-from dlrm_jax.flags import config_from_flags, defaults_taken, define_run_flags, flagfile_text
-from dlrm_jax.loop import ResultNotWritten, train_and_evaluate
-from dlrm_jax.monitor import Interrupted
-from dlrm_jax.reporting import format_cost, format_table
+from dlrm_jax.data.read.prepared import is_prepared, read_schema
+from dlrm_jax.host import files, processes
+from dlrm_jax.training.loop import ResultNotWritten, train_and_evaluate
+from dlrm_jax.training.monitor import Interrupted
+from dlrm_jax.training.reporting import format_cost, format_table
 
 FLAGS = flags.FLAGS
 
@@ -60,8 +60,13 @@ def main() -> None:
     print(f"step {result['step']}; results, curves and checkpoints are in {workdir}")
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """The command, as a console script calls it too."""
     define_run_flags()
     define_process_flags()
     flags.adopt_module_key_flags(run_flags)  # Else --help would not list them.
     run_command(main)
+
+
+if __name__ == "__main__":
+    command()

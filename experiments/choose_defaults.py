@@ -17,9 +17,9 @@ from collections.abc import Callable, Iterator
 import defaults_data
 from measure import ROOT, replace_section, where_and_when
 
-from dlrm_jax.flags import FLAGS, config_from_flags, define_run_flags
-from dlrm_jax.loop import train_and_evaluate
-from dlrm_jax.reporting import versions
+from dlrm_jax.cli.flags import FLAGS, config_from_flags, define_run_flags
+from dlrm_jax.training.loop import train_and_evaluate
+from dlrm_jax.training.reporting import versions
 
 NAMES = ("dense_optimizer", "table_optimizer", "learning_rate", "batch_size", "num_epochs", "patience")
 CHOSEN = ("adagrad", "rowwise_adagrad", "0.02", "256", "20", "2")

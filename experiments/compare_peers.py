@@ -37,18 +37,19 @@ from absl import flags
 from measure import replace_section, where_and_when
 from peers.report import GOALS, SIDES, draw, floor_table, rows_of, table
 
-from dlrm_jax import embedding, gpu_atomics, heap
-from dlrm_jax.batch import Batch
+from dlrm_jax.cli.flags import config_from_flags, define_run_flags
 from dlrm_jax.config import NATIVE, XLA, ModelConfig
-from dlrm_jax.data.load import synthetic_spec
-from dlrm_jax.data.synthetic import device_batch
-from dlrm_jax.flags import config_from_flags, define_run_flags
-from dlrm_jax.native import build
+from dlrm_jax.data.batch import Batch
+from dlrm_jax.data.generate.synthetic import device_batch
+from dlrm_jax.data.read.load import synthetic_spec
+from dlrm_jax.host import gpu_atomics, heap
 from dlrm_jax.plan import model_of
-from dlrm_jax.reporting import versions, write_json_atomically
-from dlrm_jax.run_config import RunConfig
-from dlrm_jax.sharding.placed import Placed, on_one_device
-from dlrm_jax.step import logits, make_train_step
+from dlrm_jax.tables import embedding
+from dlrm_jax.tables.kernels import build
+from dlrm_jax.training.placed import Placed, on_one_device
+from dlrm_jax.training.reporting import versions, write_json_atomically
+from dlrm_jax.training.run_config import RunConfig
+from dlrm_jax.training.step import logits, make_train_step
 
 HERE = pathlib.Path(__file__).resolve().parent
 CONFIGS = {

@@ -3,7 +3,7 @@
     pip install ".[gpu,peers]" && python experiments/gpu_goals.py [--parts=own,peers,scatter] [--readme]
 
 `own` measures our step by `dlrm_jax.benchmark`, in several ways each; `peers` sets it beside PyTorch
-(compare_peers.py); `scatter` times adding gradients to rows where ids repeat (dlrm_jax/gpu_atomics.py), by XLA's
+(compare_peers.py); `scatter` times adding gradients to rows where ids repeat (dlrm_jax/host/gpu_atomics.py), by XLA's
 scatter and by the optimizers. On a CPU it runs too, cut down by `--max_rows_per_table=N --batch_divisor=N`, to see that
 it works.
 """
@@ -28,11 +28,11 @@ import jax.numpy as jnp
 import numpy as np
 from measure import replace_section, where_and_when
 
-from dlrm_jax import gpu_atomics
 from dlrm_jax.config import OptimizerConfig, ScheduleConfig
-from dlrm_jax.reporting import versions
-from dlrm_jax.sharding.calibrate import seconds
-from dlrm_jax.sparse_optimizer import SparseGrad, make_sparse_optimizer
+from dlrm_jax.host import gpu_atomics
+from dlrm_jax.planning.calibrate import seconds
+from dlrm_jax.tables.optimizers import SparseGrad, make_sparse_optimizer
+from dlrm_jax.training.reporting import versions
 
 HERE = pathlib.Path(__file__).resolve().parent
 SHAPES: dict[str, tuple[str, int, int, tuple[str, float]]] = {

@@ -18,10 +18,10 @@ import numpy as np
 from criteo_text import write
 from measure import ROOT, replace_section, where_and_when
 
-from dlrm_jax.data import multi_hot
-from dlrm_jax.data.pipeline import batches_of
-from dlrm_jax.data.prepared import open_prepared, read_json
-from dlrm_jax.reporting import versions
+from dlrm_jax.data.generate import multi_hot
+from dlrm_jax.data.read.pipeline import batches_of
+from dlrm_jax.data.read.prepared import open_prepared, read_json
+from dlrm_jax.training.reporting import versions
 
 REFERENCE_ROWS_PER_SECOND = 7_300
 """facebookresearch/dlrm's own preprocessing of 500,000 such rows on a machine of 2 cores: 68 s."""

@@ -20,10 +20,10 @@ import numpy as np
 from measure import ROOT, replace_section, where_and_when
 
 from dlrm_jax.config import CPU_KERNELS, NATIVE, XLA
-from dlrm_jax.metrics import auc
-from dlrm_jax.reporting import versions
-from dlrm_jax.serving.loaded import MakeEngine, OneDevice, load
-from dlrm_jax.serving.native import NativeCpu
+from dlrm_jax.model.metrics import auc
+from dlrm_jax.serving.artifact.loaded import MakeEngine, OneDevice, load
+from dlrm_jax.serving.artifact.native import NativeCpu
+from dlrm_jax.training.reporting import versions
 
 _OFFLINE_RATE = "Samples per second"
 _SHAPE = (1.0, 2.53)

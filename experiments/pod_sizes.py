@@ -18,13 +18,13 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 from absl import flags
 from measure import replace_section
 
+from dlrm_jax.cli.flags import config_from_flags, define_run_flags
 from dlrm_jax.config import LossConfig
-from dlrm_jax.flags import config_from_flags, define_run_flags
+from dlrm_jax.host.mesh import MeshShape
 from dlrm_jax.plan import load_of, model_of
-from dlrm_jax.sharding import planner
-from dlrm_jax.sharding.hardware import HARDWARE
-from dlrm_jax.sharding.mesh import MeshShape
-from dlrm_jax.sharding.topology import compile_report, parse_topology
+from dlrm_jax.planning import planner
+from dlrm_jax.planning.hardware import HARDWARE
+from dlrm_jax.training.topology import compile_report, parse_topology
 
 HERE = pathlib.Path(__file__).resolve().parent
 MODELS = ("shape_mlperf_dlrm", "shape_mlperf_dcnv2")

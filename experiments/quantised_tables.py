@@ -11,9 +11,9 @@ import tempfile
 
 from measure import ROOT, replace_section, where_and_when
 
-from dlrm_jax import reporting
-from dlrm_jax.serving.quantise import TABLE_TYPES
-from dlrm_jax.serving.store import open_version
+from dlrm_jax.serving.artifact.quantise import TABLE_TYPES
+from dlrm_jax.serving.artifact.store import open_version
+from dlrm_jax.training import reporting
 
 RUNS = (
     ("quickstart", ()),

@@ -18,13 +18,14 @@ import numpy as np
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-from dlrm_jax import embedding, heap
-from dlrm_jax.batch import Batch
 from dlrm_jax.config import FeatureConfig, LossConfig, ModelConfig, OptimizerConfig, ScheduleConfig, TableConfig
-from dlrm_jax.loss import example_losses
-from dlrm_jax.model import DLRM
-from dlrm_jax.state import init_state
-from dlrm_jax.step import make_train_step
+from dlrm_jax.data.batch import Batch
+from dlrm_jax.host import heap
+from dlrm_jax.model.dlrm import DLRM
+from dlrm_jax.model.loss import example_losses
+from dlrm_jax.tables import embedding
+from dlrm_jax.training.state import init_state
+from dlrm_jax.training.step import make_train_step
 
 KAGGLE_ROWS = (
     *(1460, 583, 10131227, 2202608, 305, 24, 12517, 633, 3, 93145, 5683, 8351593, 3194, 27, 14992, 5461306, 10, 5652),

@@ -25,8 +25,8 @@ import numpy as np
 from measure import ROOT, replace_section
 from prometheus_client.parser import text_string_to_metric_families
 
-from dlrm_jax.serving import load_generator as generator
-from dlrm_jax.serving.telemetry import STAGES
+from dlrm_jax.serving.http import load_generator as generator
+from dlrm_jax.serving.http.telemetry import STAGES
 
 PEERS = ROOT / "experiments" / "peers"
 TITLES = {"ours": "ours", "native": "ours, native", "torch": "PyTorch"}

@@ -29,7 +29,7 @@ def main(argv: list[str]) -> None:
     del argv
     import jax
 
-    from dlrm_jax.files import require_output_file
+    from dlrm_jax.host.files import require_output_file
 
     require_output_file("json", FLAGS.json)
     require_output_file("picture", FLAGS.picture)
@@ -46,7 +46,7 @@ def main(argv: list[str]) -> None:
     if FLAGS.readme:
         from measure import ROOT, replace_section, where_and_when
 
-        from dlrm_jax.reporting import versions
+        from dlrm_jax.training.reporting import versions
 
         command = f"`python experiments/sharding_comparison.py {' '.join(_own_flags())}`"
         text = f"{table(results)}\n\n{sentence}\n\nMeasured {where_and_when(versions())}; {command}."
@@ -63,15 +63,15 @@ def compare(devices: list) -> tuple[dict[str, dict], str]:
     import jax
     import numpy as np
 
-    from dlrm_jax.data import synthetic
-    from dlrm_jax.flags import config_from_flags
+    from dlrm_jax.cli.flags import config_from_flags
+    from dlrm_jax.data.generate import synthetic
+    from dlrm_jax.host.mesh import make_mesh, parse_mesh
     from dlrm_jax.plan import load_of, model_of
-    from dlrm_jax.sharding import planner, report
-    from dlrm_jax.sharding.hardware import of_device
-    from dlrm_jax.sharding.hlo import collectives, totals
-    from dlrm_jax.sharding.mesh import make_mesh, parse_mesh
-    from dlrm_jax.sharding.placed import Placed
-    from dlrm_jax.step import make_train_step
+    from dlrm_jax.planning import planner, report
+    from dlrm_jax.planning.hardware import of_device
+    from dlrm_jax.planning.hlo import collectives, totals
+    from dlrm_jax.training.placed import Placed
+    from dlrm_jax.training.step import make_train_step
 
     config = config_from_flags()
     model = model_of(config)
@@ -180,7 +180,7 @@ def draw(results: dict[str, dict], path: pathlib.Path) -> None:
 
 
 if __name__ == "__main__":
-    from dlrm_jax.flags import define_run_flags
+    from dlrm_jax.cli.flags import define_run_flags
 
     define_run_flags()
     app.run(main)

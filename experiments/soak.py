@@ -25,9 +25,9 @@ import numpy as np
 from measure import ROOT, replace_section, where_and_when
 from serving_comparison import free_port, start
 
-from dlrm_jax.reporting import versions
 from dlrm_jax.serving import load
-from dlrm_jax.serving import load_generator as generator
+from dlrm_jax.serving.http import load_generator as generator
+from dlrm_jax.training.reporting import versions
 
 CONNECTIONS = 256
 MALFORMED = (b"{", b'{"rows": 1}', b'{"rows": [{"x": 1}]}', b"\xff" * 50, b'{"rows": [' + b"[" * 2000, b"")

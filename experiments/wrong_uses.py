@@ -1,8 +1,8 @@
 """Wrong uses, as a user types them, and the one line that each prints: `python experiments/wrong_uses.py`.
 
 Runs every command in a scratch directory that has a small log, its dataset, a trained run and an exported model, and
-writes what was printed into `experiments/wrong_uses.md`. `tests/wrong_uses_test.py` holds that each ends with a status
-other than 0, one line, and no traceback, and that the line says what the case here expects.
+writes what was printed into `experiments/wrong_uses.md`. `tests/cli/wrong_uses_test.py` holds that each ends with a
+status other than 0, one line, and no traceback, and that the line says what the case here expects.
 """
 
 import dataclasses

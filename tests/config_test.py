@@ -1,4 +1,4 @@
-"""Tests `dlrm_jax/config.py`, `dlrm_jax/run_config.py`: bad settings are refused in words."""
+"""Tests `dlrm_jax/config.py`, `dlrm_jax/training/run_config.py`: bad settings are refused in words."""
 
 import dataclasses
 import json
@@ -17,8 +17,8 @@ from dlrm_jax.config import (
     differences,
     tell,
 )
-from dlrm_jax.data.load import DataConfig
-from dlrm_jax.run_config import ModelOptions, RunConfig, from_dict
+from dlrm_jax.data.read.load import DataConfig
+from dlrm_jax.training.run_config import ModelOptions, RunConfig, from_dict
 from tests.helpers import optimizer, tiny_model
 
 MODEL = ModelOptions(embedding_dim=4, bottom_mlp=(4,), top_mlp=(1,))

@@ -4,8 +4,8 @@ import pathlib
 
 import numpy as np
 
-from dlrm_jax.batch import EMPTY_SLOT, Batch
 from dlrm_jax.config import FeatureConfig, ModelConfig, OptimizerConfig, ScheduleConfig, TableConfig
+from dlrm_jax.data.batch import EMPTY_SLOT, Batch
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"

@@ -1,7 +1,8 @@
-"""Arrows point one way, only commands read flags, and importing the package touches neither a device nor TensorFlow."""
+"""Folders are layers, arrows point one way, only commands read flags; importing touches no device, no TensorFlow."""
 
 import ast
 import functools
+import graphlib
 import subprocess
 import sys
 
@@ -9,97 +10,15 @@ import pytest
 
 from tests.helpers import ROOT
 
-LAYERS = (
-    {"config", "formulations", "gpu_atomics", "heap", "huge_pages", "interrupts", "rows"},
-    {
-        "batch",
-        "checksums",
-        "dense_optimizer",
-        "files",
-        "interaction",
-        "loss",
-        "memory",
-        "schedule",
-        "sharding.mesh",
-        "sparse_optimizer",
-    },
-    {
-        "data.encoding",
-        "data.file_names",
-        "data.hashing",
-        "data.source",
-        "data.times",
-        "sharding.collective",
-        "sharding.plan",
-    },
-    {"data.schema", "native.build", "pooling"},
-    {
-        "data.column_types",
-        "data.dense",
-        "data.json_lines",
-        "data.label_values",
-        "serving.errors",
-        "serving.signature",
-        "serving.store",
-    },
-    {
-        "data.vocabulary",
-        "data.columns",
-        "data.schema_io",
-        "data.presets",
-        "data.staging",
-        "data.records",
-        "data.final_ids",
-    },
-    {"serving.transform", "data.decimals"},
-    {"serving.loaded"},
-    {"serving.telemetry", "serving.protocol", "serving.page", "serving.openapi", "serving.load_generator"},
-    {"serving.native"},
-    {"serving.batching", "serving.repository"},
-    {"serving.asgi"},
-    {"serving.front"},
-    {"serving.app"},
-    {"serving.server"},
-    {"data.bags", "data.array_source", "data.table_source", "data.text_source", "data.splits", "data.blocks"},
-    {"metrics", "model", "embedding", "data.dataset", "data.text", "data.statistics", "data.numbering"},
-    {"data.windows", "data.trace", "data.time_column", "data.multi_hot", "data.first_pass", "data.second_pass"},
-    {"state", "table_ops", "reporting", "data.planted", "data.criteo", "data.movielens", "data.synthetic"},
-    {"data.prepared", "sharding.storage", "sharding.hlo", "sharding.hardware", "sharding.skew"},
-    {"sharding.bags", "sharding.birth", "native.ops"},
-    {"sharding.replicated", "sharding.owned", "sharding.routed", "sharding.columns"},
-    {"data.pipeline", "data.open_log", "data.describe", "data.infer_column", "data.infer_layout", "sharding.exchange"},
-    {"data.infer_label", "data.infer_features"},
-    {"sharding.placed", "processes"},
-    {"sharding.options", "sharding.reshard"},
-    {"sharding.cost", "sharding.calibrate"},
-    {"sharding.planner"},
-    {"step", "checkpoint", "data.load", "data.infer", "data.preparation", "sharding.report"},
-    {"data.builder"},
-    {"compat", "run_config", "monitor"},
-    {"sharding.topology"},
-    {"evaluation", "placement", "stepper", "step_parts"},
-    {"measuring"},
-    {"serving.quantise"},
-    {"serving.export"},
-    {"serving.placed"},
-    {"trained"},
-    {"loop", "flag_effects"},
-    {"flags", "commands"},
-    {"train", "evaluate", "prepare", "plan", "export", "serve", "loadtest", "benchmark"},
-)
-LAYER_OF = {module: layer for layer, modules in enumerate(LAYERS) for module in modules}
-COMMANDS = {"flags", "commands", "train", "evaluate", "prepare", "plan", "export", "serve", "loadtest", "benchmark"}
+FOLDERS = ("config", "host", "model", "data", "tables", "planning", "training", "compat", "serving", "cli")
+"""From the lowest to the highest; what is in none of them is a command, and above them all."""
 
 
 @functools.cache
 def modules() -> dict[str, ast.Module]:
     package = ROOT / "dlrm_jax"
-    trees = {}
-    for path in package.rglob("*.py"):
-        name = ".".join(path.relative_to(package).with_suffix("").parts).removesuffix(".__init__")
-        if path.name != "__init__.py":
-            trees[name] = ast.parse(path.read_text())
-    return trees
+    names = {".".join(path.relative_to(package).with_suffix("").parts): path for path in package.rglob("*.py")}
+    return {name: ast.parse(path.read_text()) for name, path in names.items() if not name.endswith("__init__")}
 
 
 def imported(tree: ast.Module) -> set[str]:
@@ -113,18 +32,28 @@ def imported(tree: ast.Module) -> set[str]:
     return names
 
 
+def of_this_package(tree: ast.Module) -> set[str]:
+    return {name.removeprefix("dlrm_jax.") for name in imported(tree)} & set(modules())
+
+
+def layer(name: str) -> int:
+    folder = name.partition(".")[0]
+    return FOLDERS.index(folder) if folder in FOLDERS else len(FOLDERS)
+
+
 @pytest.mark.parametrize("name", sorted(modules()))
-def test_module_imports_lower_layers_only(name):
-    assert name in LAYER_OF, f"{name} is new: give it a layer in this test"
-    for other in imported(modules()[name]):
-        target = other.removeprefix("dlrm_jax.")
-        if other.startswith("dlrm_jax.") and target in LAYER_OF:
-            assert LAYER_OF[target] < LAYER_OF[name], f"{name} imports {target}, which is not in a lower layer"
+def test_module_imports_its_own_folder_and_lower_ones_only(name):
+    upwards = {other for other in of_this_package(modules()[name]) if layer(other) > layer(name)}
+    assert not upwards, f"{name} imports {sorted(upwards)}, of a higher layer"
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    tuple(graphlib.TopologicalSorter({name: of_this_package(tree) for name, tree in modules().items()}).static_order())
 
 
 def test_only_commands_read_flags():
     readers = {name for name, tree in modules().items() if {"absl.flags", "absl.app"} & imported(tree)}
-    assert readers <= COMMANDS
+    assert all(layer(name) >= FOLDERS.index("cli") for name in readers), readers
 
 
 def test_loading_a_model_imports_no_training_code():

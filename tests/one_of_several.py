@@ -4,14 +4,14 @@ import sys
 
 import jax
 
-from dlrm_jax import processes
+from dlrm_jax.host import processes
 
 
 def main() -> None:
     port, number, count, devices = map(int, sys.argv[1:])
     jax.config.update("jax_num_cpu_devices", devices)
     processes.join(f"127.0.0.1:{port}", count, number)
-    from tests.placement_test import OPTIMIZERS, SHARDINGS, assert_equals_one_device, place
+    from tests.tables.placement_test import OPTIMIZERS, SHARDINGS, assert_equals_one_device, place
 
     total = count * devices
     for i, sharding in enumerate((*SHARDINGS, "mix")):

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from dlrm_jax.sharding.placed import on_one_device
+from dlrm_jax.training.placed import on_one_device
 from experiments.peers.floor import distinct_rows, floors
 from experiments.peers.report import floor_table, rows_of, table
 from tests.helpers import optimizer, random_batch, tiny_model

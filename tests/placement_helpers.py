@@ -4,9 +4,9 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from dlrm_jax.batch import EMPTY_SLOT, Batch
-from dlrm_jax.embedding import POOLING_WEIGHTS
-from dlrm_jax.sharding.storage import COLUMNS, OWNED, ROUTED
+from dlrm_jax.data.batch import EMPTY_SLOT, Batch
+from dlrm_jax.tables.embedding import POOLING_WEIGHTS
+from dlrm_jax.tables.layout import COLUMNS, OWNED, ROUTED
 
 
 def by_name(placed, arrays) -> dict[str, np.ndarray]:

@@ -5,9 +5,9 @@ import pathlib
 
 import numpy as np
 
-from dlrm_jax.data.preparation import Options, prepare
-from dlrm_jax.data.prepared import open_prepared
-from dlrm_jax.data.schema import Dense, Label, Schema, Sparse, Split
+from dlrm_jax.data.prepare.preparation import Options, prepare
+from dlrm_jax.data.read.prepared import open_prepared
+from dlrm_jax.data.schema.schema import Dense, Label, Schema, Sparse, Split
 
 ALL_TRAIN = Split("files", test_files="nothing")
 

@@ -9,16 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from dlrm_jax import config as configs
-from dlrm_jax import embedding
-from dlrm_jax.batch import EMPTY_SLOT, Batch
 from dlrm_jax.config import FeatureConfig, LossConfig, ModelConfig, OptimizerConfig, ScheduleConfig, TableConfig
-from dlrm_jax.embedding import POOLING_WEIGHTS
-from dlrm_jax.sharding.exchange import ExchangeOptions
-from dlrm_jax.sharding.mesh import MeshShape, make_mesh
-from dlrm_jax.sharding.placed import Placed
-from dlrm_jax.sharding.plan import SHARDINGS, make_plan
-from dlrm_jax.state import TrainState, init_dense, new_state
-from dlrm_jax.step import dense_gradients, make_train_step
+from dlrm_jax.data.batch import EMPTY_SLOT, Batch
+from dlrm_jax.host.mesh import MeshShape, make_mesh
+from dlrm_jax.tables import embedding
+from dlrm_jax.tables.embedding import POOLING_WEIGHTS
+from dlrm_jax.tables.exchange import ExchangeOptions
+from dlrm_jax.tables.plan import SHARDINGS, make_plan
+from dlrm_jax.training.placed import Placed
+from dlrm_jax.training.state import TrainState, init_dense, new_state
+from dlrm_jax.training.step import dense_gradients, make_train_step
 from tests import oracle
 from tests.placement_helpers import by_name, pad, store
 

@@ -21,7 +21,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from dlrm_jax.data.schema_io import load
+from dlrm_jax.data.schema.schema_io import load
 from tests.helpers import ROOT
 
 README = (ROOT / "README.md").read_text()

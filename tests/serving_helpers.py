@@ -5,11 +5,11 @@ import pathlib
 import numpy as np
 
 from dlrm_jax.config import LossConfig, ModelConfig
-from dlrm_jax.data.dataset import Dataset, Split
-from dlrm_jax.embedding import named_tables
-from dlrm_jax.serving.export import export_model, of_arrays
-from dlrm_jax.serving.store import Version
-from dlrm_jax.state import TrainState, init_state
+from dlrm_jax.data.read.dataset import Dataset, Split
+from dlrm_jax.serving.artifact.export import export_model, of_arrays
+from dlrm_jax.serving.artifact.store import Version
+from dlrm_jax.tables.embedding import named_tables
+from dlrm_jax.training.state import TrainState, init_state
 from tests.helpers import optimizer, random_batch
 
 

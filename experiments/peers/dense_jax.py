@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from dlrm_jax import embedding
-from dlrm_jax.batch import Batch
 from dlrm_jax.config import ModelConfig, OptimizerConfig
-from dlrm_jax.state import TrainState
+from dlrm_jax.data.batch import Batch
+from dlrm_jax.tables import embedding
+from dlrm_jax.training.state import TrainState
 
 
 class Model(nn.Module):

@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dlrm_jax.batch import Batch
 from dlrm_jax.config import ModelConfig
+from dlrm_jax.data.batch import Batch
 
 Floor = Callable[[int], Any]
 

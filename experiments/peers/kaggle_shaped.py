@@ -10,12 +10,12 @@ import pathlib
 import numpy as np
 
 from dlrm_jax.config import LossConfig, OptimizerConfig, ScheduleConfig
-from dlrm_jax.data import synthetic
-from dlrm_jax.embedding import named_tables
-from dlrm_jax.run_config import ModelOptions
-from dlrm_jax.serving.export import export_model, of_arrays
-from dlrm_jax.serving.quantise import TABLE_TYPES
-from dlrm_jax.state import init_state
+from dlrm_jax.data.generate import synthetic
+from dlrm_jax.serving.artifact.export import export_model, of_arrays
+from dlrm_jax.serving.artifact.quantise import TABLE_TYPES
+from dlrm_jax.tables.embedding import named_tables
+from dlrm_jax.training.run_config import ModelOptions
+from dlrm_jax.training.state import init_state
 
 FLAG_FILE = pathlib.Path(__file__).resolve().parents[1] / "shape_kaggle.flags"
 

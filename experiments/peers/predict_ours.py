@@ -1,6 +1,6 @@
 """Milliseconds of one prediction of an exported model: `python experiments/peers/predict_ours.py DIR 1 64 2048`.
 
-`--native`: by C++ (dlrm_jax/serving/native.py).
+`--native`: by C++ (dlrm_jax/serving/artifact/native.py).
 """
 
 import json
@@ -9,8 +9,8 @@ import time
 
 import numpy as np
 
-from dlrm_jax.serving.loaded import OneDevice, load
-from dlrm_jax.serving.native import NativeCpu
+from dlrm_jax.serving.artifact.loaded import OneDevice, load
+from dlrm_jax.serving.artifact.native import NativeCpu
 
 
 def main() -> None:

@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from dlrm_jax import embedding
-from dlrm_jax.batch import Batch
 from dlrm_jax.config import ModelConfig, OptimizerConfig
-from dlrm_jax.state import TrainState
+from dlrm_jax.data.batch import Batch
+from dlrm_jax.tables import embedding
+from dlrm_jax.training.state import TrainState
 
 TorchBatch = tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]
 

@@ -1,0 +1,1 @@
+"""A schema guessed from a log's first rows, with the reasons."""

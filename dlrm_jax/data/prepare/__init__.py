@@ -1,0 +1,1 @@
+"""Raw log to prepared dataset, in two passes."""

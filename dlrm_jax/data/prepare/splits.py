@@ -1,0 +1,108 @@
+"""Which rows are train, val and test: a function of the schema's rule and of what the first pass counted."""
+
+import dataclasses
+import fnmatch
+
+import numpy as np
+
+from dlrm_jax.config import ConfigError
+from dlrm_jax.data.prepare.staging import Staging
+from dlrm_jax.data.schema.schema import Split
+from dlrm_jax.data.values.columns import SPLIT_NAMES
+from dlrm_jax.data.values.hashing import hash_integers
+
+_CODE = {name: np.uint8(code) for code, name in enumerate(SPLIT_NAMES)}
+
+
+@dataclasses.dataclass
+class Splitter:
+    """Assigns the rows of each staged file. Build it with `make_splitter`."""
+
+    rule: Split
+    staging: Staging
+    batches_F: list[list[tuple[int, int]]]
+    """For each staged file, of each of its batches: which file of the log it is from, and its rows."""
+    file_codes: np.ndarray
+    """For rule files: the split of each file of the log."""
+    bounds: np.ndarray
+    """Positions, timestamps or hashes at which train ends and val ends."""
+    order: tuple[str, ...]
+
+    @property
+    def columns(self) -> list[str]:
+        """Columns of a staged file that `codes` wants."""
+        return {"time": ["time"], "column": ["split"]}.get(self.rule.by, [])
+
+    def __post_init__(self) -> None:
+        rows_F = [sum(rows for _, rows in batches) for batches in self.batches_F]
+        self.first_row_F = np.cumsum([0, *rows_F])
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the log, without those left out."""
+        return int(self.first_row_F[-1])
+
+    def first_row(self, file: int, batch: int) -> int:
+        """The position in the log of a batch's first row."""
+        return int(self.first_row_F[file]) + sum(rows for _, rows in self.batches_F[file][:batch])
+
+    def codes(self, file: int, batch: int, columns: dict[str, np.ndarray]) -> np.ndarray | int:
+        """The split (an index of SPLIT_NAMES) of each row of a batch; one number where all have the same."""
+        log_file, num_rows = self.batches_F[file][batch]
+        first = self.first_row(file, batch)
+        codes = np.asarray([_CODE[name] for name in self.order], np.uint8)
+        if self.rule.by == "column":
+            return columns["split"]
+        if self.rule.by == "files":
+            return int(self.file_codes[log_file])
+        if self.rule.by in ("order", "last_part"):
+            part = np.searchsorted(self.bounds, [first, first + num_rows - 1], side="right")
+            if part[0] == part[1]:
+                return int(codes[part[0]])
+        values_R = np.arange(first, first + num_rows)
+        if self.rule.by == "random":
+            values_R = hash_integers(values_R, self.rule.seed)
+        elif self.rule.by == "time":
+            values_R = columns["time"]
+        return codes[np.searchsorted(self.bounds, values_R, side="left" if self.rule.by == "time" else "right")]
+
+
+def make_splitter(rule: Split, staging: Staging, num_files: int, paths: tuple[str, ...]) -> Splitter:
+    """The Splitter of a staged log; ConfigError where the rule leaves nothing to train on."""
+    metas = [staging.meta(i) for i in range(num_files)]
+    batches_F = [[(file, rows) for file, rows in meta["batches"]] for meta in metas]
+    splitter = Splitter(rule, staging, batches_F, np.zeros(0, np.uint8), np.zeros(0), SPLIT_NAMES)
+    num_rows = splitter.num_rows
+    if not num_rows:
+        examples = [example for meta in metas for example in meta["examples"]]
+        skipped = f"; all were skipped, the first: {examples[0]}" if examples else ""
+        raise ConfigError(f"no rows in {', '.join(paths[:3])}{', ...' if len(paths) > 3 else ''}{skipped}")
+    if rule.by == "files":
+        splitter.file_codes = np.asarray([_file_code(rule, path) for path in paths], np.uint8)
+    elif rule.by == "random":
+        bounds = [(1 - rule.val - rule.test) * 2**64, (1 - rule.test) * 2**64]
+        splitter.bounds = np.asarray([min(int(bound), 2**64 - 1) for bound in bounds], np.uint64)
+    elif rule.by == "order":
+        splitter.bounds = np.asarray(_cuts(rule, num_rows))
+    elif rule.by == "time":
+        time_R = np.sort(np.concatenate([b["time"] for i in range(num_files) for b in staging.batches(i, ["time"])]))
+        splitter.bounds = np.asarray([time_R[max(cut - 1, 0)] for cut in _cuts(rule, num_rows)])
+    elif rule.by == "last_part":
+        rows_of_file = np.zeros(len(paths), np.int64)
+        for file, count in (batch for batches in batches_F for batch in batches):
+            rows_of_file[file] += count
+        start = num_rows - (int(rows_of_file[-1]) if not rule.parts else num_rows // rule.parts)
+        splitter.bounds = np.asarray([start, start + (num_rows - start + 1) // 2])
+        splitter.order = ("train", *(("val", "test") if rule.first_half == "val" else ("test", "val")))
+    return splitter
+
+
+def _cuts(rule: Split, num_rows: int) -> list[int]:
+    return [int(num_rows * (1 - rule.val - rule.test) + 1e-9), int(num_rows * (1 - rule.test) + 1e-9)]
+
+
+def _file_code(rule: Split, path: str) -> np.uint8:
+    for name, pattern in (("val", rule.val_files), ("test", rule.test_files)):
+        if pattern and (fnmatch.fnmatch(path, pattern) or fnmatch.fnmatch(path.rsplit("/", 1)[-1], pattern)):
+            return _CODE[name]
+    return _CODE["train"]

@@ -1,0 +1,149 @@
+"""Reading a prepared dataset (blocks.py): blocks in a shuffled order, rows shuffled among the blocks of a window."""
+
+import collections
+import dataclasses
+import json
+import pathlib
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from dlrm_jax.config import ConfigError
+from dlrm_jax.data.prepare.blocks import BLOCK_ROWS
+from dlrm_jax.data.read.dataset import SPLITS, Dataset, Split
+from dlrm_jax.data.read.windows import blocked_windows
+from dlrm_jax.data.schema.schema import Schema
+from dlrm_jax.data.schema.schema_io import from_dict, to_dict
+from dlrm_jax.data.values.label_values import only_label
+
+OPEN_SHARDS = 128
+"""Files that a split keeps open: a day's log has thousands of shards, and a process may have 1,024 files open."""
+
+WINDOW_BLOCKS = 32
+"""Blocks whose rows are shuffled together: 131,072 rows, 22 MB for Criteo's columns."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PreparedSplit:
+    """Rows on disk. Blocks come in an order from (seed, epoch); rows are permuted within each run of 32 blocks."""
+
+    name: str
+    blocks: Any
+    """A random access source of records, as TFDS' as_data_source gives it."""
+    num_rows: int
+    limit_K: np.ndarray
+    """Rows of the table that each slot's ids name."""
+    only_label: int | None = None
+    """See dataset.Rows."""
+
+    def __len__(self) -> int:
+        return self.num_rows
+
+    def windows(self, seed: int, epoch: int, shuffle: bool, start: int = 0) -> Iterator[tuple[Split, np.ndarray]]:
+        """See dataset.Rows."""
+        return blocked_windows(self.num_rows, BLOCK_ROWS, WINDOW_BLOCKS, self.read, seed, epoch, shuffle, start)
+
+    def read(self, group: np.ndarray) -> Split:
+        """Some blocks, one after the other, in memory."""
+        read = [self._block(int(i)) for i in group]
+        columns = {key: np.concatenate([block[key] for block in read]) for key in read[0]}
+        return Split(columns["dense"], columns["ids"], columns["label"], columns["row"], columns.get("weight"))
+
+    def _block(self, index: int) -> dict[str, np.ndarray]:
+        try:
+            block = self.blocks[index]
+        except Exception as error:  # What a damaged shard raises depends on where it is damaged.
+            reason = " ".join(str(error).split())[:200]
+            raise ConfigError(
+                f"block {index} of split {self.name!r} cannot be read: {reason}; prepare it anew"
+            ) from error
+        if len(block["label"]) != min(BLOCK_ROWS, self.num_rows - index * BLOCK_ROWS):
+            raise ConfigError(f"block {index} of split {self.name!r} has {len(block['label'])} rows; prepare it anew")
+        ids_RxK = block["ids"]
+        if ids_RxK.shape[1] != len(self.limit_K) or (ids_RxK.max(axis=0) >= self.limit_K).any() or ids_RxK.min() < -1:
+            raise ConfigError(f"block {index} of split {self.name!r} holds ids outside their tables; prepare it anew")
+        return block
+
+
+class _Blocks:
+    """The records of one split's shards, opened when first read, the last used kept open; by any thread."""
+
+    def __init__(self, paths: list[pathlib.Path], lengths: list[int], spec: Any) -> None:
+        self._paths, self._ends, self._spec = paths, np.cumsum(lengths), spec
+        self._readers: collections.OrderedDict[int, Any] = collections.OrderedDict()
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        shard = int(np.searchsorted(self._ends, index, side="right"))
+        offset = index - (int(self._ends[shard - 1]) if shard else 0)
+        return self._spec.deserialize_example_np(self._reader(shard).read([offset])[0])
+
+    def _reader(self, shard: int) -> Any:
+        from array_record.python import array_record_module
+
+        with self._lock:
+            if shard not in self._readers:
+                self._readers[shard] = array_record_module.ArrayRecordReader(str(self._paths[shard]))
+                if len(self._readers) > OPEN_SHARDS:
+                    self._readers.popitem(last=False)  # Its file is closed once the last thread has read from it.
+            self._readers.move_to_end(shard)
+            return self._readers[shard]
+
+
+def is_prepared(directory: pathlib.Path) -> bool:
+    """Whether `directory` holds a finished dataset."""
+    return (directory / "dataset_info.json").exists() and (directory / "schema.json").exists()
+
+
+def read_schema(directory: pathlib.Path) -> Schema:
+    """The schema of a prepared dataset."""
+    return from_dict(read_json(directory / "schema.json"), str(directory / "schema.json"))
+
+
+def read_json(path: pathlib.Path) -> Any:
+    """A JSON file; ConfigError if it is none."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read: {' '.join(str(error).split())}; prepare the dataset anew") from error
+
+
+def open_prepared(directory: pathlib.Path) -> Dataset:
+    """A prepared dataset; rows are read as they are needed."""
+    import tensorflow_datasets as tfds  # Half a second to import.
+
+    schema, statistics = read_schema(directory), read_json(directory / "statistics.json")
+    try:
+        builder = tfds.builder_from_directory(directory)
+    except Exception as error:  # TFDS raises many kinds for damaged metadata.
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(f"{directory} is not a whole dataset: {reason}; prepare it anew") from error
+    features = schema.features()
+    sizes = {name: statistics["tables"][name]["rows"] for name in schema.tables()}
+    limit_K = np.repeat([sizes[f.table] for f in features], [f.hotness for f in features])
+    splits = {}
+    for name in SPLITS:
+        info = builder.info.splits.get(name)
+        paths = [pathlib.Path(path) for path in info.filepaths] if info else []
+        lengths = list(info.shard_lengths) if info else []
+        for path in paths:
+            if not path.is_file():
+                raise ConfigError(f"{path} is missing; prepare the dataset anew")
+        blocks = _Blocks(paths, lengths, builder.info.features)
+        counts = statistics["splits"][name]
+        only = only_label(counts["rows"], counts.get("positives"), counts["positive_rate"])
+        splits[name] = PreparedSplit(name, blocks, counts["rows"], limit_K, only)
+    return Dataset(
+        name=schema.name,
+        dense_names=tuple(dense.name for dense in schema.dense) or ("constant",),
+        features=features,
+        table_sizes=sizes,
+        splits=splits,
+        schema=to_dict(schema),
+        checksum="-".join(statistics["splits"][name]["checksum"] for name in SPLITS),
+    )

@@ -1,0 +1,109 @@
+"""Schemas of known logs and formats, by name."""
+
+from collections.abc import Callable
+
+from dlrm_jax.data.schema.schema import Dense, Label, Schema, Sparse, Split
+
+CRITEO_DENSE = tuple(f"I{i}" for i in range(1, 14))
+CRITEO_SPARSE = tuple(f"C{i}" for i in range(1, 27))
+
+
+def _criteo(name: str, split: Split, **sparse: object) -> Schema:
+    """Criteo's text: label, 13 counts, 26 hexadecimal categories; a missing count and a missing category are 0."""
+    rule: dict = {"type": "hex", "missing": "fill", "fill": "0"} | sparse
+    return Schema(
+        name=name,
+        label=Label("Label"),
+        dense=tuple(Dense(column, transform="log1p") for column in CRITEO_DENSE),
+        sparse=tuple(Sparse(column, **rule) for column in CRITEO_SPARSE),
+        split=split,
+        format="text",
+        columns=("Label", *CRITEO_DENSE, *CRITEO_SPARSE),
+        header=False,
+        quote="",
+    )
+
+
+def _arrays(name: str, kind: str, split: Split, transform: str) -> Schema:
+    """Criteo as arrays of numbers, preprocessed by another tool: ids are final."""
+    return Schema(
+        name=name,
+        label=Label("Label"),
+        dense=tuple(Dense(column, transform=transform, missing="error") for column in CRITEO_DENSE),
+        sparse=tuple(Sparse(column, type="int", ids="raw", missing="error") for column in CRITEO_SPARSE),
+        split=split,
+        format=kind,
+    )
+
+
+_MULTI_HOT_SIZES = (3, 2, 1, 2, 6, 1, 1, 1, 1, 7, 3, 8, 1, 6, 9, 5, 1, 1, 1, 12, 100, 27, 10, 3, 1, 1)
+
+
+def _multi_hot() -> Schema:
+    sparse = tuple(
+        Sparse(column, type="int", ids="raw", hotness=hotness, missing="error")
+        for column, hotness in zip(CRITEO_SPARSE, _MULTI_HOT_SIZES, strict=True)
+    )
+    base = _arrays("mlperf_multi_hot", "mlperf_multi_hot", _LAST_DAY, "none")
+    return Schema(base.name, base.label, base.dense, sparse, split=base.split, format=base.format)
+
+
+def _movielens(name: str) -> Schema:
+    # The reader joins the three files, and makes the columns that movielens.py describes.
+    return Schema(
+        name=name,
+        label=Label("label"),
+        dense=tuple(Dense(column) for column in ("age", "year", "time", "hour")),
+        sparse=(
+            Sparse("user", type="int"),
+            Sparse("item", type="int"),
+            Sparse("gender"),
+            Sparse("occupation"),
+            Sparse("zip"),
+            Sparse("genres", hotness=6),
+        ),
+        timestamp="timestamp",
+        split=Split("column", column="split"),
+        format="movielens",
+    )
+
+
+_DAYS = Split("last_part", parts=7, first_half="test")
+_LAST_DAY = Split("last_part", parts=0, first_half="val")
+
+PRESETS: dict[str, tuple[str, Callable[[], Schema]]] = {
+    "criteo_kaggle": (
+        "Criteo Display Advertising, text; seven equal days, the last halved: test, val (as the reference)",
+        lambda: _criteo("criteo_kaggle", _DAYS),
+    ),
+    "criteo_kaggle_hash": (
+        "the same with each category hashed into 1,000,000 buckets: no vocabulary, no memory",
+        lambda: _criteo("criteo_kaggle_hash", _DAYS, ids="hash", size=1_000_000),
+    ),
+    "criteo_terabyte": (
+        "Criteo 1TB, text, a file a day; the last file halved: val, test (the names as MLPerf has them; the reference "
+        "swaps them); categories modulo 40,000,000 before ids are given",
+        lambda: _criteo("criteo_terabyte", _LAST_DAY, modulo=40_000_000),
+    ),
+    "dlrm_npz": (
+        "the reference's processed .npz (X_int, X_cat, y): seven equal days, the last halved: test, val",
+        lambda: _arrays("dlrm_npz", "dlrm_npz", _DAYS, "log1p"),
+    ),
+    "mlperf_bin": (
+        "the reference's binary rows, 40 int32 each; the last file halved: val, test",
+        lambda: _arrays("mlperf_bin", "mlperf_bin", _LAST_DAY, "log1p"),
+    ),
+    "torchrec_npy": (
+        "TorchRec's day_i_{dense,sparse,labels}.npy (give the dense files); the last day halved: val, test",
+        lambda: _arrays("torchrec_npy", "torchrec_npy", _LAST_DAY, "none"),
+    ),
+    "mlperf_multi_hot": (
+        "MLPerf's day_i_sparse_multi_hot.npz (give these), with day_i_{dense,labels}.npy beside them",
+        _multi_hot,
+    ),
+    "movielens_100k": (
+        "MovieLens 100k, a directory: rated 4 or 5? 80/10/10 at random",
+        lambda: _movielens("movielens_100k"),
+    ),
+    "movielens_1m": ("MovieLens 1M, a directory: rated 4 or 5? 80/10/10 at random", lambda: _movielens("movielens_1m")),
+}

@@ -1,0 +1,260 @@
+"""Schema: what the columns of a log mean. From a file (schema_io.py), a preset (presets.py), or guessed (infer.py)."""
+
+import dataclasses
+import re
+from typing import Any
+
+from dlrm_jax.config import POOLINGS, FeatureConfig, require, require_choice, require_unique
+from dlrm_jax.data.formats.encoding import UTF8, require_encoding
+
+FORMATS = ("text", "parquet", "jsonl", "dlrm_npz", "mlperf_bin", "torchrec_npy", "mlperf_multi_hot", "movielens")
+TRANSFORMS = ("none", "log1p", "torchrec_log", "nvidia_log", "standardise")
+TYPES = ("string", "int", "hex")
+ID_RULES = ("vocabulary", "hash", "raw")
+ORDERS = ("first", "frequency")
+DENSE_MISSING = ("fill", "mean", "error")
+SPARSE_MISSING = ("empty", "fill", "error")
+_INTEGER = re.compile(r"[+-]?0*([0-9]{1,19})", re.ASCII)
+MAX_NAME_BYTES = 100
+"""Of a dataset's name, with which its files' names begin."""
+SPLITS_BY = ("order", "random", "time", "column", "files", "last_part")
+
+
+def integer(text: str) -> int | None:
+    """The whole number of 64 bits that a text is: digits with at most one sign, and space around; None for others."""
+    match = _INTEGER.fullmatch(text.strip())
+    if match is None:
+        return None
+    number = -int(match[1]) if text.strip()[0] == "-" else int(match[1])
+    return number if -(2**63) <= number < 2**63 else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Label:
+    """The 0/1 target: as it stands, or 1 where the text is among `positive`, or where the number is >= `threshold`."""
+
+    column: str
+    positive: tuple[str, ...] = ()
+    threshold: float | None = None
+
+    def __post_init__(self) -> None:
+        require(not (self.positive and self.threshold is not None), "label: give positive or threshold, not both")
+
+
+@dataclasses.dataclass(frozen=True)
+class Dense:
+    """A number. Transforms, x being the number:
+
+    none; log1p: log(max(x, 0) + 1), as the reference; nvidia_log: log(x + 3), as DeepLearningExamples, where missing is
+    -2 (say fill: -2); torchrec_log: log(x - m + 2), m the least value of all torchrec_log columns (TorchRec takes it
+    per file, so that its files differ); standardise: (x - mean) / standard deviation of all rows.
+    `missing`: fill with the number `fill` before the transform, fill with the column's mean, or an error.
+    """
+
+    name: str
+    column: str = ""
+    transform: str = "none"
+    missing: str = "fill"
+    fill: float = 0.0
+
+    def __post_init__(self) -> None:
+        require_choice(f"dense column {self.name!r}: transform", self.transform, TRANSFORMS)
+        require_choice(f"dense column {self.name!r}: missing", self.missing, DENSE_MISSING)
+        require(
+            self.missing != "mean" or self.transform in ("none", "log1p", "standardise"),
+            f"dense column {self.name!r}: missing: mean does not go with transform: {self.transform}",
+        )
+
+    @property
+    def source(self) -> str:
+        """The column of the log."""
+        return self.column or self.name
+
+    @property
+    def needs_statistics(self) -> bool:
+        """Whether its values depend on the whole log."""
+        return self.transform in ("torchrec_log", "standardise") or self.missing == "mean"
+
+
+@dataclasses.dataclass(frozen=True)
+class Sparse:
+    """A categorical value, or a list of them.
+
+    `type` says how text is read: string, int, or hex (both whole numbers, so that 00ff is ff). `ids`:
+    vocabulary, a table row for each distinct value, by first appearance or by frequency; hash, hash64(value) mod
+    `size`, see hashing.py; raw, the number itself, which must be less than `size` (0: the greatest one + 1).
+    `modulo` takes whole numbers modulo itself first, as the reference's --max-ind-range.
+    Values that occur less than `min_count` times, and at serving unknown ones, share id 0 if `oov`, else they are
+    left out of the bag. A missing value is an empty bag, or the value `fill`, or an error.
+    Lists: text is cut at `separator`; a bag keeps its first `hotness` ids, the rest is counted as truncated.
+    Features that name one `table` share its rows and its vocabulary.
+    """
+
+    name: str
+    column: str = ""
+    type: str = "string"
+    ids: str = "vocabulary"
+    size: int = 0
+    modulo: int = 0
+    min_count: int = 1
+    order: str = "first"
+    oov: bool = False
+    missing: str = "empty"
+    fill: str = ""
+    separator: str = ""
+    hotness: int = 1
+    pooling: str = "sum"
+    table: str = ""
+
+    def __post_init__(self) -> None:
+        where = f"sparse column {self.name!r}"
+        for field, choices in (
+            ("type", TYPES),
+            ("ids", ID_RULES),
+            ("order", ORDERS),
+            ("missing", SPARSE_MISSING),
+            ("pooling", POOLINGS),
+        ):
+            require_choice(f"{where}: {field}", getattr(self, field), choices)
+        for field, least in (("size", 0), ("modulo", 0), ("min_count", 1), ("hotness", 1)):
+            require(getattr(self, field) >= least, f"{where}: {field} is {getattr(self, field)}; at least {least}")
+        require(self.size < 2**31, f"{where}: size is {self.size}; ids are int32, so at most {2**31 - 1}")
+        require(self.ids != "hash" or self.size > 0, f"{where}: ids: hash needs size, the number of buckets")
+        require(self.ids != "raw" or self.type != "string", f"{where}: ids: raw needs type: int or hex")
+        require(self.modulo == 0 or self.type != "string", f"{where}: modulo needs type: int or hex")
+        require(self.modulo < 2**31, f"{where}: modulo is {self.modulo}; at most {2**31 - 1}")
+        vocabulary = self.ids == "vocabulary"
+        require(vocabulary or self.min_count == 1, f"{where}: min_count needs ids: vocabulary")
+        require(vocabulary or not self.oov, f"{where}: oov needs ids: vocabulary")
+        require(vocabulary or self.order == "first", f"{where}: order needs ids: vocabulary")
+        require(not vocabulary or self.size == 0, f"{where}: the data decides the size of a vocabulary; leave size out")
+        require(self.missing == "fill" or not self.fill, f"{where}: fill needs missing: fill")
+        if self.missing == "fill" and self.type != "string":
+            fits = (
+                re.fullmatch("[0-9a-fA-F]{1,16}", self.fill) if self.type == "hex" else integer(self.fill) is not None
+            )
+            require(bool(fits), f"{where}: fill {self.fill!r} is not of type {self.type}")
+
+    @property
+    def source(self) -> str:
+        """The column of the log."""
+        return self.column or self.name
+
+    @property
+    def table_name(self) -> str:
+        """The table whose rows its ids name."""
+        return self.table or self.name
+
+    def rule(self) -> tuple[Any, ...]:
+        """What features of one table must agree on."""
+        return (self.type, self.ids, self.size, self.modulo, self.min_count, self.order, self.oov)
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """Which rows are train, val and test.
+
+    order: the first rows train, the last test; random: by a hash of the row's position; time: by the timestamp, ties
+    in train; column: `column` says train, val or test; files: those that match `val_files` and `test_files`;
+    last_part: the log in `parts` equal parts (0: its files), the last halved, `first_half` saying what the first half
+    is (the reference: test; MLPerf and TorchRec: val).
+    """
+
+    by: str = "random"
+    val: float = 0.1
+    test: float = 0.1
+    seed: int = 0
+    column: str = ""
+    val_files: str = ""
+    test_files: str = ""
+    parts: int = 0
+    first_half: str = "val"
+
+    def __post_init__(self) -> None:
+        require_choice("split: by", self.by, SPLITS_BY)
+        require_choice("split: first_half", self.first_half, ("val", "test"))
+        require(
+            self.val >= 0 and self.test >= 0 and self.val + self.test < 1,
+            f"split: val is {self.val} and test {self.test}; they are fractions that leave something for train",
+        )
+        require(self.parts >= 0, f"split: parts is {self.parts}; it must not be negative")
+        require(self.by != "column" or bool(self.column), "split: by: column needs column")
+        require(self.by != "files" or bool(self.val_files or self.test_files), "split: by: files needs test_files")
+
+
+@dataclasses.dataclass(frozen=True)
+class Schema:
+    """A whole log. `columns` names those of a file without header; `null_values` are texts that mean missing.
+
+    `encoding` is that of delimited text and JSON lines; `decimal` is what stands before a fraction in the texts of
+    numbers, a point or a comma.
+    """
+
+    name: str
+    label: Label
+    dense: tuple[Dense, ...] = ()
+    sparse: tuple[Sparse, ...] = ()
+    weight: str = ""
+    timestamp: str = ""
+    split: Split = Split()
+    format: str = ""
+    delimiter: str = ""
+    header: bool = True
+    columns: tuple[str, ...] = ()
+    quote: str = '"'
+    null_values: tuple[str, ...] = ("",)
+    encoding: str = UTF8
+    decimal: str = "."
+    reasons: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        require(self.name.isidentifier() and self.name.islower(), f"schema name {self.name!r} is not a lower_case name")
+        require(
+            len(self.name.encode()) <= MAX_NAME_BYTES,
+            f"schema name {self.name!r} is longer than {MAX_NAME_BYTES} bytes; files are named after it",
+        )
+        if self.format:
+            require_choice("schema: format", self.format, FORMATS)
+        require(len(self.delimiter) <= 1, f"schema: delimiter is {self.delimiter!r}; one character")
+        require_encoding(self.encoding)
+        require(self.decimal in (".", ","), f'schema: decimal is {self.decimal!r}; write "." or ","')
+        require(len(self.quote) <= 1, f"schema: quote is {self.quote!r}; one character, or empty for none")
+        require(len(self.sparse) > 0, "schema: no sparse column; a DLRM needs at least one")
+        require(self.header or bool(self.columns), "schema: header is false, so columns must name the columns")
+        require_unique("column", list(self.columns))
+        require_unique("dense and sparse", [column.name for column in self.dense] + [s.name for s in self.sparse])
+        require(self.split.by != "time" or bool(self.timestamp), "split: by: time needs the schema's timestamp")
+        for table, features in self.tables().items():
+            rules = {feature.rule() for feature in features}
+            names = ", ".join(feature.name for feature in features)
+            require(len(rules) == 1, f"features {names} share table {table!r} but differ in type or ids")
+
+    def tables(self) -> dict[str, list[Sparse]]:
+        """Features by table, tables in order of their first feature."""
+        tables: dict[str, list[Sparse]] = {}
+        for feature in self.sparse:
+            tables.setdefault(feature.table_name, []).append(feature)
+        return tables
+
+    def features(self) -> tuple[FeatureConfig, ...]:
+        """The model's features."""
+        return tuple(FeatureConfig(s.name, s.table_name, s.hotness, s.pooling) for s in self.sparse)
+
+    def roles(self) -> dict[str, list[str]]:
+        """Columns of the log that are read, and what each is for; all but sparse want one value a row."""
+        named = [("label", self.label.column), ("weight", self.weight), ("timestamp", self.timestamp)]
+        named += [("split", self.split.column)] if self.split.by == "column" else []
+        named += [("dense", dense.source) for dense in self.dense] + [("sparse", s.source) for s in self.sparse]
+        roles: dict[str, list[str]] = {}
+        for role, name in named:
+            if name or role in ("label", "dense", "sparse"):
+                roles.setdefault(name, []).append(role)
+        return roles
+
+    def source_columns(self) -> list[str]:
+        """Columns of the log that are read, each once."""
+        return list(self.roles())
+
+    def scalar_columns(self) -> frozenset[str]:
+        """Those of them that must hold one value a row."""
+        return frozenset(name for name, roles in self.roles().items() if set(roles) != {"sparse"})

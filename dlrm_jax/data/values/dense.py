@@ -1,0 +1,105 @@
+"""Dense columns: what a number becomes, in preparation and in serving. NumPy alone."""
+
+import dataclasses
+
+import numpy as np
+
+from dlrm_jax.data.schema.schema import Dense
+
+LARGEST = 1e30
+"""Numbers whose mean is taken must stay squarable, and fit into float32."""
+
+_ROUNDING = 64 * 2.0**-52
+"""What the mean of a column can be off by, as a share of it: pairwise sums of chunks, merged one after the other."""
+
+
+@dataclasses.dataclass
+class DenseStatistics:
+    """Of one dense column over all rows, missing ones left out."""
+
+    count: int = 0
+    mean: float = 0.0
+    squares: float = 0.0
+    """Sum of squared distances from the mean."""
+    least: float = float("inf")
+
+    def add(self, values: np.ndarray) -> None:
+        """Merge the statistics of some values (Chan, Golub, LeVeque 1979, equation 2.1)."""
+        values = values[~np.isnan(values)]
+        if not len(values):
+            return
+        mean = float(values.mean())
+        count, delta = self.count + len(values), mean - self.mean
+        self.squares += float(((values - mean) ** 2).sum()) + delta**2 * self.count * len(values) / count
+        self.mean += delta * len(values) / count
+        self.count, self.least = count, min(self.least, float(values.min()))
+
+    @property
+    def constant(self) -> bool:
+        """Whether all values are one number, but for what rounding makes of sums of it."""
+        if not self.count:
+            return True
+        return bool((self.squares / self.count) ** 0.5 <= _ROUNDING * max(abs(self.mean), abs(self.least)))
+
+    @property
+    def centre(self) -> float:
+        """The mean; of a constant column its number itself, so that nothing is left when it is taken off."""
+        return self.least if self.constant and self.count else self.mean
+
+    @property
+    def deviation(self) -> float:
+        """The standard deviation; 1 for a constant column."""
+        return 1.0 if self.constant else float((self.squares / self.count) ** 0.5)
+
+
+def transform(name: str, numbers: np.ndarray) -> np.ndarray:
+    """The transforms that need nothing but the number, as float32; not finite where they are not defined."""
+    with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
+        if name == "log1p":
+            # float32 before the logarithm, as the reference computes it.
+            return np.log(np.maximum(numbers, 0).astype(np.float32) + 1)
+        return (np.log(numbers + 3) if name == "nvidia_log" else numbers).astype(np.float32)
+
+
+def finish_dense(dense: Dense, values: np.ndarray, own: DenseStatistics, least: float) -> np.ndarray:
+    """The transforms that need statistics, NaN being missing; `least` is that of all torchrec_log columns."""
+    values = np.where(np.isnan(values), own.centre, values)
+    if dense.transform == "torchrec_log":
+        values = np.log(values - least + 2)
+    elif dense.transform == "standardise":
+        values = (values - own.centre) / own.deviation
+    elif dense.transform == "log1p":
+        values = transform("log1p", values)
+    return values.astype(np.float32)
+
+
+def inverse(name: str, values: np.ndarray) -> np.ndarray:
+    """The numbers that `transform` made `values` of; those below 0 as 0, where it took them so."""
+    if name == "log1p":
+        return np.expm1(values)
+    return np.exp(values) - 3 if name == "nvidia_log" else values
+
+
+class DenseRange:
+    """What a person wants to know of a dense column: least, most, mean of the log's numbers, how many are missing."""
+
+    def __init__(self) -> None:
+        self._rows = self._missing = 0
+        self._sum, self._least, self._most = 0.0, float("inf"), -float("inf")
+
+    def add(self, numbers: np.ndarray, missing: np.ndarray) -> None:
+        """Count some rows; what stands in `numbers` where they are missing does not matter."""
+        count = int(missing.sum())
+        self._rows, self._missing = self._rows + len(numbers), self._missing + count
+        present = numbers[~missing] if count else numbers
+        if len(present):
+            self._sum += float(present.sum(dtype=np.float64))
+            self._least, self._most = min(self._least, float(present.min())), max(self._most, float(present.max()))
+
+    def summary(self) -> dict[str, float | None]:
+        """As statistics.json has it; None for the numbers of a column without any."""
+        count = self._rows - self._missing
+        share = round(self._missing / self._rows, 6) if self._rows else None
+        if not count:
+            return {"least": None, "most": None, "mean": None, "missing_share": share}
+        return {"least": self._least, "most": self._most, "mean": self._sum / count, "missing_share": share}

@@ -1,0 +1,1 @@
+"""The machine: its processes, memory, files and devices, and what differs by platform."""

@@ -1,0 +1,1 @@
+"""What it costs: bytes, memory and time of a plan, predicted from shapes, and the plan that costs least."""

@@ -1,0 +1,318 @@
+"""What a plan costs a step: bytes sent, memory held, work done, on one device. Predicted from shapes alone.
+
+Bytes sent are exact: the exchange's buffers are static, and the compiled step's collectives (hlo.py) must add up to the
+same numbers. Memory is exact for tables, optimizer state and dense parameters, estimated for what a step needs besides.
+"""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Mapping
+
+import numpy as np
+
+from dlrm_jax.config import ModelConfig, OptimizerConfig, TableConfig
+from dlrm_jax.planning.hardware import Hardware
+from dlrm_jax.planning.hlo import CONTROL_BYTES
+from dlrm_jax.planning.skew import expected_distinct
+from dlrm_jax.tables.exchange import ExchangeOptions
+from dlrm_jax.tables.forms.data_parallel import sent_rows
+from dlrm_jax.tables.forms.table_wise import parcels
+from dlrm_jax.tables.layout import COLUMNS, OWNED, REPLICATED, ROUTED, PlacedStack, place_stacks
+from dlrm_jax.tables.plan import Plan
+from dlrm_jax.tables.rows import LANES
+
+FLOAT = INT = 4
+_OPT_COPIES = {"sgd": 0, "momentum": 1, "adagrad": 1, "adam": 2, "adamw": 2}
+_KERNELS = 80
+"""Kernels of a training step besides the collectives (counted in a compiled step of the Kaggle configuration)."""
+_COPIES = 2
+"""Arrays of each id slot's line, and of its row, that live at once where rows share lines: one read, one written."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Load:
+    """What is common to all plans: examples a step, and how ids fall off in each table, as rank^-skew."""
+
+    batch_size: int
+    skew: float = 1.05
+    skew_of: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    weighted_ids: bool = False
+
+    def distinct(self, table: TableConfig, draws: float) -> float:
+        """Expected distinct ids of `draws` from a table."""
+        return expected_distinct(table.num_embeddings, draws, self.skew_of.get(table.name, self.skew))
+
+
+def routed_capacity(stack: PlacedStack, load: Load) -> int:
+    """Rows that a device will ask of one peer: the expected distinct ones of its share, and three deviations more."""
+    devices = stack.num_shards * stack.num_copies
+    per_shard = np.zeros(stack.num_shards)
+    for t, table in enumerate(stack.tables):
+        draws = -(-load.batch_size // devices) * int((stack.table_K == t).sum())
+        shards = slice(stack.first_T[t], stack.first_T[t] + stack.count_T[t])
+        per_shard[shards] += load.distinct(table, draws) / stack.count_T[t]
+    most = float(per_shard.max())
+    return -(-int(most + 3 * math.sqrt(most) + 1) // 8) * 8
+
+
+def capacities(stacks: tuple[PlacedStack, ...], load: Load) -> dict[str, int]:
+    """`routed_capacity` of each row-wise stack."""
+    return {stack.name: routed_capacity(stack, load) for stack in stacks if stack.form == ROUTED}
+
+
+@dataclasses.dataclass(frozen=True)
+class Sent:
+    """Bytes of the collectives' results on one device, by kind, and how many there are."""
+
+    bytes_by_kind: Mapping[str, int]
+    count: int
+
+    @property
+    def total(self) -> int:
+        """All kinds together."""
+        return sum(self.bytes_by_kind.values())
+
+
+def exchanged(
+    model: ModelConfig, optimizer: OptimizerConfig, stack: PlacedStack, load: Load, options: ExchangeOptions
+) -> list[tuple[str, int]]:
+    """(kind, bytes) of every collective that one stack needs in a step without overflow."""
+    shards, copies = stack.num_shards, stack.num_copies
+    b = -(-load.batch_size // (shards * copies))
+    slots, num_features = len(stack.slots), len(stack.features)
+    floats = 2 if options.dtype == "bfloat16" else FLOAT
+    learned = int(model.learned_pooling)
+    scales = load.weighted_ids or any(feature.pooling == "mean" for feature in model.features)
+    found: list[tuple[str, int]] = []
+
+    def send(kind: str, size: int, num_bytes: int) -> None:
+        if size > 1:
+            found.append((kind, num_bytes))
+
+    if stack.form == REPLICATED:
+        rows = min(sent_rows(stack, b), b * slots) * shards * copies
+        send("all-gather", shards * copies, rows * INT)
+        send("all-gather", shards * copies, rows * (stack.dim + learned) * FLOAT)
+    elif stack.form == OWNED:
+        parcel = parcels(stack)
+        most_slots, most_features = parcel.slot_SxK.shape[1], parcel.feature_SxF.shape[1]
+        for _ in range(1 + scales):
+            send("all-to-all", shards, shards * b * most_slots * INT)
+            send("all-gather", copies, copies * shards * b * most_slots * INT)
+        pooled = shards * b * most_features * stack.dim
+        send("all-to-all", shards, pooled * floats)
+        send("all-to-all", shards, pooled * floats)
+        send("all-gather", copies, copies * pooled * FLOAT)
+    elif stack.form == COLUMNS:
+        for _ in range(1 + scales):
+            send("all-gather", shards, shards * b * slots * INT)
+            send("all-gather", copies, copies * shards * b * slots * INT)
+        pooled = shards * b * num_features * stack.width
+        send("all-to-all", shards, pooled * floats)
+        send("all-to-all", shards, pooled * floats)
+        send("all-gather", copies, copies * pooled * FLOAT)
+        all_slots = copies * shards * b * slots
+        if optimizer.table == "rowwise_adagrad":
+            send("all-reduce", shards, all_slots * FLOAT)
+        if learned:
+            send("all-reduce", shards, all_slots * FLOAT)
+    else:
+        capacity = min(options.capacity.get(stack.name, b * slots), b * slots)
+        rows = shards * capacity
+        send("all-to-all", shards, rows * INT)
+        send("all-to-all", shards, rows * (stack.dim + learned) * floats)
+        send("all-to-all", shards, rows * (stack.dim + learned) * floats)
+        send("all-gather", copies, copies * rows * INT)
+        send("all-gather", copies, copies * rows * (stack.dim + learned) * FLOAT)
+        if capacity < b * slots and shards * INT > CONTROL_BYTES:  # Where a round ends, for each owner.
+            send("all-reduce", shards * copies, shards * INT)
+    return found
+
+
+def dense_parameters(model: ModelConfig) -> int:
+    """Floats of the MLPs and the interaction."""
+    return sum((i + 1) * o for i, o in _layers(model)) + _cross_parameters(model)
+
+
+def _layers(model: ModelConfig) -> list[tuple[int, int]]:
+    bottom = [model.num_dense, *model.bottom_mlp]
+    top = [interaction_width(model), *model.top_mlp]
+    return [*itertools.pairwise(bottom), *itertools.pairwise(top)]
+
+
+def interaction_width(model: ModelConfig) -> int:
+    """Inputs of the top MLP."""
+    vectors, dim = len(model.features) + 1, model.embedding_dim
+    if model.interaction == "dot":
+        return dim + vectors * (vectors - 1) // 2 + (vectors if model.self_interaction else 0)
+    return vectors * dim
+
+
+def _cross_parameters(model: ModelConfig) -> int:
+    width = interaction_width(model)
+    return model.cross_layers * (2 * width * model.cross_rank + width) if model.interaction == "cross" else 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """A plan's costs a step on the device that has most to do; bytes, floating point operations, seconds."""
+
+    plan: Plan
+    stacks: tuple[PlacedStack, ...]
+    options: ExchangeOptions
+    memory: Mapping[str, int]
+    sent: Sent
+    flops: float
+    traffic: float
+    seconds: Mapping[str, float]
+
+    @property
+    def bytes_held(self) -> int:
+        """Memory, all parts together."""
+        return sum(self.memory.values())
+
+    @property
+    def step_seconds(self) -> float:
+        """Compute, memory and network one after the other, as they do not overlap by much, and launches."""
+        return sum(self.seconds.values())
+
+    @property
+    def bound(self) -> str:
+        """What takes longest."""
+        return max(self.seconds, key=lambda part: self.seconds[part])
+
+
+def estimate(
+    model: ModelConfig,
+    optimizer: OptimizerConfig,
+    plan: Plan,
+    load: Load,
+    hardware: Hardware,
+    options: ExchangeOptions | None = None,
+    packed: bool = False,
+) -> Cost:
+    """The costs of a plan. Without `options` the exchange's buffers are sized for `load`."""
+    stacks = place_stacks(model, plan, packed)
+    options = options or ExchangeOptions(capacity=capacities(stacks, load))
+    pieces = [piece for stack in stacks for piece in exchanged(model, optimizer, stack, load, options)]
+    if plan.mesh.size > 1:
+        pieces.append(("all-reduce", (dense_parameters(model) + 1) * FLOAT))  # The loss travels with the gradients.
+    by_kind: dict[str, int] = {}
+    for kind, num_bytes in pieces:
+        by_kind[kind] = by_kind.get(kind, 0) + num_bytes
+    sent = Sent(by_kind, len(pieces))
+    flops = 3 * _forward_flops(model) * -(-load.batch_size // plan.mesh.size)
+    traffic, row_traffic = _traffic(model, optimizer, stacks, load)
+    peers = 1 - 1 / max(plan.mesh.size, 2)
+    seconds = {
+        "compute": flops / hardware.flops,
+        "memory": traffic / hardware.memory_rate + row_traffic / (hardware.memory_rate * hardware.row_efficiency),
+        "network": sent.total * peers / hardware.link_rate + sent.count * hardware.latency,
+        "launch": _KERNELS * hardware.launch,
+    }
+    memory = _memory(model, optimizer, stacks, load, sent, hardware.on_chip_bytes)
+    return Cost(plan, stacks, options, memory, sent, flops, traffic + row_traffic, seconds)
+
+
+def forward_work(
+    model: ModelConfig, stacks: tuple[PlacedStack, ...], load: Load, hardware: Hardware
+) -> tuple[float, float, dict[str, float]]:
+    """(operations, bytes read and written, seconds of each) of scoring a batch, on one device."""
+    b = -(-load.batch_size // (stacks[0].num_shards * stacks[0].num_copies))
+    outputs = sum(o for _, o in _layers(model)) + interaction_width(model)
+    rows = float(sum(_slots_looked_up(stack, load) * stack.width for stack in stacks)) * FLOAT
+    # An activation is written and read once, a pooled vector too; weights are read once.
+    streams = 2.0 * FLOAT * b * (outputs + len(model.features) * model.embedding_dim) + FLOAT * dense_parameters(model)
+    flops = _forward_flops(model) * b
+    memory = streams / hardware.memory_rate + rows / (hardware.memory_rate * hardware.row_efficiency)
+    return flops, streams + rows, {"compute": flops / hardware.flops, "memory": memory}
+
+
+def _forward_flops(model: ModelConfig) -> float:
+    vectors = len(model.features) + 1
+    cross = 2 * _cross_parameters(model)
+    dot = 2 * vectors * vectors * model.embedding_dim if model.interaction == "dot" else 0
+    return 2 * sum(i * o for i, o in _layers(model)) + dot + cross
+
+
+def _slots_looked_up(stack: PlacedStack, load: Load) -> int:
+    """Rows that the busiest device reads in a step, repeated ids each time."""
+    per_copy = -(-load.batch_size // stack.num_copies)
+    if stack.form == REPLICATED:
+        return -(-per_copy // stack.num_shards) * len(stack.slots)
+    if stack.form == COLUMNS:
+        return per_copy * len(stack.slots)
+    if stack.form == OWNED:
+        return per_copy * parcels(stack).slot_SxK.shape[1]
+    return -(-per_copy // stack.num_shards) * len(stack.slots)
+
+
+def _rows_updated(stack: PlacedStack, load: Load) -> float:
+    """Distinct rows that the busiest device updates in a step."""
+    per_shard = np.zeros(stack.num_shards)
+    for t, table in enumerate(stack.tables):
+        distinct = load.distinct(table, load.batch_size * int((stack.table_K == t).sum()))
+        shards = slice(stack.first_T[t], stack.first_T[t] + stack.count_T[t])
+        per_shard[shards if stack.form in (OWNED, ROUTED) else slice(None)] += distinct / stack.count_T[t]
+    return float(per_shard.max())
+
+
+def _traffic(
+    model: ModelConfig, optimizer: OptimizerConfig, stacks: tuple[PlacedStack, ...], load: Load
+) -> tuple[float, float]:
+    """(bytes of streams, bytes of single rows) that one device reads and writes."""
+    devices = stacks[0].num_shards * stacks[0].num_copies
+    b = -(-load.batch_size // devices)
+    outputs = sum(o for _, o in _layers(model)) + interaction_width(model)
+    # An activation is written, read by the next layer and by its weight's gradient, and so is its gradient.
+    streams = 7.0 * FLOAT * b * outputs + 5 * FLOAT * dense_parameters(model)
+    rows = 0.0
+    state = {"sgd": 0, "rowwise_adagrad": 2, "adagrad": 2}[optimizer.table]
+    for stack in stacks:
+        looked_up, width = _slots_looked_up(stack, load), stack.width * FLOAT
+        state_bytes = state * (width if optimizer.table == "adagrad" else FLOAT)
+        rows += looked_up * width + _rows_updated(stack, load) * (2 * width + state_bytes)
+        merged = looked_up * (stack.num_copies if stack.form == COLUMNS else 1)
+        streams += 4 * merged * width + (64 * merged if optimizer.table != "sgd" else 0)
+    return streams, rows
+
+
+def _memory(
+    model: ModelConfig,
+    optimizer: OptimizerConfig,
+    stacks: tuple[PlacedStack, ...],
+    load: Load,
+    sent: Sent,
+    on_chip_bytes: int,
+) -> dict[str, int]:
+    devices = stacks[0].num_shards * stacks[0].num_copies
+    b = -(-load.batch_size // devices)
+    tables = states = 0
+    for stack in stacks:
+        shards = stack.num_shards if stack.form in (OWNED, ROUTED) else 1
+        rows = math.prod(stack.local_shape)
+        per_row = math.prod(stack.row_shape()) // shards
+        learned = per_row if model.learned_pooling else 0
+        tables += (rows + learned) * FLOAT
+        states += {"sgd": 0, "adagrad": rows + learned, "rowwise_adagrad": per_row + learned}[optimizer.table] * FLOAT
+    dense = dense_parameters(model) * FLOAT
+    # Where rows share a line, an id slot takes a whole one.
+    widths = [stack.width if stack.pack == 1 else _COPIES * (LANES + stack.width) for stack in stacks]
+    looked_up = [_slots_looked_up(stack, load) for stack in stacks]
+    slots = int(sum(count * (width + 4) for count, width in zip(looked_up, widths, strict=True))) * FLOAT
+    outputs = sum(o for _, o in _layers(model)) + 3 * interaction_width(model)
+    batch = b * (model.num_dense + model.num_slots + 2) * FLOAT
+    activations = 2 * b * outputs * FLOAT + slots + dense
+    exchange = sent.total
+    if devices > 1:  # When the dense gradients are summed, in one array and out of another, the slots' are gone.
+        exchange = max(exchange - dense - FLOAT, 2 * dense - activations)
+    on_chip = min(on_chip_bytes, activations + exchange)
+    activations, exchange = activations - min(on_chip, activations), exchange - max(0, on_chip - activations)
+    return {
+        "tables": tables,
+        "optimizer state": states,
+        "dense parameters": dense * (1 + _OPT_COPIES[optimizer.dense]),
+        "activations": batch + activations,
+        "exchange buffers": exchange,
+    }

@@ -1,0 +1,348 @@
+"""An exported model in a process of its own: jax and numpy, no training code, no flags."""
+
+import dataclasses
+import functools
+import pathlib
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from jax import export as jax_export
+
+from dlrm_jax.config import ConfigError, ModelConfig, how_to_install, model_from_dict
+from dlrm_jax.data.values.vocabulary import Vocabulary
+from dlrm_jax.host import memory
+from dlrm_jax.serving.artifact import signature as signatures
+from dlrm_jax.serving.artifact.errors import BadRequest
+from dlrm_jax.serving.artifact.signature import EMPTY_SLOT, Signature
+from dlrm_jax.serving.artifact.store import Version, open_version
+from dlrm_jax.serving.artifact.transform import Reader
+
+BATCH_SIZES = (1, 4, 16, 64, 128, 256, 512, 1024, 2048)
+"""Batches are filled up to the next of these; larger ones are cut."""
+
+_PIECE_BYTES = 1 << 26
+"""What is read of a table's files at a time."""
+
+_POOLING_WEIGHTS = "/pooling_weights"
+"""Suffix of such an array's name (embedding.py, which serving does not import)."""
+
+SELF_CHECK_TOLERANCE = 1e-4
+"""Probabilities of another device may differ so much from those at export; on the same kind it is about 1e-7."""
+
+
+class Program:
+    """A compiled forward pass, one executable a batch size, for any weights of its shapes."""
+
+    def __init__(self, serialized: bytes) -> None:
+        try:
+            exported = jax_export.deserialize(bytearray(serialized))
+        except ImportError:
+            raise ConfigError(f"reading StableHLO needs flatbuffers: {how_to_install('serve')}") from None
+        self.serialized, self._call = serialized, jax.jit(exported.call)
+        self._compiled: dict[int, Any] = {}
+        self._lock = threading.Lock()
+
+    def compiled(self, weights: Mapping[str, jax.Array], size: int, num_dense: int, num_slots: int) -> Any:
+        """The executable for batches of `size`; made now if it is not there."""
+        with self._lock:
+            if size not in self._compiled:
+                dense = jax.ShapeDtypeStruct((size, num_dense), np.float32)
+                ids = jax.ShapeDtypeStruct((size, num_slots), np.int32)
+                self._compiled[size] = self._call.lower(weights, dense, ids).compile()
+            return self._compiled[size]
+
+
+class Engine(Protocol):
+    """Where a version's weights lie and how they score.
+
+    `batch_multiple` divides every batch that it is given; with `fixed_sizes` each is of one of the Servable's sizes.
+    """
+
+    batch_multiple: int
+    fixed_sizes: bool
+
+    def run(self, dense_BxN: np.ndarray, ids_BxK: np.ndarray) -> Sequence[Any]:
+        """(probability_B, logit_B)."""
+
+
+class OneDevice:
+    """All weights on the first device, and the exported program."""
+
+    batch_multiple = 1
+    fixed_sizes = True
+    _program: Program
+
+    def __init__(self, version: Version, like: Engine | None = None) -> None:
+        """Read a version's weights; the compiled program of `like` is kept where it is the same."""
+        self._weights = read_weights(version)
+        program = (version.directory / "program.stablehlo").read_bytes()
+        self._shapes = {name: (value.shape, value.dtype) for name, value in self._weights.items()}
+        known = like if isinstance(like, OneDevice) and like._shapes == self._shapes else None
+        same = known is not None and known._program.serialized == program
+        self._program = known._program if known is not None and same else Program(program)
+
+    def run(self, dense_BxN: np.ndarray, ids_BxK: np.ndarray) -> Sequence[Any]:
+        """(probability_B, logit_B)."""
+        compiled = self._program.compiled(self._weights, len(dense_BxN), dense_BxN.shape[1], ids_BxK.shape[1])
+        return compiled(self._weights, dense_BxN, ids_BxK)
+
+
+MakeEngine = Callable[[Version, Engine | None], Engine]
+
+
+@dataclasses.dataclass(frozen=True)
+class Scores:
+    """What a model says of B rows."""
+
+    probability: np.ndarray
+    logit: np.ndarray
+
+
+class Servable:
+    """One version of a model, ready to score. Its methods may be called from several threads."""
+
+    _engine: Engine
+
+    def __init__(
+        self,
+        version: Version,
+        batch_sizes: Sequence[int] = BATCH_SIZES,
+        max_bag: int = 1000,
+        like: "Servable | None" = None,
+        make_engine: MakeEngine = OneDevice,
+    ) -> None:
+        """Read a version. What was compiled for `like`, another version's Servable, is kept where it is the same."""
+        self.version = version
+        self.signature: Signature = signatures.from_dict(version.read_json("signature.json"))
+        self.metrics: dict[str, Any] = version.read_json("metrics.json")
+        self._limit_K = np.repeat(
+            [f.rows for f in self.signature.features], [f.hotness for f in self.signature.features]
+        )
+        self._engine = make_engine(version, like._engine if like is not None else None)
+        multiple = self._engine.batch_multiple
+        self.batch_sizes = tuple(sorted({-(-size // multiple) * multiple for size in batch_sizes}))
+        self.reader = Reader(self.signature, _read_vocabularies(version), max_bag)
+
+    def warm_up(self) -> None:
+        """Compile every batch size and run it once, so that nothing is compiled later."""
+        for size in self.batch_sizes:
+            self._engine.run(
+                np.zeros((size, len(self.signature.dense_names)), np.float32),
+                np.full((size, self.signature.num_slots), EMPTY_SLOT, np.int32),
+            )
+
+    def self_check(self) -> float:
+        """The largest difference from the probabilities noted at export; ConfigError beyond the tolerance."""
+        with np.load(self.version.directory / "self_check.npz") as noted:
+            got = self.score(noted["dense"], noted["ids"]).probability
+            difference = float(np.abs(got - noted["probability"]).max(initial=0.0))
+        if not difference <= SELF_CHECK_TOLERANCE:
+            raise ConfigError(
+                f"{self.version.directory}: probabilities differ by {difference:.3g} from those noted at export; at "
+                f"most {SELF_CHECK_TOLERANCE:g} is rounding"
+            )
+        return difference
+
+    def predict(self, dense_BxN: Any, ids_BxK: Any) -> np.ndarray:
+        """The probability of each of B rows. BadRequest for a wrong shape, an id outside its table, NaN."""
+        return self.score(*self.checked(dense_BxN, ids_BxK)).probability
+
+    def predict_rows(self, rows: Sequence[Mapping[str, Any]], shared: Mapping[str, Any] | None = None) -> np.ndarray:
+        """The probability of each row of raw values, as the training log had them; `shared` values are in all rows."""
+        dense_BxN, ids_BxK, _ = self.reader.read(rows, shared)
+        return self.score(dense_BxN, ids_BxK).probability
+
+    def checked(self, dense_BxN: Any, ids_BxK: Any) -> tuple[np.ndarray, np.ndarray]:
+        """Inputs as float32 and int32 arrays, every number usable."""
+        dense_BxN, ids_BxK = np.asarray(dense_BxN), np.asarray(ids_BxK)
+        num_dense, num_slots = len(self.signature.dense_names), self.signature.num_slots
+        if dense_BxN.ndim != 2 or dense_BxN.shape[1] != num_dense:
+            raise BadRequest(f"dense has shape {list(dense_BxN.shape)}; expected [rows, {num_dense}]")
+        if ids_BxK.ndim != 2 or ids_BxK.shape[1] != num_slots:
+            raise BadRequest(f"ids has shape {list(ids_BxK.shape)}; expected [rows, {num_slots}]")
+        if len(dense_BxN) != len(ids_BxK):
+            raise BadRequest(f"dense has {len(dense_BxN)} rows, ids {len(ids_BxK)}")
+        if not np.issubdtype(ids_BxK.dtype, np.integer):
+            raise BadRequest(f"ids are {ids_BxK.dtype}; they must be integers")
+        if dense_BxN.dtype != np.float32:
+            with np.errstate(over="ignore"):
+                dense_BxN = dense_BxN.astype(np.float32)
+        if not np.isfinite(dense_BxN).all():
+            row, column = np.argwhere(~np.isfinite(dense_BxN))[0]
+            raise BadRequest(
+                f"dense, row {row}, feature {self.signature.dense_names[column]!r}: {dense_BxN[row, column]} is not a "
+                "finite float32"
+            )
+        bad_BxK = (ids_BxK >= self._limit_K) | (ids_BxK < EMPTY_SLOT)
+        if bad_BxK.any():
+            row, slot = np.argwhere(bad_BxK)[0]
+            feature = next(f for i, f in enumerate(self._slot_features()) if i == slot)
+            raise BadRequest(
+                f"ids, row {row}, feature {feature.name!r}: id {ids_BxK[row, slot]} is outside table {feature.table!r} "
+                f"(ids 0 to {feature.rows - 1}, {EMPTY_SLOT} for an empty slot)"
+            )
+        return dense_BxN, ids_BxK.astype(np.int32, copy=False)
+
+    def _slot_features(self) -> list[signatures.ServedFeature]:
+        return [feature for feature in self.signature.features for _ in range(feature.hotness)]
+
+    def score(self, dense_BxN: np.ndarray, ids_BxK: np.ndarray) -> Scores:
+        """Scores of inputs that were `checked`."""
+        rows, largest = len(dense_BxN), self.batch_sizes[-1]
+        parts = []
+        for start in range(0, rows, largest):
+            dense, ids = dense_BxN[start : start + largest], ids_BxK[start : start + largest]
+            count = len(dense)
+            fixed = self._engine.fixed_sizes
+            size = next(size for size in self.batch_sizes if size >= count) if fixed else count
+            if size > count:
+                dense = np.concatenate([dense, np.zeros((size - count, dense.shape[1]), np.float32)])
+                ids = np.concatenate([ids, np.full((size - count, ids.shape[1]), EMPTY_SLOT, np.int32)])
+            parts.append([np.asarray(output)[:count] for output in self._engine.run(dense, ids)])
+        if len(parts) == 1:
+            return Scores(*parts[0])
+        empty = np.zeros(0, np.float32)
+        return Scores(*(np.concatenate([empty, *(part[i] for part in parts)]) for i in range(2)))
+
+
+def load(
+    model_dir: str | pathlib.Path,
+    version: int | None = None,
+    batch_sizes: Sequence[int] = BATCH_SIZES,
+    make_engine: MakeEngine = OneDevice,
+) -> Servable:
+    """A version of an exported model (the latest by default), every file checked against its hash.
+
+    `make_engine=NativeCpu` (serving/artifact/native.py) scores by C++.
+    """
+    return Servable(open_version(pathlib.Path(model_dir), version), batch_sizes, make_engine=make_engine)
+
+
+def read_weights(version: Version) -> dict[str, jax.Array]:
+    """All arrays of `weights.json` on the first device; large ones go there piece by piece."""
+    weights = {}
+    for name, facts in version.read_json("weights.json").items():
+        shapes = [read_array(version, file, facts["dtype"]).shape for file in facts["files"]]
+        rows, row_shape = sum(shape[0] for shape in shapes), shapes[0][1:]
+        piece = max(1, _PIECE_BYTES // max(1, np.dtype(facts["dtype"]).itemsize * int(np.prod(row_shape))))
+        if rows <= piece:
+            weights[name] = jax.device_put(_rows_of(version, facts, shapes, 0, rows))
+            continue
+        array = jnp.zeros((rows, *row_shape), facts["dtype"])
+        for start in range(0, rows, piece):
+            start = min(start, rows - piece)  # The last piece is as long as the others: they share a program.
+            # One at a time, or all that are waiting would be in memory.
+            array = jax.block_until_ready(_put(array, _rows_of(version, facts, shapes, start, piece), start))
+        weights[name] = array
+    return weights
+
+
+def _rows_of(
+    version: Version, facts: dict[str, Any], shapes: list[tuple[int, ...]], start: int, count: int
+) -> np.ndarray:
+    """Rows of an array whose files lie one below the other. Each is mapped for so long only."""
+    parts, first = [], 0
+    for file, shape in zip(facts["files"], shapes, strict=True):
+        inside = slice(max(0, start - first), max(0, start + count - first))
+        if inside.start < shape[0] and inside.stop > 0:
+            parts.append(np.array(read_array(version, file, facts["dtype"])[inside]))
+        first += shape[0]
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _put(array: jax.Array, piece: jax.Array, start: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_update_slice_in_dim(array, piece, start, axis=0)
+
+
+def require_room(version: Version, on_host: bool | None, oversubscribe: bool) -> tuple[str, str]:
+    """ConfigError where a version's files are more than the memory holds that they are read into.
+
+    That of the first device, unless `on_host`. (The largest holder, what would fit), for what fails all the same.
+    """
+    on_host = jax.devices()[0].platform == "cpu" if on_host is None else on_host
+    sizes = {}
+    for facts in version.read_json("weights.json").values():
+        for i, file in enumerate(facts["files"]):
+            sizes[f"table {facts['tables'][i]!r}" if "tables" in facts else file] = _bytes(version, file)
+    words = 0
+    if (version.directory / "vocabularies.json").is_file():
+        files = [file for names in version.read_json("vocabularies.json").values() for file in names]
+        words = sum(_bytes(version, file) for file in files)
+    largest, weights = max(sizes, key=lambda name: sizes[name]), sum(sizes.values())
+    holder = f"{largest} ({memory.gigabytes(sizes[largest])})"
+    what, remedy = f"serving {version.directory}", "an export with --tables=bfloat16, int8 or int4"
+    if not on_host:
+        device = jax.devices()[0]
+        needs = (what, weights, memory.device_available(device), f"the memory of a {device.device_kind}", holder)
+        memory.require_room(*needs, f"{remedy}, or several devices (--mesh=model:N)", oversubscribe)
+    needed = words + on_host * weights
+    holder = holder if on_host and sizes[largest] > words else f"the vocabularies ({memory.gigabytes(words)})"
+    needs = (what, needed, memory.host_available(), "this machine's memory", holder)
+    memory.require_room(*needs, remedy, oversubscribe)
+    return f"{largest} ({memory.gigabytes(sizes[largest])})", remedy
+
+
+def _bytes(version: Version, file: str) -> int:
+    return (version.directory / file).stat().st_size
+
+
+def read_model(version: Version) -> tuple[ModelConfig, float]:
+    """The model's configuration, and the threshold of its probabilities."""
+    try:
+        values = version.read_json("model.json")
+        return model_from_dict(values["model"]), values["loss_threshold"]
+    except FileNotFoundError:
+        raise ConfigError(
+            f"{version.directory} has no model.json, which --mesh and native kernels need; export it anew"
+        ) from None
+
+
+def read_dense(version: Version) -> dict[str, np.ndarray]:
+    """Weights that are no table's, by name."""
+    arrays = version.read_json("weights.json")
+    dense = {name: facts for name, facts in arrays.items() if "tables" not in facts}
+    return {name: read_array(version, facts["files"][0], facts["dtype"]) for name, facts in dense.items()}
+
+
+class TableFiles:
+    """Where an export's tables lie, how they are stored (`kind`, quantise.TABLE_TYPES) and how wide they are."""
+
+    def __init__(self, version: Version) -> None:
+        self._version = version
+        signature = version.read_json("signature.json")
+        self.kind, self.embedding_dim = signature["kind"], signature["embedding_dim"]
+        self._file_of: dict[str, tuple[str, str]] = {}
+        for facts in version.read_json("weights.json").values():
+            for table, file in zip(facts.get("tables", ()), facts["files"], strict=False):
+                self._file_of[table] = (file, facts["dtype"])
+
+    def stored(self, table: str) -> np.ndarray:
+        """A table's rows as they are stored, mapped and not read."""
+        return read_array(self._version, *self._file_of[table])
+
+    def pooling_weights(self, table: str) -> np.ndarray:
+        """(rows, 1) float32: what each row is multiplied with, where that was learned."""
+        return self.stored(table + _POOLING_WEIGHTS)
+
+
+def read_array(version: Version, file: str, dtype: str) -> np.ndarray:
+    """An array of a version, mapped and not read."""
+    array = np.load(version.directory / file, mmap_mode="r", allow_pickle=False)
+    return array.view(ml_dtypes.bfloat16) if dtype == "bfloat16" else array
+
+
+def _read_vocabularies(version: Version) -> dict[str, Vocabulary]:
+    if not (version.directory / "vocabularies.json").is_file():
+        return {}
+    out = {}
+    for table, files in version.read_json("vocabularies.json").items():
+        columns = [np.load(version.directory / file, allow_pickle=False) for file in files]
+        out[table] = Vocabulary(table, checked=len(columns) == 2)
+        out[table].extend(*columns)
+    return out

@@ -1,0 +1,191 @@
+"""An exported model scored by C++ on this machine's CPU (tables/kernels/score.cc): `--cpu_kernels=native`.
+
+A row's score has the same bits in whatever batch it comes; it equals that of the exported program up to rounding.
+"""
+
+import ctypes
+import functools
+import math
+import os
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from dlrm_jax.config import ConfigError, ModelConfig
+from dlrm_jax.serving.artifact.loaded import Engine, TableFiles, read_dense, read_model
+from dlrm_jax.serving.artifact.store import Version
+from dlrm_jax.tables.kernels import build
+
+_KINDS = ("float32", "bfloat16", "int8", "int4")
+_INTERACTIONS = ("dot", "cat", "cross")
+_OPTIONS = ("-ffp-contract=fast", "-pthread")
+_ALIGNMENT = 64
+_CPU_QUOTA = pathlib.Path("/sys/fs/cgroup/cpu.max")
+_POINTER, _INT = ctypes.c_void_p, ctypes.c_int64
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = (("panels", _POINTER), ("bias", _POINTER), ("inputs", _INT), ("outputs", _INT), ("relu", _INT))
+
+
+class _Feature(ctypes.Structure):
+    _fields_ = (("rows", _POINTER), ("weights", _POINTER), ("num_rows", _INT), ("hotness", _INT), ("mean", _INT))
+
+
+class _Model(ctypes.Structure):
+    _fields_ = (
+        *((name, _INT) for name in ("num_dense", "num_slots", "width", "kind", "row_bytes", "interaction")),
+        *((name, _INT) for name in ("self_interaction", "num_features", "num_bottom", "num_cross", "num_top")),
+        *((name, _POINTER) for name in ("features", "feature_of_slot", "bottom", "cross", "top")),
+        ("threshold", ctypes.c_float),
+    )
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    library = ctypes.CDLL(str(build.built(build.SCORE, _OPTIONS)))
+    library.dlrm_panel.restype = _INT
+    library.dlrm_score.argtypes = (*[_POINTER] * 3, *[_INT] * 2, *[_POINTER] * 2)
+    library.dlrm_score.restype = None
+    return library
+
+
+class NativeCpu:
+    """A version's weights in this machine's memory, and the compiled forward pass (loaded.Engine)."""
+
+    batch_multiple = 1
+    fixed_sizes = False
+
+    def __init__(self, version: Version, like: Engine | None = None, threads: int | None = None) -> None:
+        """Read a version's weights. ConfigError where the model computes in bfloat16, and without a C++ compiler."""
+        del like  # Nothing is compiled for one version.
+        model, threshold = read_model(version)
+        if model.compute_dtype != "float32":
+            raise ConfigError(f"--cpu_kernels=native computes in float32, this model in {model.compute_dtype}")
+        if jax.default_backend() != "cpu":
+            raise ConfigError(f"--cpu_kernels=native is for CPUs; this process uses a {jax.default_backend()}")
+        self._score = _library().dlrm_score
+        self._threads = threads or _num_cores()
+        self._kept: list[Any] = []
+        self._num_dense, self._num_slots = model.num_dense, model.num_slots
+        self._model = self._describe(version, model, threshold)
+
+    def run(self, dense_BxN: np.ndarray, ids_BxK: np.ndarray) -> Sequence[np.ndarray]:
+        """(probability_B, logit_B) of float32 and int32 arrays. TypeError for others, or of other shapes."""
+        rows = len(dense_BxN)
+        dense = _usable("dense", dense_BxN, np.float32, (rows, self._num_dense))
+        ids = _usable("ids", ids_BxK, np.int32, (rows, self._num_slots))
+        out_2xB = np.empty((2, rows), np.float32)
+        out = _address(out_2xB)
+        self._score(self._model, _address(dense), _address(ids), rows, self._threads, out, out + out_2xB.strides[0])
+        return out_2xB[0], out_2xB[1]
+
+    def _describe(self, version: Version, model: ModelConfig, threshold: float) -> int:
+        """The address of what score.cc calls a Model; all that it points to is kept."""
+        files, dense = TableFiles(version), read_dense(version)
+        features, row_bytes = self._features(files, model)
+        bottom = self._mlp(dense, "bottom_mlp", len(model.bottom_mlp), final_relu=True)
+        top = self._mlp(dense, "top_mlp", len(model.top_mlp), final_relu=False)
+        cross = self._cross(dense, model.cross_layers if model.interaction == "cross" else 0)
+        hotness = [feature.hotness for feature in model.features]
+        described = _Model(
+            num_dense=model.num_dense,
+            num_slots=model.num_slots,
+            width=model.embedding_dim,
+            kind=_KINDS.index(files.kind),
+            row_bytes=row_bytes,
+            interaction=_INTERACTIONS.index(model.interaction),
+            self_interaction=model.self_interaction,
+            num_features=len(features),
+            num_bottom=len(bottom),
+            num_cross=len(cross),
+            num_top=len(top),
+            features=self._address_of(features),
+            feature_of_slot=_address(self._keep(np.repeat(np.arange(len(hotness), dtype=np.int64), hotness))),
+            bottom=self._address_of(bottom),
+            cross=self._address_of(cross),
+            top=self._address_of(top),
+            threshold=threshold,
+        )
+        return self._address_of(described)
+
+    def _features(self, files: TableFiles, model: ModelConfig) -> tuple[ctypes.Array[_Feature], int]:
+        """What score.cc calls Features, and the bytes of a row."""
+        rows = {table.name: self._keep(files.stored(table.name)) for table in model.tables}
+        weights = {}
+        if model.learned_pooling:
+            weights = {table.name: self._keep(files.pooling_weights(table.name)) for table in model.tables}
+        features = [
+            _Feature(
+                rows=_address(rows[feature.table]),
+                weights=_address(weights[feature.table]) if weights else None,
+                num_rows=len(rows[feature.table]),
+                hotness=feature.hotness,
+                mean=feature.pooling == "mean",
+            )
+            for feature in model.features
+        ]
+        table = rows[model.tables[0].name]
+        return (_Feature * len(features))(*features), table.shape[1] * table.itemsize
+
+    def _mlp(self, dense: dict[str, np.ndarray], name: str, depth: int, final_relu: bool) -> ctypes.Array[_Layer]:
+        layers = []
+        for i in range(depth):
+            kernel, bias = (dense[f"{name}/layer_{i}/{leaf}"] for leaf in ("kernel", "bias"))
+            layers.append(self._layer(kernel, bias, relu=final_relu or i < depth - 1))
+        return (_Layer * len(layers))(*layers)
+
+    def _cross(self, dense: dict[str, np.ndarray], depth: int) -> ctypes.Array[_Layer]:
+        layers = []
+        for i in range(depth):
+            v_IxR, w_RxI, b_I = (dense[f"cross/{leaf}_{i}"] for leaf in "vwb")
+            layers += [self._layer(v_IxR, np.zeros(v_IxR.shape[1], np.float32)), self._layer(w_RxI, b_I)]
+        return (_Layer * len(layers))(*layers)
+
+    def _layer(self, kernel: np.ndarray, bias: np.ndarray, relu: bool = False) -> _Layer:
+        panel = _library().dlrm_panel()
+        inputs, outputs = kernel.shape
+        padding = -outputs % panel
+        columns = np.pad(kernel, ((0, 0), (0, padding))).reshape(inputs, -1, panel)
+        panels = self._keep(columns.transpose(1, 0, 2))
+        padded_bias = self._keep(np.pad(bias, (0, padding)))
+        return _Layer(_address(panels), _address(padded_bias), inputs, outputs, relu)
+
+    def _keep(self, array: np.ndarray) -> np.ndarray:
+        """A copy at the start of a cache line, which this object holds; NumPy puts large ones on huge pages."""
+        memory = np.empty(array.nbytes + _ALIGNMENT, np.uint8)
+        first = -_address(memory) % _ALIGNMENT
+        copy = memory[first : first + array.nbytes].view(array.dtype).reshape(array.shape)
+        copy[...] = array
+        self._kept.append(copy)
+        return copy
+
+    def _address_of(self, value: Any) -> int:
+        """Of a value of ctypes, which this object holds."""
+        self._kept.append(value)
+        return ctypes.addressof(value)
+
+
+def _usable(name: str, array: np.ndarray, dtype: Any, shape: tuple[int, int]) -> np.ndarray:
+    """The array in one piece; its memory is read unseen."""
+    if array.dtype != dtype or array.shape != shape:
+        raise TypeError(f"{name}: {array.dtype}{list(array.shape)}; expected {np.dtype(dtype)}{list(shape)}")
+    return array if array.flags.c_contiguous and array.flags.aligned else array.copy(order="C")
+
+
+def _address(array: np.ndarray) -> int:
+    address: int = array.__array_interface__["data"][0]
+    return address
+
+
+def _num_cores(quota: pathlib.Path = _CPU_QUOTA) -> int:
+    """Cores that this process may use: of its machine, and of its container's share."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        microseconds, period = quota.read_text().split()
+        return max(1, min(cores, math.ceil(int(microseconds) / int(period))))
+    except (OSError, ValueError):  # No control groups, or no limit: "max".
+        return cores

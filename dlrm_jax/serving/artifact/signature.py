@@ -1,0 +1,60 @@
+"""What an exported model takes: names, sizes and rules of its inputs, as a value that is saved beside it."""
+
+import dataclasses
+from typing import Any
+
+from dlrm_jax.config import ConfigError
+
+OUTPUTS = ("probability", "logit")
+EMPTY_SLOT = -1
+"""The id of an unused slot of a bag, as in training (dlrm_jax/data/batch.py, which serving does not import)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ServedFeature:
+    """One feature's bag: at most `hotness` ids of a table of `rows` rows."""
+
+    name: str
+    table: str
+    hotness: int
+    pooling: str
+    rows: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Signature:
+    """Inputs of a model. `schema` (schema_io.to_dict), where the data had one, says how raw values become these.
+
+    `dense_statistics` are those of data/values/dense.py by column; `kind` is how tables are stored.
+    """
+
+    name: str
+    dense_names: tuple[str, ...]
+    features: tuple[ServedFeature, ...]
+    embedding_dim: int
+    kind: str
+    schema: dict[str, Any] | None = None
+    dense_statistics: dict[str, dict[str, Any]] | None = None
+
+    @property
+    def num_slots(self) -> int:
+        """K: id slots of a row."""
+        return sum(feature.hotness for feature in self.features)
+
+    def interface(self) -> dict[str, Any]:
+        """What clients rely on, and a new version must not change; vocabularies may grow."""
+        bags = [[feature.name, feature.hotness] for feature in self.features]
+        return {"name": self.name, "dense": list(self.dense_names), "features": bags, "schema": self.schema}
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON values."""
+        return dataclasses.asdict(self)
+
+
+def from_dict(values: dict[str, Any]) -> Signature:
+    """The inverse of `to_dict`, through JSON."""
+    try:
+        features = tuple(ServedFeature(**feature) for feature in values["features"])
+        return Signature(**{**values, "features": features, "dense_names": tuple(values["dense_names"])})
+    except (KeyError, TypeError) as error:
+        raise ConfigError(f"signature.json is not a model's: {error}; export anew") from error

@@ -1,0 +1,1 @@
+"""The server: requests, batches, versions, and what it says of itself."""

@@ -1,1 +1,0 @@
-"""Placement of tables over a mesh: plans, storage, exchange, and what they cost."""

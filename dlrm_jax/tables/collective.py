@@ -1,0 +1,46 @@
+"""The collectives of the exchange, for use inside shard_map; over an axis of one device they are nothing."""
+
+import jax
+import jax.numpy as jnp
+
+from dlrm_jax.host.mesh import DATA, MODEL
+
+
+def to_owners(x_Sx: jax.Array, num_shards: int, dtype: str = "") -> jax.Array:
+    """Part s to shard s of `model`; what arrives is by sender. Sent as `dtype` if given, and brought back.
+
+    Two bytes travel as the bits that they are: a CPU's compiler would widen a collective of bfloat16 to float32.
+    """
+    if num_shards == 1:
+        return x_Sx
+    if not dtype:
+        return jax.lax.all_to_all(x_Sx, MODEL, 0, 0, tiled=True)
+    sent = jax.lax.bitcast_convert_type(x_Sx.astype(dtype), jnp.uint16)
+    got = jax.lax.all_to_all(sent, MODEL, 0, 0, tiled=True)
+    return jax.lax.bitcast_convert_type(got, dtype).astype(x_Sx.dtype)
+
+
+def from_all(x: jax.Array, axis: str, size: int) -> jax.Array:
+    """(size * n, ...): every device's (n, ...) along `axis`, in order."""
+    return x if size == 1 else jax.lax.all_gather(x, axis, axis=0, tiled=True)
+
+
+def from_everywhere(x: jax.Array, num_copies: int, num_shards: int) -> jax.Array:
+    """As `from_all` over the whole mesh."""
+    axes = tuple(axis for axis, size in ((DATA, num_copies), (MODEL, num_shards)) if size > 1)
+    return jax.lax.all_gather(x, axes, axis=0, tiled=True) if axes else x
+
+
+def from_copies(x: jax.Array, num_copies: int) -> jax.Array:
+    """As `from_all` along `data`."""
+    return from_all(x, DATA, num_copies)
+
+
+def sum_over_shards(x: jax.Array, num_shards: int) -> jax.Array:
+    """The sum along `model`."""
+    return x if num_shards == 1 else jax.lax.psum(x, MODEL)
+
+
+def shard_index(num_shards: int) -> jax.Array:
+    """This device's number along `model`."""
+    return jnp.int32(0) if num_shards == 1 else jax.lax.axis_index(MODEL)

@@ -1,0 +1,161 @@
+"""row_wise and table_row_wise tables: each device asks the owners for the rows it needs, every row once.
+
+A device's distinct rows, sorted by owner, go out in buffers of `capacity` row numbers a peer; rows come back, and
+gradients, summed by row, go the same way. Where more are needed than fit, the exchange goes on in further rounds: all
+devices agree (a minimum over the mesh) up to which row of each owner a round reaches, so that an owner sees all
+gradients of a row in one round, duplicates are merged before Adagrad squares them, and no buffer is larger than
+planned. Nothing is dropped, and the numbers do not depend on the capacity.
+
+Id slots lie flat, slot by slot over all examples: M = k * b. As (b, k, W) a TPU would pad k to a multiple of eight, and
+copy all rows to get there.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dlrm_jax.host.mesh import DATA, MODEL
+from dlrm_jax.tables.collective import from_copies, to_owners
+from dlrm_jax.tables.forms.bags import apply_gradients, read_rows, scaled, slot_gradients, sum_bags_of_slots
+from dlrm_jax.tables.layout import PlacedStack
+
+Arrays = dict[str, Any]
+
+
+def route(stack: PlacedStack, ids_bxk: jax.Array, scale_bxk: jax.Array, capacity: int) -> Arrays:
+    """Distinct rows, who asks whom for which, and where each slot finds its row.
+
+    `unique_M`: the device's distinct rows as owner * rows + local row, ascending, then the void S * rows.
+    `rank_M`: each slot's place in it. `stop_S`: the first round's end in it, for each owner. `asked_SxC`: local rows
+    that each peer asks of this device in the first round. `rounds` is 1, or 2 for more than one.
+    """
+    shards, void = stack.num_shards, stack.num_shards * stack.rows
+    first_k, count_k, offset_k = (
+        np.array(of_T, np.int32)[stack.table_K] for of_T in (stack.first_T, stack.count_T, stack.offset_T)
+    )
+    ids_kxb = ids_bxk.T
+    owner = first_k[:, None] + ids_kxb % count_k[:, None]
+    key = jnp.where(ids_kxb < 0, void, owner * stack.rows + offset_k[:, None] + ids_kxb // count_k[:, None])
+    unique_M, rank_M = _distinct(key.reshape(-1), void)
+    starts_S = jnp.searchsorted(unique_M, jnp.arange(shards, dtype=jnp.int32) * stack.rows).astype(jnp.int32)
+    routes = {"unique": unique_M, "rank": rank_M, "scale": scale_bxk.T.reshape(-1), "start": starts_S}
+    stop_S, more = _round_end(stack, unique_M, starts_S, capacity)
+    asked_SxC = to_owners(_requests(stack, unique_M, starts_S, stop_S, capacity), shards)
+    return routes | {"stop": stop_S, "more": more[None].astype(jnp.int32), "asked": asked_SxC}
+
+
+def _distinct(key_M: jax.Array, void: int) -> tuple[jax.Array, jax.Array]:
+    """(distinct keys, ascending, then `void`; the place of each key among them)."""
+    num = key_M.shape[0]
+    sorted_M, order_M = jax.lax.sort_key_val(key_M, jnp.arange(num, dtype=jnp.int32))
+    is_new_M = jnp.concatenate([jnp.zeros(1, bool), sorted_M[1:] != sorted_M[:-1]])
+    place_M = jnp.cumsum(is_new_M.astype(jnp.int32))
+    unique_M = jnp.full(num, void, jnp.int32).at[place_M].set(sorted_M, indices_are_sorted=True)
+    return unique_M, jnp.zeros(num, jnp.int32).at[order_M].set(place_M, unique_indices=True)
+
+
+def _round_end(
+    stack: PlacedStack, unique_M: jax.Array, start_S: jax.Array, capacity: int
+) -> tuple[jax.Array, jax.Array]:
+    """(where in `unique_M` the round that begins at `start_S` ends, for each owner; whether another must follow).
+
+    It ends before the first row that does not fit a device's buffer, the same row on all devices.
+    """
+    ends_S = (jnp.arange(stack.num_shards, dtype=jnp.int32) + 1) * stack.rows
+    if capacity >= unique_M.shape[0]:
+        return jnp.searchsorted(unique_M, ends_S).astype(jnp.int32), jnp.zeros((), bool)
+    first_left_S = unique_M.at[jnp.minimum(start_S + capacity, unique_M.shape[0] - 1)].get(mode="promise_in_bounds")
+    first_left_S = jnp.where(start_S + capacity < unique_M.shape[0], jnp.minimum(first_left_S, ends_S), ends_S)
+    axes = tuple(axis for axis, size in ((DATA, stack.num_copies), (MODEL, stack.num_shards)) if size > 1)
+    until_S = jax.lax.pmin(first_left_S, axes) if axes else first_left_S
+    return jnp.searchsorted(unique_M, until_S).astype(jnp.int32), (until_S < ends_S).any()
+
+
+def _requests(
+    stack: PlacedStack, unique_M: jax.Array, start_S: jax.Array, stop_S: jax.Array, capacity: int
+) -> jax.Array:
+    """(S, C): the local rows to ask of each owner in a round; its number of rows where there is nothing to ask."""
+    place_SxC, inside_SxC = _places(unique_M, start_S, stop_S, capacity)
+    local_SxC = unique_M[place_SxC] - (jnp.arange(stack.num_shards, dtype=jnp.int32) * stack.rows)[:, None]
+    return jnp.where(inside_SxC, local_SxC, stack.rows)
+
+
+def _places(unique_M: jax.Array, start_S: jax.Array, stop_S: jax.Array, capacity: int) -> tuple[jax.Array, jax.Array]:
+    place_SxC = start_S[:, None] + jnp.arange(capacity, dtype=jnp.int32)[None]
+    return jnp.minimum(place_SxC, unique_M.shape[0] - 1), place_SxC < stop_S[:, None]
+
+
+def lookup(stack: PlacedStack, tables: Arrays, routes: Arrays, capacity: int, dtype: str) -> tuple[jax.Array, Arrays]:
+    """pooled_bxfxD; with learned weights the looked-up rows join the routes, for the way back."""
+
+    def receive(rows_MxW: jax.Array, asked_SxC: jax.Array, start_S: jax.Array, stop_S: jax.Array) -> jax.Array:
+        """The slots' rows, those of this round filled in."""
+        answers_SxCxW = to_owners(read_rows(stack, tables, asked_SxC), stack.num_shards, dtype)
+        owner = jnp.searchsorted(stop_S, routes["rank"], side="right").astype(jnp.int32)
+        owner = jnp.minimum(owner, stack.num_shards - 1)
+        place = routes["rank"] - start_S[owner]
+        got = (place >= 0) & (place < stop_S[owner] - start_S[owner])
+        flat = owner * capacity + jnp.clip(place, 0, capacity - 1)
+        new = answers_SxCxW.reshape(-1, answers_SxCxW.shape[-1]).at[flat].get(mode="promise_in_bounds")
+        return jnp.where(got[:, None], new, rows_MxW)
+
+    width = stack.width + (len(tables) > 1)
+    rows = jnp.zeros((*routes["rank"].shape, width), jnp.float32)
+    rows = receive(rows, routes["asked"], routes["start"], routes["stop"])
+
+    def next_round(carry: tuple) -> tuple:
+        rows, start_S, _ = carry
+        stop_S, more = _round_end(stack, routes["unique"], start_S, capacity)
+        requests = _requests(stack, routes["unique"], start_S, stop_S, capacity)
+        return receive(rows, to_owners(requests, stack.num_shards), start_S, stop_S), stop_S, more
+
+    if capacity < routes["unique"].shape[0]:
+        rows, _, _ = jax.lax.while_loop(
+            lambda carry: carry[2], next_round, (rows, routes["stop"], routes["more"][0] > 0)
+        )
+    slots_MxD = scaled(stack, rows, routes["scale"])
+    pooled = sum_bags_of_slots(slots_MxD.reshape(len(stack.slots), -1, stack.width), stack.hotness)
+    return pooled, routes | ({"rows": rows} if len(tables) > 1 else {})
+
+
+def update(
+    stack: PlacedStack,
+    optimizers: Any,
+    tables: Arrays,
+    opt_state: Arrays,
+    routes: Arrays,
+    d_pooled: jax.Array,
+    rate: jax.Array,
+    capacity: int,
+    dtype: str,
+) -> tuple[Arrays, Arrays]:
+    """Gradients, summed by row at home, go to the owners, which merge them with their peers' and apply them once."""
+    d_slots_kxbxD = jnp.moveaxis(d_pooled, 1, 0)[np.repeat(np.arange(len(stack.hotness)), stack.hotness)]
+    unique_M = routes["unique"]
+    num = unique_M.shape[0]
+    grads_MxW = slot_gradients(stack, d_slots_kxbxD.reshape(num, -1), routes["scale"], routes.get("rows"))
+    merged_MxW = jax.ops.segment_sum(grads_MxW, routes["rank"], num_segments=num)
+
+    def apply(tables: Arrays, opt_state: Arrays, asked_SxC: jax.Array, start_S: jax.Array, stop_S: jax.Array) -> tuple:
+        place_SxC, inside_SxC = _places(unique_M, start_S, stop_S, capacity)
+        sent_SxCxW = jnp.where(inside_SxC[..., None], merged_MxW[place_SxC], 0)
+        got_SxCxW = to_owners(sent_SxCxW, stack.num_shards, dtype)
+        ids_M = from_copies(asked_SxC.reshape(-1), stack.num_copies)
+        grads_MxW = from_copies(got_SxCxW.reshape(-1, got_SxCxW.shape[-1]), stack.num_copies)
+        return apply_gradients(stack, optimizers, tables, opt_state, ids_M, grads_MxW, rate)
+
+    tables, opt_state = apply(tables, opt_state, routes["asked"], routes["start"], routes["stop"])
+
+    def next_round(carry: tuple) -> tuple:
+        tables, opt_state, start_S, _ = carry
+        stop_S, more = _round_end(stack, unique_M, start_S, capacity)
+        asked_SxC = to_owners(_requests(stack, unique_M, start_S, stop_S, capacity), stack.num_shards)
+        return *apply(tables, opt_state, asked_SxC, start_S, stop_S), stop_S, more
+
+    if capacity < num:
+        tables, opt_state, _, _ = jax.lax.while_loop(
+            lambda carry: carry[3], next_round, (tables, opt_state, routes["stop"], routes["more"][0] > 0)
+        )
+    return tables, opt_state

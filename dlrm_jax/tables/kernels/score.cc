@@ -1,0 +1,397 @@
+// The forward pass of an exported model on CPUs, whole: serving/artifact/native.py calls it. The meaning is that of
+// serving/artifact/export.py's make_forward.
+//
+// A batch is dealt out to the threads in blocks of rows, and a block goes through the whole model on one thread: its
+// activations stay in that core's cache, and threads meet once a batch. Every number is summed in an order that depends
+// on the model alone, so a row's score has the same bits in whatever batch it comes, on any number of threads.
+
+#include <pthread.h>
+
+#include <algorithm>
+#include <cmath>
+#include <condition_variable>
+#include <cstdint>
+#include <cstring>
+#include <deque>
+#include <functional>
+#include <mutex>
+#include <system_error>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include "parallel.h"
+
+namespace {
+
+// Lanes of a vector register, and rows of a tile, whose sums of two registers a row stay in the processor's 16 or 32.
+#if defined(__AVX512F__)
+constexpr int kLanes = 16, kTileRows = 8;
+#elif defined(__AVX__)
+constexpr int kLanes = 8, kTileRows = 6;
+#elif defined(__aarch64__)
+constexpr int kLanes = 4, kTileRows = 8;
+#else
+constexpr int kLanes = 4, kTileRows = 6;
+#endif
+constexpr int64_t kPanel = 2 * kLanes;
+constexpr int64_t kBlockRows = 48;
+constexpr int64_t kLeastProducts = 6 << 20;  // Of a thread: 0.1 ms. Waking one for less takes longer.
+constexpr int64_t kProductsOfNumber = 32;    // As many as could be done while a number of a table comes from memory.
+constexpr int64_t kAhead = 32;               // Slots whose rows are on their way from memory.
+constexpr int64_t kLine = 64;
+
+typedef float Lanes __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
+
+enum Kind : int64_t { kFloat32, kBfloat16, kInt8, kInt4 };
+enum Interaction : int64_t { kDot, kCat, kCross };
+
+}  // namespace
+
+// As serving/artifact/native.py has them.
+extern "C" {
+
+// y = x W + b, W (in, out) in panels of kPanel columns, (in, kPanel) each; columns beyond `out`, and of the bias, are 0.
+struct Layer {
+  const float* panels;
+  const float* bias;
+  int64_t in, out, relu;
+};
+
+struct Feature {
+  const uint8_t* rows;   // row_bytes each, as quantise.py stores them
+  const float* weights;  // one a row, or null
+  int64_t num_rows, hotness, mean;
+};
+
+// `cross` has two layers, v and w, for each cross layer; num_cross counts both.
+struct Model {
+  int64_t num_dense, num_slots, width, kind, row_bytes, interaction, self_interaction;
+  int64_t num_features, num_bottom, num_cross, num_top;
+  const Feature* features;
+  const int64_t* feature_of_slot;
+  const Layer *bottom, *cross, *top;
+  float threshold;
+};
+
+}  // extern "C"
+
+namespace {
+
+inline int64_t Padded(int64_t columns) { return (columns + kPanel - 1) / kPanel * kPanel; }
+
+// R rows of x times P panels of the layer, from `panel` on.
+template <int R, int P>
+void Tile(const float* x, int64_t x_stride, const Layer& layer, int64_t panel, float* y, int64_t y_stride) {
+  constexpr int kSums = 2 * P;
+  const float* weights = layer.panels + panel * layer.in * kPanel;
+  Lanes sums[R][kSums];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
+    for (int j = 0; j < kSums; ++j) {
+      sums[r][j] = *reinterpret_cast<const Lanes*>(layer.bias + panel * kPanel + j * kLanes);
+    }
+  }
+  for (int64_t k = 0; k < layer.in; ++k) {
+#pragma GCC unroll 8
+    for (int j = 0; j < kSums; ++j) {
+      const float* place = weights + (j / 2) * layer.in * kPanel + k * kPanel + (j % 2) * kLanes;
+      const Lanes w = *reinterpret_cast<const Lanes*>(place);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) sums[r][j] += x[r * x_stride + k] * w;
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
+    for (int j = 0; j < kSums; ++j) {
+      const Lanes zero = {};
+      const Lanes sum = layer.relu ? (sums[r][j] < zero ? zero : sums[r][j]) : sums[r][j];
+      *reinterpret_cast<Lanes*>(y + r * y_stride + panel * kPanel + j * kLanes) = sum;
+    }
+  }
+}
+
+using TileFunction = void (*)(const float*, int64_t, const Layer&, int64_t, float*, int64_t);
+
+template <int... R>
+constexpr TileFunction TileOf(std::integer_sequence<int, R...>, int64_t rows) {
+  constexpr TileFunction tiles[] = {Tile<R + 1, 1>...};
+  return tiles[rows - 1];
+}
+
+// (rows, in) to (rows, Padded(out)). Few rows take several panels at a time: a sum waits for its last addition, and
+// there must be others meanwhile.
+void Apply(const Layer& layer, const float* x, int64_t x_stride, int64_t rows, float* y, int64_t y_stride) {
+  const int64_t panels = Padded(layer.out) / kPanel, groups = (rows + kTileRows - 1) / kTileRows;
+  for (int64_t panel = 0, step; panel < panels; panel += step) {
+    step = rows == 1 && panel + 4 <= panels ? 4 : rows == 2 && panel + 2 <= panels ? 2 : 1;
+    for (int64_t group = 0; group < groups; ++group) {
+      const int64_t first = rows * group / groups, count = rows * (group + 1) / groups - first;
+      const TileFunction tile = step == 4   ? Tile<1, 4>
+                                : step == 2 ? Tile<2, 2>
+                                            : TileOf(std::make_integer_sequence<int, kTileRows>(), count);
+      tile(x + first * x_stride, x_stride, layer, panel, y + first * y_stride, y_stride);
+    }
+  }
+}
+
+inline float OfBfloat16(const uint8_t* bytes) {
+  uint16_t half;
+  std::memcpy(&half, bytes, 2);
+  const uint32_t word = static_cast<uint32_t>(half) << 16;
+  float value;
+  std::memcpy(&value, &word, 4);
+  return value;
+}
+
+// sum += scale * row, of a row as quantise.py stores it.
+void AddRow(int64_t kind, const uint8_t* row, int64_t width, float scale, float* __restrict sum) {
+  if (kind == kFloat32) {
+    const float* values = reinterpret_cast<const float*>(row);
+    for (int64_t d = 0; d < width; ++d) sum[d] += scale * values[d];
+  } else if (kind == kBfloat16) {
+    for (int64_t d = 0; d < width; ++d) sum[d] += scale * OfBfloat16(row + 2 * d);
+  } else {
+    const uint8_t* header = row + (kind == kInt8 ? width : (width + 1) / 2);
+    const float step = OfBfloat16(header), bias = OfBfloat16(header + 2);
+    for (int64_t d = 0; d < width; ++d) {
+      const int code = kind == kInt8 ? row[d] : (row[d / 2] >> (d % 2 * 4)) & 15;
+      sum[d] += scale * (static_cast<float>(code) * step + bias);
+    }
+  }
+}
+
+// What one thread keeps between batches: fresh pages would cost as much as a score.
+struct Scratch {
+  std::vector<float> vectors, first, second, crossed, panels, products, zeros;
+};
+
+class Block {
+ public:
+  Block(const Model& model, const float* dense, const int32_t* ids, int64_t rows)
+      : model_(model), dense_(dense), ids_(ids), rows_(rows), num_vectors_(model.num_features + 1),
+        vectors_width_(num_vectors_ * model.width) {
+    stride_ = Padded(InteractionWidth());  // And of layers: a tile writes whole panels.
+    for (int64_t i = 0; i < model.num_bottom; ++i) stride_ = std::max(stride_, Padded(model.bottom[i].out));
+    for (int64_t i = 0; i < model.num_cross; ++i) stride_ = std::max(stride_, Padded(model.cross[i].out));
+    for (int64_t i = 0; i < model.num_top; ++i) stride_ = std::max(stride_, Padded(model.top[i].out));
+    for (auto* buffer : {&scratch_.first, &scratch_.second}) Reserve(*buffer, rows * stride_);
+    Reserve(scratch_.vectors, rows * vectors_width_);
+  }
+
+  void Score(float* probability, float* logit) {
+    for (int64_t slot = 0; slot < std::min(kAhead, rows_ * model_.num_slots); ++slot) AskFor(slot);
+    float* y = Layers(model_.bottom, model_.num_bottom, dense_, model_.num_dense);
+    for (int64_t b = 0; b < rows_; ++b) {
+      std::copy_n(y + b * stride_, model_.width, scratch_.vectors.data() + b * vectors_width_);
+    }
+    Pool();
+    int64_t x_stride = vectors_width_;
+    const float* x = Interact(x_stride);
+    y = Layers(model_.top, model_.num_top, x, x_stride);
+    for (int64_t b = 0; b < rows_; ++b) {
+      logit[b] = y[b * stride_];
+      const float p = 1.0f / (1.0f + std::exp(-logit[b]));
+      probability[b] = model_.threshold > 0 ? std::min(std::max(p, model_.threshold), 1 - model_.threshold) : p;
+    }
+  }
+
+ private:
+  static void Reserve(std::vector<float>& buffer, int64_t size) {
+    if (static_cast<int64_t>(buffer.size()) < size) buffer.resize(size);
+  }
+
+  int64_t InteractionWidth() const {
+    if (model_.interaction != kDot) return vectors_width_;
+    const int64_t pairs = num_vectors_ * (num_vectors_ - 1) / 2;
+    return model_.width + pairs + (model_.self_interaction ? num_vectors_ : 0);
+  }
+
+  // The buffer of the two that `x` is not.
+  float* Other(const float* x) { return x == scratch_.first.data() ? scratch_.second.data() : scratch_.first.data(); }
+
+  float* Layers(const Layer* layers, int64_t count, const float* x, int64_t x_stride) {
+    float* y = nullptr;
+    for (int64_t i = 0; i < count; ++i, x = y, x_stride = stride_) {
+      y = Other(x);
+      Apply(layers[i], x, x_stride, rows_, y, stride_);
+    }
+    return y;
+  }
+
+  const uint8_t* RowOf(const Feature& feature, int64_t slot) const {
+    const int32_t id = ids_[slot];
+    const bool held = static_cast<uint32_t>(id) < static_cast<uint64_t>(feature.num_rows);
+    return held ? feature.rows + id * model_.row_bytes : nullptr;
+  }
+
+  void AskFor(int64_t slot) const {
+    const uint8_t* row = RowOf(model_.features[model_.feature_of_slot[slot % model_.num_slots]], slot);
+    if (row == nullptr) return;
+    for (int64_t byte = 0; byte < model_.row_bytes; byte += kLine) __builtin_prefetch(row + byte);
+    __builtin_prefetch(row + model_.row_bytes - 1);  // A row need not begin with a line.
+  }
+
+  // Each bag's rows into its vector of the example, behind the bottom MLP's.
+  void Pool() {
+    const int64_t end_of_slots = rows_ * model_.num_slots;
+    int64_t slot = 0;
+    for (int64_t b = 0; b < rows_; ++b) {
+      float* sum = scratch_.vectors.data() + b * vectors_width_ + model_.width;
+      for (int64_t f = 0; f < model_.num_features; ++f, sum += model_.width) {
+        const Feature& feature = model_.features[f];
+        const int64_t end = slot + feature.hotness;
+        std::fill(sum, sum + model_.width, 0.0f);
+        int64_t filled = 0;
+        for (int64_t i = slot; i < end; ++i) filled += RowOf(feature, i) != nullptr;
+        const float scale = feature.mean && filled > 1 ? 1.0f / filled : 1.0f;
+        for (; slot < end; ++slot) {
+          if (slot + kAhead < end_of_slots) AskFor(slot + kAhead);
+          const uint8_t* row = RowOf(feature, slot);
+          if (row == nullptr) continue;
+          const float weight = feature.weights == nullptr ? scale : scale * feature.weights[ids_[slot]];
+          AddRow(model_.kind, row, model_.width, weight, sum);
+        }
+      }
+    }
+  }
+
+  // The top MLP's input, and its stride.
+  const float* Interact(int64_t& stride) {
+    if (model_.interaction == kCat) return scratch_.vectors.data();
+    if (model_.interaction == kCross) return Cross();
+    stride = stride_;
+    for (int64_t b = 0; b < rows_; ++b) Dots(scratch_.vectors.data() + b * vectors_width_, &scratch_.first[b * stride_]);
+    return scratch_.first.data();
+  }
+
+  // An example's vectors times themselves, of which the lower triangle is wanted.
+  void Dots(const float* vectors, float* out) {
+    const int64_t width = model_.width, columns = Padded(num_vectors_);
+    auto& panels = scratch_.panels;
+    Reserve(panels, columns * width);
+    Reserve(scratch_.products, num_vectors_ * columns);
+    Reserve(scratch_.zeros, columns);
+    for (int64_t v = 0; v < columns; ++v) {
+      float* column = panels.data() + v / kPanel * width * kPanel + v % kPanel;
+      for (int64_t d = 0; d < width; ++d) column[d * kPanel] = v < num_vectors_ ? vectors[v * width + d] : 0.0f;
+    }
+    const Layer all{panels.data(), scratch_.zeros.data(), width, num_vectors_, 0};
+    Apply(all, vectors, width, num_vectors_, scratch_.products.data(), columns);
+    out = std::copy_n(vectors, width, out);
+    for (int64_t v = 0; v < num_vectors_; ++v) {
+      out = std::copy_n(scratch_.products.data() + v * columns, v + (model_.self_interaction ? 1 : 0), out);
+    }
+  }
+
+  // x_{l+1} = x_0 (W_l V_l x_l + b_l) + x_l.
+  const float* Cross() {
+    auto& x = scratch_.crossed;
+    Reserve(x, rows_ * vectors_width_);
+    const float* x0 = scratch_.vectors.data();
+    std::copy_n(x0, rows_ * vectors_width_, x.data());
+    for (int64_t i = 0; i < model_.num_cross; i += 2) {
+      const float* y = Layers(model_.cross + i, 2, x.data(), vectors_width_);
+      for (int64_t b = 0; b < rows_; ++b) {
+        for (int64_t d = 0; d < vectors_width_; ++d) {
+          x[b * vectors_width_ + d] += x0[b * vectors_width_ + d] * y[b * stride_ + d];
+        }
+      }
+    }
+    return x.data();
+  }
+
+  const Model& model_;
+  const float* dense_;
+  const int32_t* ids_;
+  const int64_t rows_, num_vectors_, vectors_width_;
+  int64_t stride_;
+  static thread_local Scratch scratch_;
+};
+
+thread_local Scratch Block::scratch_;
+
+// Threads that help whoever has work to deal out.
+class Helpers {
+ public:
+  // Starts so many where there are fewer; how many there are, which the system may hold down.
+  int64_t Start(int64_t threads) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    try {
+      for (; started_ < threads; ++started_) std::thread([this] { Help(); }).detach();
+    } catch (const std::system_error&) {
+    }
+    return started_;
+  }
+
+  void Schedule(std::function<void()> task) {
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      tasks_.push_back(std::move(task));
+    }
+    wake_.notify_one();
+  }
+
+ private:
+  void Help() {
+    for (;;) {
+      std::function<void()> task;
+      {
+        std::unique_lock<std::mutex> lock(mutex_);
+        wake_.wait(lock, [&] { return !tasks_.empty(); });
+        task = std::move(tasks_.front());
+        tasks_.pop_front();
+      }
+      task();
+    }
+  }
+
+  std::mutex mutex_;
+  std::condition_variable wake_;
+  std::deque<std::function<void()>> tasks_;
+  int64_t started_ = 0;
+};
+
+// Never destroyed, as its threads are never told to end. A forked process has none of them, and maybe locks that they
+// held: it begins anew.
+Helpers* helpers = [] {
+  pthread_atfork(nullptr, nullptr, [] { helpers = new Helpers; });
+  return new Helpers;
+}();
+
+// What a row's score takes, in products of weights.
+int64_t ProductsOfRow(const Model& model) {
+  int64_t products = model.num_slots * model.width * kProductsOfNumber;
+  if (model.interaction == kDot) products += (model.num_features + 1) * (model.num_features + 1) * model.width;
+  const auto add = [&](const Layer* layers, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) products += layers[i].in * layers[i].out;
+  };
+  add(model.bottom, model.num_bottom);
+  add(model.cross, model.num_cross);
+  add(model.top, model.num_top);
+  return products;
+}
+
+}  // namespace
+
+extern "C" {
+
+// Columns of a panel of weights.
+int64_t dlrm_panel() { return kPanel; }
+
+// dense (rows, num_dense), ids (rows, num_slots) to (rows,) each.
+void dlrm_score(const Model* model, const float* dense, const int32_t* ids, int64_t rows, int64_t threads,
+                float* probability, float* logit) {
+  const int64_t worth = rows * ProductsOfRow(*model) / kLeastProducts;
+  const int64_t most = std::max<int64_t>(1, std::min({threads, rows, worth}));
+  const int64_t parts = ((rows + kBlockRows - 1) / kBlockRows + most - 1) / most * most;
+  const int64_t helping = most > 1 ? std::min(most - 1, helpers->Start(most - 1)) : 0;
+  InParallel(*helpers, 1 + helping, parts, [&](int64_t part) {
+    const int64_t first = rows * part / parts, count = rows * (part + 1) / parts - first;
+    Block(*model, dense + first * model->num_dense, ids + first * model->num_slots, count).Score(probability + first, logit + first);
+  });
+}
+
+}  // extern "C"

@@ -1,0 +1,213 @@
+"""How a plan's tables are stored: which array, which rows, which columns, on which shard. Only shapes; no arrays.
+
+Tables of one form share arrays, as on one device (embedding.py). Forms:
+
+    replicated   all rows on every device                                  data_parallel
+    owned        each table whole on one shard of `model`                  table_wise
+    routed       row r on shard first + r mod count, at offset + r // count  row_wise, table_row_wise
+    columns      all rows on every shard, `width` of the columns each      column_wise
+
+Shards hold equally many rows, a number with divisors; what is over is padding that nobody reads. Arrays of `owned` and
+`routed` are the shards' rows one below the other.
+"""
+
+import dataclasses
+import itertools
+from typing import Any
+
+import numpy as np
+from jax.sharding import PartitionSpec
+
+from dlrm_jax.config import ModelConfig, TableConfig
+from dlrm_jax.host.mesh import MODEL
+from dlrm_jax.tables.embedding import MAX_STACK_ROWS
+from dlrm_jax.tables.plan import COLUMN_WISE, DATA_PARALLEL, ROW_WISE, TABLE_ROW_WISE, TABLE_WISE, Placement, Plan
+from dlrm_jax.tables.rows import LANES, pack_for
+
+REPLICATED, OWNED, ROUTED, COLUMNS = "stack", "owned", "routed", "columns"
+FORMS = {
+    DATA_PARALLEL: REPLICATED,
+    TABLE_WISE: OWNED,
+    ROW_WISE: ROUTED,
+    TABLE_ROW_WISE: ROUTED,
+    COLUMN_WISE: COLUMNS,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class PlacedStack:
+    """Tables of one form in one array.
+
+    `rows` are those of one shard, `width` the columns that one device holds of `dim`, `pack` rows share a line
+    (rows.py). `num_shards` and `num_copies` are the mesh's. `first_T`, `count_T`: each table's shards; `offset_T`: its
+    first row on each of them. `slots` are the columns of ids_BxK that read the stack, `table_K` the table that each
+    of them reads.
+    """
+
+    name: str
+    form: str
+    tables: tuple[TableConfig, ...]
+    first_T: tuple[int, ...]
+    count_T: tuple[int, ...]
+    offset_T: tuple[int, ...]
+    num_shards: int
+    num_copies: int
+    rows: int
+    width: int
+    dim: int
+    pack: int
+    features: tuple[int, ...]
+    hotness: tuple[int, ...]
+    slots: np.ndarray
+    table_K: np.ndarray
+
+    @property
+    def layout(self) -> tuple[Any, ...]:
+        """What decides where each number lies: arrays of equal layouts are the same arrays, on any mesh."""
+        shards = self.num_shards if self.form != REPLICATED else 1
+        return (
+            self.name,
+            self.tables,
+            self.first_T,
+            self.count_T,
+            self.offset_T,
+            shards,
+            self.rows,
+            self.width,
+            self.pack,
+        )
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """The global array's."""
+        lines, lanes = self.local_shape
+        if self.form in (OWNED, ROUTED):
+            return self.num_shards * lines, lanes
+        return (lines, self.num_shards * lanes) if self.form == COLUMNS else (lines, lanes)
+
+    @property
+    def local_shape(self) -> tuple[int, int]:
+        """One device's part of it."""
+        return self.rows // self.pack, self.pack * self.width
+
+    @property
+    def spec(self) -> PartitionSpec:
+        """How the array is split."""
+        if self.form in (OWNED, ROUTED):
+            return PartitionSpec(MODEL)
+        return PartitionSpec(None, MODEL) if self.form == COLUMNS else PartitionSpec()
+
+    @property
+    def row_spec(self) -> PartitionSpec:
+        """How an array is split that holds one number a row: as `spec`, but columns share theirs."""
+        return PartitionSpec(MODEL) if self.form in (OWNED, ROUTED) else PartitionSpec()
+
+    def row_shape(self) -> tuple[int, int]:
+        """Shape of an array that holds one number a row, stored as the rows are."""
+        rows = self.rows if self.pack == 1 else -(-self.rows // LANES) * LANES
+        local = (rows, 1) if self.pack == 1 else (rows // LANES, LANES)
+        return (self.num_shards * local[0], local[1]) if self.form in (OWNED, ROUTED) else local
+
+
+def place_stacks(
+    model: ModelConfig, plan: Plan, packed: bool = False, max_rows: int = MAX_STACK_ROWS, divisible: bool = True
+) -> tuple[PlacedStack, ...]:
+    """The stacks of a plan, by form and in config order; a new one where `max_rows`, all shards', would be exceeded.
+
+    Without `divisible` (see `divisible_rows`) as the first checkpoints have them.
+    """
+    stacks = []
+    for form in dict.fromkeys(FORMS.values()):
+        tables = [table for table in model.tables if FORMS[plan.tables[table.name].sharding] == form]
+        # Tables on every shard first: those of a group of shards then begin at one row on all of them.
+        tables.sort(key=lambda table: plan.tables[table.name].sharding == TABLE_ROW_WISE)
+        for i, group in enumerate(_groups(tables, plan, form, max_rows)):
+            stacks.append(_place(model, plan, f"{form}_{i}", form, group, packed, divisible))
+    return tuple(stacks)
+
+
+def _groups(tables: list[TableConfig], plan: Plan, form: str, max_rows: int) -> list[list[TableConfig]]:
+    """Tables in stacks of at most `max_rows` rows, so that a row's number, of all shards, is an int32."""
+    groups: list[list[TableConfig]] = []
+    used = np.zeros(plan.mesh.model, np.int64)
+    for table in tables:
+        placement = plan.tables[table.name]
+        after = used.copy()
+        after[_shards(placement, form)] += _rows_a_shard(table, placement, form)
+        total = divisible_rows(int(after.max())) * (plan.mesh.model if form in (OWNED, ROUTED) else 1)
+        if not groups or total > max_rows:
+            groups.append([])
+            after = np.zeros_like(used)
+            after[_shards(placement, form)] += _rows_a_shard(table, placement, form)
+        groups[-1].append(table)
+        used = after
+    return groups
+
+
+def divisible_rows(rows: int, pack: int = 1) -> int:
+    """At least `rows`, in whole lines and at most a thousandth more, with a large power of two as a factor.
+
+    Orbax stores an array in equal pieces, so that one of a prime number of rows would become a piece a row.
+    """
+    multiple = pack << max(rows // (1024 * pack), 1).bit_length() - 1
+    return -(-rows // multiple) * multiple
+
+
+def _shards(placement: Placement, form: str) -> slice:
+    if form in (OWNED, ROUTED):
+        return slice(placement.first, placement.first + placement.count)
+    return slice(None)
+
+
+def _rows_a_shard(table: TableConfig, placement: Placement, form: str) -> int:
+    return -(-table.num_embeddings // placement.count) if form in (OWNED, ROUTED) else table.num_embeddings
+
+
+def _place(
+    model: ModelConfig, plan: Plan, name: str, form: str, tables: list[TableConfig], packed: bool, divisible: bool
+) -> PlacedStack:
+    placements = [plan.tables[table.name] for table in tables]
+    used, offsets = np.zeros(plan.mesh.model, np.int64), []
+    for table, placement in zip(tables, placements, strict=True):
+        shards = _shards(placement, form)
+        offsets.append(int(used[shards].max()))
+        used[shards] = offsets[-1] + _rows_a_shard(table, placement, form)
+    dim = model.embedding_dim
+    width = -(-dim // plan.mesh.model) if form == COLUMNS else dim
+    pack = pack_for(width, packed)
+    rows = int(used.max())
+    number_of = {table.name: i for i, table in enumerate(tables)}
+    starts = np.cumsum([0, *(feature.hotness for feature in model.features)])
+    features = [i for i, feature in enumerate(model.features) if feature.table in number_of]
+    hotness = tuple(model.features[i].hotness for i in features)
+    return PlacedStack(
+        name=name,
+        form=form,
+        tables=tuple(tables),
+        first_T=tuple(placement.first if form in (OWNED, ROUTED) else 0 for placement in placements),
+        count_T=tuple(placement.count if form in (OWNED, ROUTED) else 1 for placement in placements),
+        offset_T=tuple(offsets),
+        num_shards=plan.mesh.model,
+        num_copies=plan.mesh.data,
+        rows=divisible_rows(rows, pack) if divisible else -(-rows // pack) * pack,
+        width=width,
+        dim=dim,
+        pack=pack,
+        features=tuple(features),
+        hotness=hotness,
+        slots=np.concatenate([np.arange(starts[i], starts[i + 1]) for i in features]),
+        table_K=np.repeat([number_of[model.features[i].table] for i in features], hotness),
+    )
+
+
+def tables_on_shard(stack: PlacedStack, shard: int) -> list[int]:
+    """Numbers of the stack's tables that shard `shard` holds rows of, in the order of their rows."""
+    if stack.form not in (OWNED, ROUTED):
+        return list(range(len(stack.tables)))
+    return [t for t in range(len(stack.tables)) if 0 <= shard - stack.first_T[t] < stack.count_T[t]]
+
+
+def feature_slots(stack: PlacedStack) -> list[np.ndarray]:
+    """For each feature of the stack, its columns of ids_BxK."""
+    bounds = np.cumsum([0, *stack.hotness])
+    return [stack.slots[start:stop] for start, stop in itertools.pairwise(bounds)]

@@ -1,0 +1,147 @@
+"""Tables saved under one plan, read under another, piece by piece: no process holds more than one device's shard.
+
+A plan's layout (layout.py) says where a logical row of a table lies. Reading asks for every `step`-th logical row, as
+a row-wise shard needs them, and gathers them from the stored array in strided slices, one for each stored shard.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding
+
+from dlrm_jax.tables.embedding import POOLING_WEIGHTS
+from dlrm_jax.tables.layout import COLUMNS, OWNED, ROUTED, PlacedStack, tables_on_shard
+
+_PIECE_FLOATS = 2**22
+"""Floats read at a time."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """Which of a stack's arrays: `weights` the learned pooling weights', `per_row` with one number a row.
+
+    `slot` is which of an optimizer's arrays, where it keeps several for a stack.
+    """
+
+    group: str
+    weights: bool
+    per_row: bool
+    slot: str = ""
+
+    def key(self, stack: PlacedStack) -> str:
+        """The array's name in its group."""
+        name = stack.name + POOLING_WEIGHTS if self.weights else stack.name
+        return f"{name}.{self.slot}" if self.slot else name
+
+
+class Rows(Protocol):
+    """Where logical rows of tables come from."""
+
+    def rows(self, kind: Kind, table: str, first: int, step: int, count: int) -> np.ndarray:
+        """(count, columns): logical rows first, first + step, ... of a table."""
+
+
+class Source:
+    """Logical rows of tables in stored arrays; `open_array(group, name)` gives what can be sliced like NumPy."""
+
+    def __init__(self, stacks: tuple[PlacedStack, ...], open_array: Callable[[str, str], Any]) -> None:
+        self._open = open_array
+        self._arrays: dict[tuple[str, str], Any] = {}
+        self._where = {table.name: (stack, t) for stack in stacks for t, table in enumerate(stack.tables)}
+
+    def rows(self, kind: Kind, table: str, first: int, step: int, count: int) -> np.ndarray:
+        """(count, columns): logical rows first, first + step, ... of a table."""
+        stack, t = self._where[table]
+        array = self._array(kind.group, kind.key(stack))
+        if stack.form not in (OWNED, ROUTED):
+            return self._local_rows(stack, kind, array, 0, stack.offset_T[t] + first, step, count)
+        num_shards, found = stack.count_T[t], None
+        # Row first + step * i lies on stored shard (first + step * i) mod num_shards: that repeats in i.
+        period = num_shards // math.gcd(step, num_shards)
+        for i in range(min(period, count)):
+            row = first + step * i
+            part = self._local_rows(
+                stack,
+                kind,
+                array,
+                stack.first_T[t] + row % num_shards,
+                stack.offset_T[t] + row // num_shards,
+                step * period // num_shards,
+                -(-(count - i) // period),
+            )
+            if found is None:
+                found = np.empty((count, part.shape[1]), part.dtype)
+            found[i::period] = part
+        assert found is not None
+        return found
+
+    def _array(self, group: str, name: str) -> Any:
+        if (group, name) not in self._arrays:
+            self._arrays[group, name] = self._open(group, name)
+        return self._arrays[group, name]
+
+    def _local_rows(
+        self, stack: PlacedStack, kind: Kind, array: Any, shard: int, first: int, step: int, count: int
+    ) -> np.ndarray:
+        """Rows first, first + step, ... of one stored shard, all their columns."""
+        split_columns = stack.form == COLUMNS and not kind.per_row
+        width = 1 if kind.per_row else stack.width
+        parts = stack.num_shards if split_columns else 1
+        pack = array.shape[1] // parts // width
+        lines = array.shape[0] // stack.num_shards if stack.form in (OWNED, ROUTED) else array.shape[0]
+        last = first + step * (count - 1)
+        if pack == 1:
+            start = shard * lines + first
+            found = np.asarray(array[start : start + step * (count - 1) + 1 : step])
+        else:
+            start = shard * lines
+            whole = np.asarray(array[start + first // pack : start + last // pack + 1])
+            by_part = whole.reshape(len(whole), parts, pack, width)
+            found = np.moveaxis(by_part, 1, 2).reshape(len(whole) * pack, parts * width)
+            found = found[first - first // pack * pack :][::step][:count]
+        return found[:, : stack.dim] if split_columns else found
+
+
+def read_array(
+    source: Rows, kind: Kind, stack: PlacedStack, shape: tuple[int, int], sharding: NamedSharding
+) -> jax.Array:
+    """A stack's array under its own plan, each shard read for the device that holds it."""
+    latest: dict[str, Any] = {}
+
+    def shard(index: Any) -> np.ndarray:
+        place = tuple((part.start or 0, part.stop) for part in index)
+        if latest.get("place") != place:  # Copies of a shard are asked for one after the other.
+            latest["rows"] = _read_shard(source, kind, stack, shape, index)
+            latest["place"] = place
+        return latest["rows"]
+
+    return jax.make_array_from_callback(shape, sharding, shard)
+
+
+def _read_shard(
+    source: Rows, kind: Kind, stack: PlacedStack, shape: tuple[int, int], index: tuple[slice, ...]
+) -> np.ndarray:
+    split_rows, split_columns = stack.form in (OWNED, ROUTED), stack.form == COLUMNS and not kind.per_row
+    lines = shape[0] // stack.num_shards if split_rows else shape[0]
+    lanes = shape[1] // stack.num_shards if split_columns else shape[1]
+    width = 1 if kind.per_row else stack.width
+    shard = (index[0].start or 0) // lines if split_rows else (index[1].start or 0) // lanes if split_columns else 0
+    rows = np.zeros((lines * (lanes // width), width), np.float32)
+    if kind.weights and kind.group == "tables":
+        rows += 1  # As at birth, in the padding too.
+    columns = slice(shard * width, (shard + 1) * width) if split_columns else slice(None)
+    for t in tables_on_shard(stack, shard):
+        residue = shard - stack.first_T[t] if split_rows else 0
+        step = stack.count_T[t]
+        held = -(-(stack.tables[t].num_embeddings - residue) // step)
+        piece = max(1, _PIECE_FLOATS // (1 if kind.per_row else stack.dim))
+        for start in range(0, held, piece):
+            count = min(piece, held - start)
+            found = source.rows(kind, stack.tables[t].name, residue + step * start, step, count)[:, columns]
+            local = stack.offset_T[t] + start
+            rows[local : local + count, : found.shape[1]] = found
+    return rows.reshape(lines, lanes)

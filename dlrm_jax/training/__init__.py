@@ -1,0 +1,1 @@
+"""A training run: state, step, loop, checkpoints, evaluation, and how it is measured."""

@@ -1,0 +1,159 @@
+"""A run's step and forward pass, measured: compile time, step time by parts, work against the hardware, memory."""
+
+import dataclasses
+import itertools
+import resource
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from dlrm_jax.data.batch import Batch
+from dlrm_jax.data.read.load import load_dataset
+from dlrm_jax.data.read.pipeline import Prefetcher, train_batches
+from dlrm_jax.host import heap
+from dlrm_jax.planning.cost import estimate, forward_work
+from dlrm_jax.planning.hardware import Hardware
+from dlrm_jax.training import step_parts
+from dlrm_jax.training.placed import Placed
+from dlrm_jax.training.placement import failing_in_one_line, place_run, setting_of
+from dlrm_jax.training.run_config import RunConfig, check_dataset
+from dlrm_jax.training.step import logits
+from dlrm_jax.training.stepper import Stepper
+
+TRAIN, FORWARD, INPUT = "train", "forward", "input"
+_BATCHES, _WARM_STEPS, _LEAST_STEPS, _TRACED_STEPS = 4, 2, 5, 5
+
+
+def measure(config: RunConfig, seconds: float, hardware: Hardware | None = None, parts: bool = True) -> dict[str, Any]:
+    """Numbers of `train`, `forward` and `input`, as JSON has them; each is repeated for `seconds`.
+
+    `hardware` is what the work is held against, by default the table's entry for the device at hand. Times are in
+    seconds, memory and traffic in bytes of the device that has most, `samples_per_second` of all devices together.
+    """
+    placed, batches, input_numbers = _placed_batches(config, seconds)
+    setting = setting_of(config, placed.model, placed.plan.mesh)
+    hardware = hardware or setting.hardware
+    cost = estimate(placed.model, config.optimizer, placed.plan, setting.load, hardware, placed.options)
+    work = {
+        TRAIN: (cost.flops, cost.traffic, cost.seconds),
+        FORWARD: forward_work(placed.model, placed.stacks, setting.load, hardware),
+    }
+    with failing_in_one_line(config, placed):
+        numbers = {INPUT: input_numbers} | _passes(config, placed, batches, seconds, parts)
+    for kind, (flops, traffic, predicted) in work.items():
+        numbers[kind] |= _against(hardware, flops, traffic, predicted, numbers[kind]["step_seconds"])
+        numbers[kind]["samples_per_second"] = config.batch_size / numbers[kind]["step_seconds"]
+    return numbers | {
+        "batch_size": config.batch_size,
+        "devices": placed.num_devices,
+        "hardware": dataclasses.asdict(hardware),
+        "peak_bytes": peak_bytes(),
+    }
+
+
+def _placed_batches(config: RunConfig, seconds: float) -> tuple[Placed, list[Batch], dict[str, float]]:
+    """The run's model where it lies, some of its batches on the devices, and how long the input takes for one."""
+    raw = load_dataset(config.data, config.allow_oversubscription)
+    model = config.model.build(raw)
+    dataset, _ = check_dataset(raw, model, config.ids_out_of_range)
+    placed = place_run(config, model, dataset)
+    multiple = placed.num_devices * config.num_micro_batches
+    rows = dataset.splits["train"]
+    source = train_batches(rows, config.batch_size, config.seed, 0, shuffle=config.shuffle, multiple=multiple)
+    with Prefetcher(source, depth=1, expander=dataset.expander, put=placed.put) as prefetcher:
+        batches = [batch for _, batch in itertools.islice(prefetcher, _BATCHES)]
+        start = time.perf_counter()
+        end, count = start + min(seconds, 2.0), 0
+        while count < _LEAST_STEPS or time.perf_counter() < end:
+            jax.block_until_ready(next(prefetcher)[1])
+            count += 1
+        return placed, batches, {"step_seconds": (time.perf_counter() - start) / count}
+
+
+def _passes(
+    config: RunConfig, placed: Placed, batches: list[Batch], seconds: float, parts: bool
+) -> dict[str, dict[str, Any]]:
+    """The measured numbers of both passes."""
+    state = placed.init_state(config.seed)
+    heap.keep_freed_temporaries()  # As a run does.
+    stepper = Stepper(config, placed, itertools.cycle((batch, batch) for batch in batches))
+    score = jax.jit(
+        lambda state, batch: logits(placed.model, state, batch, placed.ops),
+        in_shardings=(placed.shardings, placed.batch_sharding),
+    )
+    forward, forward_compile = _compiled(score, state, batches[0])
+    at_once = config.steps_per_dispatch
+
+    def train(i: int) -> Any:
+        nonlocal state
+        del i  # The stepper takes the batches in turn.
+        taken, state = stepper(state, at_once)
+        return taken[-1][1]
+
+    jax.block_until_ready(train(0))
+    return {
+        TRAIN: {"compile_seconds": stepper.compile_seconds}
+        | _timed(train, stepper.executable, seconds, parts, at_once),
+        FORWARD: {"compile_seconds": forward_compile}
+        | _timed(lambda i: forward(state, batches[i % _BATCHES]), forward, seconds, parts),
+    }
+
+
+def _compiled(jitted: Any, *args: Any) -> tuple[Any, float]:
+    start = time.perf_counter()
+    executable = jitted.lower(*args).compile()
+    return executable, time.perf_counter() - start
+
+
+def _timed(
+    call: Callable[[int], Any], executable: Any, seconds: float, parts: bool, at_once: int = 1
+) -> dict[str, Any]:
+    """Median and quartiles of a step's time, `at_once` a call; what it holds by XLA's account; its parts' shares."""
+    taken: list[float] = []
+    for i in range(_WARM_STEPS):
+        jax.block_until_ready(call(i))
+    end = time.perf_counter() + seconds
+    while len(taken) < _LEAST_STEPS or time.perf_counter() < end:
+        start = time.perf_counter()
+        jax.block_until_ready(call(len(taken)))
+        taken.append((time.perf_counter() - start) / at_once)
+    memory = executable.memory_analysis()
+    numbers: dict[str, Any] = {
+        "step_seconds": float(np.median(taken)),
+        "quartiles": [float(q) for q in np.quantile(taken, (0.25, 0.75))],
+        "steps": len(taken) * at_once,
+        "temporary_bytes": memory.temp_size_in_bytes,
+        "held_bytes": memory.argument_size_in_bytes
+        + memory.temp_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes,
+    }
+    if parts:
+        text = executable.as_text()
+        events = step_parts.profile(lambda: [jax.block_until_ready(call(i)) for i in range(_TRACED_STEPS)], text)
+        numbers["parts"] = step_parts.shares(events, step_parts.parts_of(text))
+    return numbers
+
+
+def _against(
+    hardware: Hardware, flops: float, traffic: float, predicted: Mapping[str, float], taken: float
+) -> dict[str, Any]:
+    """Rates beside the hardware's; `roofline` is the time that the busier of arithmetic and memory needs, over ours."""
+    bound = max(("compute", "memory"), key=lambda part: predicted[part])
+    return {
+        "flops": flops,
+        "traffic_bytes": traffic,
+        "flops_share": flops / taken / hardware.flops,
+        "traffic_share": traffic / taken / hardware.memory_rate,
+        "bound": bound,
+        "roofline": predicted[bound] / taken,
+    }
+
+
+def peak_bytes() -> int:
+    """The most that the first device ever held, or, where it does not say (CPUs), this process."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    return int(stats.get("peak_bytes_in_use", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024))

@@ -1,0 +1,136 @@
+"""What a user may say of placement, and the Placed that comes of it for a model, its data and the devices at hand."""
+
+import dataclasses
+import pathlib
+from collections.abc import Iterable
+
+import jax
+import numpy as np
+
+from dlrm_jax.config import XLA, ConfigError, ModelConfig, OptimizerConfig, require, require_choice
+from dlrm_jax.data.batch import Batch
+from dlrm_jax.host.mesh import MeshShape, make_mesh, parse_mesh
+from dlrm_jax.tables.exchange import ExchangeOptions
+from dlrm_jax.tables.layout import REPLICATED, ROUTED, PlacedStack, place_stacks
+from dlrm_jax.tables.plan import DATA_PARALLEL, SHARDINGS, TABLE_ROW_WISE, Plan, make_plan, read_overrides
+from dlrm_jax.training.placed import Placed
+
+AUTO = "auto"
+EXCHANGE_DTYPES = ("float32", "bfloat16")
+
+_HEADROOM = 1.1
+"""Room in the exchange's buffers beyond what the sampled batches need."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardingOptions:
+    """Flags of placement. Empty and 0: all devices on `model`, groups of half of them, buffers by a sample of the data.
+
+    `plan` is a file of overrides (plan.read_overrides), `pipeline` the two-stage loop (step.make_pipelined_step).
+    """
+
+    sharding: str = AUTO
+    plan: str = ""
+    mesh: str = ""
+    group_size: int = 0
+    exchange_dtype: str = "float32"
+    exchange_capacity: int = 0
+    pipeline: bool = False
+
+    def __post_init__(self) -> None:
+        require_choice("sharding", self.sharding, (*SHARDINGS, AUTO))
+        require_choice("exchange_dtype", self.exchange_dtype, EXCHANGE_DTYPES)
+        for name in ("group_size", "exchange_capacity"):
+            require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; it must not be negative")
+
+
+def choose_plan(model: ModelConfig, options: ShardingOptions, mesh: MeshShape, auto: Plan | None) -> Plan:
+    """The plan of `options`; `auto` is what sharding=auto gives."""
+    overrides = dict(read_overrides(_existing(options.plan))) if options.plan else {}
+    if options.sharding == AUTO:
+        assert auto is not None
+        overrides = {**auto.tables, **overrides}
+    fallback = DATA_PARALLEL if options.sharding == AUTO else options.sharding
+    return make_plan(model, mesh, fallback, overrides, options.group_size)
+
+
+def check_on_one_device(model: ModelConfig, options: ShardingOptions) -> list[str]:
+    """The placement flags that one device leaves without effect; ConfigError for a plan that cannot be its own."""
+    choose_plan(model, ShardingOptions(DATA_PARALLEL, options.plan), MeshShape(1, 1), None)
+    return _given(options, [field.name for field in dataclasses.fields(options) if field.name != "mesh"])
+
+
+def without_effect(options: ShardingOptions, plan: Plan, stacks: tuple[PlacedStack, ...]) -> list[str]:
+    """The placement flags that a plan leaves without effect."""
+    kinds, forms = {placement.sharding for placement in plan.tables.values()}, {stack.form for stack in stacks}
+    unused = [] if TABLE_ROW_WISE in kinds else ["group_size"]
+    unused += [] if ROUTED in forms else ["exchange_capacity"]
+    unused += [] if forms - {REPLICATED} else ["exchange_dtype"]
+    return _given(options, unused)
+
+
+_FLAGS = {"plan": "sharding_plan", "pipeline": "pipeline_exchange"}
+
+
+def _given(options: ShardingOptions, fields: list[str]) -> list[str]:
+    """Those of some fields that are not their default, as flags."""
+    given = {name: getattr(options, name) for name in fields if getattr(options, name) != getattr(_DEFAULTS, name)}
+    return [
+        f"--{_FLAGS.get(name, name)}={str(value).lower() if value is True else value}" for name, value in given.items()
+    ]
+
+
+_DEFAULTS = ShardingOptions()
+
+
+def _existing(path: str) -> pathlib.Path:
+    if not pathlib.Path(path).is_file():
+        raise ConfigError(f"--sharding_plan: {path} is not a file; dlrm_jax.plan --json writes one")
+    return pathlib.Path(path)
+
+
+def place(
+    model: ModelConfig,
+    optimizer: OptimizerConfig,
+    options: ShardingOptions,
+    auto: Plan | None = None,
+    sample: Iterable[Batch] = (),
+    devices: list | None = None,
+    kernels: str = XLA,
+) -> Placed:
+    """The model on all devices (or `devices`). `sample`, global batches on the host, sizes the exchange's buffers."""
+    devices = jax.devices() if devices is None else devices
+    shape = parse_mesh(options.mesh, len(devices))
+    plan = choose_plan(model, options, shape, auto)
+    stacks = place_stacks(model, plan)
+    capacity = exchange_capacity(stacks, shape.size, sample, options.exchange_capacity)
+    dtype = options.exchange_dtype if options.exchange_dtype != "float32" else ""
+    return Placed(model, optimizer, plan, make_mesh(shape, devices), ExchangeOptions(dtype, capacity), kernels=kernels)
+
+
+def exchange_capacity(
+    stacks: tuple[PlacedStack, ...], num_devices: int, sample: Iterable[Batch], fixed: int = 0
+) -> dict[str, int]:
+    """Rows that a device may ask of each peer at once, for each row-wise stack: `fixed`, or what `sample` needs."""
+    routed = [stack for stack in stacks if stack.form == ROUTED and stack.num_shards > 1]
+    if fixed:
+        return {stack.name: fixed for stack in routed}
+    most: dict[str, int] = {}
+    for batch in sample if routed else ():
+        for part in np.array_split(np.asarray(batch.ids_BxK), num_devices):
+            for stack in routed:
+                most[stack.name] = max(most.get(stack.name, 1), asked_at_most(stack, part))
+    return {name: -(-int(count * _HEADROOM + 1) // 8) * 8 for name, count in most.items()}
+
+
+def asked_at_most(stack: PlacedStack, ids_bxK: np.ndarray) -> int:
+    """The most distinct rows that these examples need of one shard."""
+    counts = np.zeros(stack.num_shards, np.int64)
+    slots_of_table: dict[int, list[int]] = {}
+    for slot, table in zip(stack.slots.tolist(), stack.table_K.tolist(), strict=True):
+        slots_of_table.setdefault(table, []).append(slot)
+    for table, slots in slots_of_table.items():
+        distinct = np.unique(ids_bxK[:, slots])
+        owners = stack.first_T[table] + distinct[distinct >= 0] % stack.count_T[table]
+        counts += np.bincount(owners, minlength=stack.num_shards)
+    return int(counts.max())

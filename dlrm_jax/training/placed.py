@@ -1,0 +1,190 @@
+"""A model on a mesh under a plan: its state's birth and shape, its table functions, its batches."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from dlrm_jax.config import NATIVE, XLA, ModelConfig, OptimizerConfig, require
+from dlrm_jax.data.batch import Batch
+from dlrm_jax.host import huge_pages
+from dlrm_jax.host.mesh import MeshShape, batch_sharding, make_mesh, replicated
+from dlrm_jax.tables.embedding import POOLING_WEIGHTS
+from dlrm_jax.tables.exchange import ExchangeOptions, array_specs, opt_state_specs, sharded_ops
+from dlrm_jax.tables.init import fill_stack
+from dlrm_jax.tables.kernels.ops import native_ops
+from dlrm_jax.tables.layout import PlacedStack, place_stacks
+from dlrm_jax.tables.optimizers import make_sparse_optimizer
+from dlrm_jax.tables.plan import DATA_PARALLEL, Plan, make_plan
+from dlrm_jax.tables.table_ops import TableOps, local_ops
+from dlrm_jax.training.state import TrainState, compiled_init_dense, init_dense, new_state
+
+
+@dataclasses.dataclass(frozen=True)
+class Placed:
+    """`model` under `plan` on `mesh`. `packed` stores several rows a line of 128 lanes (rows.py), as TPUs need.
+
+    `kernels`, `xla` or `native`, says what looks up and updates the tables of one CPU. Its numbers are those of every
+    other plan but for the order of float32 sums (exchange.py says what optimizers make of that).
+    """
+
+    model: ModelConfig
+    optimizer: OptimizerConfig
+    plan: Plan
+    mesh: Mesh
+    options: ExchangeOptions = dataclasses.field(default_factory=ExchangeOptions)
+    packed: bool = False
+    kernels: str = XLA
+
+    def __post_init__(self) -> None:
+        one = self.mesh.size == 1
+        require(
+            one or self.kernels == XLA,
+            f"--cpu_kernels=native works on one device; this run has {self.mesh.size}: --mesh=model:1",
+        )
+
+    @functools.cached_property
+    def stacks(self) -> tuple[PlacedStack, ...]:
+        """How the tables are stored."""
+        return place_stacks(self.model, self.plan, self.packed)
+
+    @functools.cached_property
+    def ops(self) -> TableOps:
+        """Route, lookup and update; on one device the plain ones, but where lines are packed."""
+        if self.kernels == NATIVE:
+            return native_ops(self.model, self.optimizer)
+        if self.mesh.size == 1 and not self.packed:
+            return local_ops(self.model, self.optimizer)
+        return sharded_ops(self.model, self.optimizer, self.stacks, self.mesh, self.options)
+
+    @property
+    def num_devices(self) -> int:
+        """Devices of the mesh, which all take an equal part of each batch."""
+        return self.mesh.size
+
+    @property
+    def batch_sharding(self) -> NamedSharding:
+        """How batches are split."""
+        return batch_sharding(self.mesh)
+
+    def init_state(self, seed: int) -> TrainState:
+        """A fresh state, tables born where they stay, on huge pages in a CPU's memory; equal bits under every plan."""
+        # Apart from the tables, as on one device: it takes seconds to compile, and is the same under every plan.
+        dense_params = jax.tree.map(np.asarray, compiled_init_dense(self.model, seed))
+        birth = jax.jit(self._birth, static_argnums=0, in_shardings=self.everywhere, out_shardings=self.shardings)
+        state = birth(seed, dense_params)
+        huge_pages.collapse(state)
+        return state
+
+    def _birth(self, seed: int, dense_params: Any) -> TrainState:
+        tables: dict[str, Any] = {}
+        for stack in self.stacks:
+            tables[stack.name] = fill_stack(self.model, stack, self.mesh, seed)
+            if self.model.learned_pooling:
+                tables[stack.name + POOLING_WEIGHTS] = jax.numpy.ones(stack.row_shape(), "float32")
+        state = new_state(self.optimizer, dense_params, {})
+        return state.replace(tables=tables, table_opt_state=self._opt_state(tables))
+
+    def _opt_state(self, tables: dict[str, Any]) -> dict[str, Any]:
+        sparse = make_sparse_optimizer(self.optimizer)
+        table_specs = array_specs(self.model, self.stacks)
+        state_specs = opt_state_specs(self.optimizer, self.model, self.stacks)
+        states = {}
+        for stack in self.stacks:
+            for name, width in ((stack.name, stack.width), (stack.name + POOLING_WEIGHTS, 1)):
+                if name in tables:
+                    init = jax.shard_map(
+                        lambda table, width=width: sparse.init(table, width),
+                        mesh=self.mesh,
+                        in_specs=table_specs[name],
+                        out_specs=state_specs[name],
+                        check_vma=False,
+                    )
+                    states[name] = init(tables[name])
+        return states
+
+    @functools.cached_property
+    def _shapes(self) -> TrainState:
+        dense_params = jax.eval_shape(functools.partial(init_dense, self.model, 0))
+        return jax.eval_shape(functools.partial(self._birth, 0), dense_params)
+
+    @functools.cached_property
+    def shardings(self) -> TrainState:
+        """Where each part of the state lies: tables as the plan says, the rest on every device."""
+        shapes = self._shapes
+        everywhere = jax.tree.map(lambda _: replicated(self.mesh), shapes)
+        place = functools.partial(NamedSharding, self.mesh)
+        states = opt_state_specs(self.optimizer, self.model, self.stacks)
+        return everywhere.replace(
+            tables={name: place(spec) for name, spec in array_specs(self.model, self.stacks).items()},
+            table_opt_state={
+                name: jax.tree.map(lambda _, name=name: place(states[name]), state)
+                for name, state in shapes.table_opt_state.items()
+            },
+        )
+
+    @functools.cached_property
+    def abstract_state(self) -> TrainState:
+        """Shapes, dtypes and placement of the state, without making it."""
+        return jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            self._shapes,
+            self.shardings,
+        )
+
+    def abstract_batch(self, batch_size: int, weighted_ids: bool = False) -> Batch:
+        """Shapes and placement of a batch of `batch_size`, which all devices must divide."""
+        shape = functools.partial(jax.ShapeDtypeStruct, sharding=self.batch_sharding)
+        slots = (batch_size, self.model.num_slots)
+        return Batch(
+            dense_BxN=shape((batch_size, self.model.num_dense), "float32"),
+            ids_BxK=shape(slots, "int32"),
+            label_B=shape((batch_size,), "float32"),
+            weight_B=shape((batch_size,), "float32"),
+            id_weights_BxK=shape(slots, "float32") if weighted_ids else None,
+        )
+
+    def put(self, local: Batch) -> Batch:
+        """This process's rows of a batch as part of the global one."""
+        put = functools.partial(jax.make_array_from_process_local_data, self.batch_sharding)
+        return jax.tree.map(put, local)
+
+    @property
+    def everywhere(self) -> NamedSharding:
+        """The sharding of what every device and process has whole."""
+        return replicated(self.mesh)
+
+    def jit_step(self, step: Callable[..., Any]) -> Any:
+        """`step(state, batch or batches)` compiled with explicit shardings, the state's arrays given to the new one."""
+        return jax.jit(
+            step,
+            donate_argnums=0,
+            in_shardings=(self.shardings, self.batch_sharding),
+            out_shardings=(self.shardings, self.everywhere),
+        )
+
+    def jit_route(self) -> Any:
+        """`batch -> routes`, compiled."""
+        split = self.batch_sharding
+        route = lambda batch: self.ops.route(batch.ids_BxK, batch.id_weights_BxK)  # noqa: E731
+        return jax.jit(route, in_shardings=(split,), out_shardings=split)
+
+    def jit_pipelined_step(self, step: Callable[..., Any]) -> Any:
+        """`step(state, batch, routes, next batch)` (step.make_pipelined_step) compiled as `jit_step` does."""
+        split = self.batch_sharding
+        return jax.jit(
+            step,
+            donate_argnums=(0, 2),
+            in_shardings=(self.shardings, split, split, split),
+            out_shardings=(self.shardings, self.everywhere, split),
+        )
+
+
+def on_one_device(model: ModelConfig, optimizer: OptimizerConfig, kernels: str = XLA) -> Placed:
+    """Everything on the first device."""
+    shape = MeshShape(1, 1)
+    return Placed(model, optimizer, make_plan(model, shape, DATA_PARALLEL), make_mesh(shape), kernels=kernels)

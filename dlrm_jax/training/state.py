@@ -1,0 +1,51 @@
+"""TrainState: everything a run must keep to go on, and nothing else."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from dlrm_jax.config import ModelConfig, OptimizerConfig
+from dlrm_jax.model.dense_optimizer import make_dense_optimizer
+from dlrm_jax.model.dlrm import DLRM
+from dlrm_jax.tables import embedding
+from dlrm_jax.tables.optimizers import make_sparse_optimizer
+
+
+class TrainState(struct.PyTreeNode):
+    """`step` counts finished updates; the schedule and the data position follow from it."""
+
+    step: jax.Array
+    dense_params: Any
+    dense_opt_state: Any
+    tables: dict[str, jax.Array]
+    table_opt_state: dict[str, Any]
+
+
+def new_state(optimizer: OptimizerConfig, dense_params: Any, tables: dict[str, jax.Array]) -> TrainState:
+    """The state at step 0 around given weights."""
+    sparse = make_sparse_optimizer(optimizer)
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        dense_params=dense_params,
+        dense_opt_state=make_dense_optimizer(optimizer).init(dense_params),
+        tables=tables,
+        table_opt_state={name: sparse.init(table, table.shape[1]) for name, table in tables.items()},
+    )
+
+
+def init_dense(model: ModelConfig, seed: int) -> Any:
+    """Fresh dense parameters; every weight is a function of `seed` and its own name alone."""
+    dense = jnp.zeros((1, model.num_dense))
+    pooled = jnp.zeros((1, len(model.features), model.embedding_dim))
+    return DLRM(model).init(jax.random.key(seed), dense, pooled)["params"]
+
+
+compiled_init_dense = jax.jit(init_dense, static_argnums=(0, 1))
+"""`init_dense`, compiled once for each model and seed."""
+
+
+def init_state(model: ModelConfig, optimizer: OptimizerConfig, seed: int) -> TrainState:
+    """A fresh state on one device."""
+    return new_state(optimizer, compiled_init_dense(model, seed), embedding.init_tables(model, seed))

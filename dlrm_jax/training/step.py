@@ -1,0 +1,183 @@
+"""The algorithm: pure train and eval steps.
+
+Ids go in, pooled embeddings come out, the dense model is a function of them, and the gradient of the pooled
+embeddings is all that the sparse optimizer ever sees.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from dlrm_jax.config import LossConfig, ModelConfig, OptimizerConfig
+from dlrm_jax.data.batch import Batch
+from dlrm_jax.model import metrics
+from dlrm_jax.model.dense_optimizer import make_dense_optimizer
+from dlrm_jax.model.dlrm import DLRM
+from dlrm_jax.model.loss import example_losses, probability
+from dlrm_jax.model.schedule import make_schedule
+from dlrm_jax.tables.table_ops import TableOps, local_ops
+from dlrm_jax.training.state import TrainState
+
+TrainStep = Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
+
+
+def logits(model: ModelConfig, state: TrainState, batch: Batch, ops: TableOps | None = None) -> jax.Array:
+    """logits_B of a batch; `ops` says where the tables are, by default on one device."""
+    ops = ops or local_ops(model)
+    with jax.named_scope("lookup"):
+        pooled_BxFxD, _ = ops.lookup(state.tables, ops.route(batch.ids_BxK, batch.id_weights_BxK))
+    return DLRM(model).apply({"params": state.dense_params}, batch.dense_BxN, pooled_BxFxD)
+
+
+def make_train_step(
+    model: ModelConfig,
+    loss: LossConfig,
+    optimizer: OptimizerConfig,
+    num_micro_batches: int = 1,
+    ops: TableOps | None = None,
+) -> TrainStep:
+    """`(state, batch) -> (state, metrics)`; jit it with `donate_argnums=0`, so that tables are updated in place.
+
+    `ops` says where the tables are; by default on one device. With `num_micro_batches` G > 1 the dense model works off
+    the batch in G parts, whose gradients are added: one update, equal to that of the whole batch up to rounding, with a
+    G-th of the dense model's activations.
+    Metrics: `loss`, the mean over weighted examples; `learning_rate`; `finite`, whether loss and gradients are; and the
+    counters of `ops`.
+    """
+    ops = ops or local_ops(model, optimizer)
+    finish = make_routed_step(model, loss, optimizer, num_micro_batches, ops)
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
+        with jax.named_scope("route"):
+            routes = ops.route(batch.ids_BxK, batch.id_weights_BxK)
+        return finish(state, batch, routes)
+
+    return train_step
+
+
+def make_pipelined_step(
+    model: ModelConfig, loss: LossConfig, optimizer: OptimizerConfig, num_micro_batches: int, ops: TableOps
+) -> Callable[[TrainState, Batch, Any, Batch], tuple[TrainState, dict[str, jax.Array], Any]]:
+    """`(state, batch, its routes, next batch) -> (state, metrics, the next batch's routes)`.
+
+    Routes do not depend on the tables, so that the next batch's ids travel while this one is computed; the numbers are
+    those of `make_train_step`.
+    """
+    finish = make_routed_step(model, loss, optimizer, num_micro_batches, ops)
+
+    def train_step(
+        state: TrainState, batch: Batch, routes: Any, next_batch: Batch
+    ) -> tuple[TrainState, dict[str, jax.Array], Any]:
+        next_routes = ops.route(next_batch.ids_BxK, next_batch.id_weights_BxK)
+        return *finish(state, batch, routes), next_routes
+
+    return train_step
+
+
+def make_scanned_step(step: TrainStep) -> Callable[..., tuple[TrainState, list[dict[str, jax.Array]]]]:
+    """`(state, batches) -> (state, [metrics of each])`: as many steps as there are batches, one after the other.
+
+    One dispatch instead of many: for where launching a step takes as long as the step. Equal up to rounding.
+    """
+
+    def train_steps(state: TrainState, batches: list[Batch]) -> tuple[TrainState, list[dict[str, jax.Array]]]:
+        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *batches)
+        state, stacked_metrics = jax.lax.scan(step, state, stacked)
+        # Apart already here: taking them apart later would be a dispatch for each number.
+        return state, [jax.tree.map(lambda x, i=i: x[i], stacked_metrics) for i in range(len(batches))]
+
+    return train_steps
+
+
+def make_routed_step(
+    model: ModelConfig, loss: LossConfig, optimizer: OptimizerConfig, num_micro_batches: int, ops: TableOps
+) -> Callable[[TrainState, Batch, Any], tuple[TrainState, dict[str, jax.Array]]]:
+    """The train step from where it is known which rows a batch needs."""
+    schedule = make_schedule(optimizer.schedule)
+    dense_optimizer = make_dense_optimizer(optimizer)
+
+    def train_step(state: TrainState, batch: Batch, routes: Any) -> tuple[TrainState, dict[str, jax.Array]]:
+        with jax.named_scope("lookup"):
+            pooled_BxFxD, routes = ops.lookup(state.tables, routes)
+        loss_value, d_params, d_pooled_BxFxD, finite = dense_gradients(
+            model, loss, state.dense_params, batch, pooled_BxFxD, num_micro_batches
+        )
+        rate = schedule(state.step)
+        with jax.named_scope("dense_update"):
+            updates, dense_opt_state = dense_optimizer.update(d_params, state.dense_opt_state, state.dense_params)
+            updates = jax.tree.map(lambda update: -rate * update, updates)
+            dense_params = optax.apply_updates(state.dense_params, updates)
+        with jax.named_scope("sparse_update"):
+            tables, table_opt_state, counters = ops.update(
+                state.tables, state.table_opt_state, routes, d_pooled_BxFxD, rate
+            )
+        new_state = TrainState(
+            step=state.step + 1,
+            dense_params=dense_params,
+            dense_opt_state=dense_opt_state,
+            tables=tables,
+            table_opt_state=table_opt_state,
+        )
+        return new_state, {"loss": loss_value, "learning_rate": rate, "finite": finite, **counters}
+
+    return train_step
+
+
+def dense_gradients(
+    model: ModelConfig,
+    loss: LossConfig,
+    dense_params: Any,
+    batch: Batch,
+    pooled_BxFxD: jax.Array,
+    num_micro_batches: int = 1,
+) -> tuple[jax.Array, Any, jax.Array, jax.Array]:
+    """(mean loss, gradient of the dense parameters, d_pooled_BxFxD, whether all are finite)."""
+    total_weight = jnp.maximum(batch.weight_B.sum(), 1e-30)
+
+    def part_loss(params: Any, pooled: jax.Array, dense: jax.Array, label: jax.Array, weight: jax.Array) -> jax.Array:
+        logits = DLRM(model).apply({"params": params}, dense, pooled)
+        return (example_losses(loss, logits, label) * weight).sum() / total_weight
+
+    def part_gradients(part: tuple[jax.Array, ...]) -> tuple[jax.Array, Any, jax.Array]:
+        value, (d_params, d_pooled) = jax.value_and_grad(part_loss, argnums=(0, 1))(dense_params, *part)
+        return value, d_params, d_pooled
+
+    columns = (pooled_BxFxD, batch.dense_BxN, batch.label_B, batch.weight_B)
+    if num_micro_batches == 1:
+        value, d_params, d_pooled_BxFxD = part_gradients(columns)
+    else:
+        # Part g takes examples g, g + G, ...: so each device finds a G-th of every part among its own.
+        parts = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, num_micro_batches, *x.shape[1:]), 1, 0), columns)
+
+        def add(carry: tuple[jax.Array, Any], part: tuple[jax.Array, ...]) -> tuple[tuple[jax.Array, Any], jax.Array]:
+            value, d_params, d_pooled = part_gradients(part)
+            return jax.tree.map(jnp.add, carry, (value, d_params)), d_pooled
+
+        zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, dense_params))
+        (value, d_params), d_pooled = jax.lax.scan(add, zeros, parts)
+        d_pooled_BxFxD = jnp.moveaxis(d_pooled, 0, 1).reshape(pooled_BxFxD.shape)
+    finite = jnp.isfinite(value)
+    for leaf in jax.tree.leaves((d_params, d_pooled_BxFxD)):
+        finite &= jnp.isfinite(leaf).all()
+    return value, d_params, d_pooled_BxFxD, finite
+
+
+def make_eval_step(
+    model: ModelConfig, loss: LossConfig, ops: TableOps | None = None
+) -> Callable[[TrainState, Batch], metrics.BatchSums]:
+    """`(state, batch) -> metrics.batch_sums(...)`: sums and logits that metrics.Metrics accumulates."""
+
+    def eval_step(state: TrainState, batch: Batch) -> metrics.BatchSums:
+        logits_B = logits(model, state, batch, ops)
+        return metrics.batch_sums(
+            loss_B=example_losses(loss, logits_B, batch.label_B),
+            logits_B=logits_B,
+            prob_B=probability(logits_B, loss.threshold),
+            label_B=batch.label_B,
+            weight_B=batch.weight_B,
+        )
+
+    return eval_step

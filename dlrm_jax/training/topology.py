@@ -1,0 +1,166 @@
+"""TPU pods without TPUs: the real training step, compiled ahead of time for a topology, and what XLA says of it.
+
+Needs libtpu (`pip install ".[tpu-plan]"`), no TPU. Nothing is allocated.
+"""
+
+import contextlib
+import dataclasses
+import importlib.util
+import math
+import os
+import re
+import time
+from collections.abc import Iterator
+from importlib import metadata
+from typing import Any
+
+from dlrm_jax.config import ConfigError, LossConfig, how_to_install
+from dlrm_jax.host.mesh import make_mesh
+from dlrm_jax.planning.cost import Cost
+from dlrm_jax.planning.hardware import HARDWARE
+from dlrm_jax.planning.hlo import collectives, serial_loops, totals
+from dlrm_jax.planning.planner import Setting
+from dlrm_jax.training.placed import Placed
+from dlrm_jax.training.step import make_train_step
+
+GENERATIONS = ("v4", "v5e", "v5p", "v6e")
+_AXES = {"v4": 3, "v5e": 2, "v5p": 3, "v6e": 2}
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+    """A pod slice: generation and chips along each axis."""
+
+    generation: str
+    shape: tuple[int, ...]
+
+    @property
+    def num_chips(self) -> int:
+        """Chips, which are the devices of a mesh."""
+        return math.prod(self.shape)
+
+    @property
+    def name(self) -> str:
+        """As libtpu has it."""
+        return f"{self.generation}:{'x'.join(map(str, self.shape))}"
+
+
+def parse_topology(text: str) -> Topology:
+    """`v5p:4x4x4` as a Topology; ConfigError for another generation or number of axes."""
+    generation, _, shape = text.partition(":")
+    sizes = shape.split("x")
+    if generation not in GENERATIONS or not all(size.isdecimal() and int(size) for size in sizes):
+        raise ConfigError(f"--topology={text} is not one of {', '.join(GENERATIONS)} with its shape, as v5p:4x4x4")
+    if len(sizes) != _AXES[generation]:
+        raise ConfigError(f"--topology={text}: {generation} has {_AXES[generation]} axes, as in {_example(generation)}")
+    return Topology(generation, tuple(map(int, sizes)))
+
+
+def _example(generation: str) -> str:
+    return f"{generation}:{'x'.join('4' * _AXES[generation])}"
+
+
+def other_libtpu() -> str:
+    """Why the libtpu that is installed is not the one that JAX asks for (in its extra `tpu`); empty where it is."""
+    try:
+        found, wanted = metadata.version("libtpu"), metadata.requires("jax") or ()
+    except metadata.PackageNotFoundError:
+        return ""
+    releases = [match[1] for line in wanted if (match := re.match(r"libtpu ?==([\d.]+)\.\*", line))]
+    if not releases or f"{found}.".startswith(f"{releases[0]}."):
+        return ""
+    return (
+        f"libtpu {found} does not belong to jax {metadata.version('jax')}, which asks for {releases[0]}: "
+        f"{how_to_install('tpu-plan', upgrade=True)}"
+    )
+
+
+@contextlib.contextmanager
+def _by_own_libtpu() -> Iterator[None]:
+    """What fails inside is one line where libtpu is another than JAX asks for: the internal errors then say nothing."""
+    try:
+        yield
+    except Exception as error:
+        if other := other_libtpu():
+            reason = next(iter(str(error).splitlines()), type(error).__name__)[:200]
+            raise ConfigError(f"{other} (it ended in: {reason})") from error
+        raise
+
+
+def devices(topology: Topology) -> list[Any]:
+    """The topology's devices, for a mesh to compile for; ConfigError without libtpu or for a shape it does not know."""
+    if importlib.util.find_spec("libtpu") is None:
+        raise ConfigError(f"--topology needs libtpu, which is not installed: {how_to_install('tpu-plan')}")
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # Else it asks a cloud's metadata server, for minutes.
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # No TPU is used, so several may compile at once.
+    from jax.experimental import topologies
+
+    try:
+        with _by_own_libtpu():
+            return list(topologies.get_topology_desc(platform="tpu", topology_name=topology.name).devices)
+    except ConfigError:
+        raise
+    except Exception as error:  # What libtpu raises differs from version to version.
+        reason = str(error).splitlines()[0][:200]
+        raise ConfigError(f"libtpu does not know the topology {topology.name} ({reason})") from error
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """What XLA says of a compiled step on one chip: bytes, and seconds to compile."""
+
+    topology: str
+    arguments: int
+    temporaries: int
+    not_aliased: int
+    sent: dict[str, int]
+    serial_loops: int
+    predicted: Cost
+    usable: float
+    seconds: float
+
+    @property
+    def held(self) -> int:
+        """Memory in all."""
+        return self.arguments + self.temporaries + self.not_aliased
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON values."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        predicted = fields.pop("predicted")
+        return fields | {"held": self.held, "predicted_held": predicted.bytes_held, "fits": self.held <= self.usable}
+
+    def text(self) -> str:
+        """Beside what was predicted."""
+        fits = "fits" if self.held <= self.usable else f"{(self.held - self.usable) / 1e9:.2f} GB too much"
+        sent = ", ".join(f"{kind} {num / 1e6:,.2f} MB" for kind, num in self.sent.items())
+        return (
+            f"\ncompiled for {self.topology} in {self.seconds:.1f} s; XLA's numbers for a chip:\n"
+            f"memory {self.held / 1e9:,.3f} GB (arguments {self.arguments / 1e9:,.3f}, temporaries "
+            f"{self.temporaries / 1e9:,.3f}), predicted {self.predicted.bytes_held / 1e9:,.3f} GB: {fits}\n"
+            f"collectives {sent}; predicted {self.predicted.sent.total / 1e6:,.2f} MB in all"
+        )
+
+
+def compile_report(setting: Setting, loss: LossConfig, cost: Cost, topology: Topology) -> Compiled:
+    """Compile the training step of a plan for a pod."""
+    mesh = make_mesh(setting.mesh, devices(topology))
+    placed = Placed(setting.model, setting.optimizer, cost.plan, mesh, cost.options, packed=True)
+    step = placed.jit_step(make_train_step(setting.model, loss, setting.optimizer, 1, placed.ops))
+    batch_size = -(-setting.load.batch_size // mesh.size) * mesh.size
+    start = time.perf_counter()
+    with _by_own_libtpu():
+        compiled = step.lower(placed.abstract_state, placed.abstract_batch(batch_size)).compile()
+    seconds = time.perf_counter() - start
+    memory, text = compiled.memory_analysis(), compiled.as_text()
+    return Compiled(
+        topology=topology.name,
+        arguments=memory.argument_size_in_bytes,
+        temporaries=memory.temp_size_in_bytes,
+        not_aliased=memory.output_size_in_bytes - memory.alias_size_in_bytes,
+        sent=totals(collectives(text)),
+        serial_loops=serial_loops(text),
+        predicted=cost,
+        usable=HARDWARE[topology.generation].memory_bytes,
+        seconds=seconds,
+    )

@@ -1,0 +1,148 @@
+"""Tests `dlrm_jax.benchmark`: where a step's time goes, and the command with its sweeps."""
+
+import dataclasses
+import itertools
+import json
+import os
+import subprocess
+import sys
+import types
+
+import jax
+import pytest
+
+from dlrm_jax.benchmark import swept
+from dlrm_jax.config import LossConfig
+from dlrm_jax.host.mesh import MeshShape, make_mesh
+from dlrm_jax.tables.exchange import ExchangeOptions
+from dlrm_jax.tables.plan import make_plan
+from dlrm_jax.training import step_parts, stepper
+from dlrm_jax.training.placed import Placed, on_one_device
+from dlrm_jax.training.step import make_train_step
+from dlrm_jax.training.step_parts import Event
+from tests.helpers import ROOT, optimizer, random_batch, tiny_model
+from tests.training.resume_test import CONFIG
+
+
+def benchmark(*flags: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "dlrm_jax.benchmark", "--num_examples=2000", "--batch_size=64", "--seconds=0"]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2"}
+    return subprocess.run(
+        [*command, *flags], cwd=ROOT, capture_output=True, text=True, timeout=300, env=environment, check=False
+    )
+
+
+def test_shares_of_overlapping_events_and_gaps():
+    events = [Event("a", 0, 4), Event("b", 2, 4), Event("a", 6, 10), Event("unknown", 0, 100)]
+    found = step_parts.shares(events, {"a": "MLPs", "b": "lookup"})
+    assert found == {
+        part: pytest.approx({"MLPs": 0.7, "lookup": 0.1, "launch gaps": 0.2}.get(part, 0)) for part in found
+    }
+    assert step_parts.shares([Event("unknown", 0, 1)], {"a": "MLPs"}) == {}
+
+
+@pytest.mark.parametrize("num_devices", [1, 2])
+def test_every_part_of_a_compiled_step_is_found(num_devices):
+    model, shape = tiny_model(), MeshShape(1, num_devices)
+    placed = Placed(model, optimizer(), make_plan(model, shape, "row_wise"), make_mesh(shape), ExchangeOptions())
+    placed = placed if num_devices > 1 else on_one_device(model, optimizer())
+    step = placed.jit_step(make_train_step(model, LossConfig(), placed.optimizer, 1, placed.ops))
+    text = step.lower(placed.abstract_state, placed.abstract_batch(8)).compile().as_text()
+    found = set(step_parts.parts_of(text).values())
+    assert found >= {"lookup", "interaction", "MLPs", "sparse update"}
+    assert ("exchange" in found) == (num_devices > 1)
+
+
+def test_a_profile_of_a_real_step_has_its_operations():
+    compiled = jax.jit(lambda x: (x @ x).sum()).lower(jax.ShapeDtypeStruct((300, 300), "float32")).compile()
+    argument = jax.numpy.ones((300, 300))
+    events = step_parts.profile(lambda: jax.block_until_ready(compiled(argument)), compiled.as_text())
+    shares = step_parts.shares(events, step_parts.parts_of(compiled.as_text()))
+    assert sum(shares.values()) == pytest.approx(1) and shares["other"] > 0
+
+
+@pytest.mark.end_to_end
+def test_the_command_prints_and_writes_what_it_measured(tmp_path):
+    done = benchmark(f"--json={tmp_path}/b.json", f"--picture={tmp_path}/b.png")
+    assert not done.returncode, done.stderr
+    numbers = json.loads((tmp_path / "b.json").read_text())
+    for kind in ("train", "forward"):
+        assert sum(numbers[kind]["parts"].values()) == pytest.approx(1)
+        assert numbers[kind]["parts"]["MLPs"] > 0 and numbers[kind]["compile_seconds"] > 0
+        assert numbers[kind]["samples_per_second"] == pytest.approx(64 / numbers[kind]["step_seconds"])
+        assert f"{numbers[kind]['step_seconds'] * 1e3:,.3f} ms" in done.stdout
+    assert numbers["forward"]["parts"]["sparse update"] == 0 < numbers["train"]["parts"]["sparse update"]
+    assert (tmp_path / "b.png").stat().st_size > 5000
+
+
+@pytest.mark.parametrize("flags", [("--steps_per_dispatch=4",), ("--pipeline_exchange", "--sharding=row_wise")])
+def test_the_step_measured_is_the_runs_own(tmp_path, flags):
+    found = {}
+    for name, these in (("plain", flags[1:]), ("own", flags)):
+        done = benchmark(*these, f"--json={tmp_path}/{name}.json")
+        assert not done.returncode, done.stderr
+        found[name] = json.loads((tmp_path / f"{name}.json").read_text())["train"]
+    more_held = found["own"]["held_bytes"] - found["plain"]["held_bytes"]
+    assert more_held > 0  # The batches of a dispatch, or the next batch and its routes.
+    assert found["own"]["steps"] == 5 * (4 if "--steps_per_dispatch=4" in flags else 1)
+
+
+def test_what_a_pipelined_step_compiles_is_timed_all(monkeypatch):
+    clock = itertools.count()
+    monkeypatch.setattr(stepper, "time", types.SimpleNamespace(perf_counter=lambda: next(clock)))
+    model = tiny_model()
+    placed, batch = on_one_device(model, optimizer()), random_batch(model, 8)
+    pipelined = dataclasses.replace(CONFIG.sharding, pipeline=True)
+    config = dataclasses.replace(CONFIG, optimizer=placed.optimizer, sharding=pipelined)
+    step = stepper.Stepper(config, placed, itertools.repeat((batch, batch)))
+    _, state = step(placed.init_state(0), 1)
+    step(state, 1)
+    assert step.compile_seconds == 2  # The routes of the first batch, and the step.
+
+
+@pytest.mark.parametrize(
+    ("sweep", "flags"),
+    [
+        ("batch", ("--sweep_values=16,64",)),
+        ("devices", ("--sharding=row_wise",)),
+        pytest.param("hotness", ("--dataset=synthetic", "--sweep_values=1,3"), marks=pytest.mark.slow),
+    ],
+)
+def test_sweeps(tmp_path, sweep, flags):
+    done = benchmark(f"--sweep={sweep}", *flags, f"--json={tmp_path}/b.json", f"--picture={tmp_path}/b.png")
+    assert not done.returncode, done.stderr
+    points = json.loads((tmp_path / "b.json").read_text())["points"]
+    asked = [v for flag in flags if "values" in flag for v in flag.split("=")[1].split(",")]
+    assert list(points) == (asked or ["1", "2"])
+    held = [point["train"]["held_bytes"] for point in points.values()]
+    assert held == sorted(held, reverse=sweep == "devices") and len(set(held)) == len(held)
+    assert (tmp_path / "b.png").stat().st_size > 5000
+
+
+def test_without_values_a_sweep_goes_around_the_runs_own():
+    data = dataclasses.replace(CONFIG.data, dataset="synthetic", table_sizes=(5000, 50))
+    config = dataclasses.replace(CONFIG, data=data, batch_size=128)
+    assert {value: run.batch_size for value, run in swept(config, "batch", []).items()} == {
+        value: value for value in (2, 8, 32, 128, 512)
+    }
+    assert [run.data.max_rows_per_table for run in swept(config, "rows", []).values()] == [100, 1000, 10000]
+    assert [run.data.hotness for run in swept(config, "hotness", []).values()] == [(1,), (2,), (4,), (8,), (16,), (32,)]
+    assert [run.model.bottom_mlp[-1] for run in swept(config, "dim", []).values()] == [8, 16, 32, 64, 128]
+    assert [run.sharding.mesh for run in swept(config, "devices", []).values()] == [
+        f"model:{count}" for count in (1, 2, 4, 8)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--seconds=inf",), "--seconds=inf never ends"),
+        (("--sweep_values=3",), "needs --sweep"),
+        (("--sweep=batch", "--sweep_values=3,x"), "--sweep_values=3,x are not all whole numbers"),
+        (("--sweep=rows",), "--sweep=rows changes the data, so it needs --dataset=synthetic"),
+        (("--sweep=devices", "--sweep_values=64"), "--sweep_values has 64 devices, but there are 2"),
+    ],
+)
+def test_what_cannot_be_measured_is_said_in_a_line(flags, message):
+    done = benchmark(*flags)
+    assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr

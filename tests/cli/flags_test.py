@@ -1,0 +1,281 @@
+"""Tests `dlrm_jax/cli/flags.py`: every flag reaches the setting that its name promises, and survives flags.txt."""
+
+import ast
+import dataclasses
+import functools
+import re
+
+import pytest
+from absl import flags
+
+from dlrm_jax.cli.flag_effects import EFFECTS
+from dlrm_jax.cli.flags import (
+    FLAGS,
+    LEARNING_DEFAULTS,
+    config_from_flags,
+    define_run_flags,
+    flagfile_text,
+    unchecked_config,
+)
+from dlrm_jax.config import ConfigError
+from tests.helpers import ROOT
+
+# flag -> (its text, where it ends up, the value there); each is valid, if not of use, beside the others.
+SETTINGS = {
+    "dataset": ("movielens_100k", "data.dataset", "movielens_100k"),
+    "data_dir": ("some/where", "data.data_dir", "some/where"),
+    "split": ("time", "data.split", "time"),
+    "num_examples": ("77", "data.num_examples", 77),
+    "max_rows_per_table": ("99", "data.max_rows_per_table", 99),
+    "num_dense": ("7", "data.num_dense", 7),
+    "table_sizes": ("50,60", "data.table_sizes", (50, 60)),
+    "hotness": ("3,4", "data.hotness", (3, 4)),
+    "id_skew": ("0.5", "data.id_skew", 0.5),
+    "id_trace": ("dist_{}.log", "data.id_trace", "dist_{}.log"),
+    "multi_hot": ("virtual", "data.multi_hot", "virtual"),
+    "multi_hot_sizes": ("2,5", "data.multi_hot_sizes", (2, 5)),
+    "multi_hot_distribution": ("pareto", "data.multi_hot_distribution", "pareto"),
+    "seed": ("5", "seed", 5),
+    "shuffle": ("false", "shuffle", False),
+    "ids_out_of_range": ("hash", "ids_out_of_range", "hash"),
+    "cpu_kernels": ("native", "cpu_kernels", "native"),
+    "allow_oversubscription": ("true", "allow_oversubscription", True),
+    "embedding_dim": ("8", "model.embedding_dim", 8),
+    "bottom_mlp": ("32,8", "model.bottom_mlp", (32, 8)),
+    "top_mlp": ("9,1", "model.top_mlp", (9, 1)),
+    "interaction": ("cross", "model.interaction", "cross"),
+    "self_interaction": ("true", "model.self_interaction", True),
+    "cross_layers": ("4", "model.cross_layers", 4),
+    "cross_rank": ("6", "model.cross_rank", 6),
+    "learned_pooling": ("true", "model.learned_pooling", True),
+    "dense_init": ("torch", "model.dense_init", "torch"),
+    "compute_dtype": ("bfloat16", "model.compute_dtype", "bfloat16"),
+    "table_init": ("flax", "model.table_init", "flax"),
+    "loss": ("wbce", "loss.name", "wbce"),
+    "class_weights": ("0.5,2", "loss.class_weights", (0.5, 2.0)),
+    "loss_threshold": ("0.01", "loss.threshold", 0.01),
+    "dense_optimizer": ("adamw", "optimizer.dense", "adamw"),
+    "table_optimizer": ("adagrad", "optimizer.table", "adagrad"),
+    "learning_rate": ("0.7", "optimizer.schedule.learning_rate", 0.7),
+    "adagrad_eps": ("1e-8", "optimizer.eps", 1e-8),
+    "momentum": ("0.8", "optimizer.momentum", 0.8),
+    "weight_decay": ("0.2", "optimizer.weight_decay", 0.2),
+    "warmup_steps": ("3", "optimizer.schedule.warmup_steps", 3),
+    "decay_start_step": ("4", "optimizer.schedule.decay_start_step", 4),
+    "decay_steps": ("5", "optimizer.schedule.decay_steps", 5),
+    "decay_power": ("1.5", "optimizer.schedule.decay_power", 1.5),
+    "end_learning_rate": ("0.001", "optimizer.schedule.end_learning_rate", 0.001),
+    "lr_compat": ("dlrm", "optimizer.schedule.compat", "dlrm"),
+    "batch_size": ("12", "batch_size", 12),
+    "num_micro_batches": ("3", "num_micro_batches", 3),
+    "num_epochs": ("2", "num_epochs", 2),
+    "num_steps": ("50", "num_steps", 50),
+    "eval_batch_size": ("13", "eval_batch_size", 13),
+    "eval_every": ("14", "eval_every", 14),
+    "checkpoint_every": ("15", "checkpoint_every", 15),
+    "steps_per_dispatch": ("4", "steps_per_dispatch", 4),
+    "log_every": ("16", "log_every", 16),
+    "target_metric": ("log_loss", "target_metric", "log_loss"),
+    "target_value": ("0.4", "target_value", 0.4),
+    "patience": ("17", "patience", 17),
+    "allow_schedule_change": ("true", "allow_schedule_change", True),
+    "sharding": ("column_wise", "sharding.sharding", "column_wise"),
+    "sharding_plan": ("plan.json", "sharding.plan", "plan.json"),
+    "mesh": ("data:2", "sharding.mesh", "data:2"),
+    "group_size": ("2", "sharding.group_size", 2),
+    "exchange_dtype": ("bfloat16", "sharding.exchange_dtype", "bfloat16"),
+    "exchange_capacity": ("64", "sharding.exchange_capacity", 64),
+    "pipeline_exchange": ("true", "sharding.pipeline", True),
+}
+
+
+@pytest.fixture(scope="module")
+def parsed():
+    define_run_flags()
+    FLAGS(["train", *(f"--{name}={text}" for name, (text, _, _) in SETTINGS.items())])
+    yield unchecked_config()
+    for name in (*SETTINGS, "workdir"):
+        delattr(FLAGS, name)
+
+
+def at(config, path: str):
+    for name in path.split("."):
+        config = getattr(config, name)
+    return config
+
+
+def test_flag_files_say_how_they_learn():
+    """So that their published results do not depend on defaults."""
+    files = sorted((ROOT / "experiments").glob("*.flags"))
+    assert len(files) >= 14
+    for path in files:
+        lines = path.read_text().splitlines()
+        above = [line.split("=")[1] for line in lines if line.startswith("--flagfile=")]
+        lines += [line for name in above for line in (ROOT / name).read_text().splitlines()]
+        said = {line.split("=")[0].removeprefix("--") for line in lines}
+        assert set(LEARNING_DEFAULTS) <= said, path.name
+
+
+def test_defaults_are_those_that_were_chosen_by_measurement():
+    chosen = re.search(r"^CHOSEN = (\(.*\))$", (ROOT / "experiments" / "choose_defaults.py").read_text(), re.MULTILINE)
+    assert tuple(map(str, LEARNING_DEFAULTS.values())) == ast.literal_eval(chosen[1])
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_flag_reaches_its_setting(parsed, name):
+    _, path, value = SETTINGS[name]
+    assert at(parsed, path) == value
+
+
+@pytest.mark.parametrize("name", [name for name in SETTINGS if name != "seed"])
+def test_value_is_not_the_default(parsed, name):
+    assert FLAGS[name].value != FLAGS[name].default, "a flag set to its default tests nothing"
+
+
+def test_every_flag_and_every_setting_is_covered(parsed):
+    ours = {flag.name for flag in FLAGS.flags_by_module_dict()["dlrm_jax.cli.flags"]}
+    assert ours == set(SETTINGS) | {"workdir"}
+
+    def leaves(value, path: str) -> set[str]:
+        if not dataclasses.is_dataclass(value):
+            return {path}
+        names = [field.name for field in dataclasses.fields(value)]
+        return set().union(*(leaves(getattr(value, name), f"{path}.{name}".lstrip(".")) for name in names))
+
+    assert leaves(parsed, "") == {path for _, path, _ in SETTINGS.values()} | {"data.seed"}
+    assert parsed.data.seed == parsed.seed
+
+
+def test_flagfile_text_gives_the_same_config(parsed, tmp_path):
+    path = tmp_path / "flags.txt"
+    path.write_text(flagfile_text())
+    FLAGS.unparse_flags()
+    FLAGS(["train", f"--flagfile={path}"])
+    assert unchecked_config() == parsed
+    assert all(line.startswith("--") for line in path.read_text().splitlines())
+    assert isinstance(FLAGS, flags.FlagValues)
+
+
+DECAY = ("decay_steps=5",)
+# Of each flag that has an effect under some settings only: those settings.
+NEEDS = {
+    "split": ("dataset=movielens_100k", "data_dir=raw"),
+    "num_examples": (),
+    "max_rows_per_table": ("dataset=criteo_kaggle", "data_dir=raw"),
+    **dict.fromkeys(("num_dense", "id_skew", "id_trace"), ("dataset=synthetic",)),
+    "table_sizes": ("dataset=synthetic",),
+    "hotness": ("dataset=synthetic", "table_sizes=50,60"),
+    "multi_hot_sizes": ("multi_hot=virtual",),
+    "multi_hot_distribution": ("multi_hot=virtual", "multi_hot_sizes=2,5"),
+    "ids_out_of_range": (),
+    "self_interaction": (),
+    **dict.fromkeys(("cross_layers", "cross_rank"), ("interaction=cross",)),
+    "class_weights": ("loss=wbce",),
+    "adagrad_eps": (),
+    "momentum": ("dense_optimizer=momentum",),
+    "weight_decay": ("dense_optimizer=adamw",),
+    **dict.fromkeys(("decay_start_step", "decay_power", "end_learning_rate", "lr_compat"), DECAY),
+    "num_epochs": (),
+}
+# Settings under which it has none, where that is not so by default.
+WITHOUT = {
+    "num_examples": ("dataset=criteo_kaggle", "data_dir=raw"),
+    "ids_out_of_range": ("dataset=synthetic",),
+    "self_interaction": ("interaction=cat",),
+    "num_epochs": ("num_steps=50",),
+    "adagrad_eps": ("dense_optimizer=sgd", "table_optimizer=sgd"),
+}
+OTHERS = [
+    ("adagrad_eps=1e-8", "table_optimizer=rowwise_adagrad"),
+    ("max_rows_per_table=9", "dataset=synthetic"),
+    ("num_examples=90", "dataset=synthetic"),
+    ("momentum=0.9",),  # As by default: that says nothing.
+    ("class_weights=1,1",),
+    ("table_sizes=" + ",".join(["1000"] * 8),),
+]
+HAVE_NONE = [
+    (("decay_power=3", "decay_steps=5", "lr_compat=dlrm"), "--decay_power=3.0 has no effect here: it needs"),
+    (("id_skew=2", "data_dir=mine", "dataset=synthetic"), "--id_skew=2.0 has no effect"),
+    (("table_sizes=5,6", "data_dir=mine"), "--table_sizes=5,6 has no effect here: it is for --dataset=synthetic"),
+    (("class_weights=0.5,2",), "--class_weights=0.5,2 has no effect here: it is for --loss=wbce; leave it out"),
+]
+
+
+@pytest.fixture
+def parse():
+    define = "seed" not in FLAGS
+    if define:
+        define_run_flags()
+
+    def parse_flags(*flags: str) -> None:
+        FLAGS.unparse_flags()
+        for flag in FLAGS.flags_by_module_dict()["dlrm_jax.cli.flags"]:
+            flag.unparse()
+        FLAGS(["train", *(f"--{flag}" for flag in flags)])
+
+    yield parse_flags
+    if define:
+        for name in EFFECTS:
+            delattr(FLAGS, name)
+
+
+def test_every_flag_is_in_the_table_of_effects(parse):
+    assert set(EFFECTS) == {flag.name for flag in FLAGS.flags_by_module_dict()["dlrm_jax.cli.flags"]}
+    assert set(NEEDS) == {name for name, effect in EFFECTS.items() if effect.words}
+
+
+@pytest.mark.parametrize("name", NEEDS)
+def test_a_flag_without_effect_is_refused_or_said(parse, name, caplog):
+    given = f"{name}={SETTINGS[name][0]}"
+    parse(given, *NEEDS[name])
+    config_from_flags()
+    assert not caplog.text
+    parse(given, *WITHOUT.get(name, ()))
+    if name == "multi_hot_sizes":
+        words = "multi_hot and multi_hot_sizes go together"
+    elif name == "weight_decay":
+        words = "only adamw decays weights"
+    else:
+        words = f"--{name}=.* has no effect here: {EFFECTS[name].words}"
+    if EFFECTS[name].refused:
+        with pytest.raises(ConfigError, match=words):
+            config_from_flags()
+    else:
+        config_from_flags()
+        assert words.partition(".*")[2] in caplog.text
+
+
+@pytest.mark.parametrize("name", [name for name, effect in EFFECTS.items() if not effect.words and name != "workdir"])
+def test_a_flag_with_an_effect_everywhere_is_never_refused(parse, name):
+    together = {
+        "multi_hot": ["multi_hot_sizes=2,5"],
+        "embedding_dim": ["bottom_mlp=8"],
+        "bottom_mlp": ["embedding_dim=8"],
+    }
+    together |= {"num_micro_batches": ["batch_size=12"], "dataset": ["data_dir=raw"]}
+    text, path, value = SETTINGS[name]
+    parse(f"{name}={text}", *together.get(name, []))
+    assert functools.reduce(getattr, path.split("."), config_from_flags()) == value
+
+
+@pytest.mark.parametrize("flags", OTHERS)
+def test_flags_that_have_an_effect_or_say_the_default(parse, flags, caplog):
+    parse(*flags)
+    assert config_from_flags() == unchecked_config() and not caplog.text
+
+
+@pytest.mark.parametrize(("flags", "words"), HAVE_NONE)
+def test_flags_that_have_none(parse, flags, words):
+    parse(*flags)
+    with pytest.raises(ConfigError, match=words):
+        config_from_flags()
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("experiments/*.flags")), ids=lambda path: path.stem)
+def test_files_of_flags_and_what_runs_write_of_them_are_accepted(parse, path, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    parse(f"flagfile={path}", "data_dir=" if "shape" in path.stem or path.stem == "quickstart" else "data_dir=raw")
+    config = config_from_flags()
+    (tmp_path / "flags.txt").write_text(flagfile_text())
+    parse(f"flagfile={tmp_path}/flags.txt")
+    assert config_from_flags() == config

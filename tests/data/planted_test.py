@@ -1,0 +1,52 @@
+"""Tests `dlrm_jax/data/generate/planted.py`."""
+
+import numpy as np
+import pytest
+
+from dlrm_jax.config import ConfigError
+from dlrm_jax.data.batch import EMPTY_SLOT, check_ids
+from dlrm_jax.data.generate import planted
+from dlrm_jax.model.metrics import auc
+from dlrm_jax.training.run_config import ModelOptions
+
+
+def test_same_seed_same_data_other_seed_other_data():
+    a, b, c = (planted.generate(seed, 1000) for seed in (3, 3, 4))
+    assert a.fingerprint() == b.fingerprint() != c.fingerprint()
+
+
+def test_ids_fit_their_tables_and_follow_a_power_law():
+    data = planted.generate(0, 20000)
+    model = ModelOptions(4, (4,), (1,)).build(data)
+    ids, _ = check_ids(model, data.splits["train"].ids_RxK)
+    counts = np.sort(np.bincount(ids[:, 0], minlength=600))[::-1]
+    assert counts[0] > 5 * counts[9] > 0
+    assert (ids == EMPTY_SLOT).any()
+
+
+def test_optimum_is_what_the_teacher_scores_and_beats_a_shuffled_teacher():
+    data = planted.generate(0, 20000)
+    optimum = data.optimum["test"]
+    labels = data.splits["test"].label_R
+    base = labels.mean()
+    assert 0.75 < optimum["auc"] < 0.95
+    assert optimum["log_loss"] < -(base * np.log(base) + (1 - base) * np.log(1 - base))
+    assert auc(np.random.default_rng(0).random(len(labels)), labels) < optimum["auc"] - 0.2
+
+
+def test_labels_are_coin_flips_of_the_teacher():
+    # Were the teacher miscalibrated, its expected log loss would not equal the realised one.
+    _, prob = planted._Log.of(0).rows(0, 20000)
+    entropy = -(prob * np.log(prob) + (1 - prob) * np.log1p(-prob)).mean()
+    realised = np.mean([planted.generate(0, 20000).optimum[split]["log_loss"] for split in ("val", "test")])
+    assert abs(entropy - realised) < 0.02
+
+
+def test_too_few_examples_are_refused():
+    with pytest.raises(ConfigError, match="num_examples is 9"):
+        planted.generate(0, 9)
+
+
+def test_smallest_log_has_all_splits():
+    data = planted.generate(0, 10)
+    assert [len(data.splits[name]) for name in ("train", "val", "test")] == [8, 1, 1]

@@ -1,0 +1,143 @@
+"""Several processes as one run: equal results, written once; one that stops, stops all."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from dlrm_jax.config import ConfigError
+from dlrm_jax.host.processes import join
+from tests.helpers import ROOT
+
+FLAGS = {
+    **{"num_examples": 2000, "embedding_dim": 4, "bottom_mlp": "8,4", "top_mlp": "8,1", "batch_size": 64},
+    **{"table_optimizer": "rowwise_adagrad", "dense_optimizer": "adam", "learning_rate": 0.01},
+    **{"checkpoint_every": 10, "log_every": 10, "sharding": "row_wise", "patience": 0},
+}
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def start(command: list[str], devices: int) -> subprocess.Popen:
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, cwd=ROOT, env=environment, **pipes)
+
+
+def train(workdir, num_processes: int, devices: int, **flags) -> list[subprocess.Popen]:
+    flags = {**FLAGS, "num_steps": 60, "eval_every": 20, "workdir": workdir, **flags}
+    command = [sys.executable, "-m", "dlrm_jax.train", *(f"--{name}={value}" for name, value in flags.items())]
+    together = [f"--coordinator_address=127.0.0.1:{free_port()}", f"--num_processes={num_processes}"]
+    return [start([*command, *together, f"--process_id={i}"], devices) for i in range(num_processes)]
+
+
+def outputs(running: list[subprocess.Popen], seconds: float = 200) -> list[str]:
+    try:
+        return [process.communicate(timeout=seconds)[0] for process in running]
+    finally:
+        for process in running:
+            process.kill()
+
+
+@pytest.mark.slow
+def test_every_placement_on_two_processes_equals_one_device():
+    devices = 2
+    port = str(free_port())
+    command = [sys.executable, "-m", "tests.one_of_several", port]
+    running = [start([*command, str(i), "2", str(devices)], devices) for i in range(2)]
+    texts = outputs(running, 500)
+    assert [process.returncode for process in running] == [0, 0], texts
+    assert all(text.count("equals one device") == 6 for text in texts)
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("together")
+    running = train(workdir, 2, 2)
+    texts = outputs(running)
+    assert [process.returncode for process in running] == [0, 0], texts
+    return workdir, texts
+
+
+@pytest.mark.slow
+@pytest.mark.end_to_end
+def test_two_processes_write_once_and_equal_one(tmp_path, together):
+    workdir, texts = together
+    assert "results, curves and checkpoints are in" in texts[0]
+    assert "val auc" in texts[0] and "val auc" not in texts[1] and "results" not in texts[1]
+    (alone,) = train(tmp_path, 1, 4)
+    assert alone.communicate(timeout=200) and alone.returncode == 0
+    ours, theirs = (
+        [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()] for path in (workdir, tmp_path)
+    )
+    assert [line["step"] for line in ours] == [line["step"] for line in theirs]
+    losses = [np.array([line["loss"] for line in lines]) for lines in (ours, theirs)]
+    np.testing.assert_allclose(*losses, rtol=0, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.end_to_end
+def test_a_signal_to_one_stops_all_at_one_step_and_the_same_command_goes_on(tmp_path, together):
+    running = train(tmp_path, 2, 2, num_steps=100_000, eval_every=100_000)
+    wait_for_step(tmp_path, 50)
+    running[1].send_signal(signal.SIGTERM)
+    texts = outputs(running, 60)
+    assert [process.returncode for process in running] == [143, 143], texts
+    stops = {line for text in texts for line in text.splitlines() if line.startswith("stopped by SIGTERM at step")}
+    assert len(stops) == 1
+    step = int(stops.pop().split("step ")[1].split(";")[0])
+    running = train(tmp_path, 2, 2, num_steps=step + 10, eval_every=100_000)
+    texts = outputs(running)
+    assert [process.returncode for process in running] == [0, 0], texts
+    assert f"resumed at step {step}" in texts[0]
+
+
+@pytest.mark.slow
+@pytest.mark.end_to_end
+@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.exhaustive)])
+def test_one_that_dies_ends_the_other_with_a_message_and_the_run_goes_on_later(tmp_path, victim):
+    running = train(tmp_path, 2, 2, num_steps=100_000, eval_every=100_000)
+    wait_for_step(tmp_path, 50)
+    running[victim].kill()
+    began = time.monotonic()
+    text = running[1 - victim].communicate(timeout=120)[0]
+    assert running[1 - victim].returncode not in (0, None)
+    assert time.monotonic() - began < 90
+    assert "another task died" in text or "UNAVAILABLE" in text or "error: process" in text
+    if victim == 0:
+        return  # What is on disk is the same, whoever died: going on is shown once.
+    # It may have gone on a while: fewer steps than it has done would be refused.
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    running = train(tmp_path, 2, 2, num_steps=json.loads(lines[-2])["step"] + 30)
+    texts = outputs(running)
+    assert [process.returncode for process in running] == [0, 0], texts
+    assert "resumed at step" in texts[0]
+
+
+def wait_for_step(workdir, step: int) -> None:
+    deadline, metrics = time.monotonic() + 120, workdir / "metrics.jsonl"
+    while time.monotonic() < deadline:
+        lines = metrics.read_text().splitlines() if metrics.exists() else []
+        if len(lines) > 1 and json.loads(lines[-2])["step"] >= step:
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"step {step} was not reached")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [(("host:1", 2, -1), "go together"), (("", 2, 0), "go together"), (("host:1", 2, 2), "process_id=2 is not below")],
+)
+def test_flags_that_do_not_go_together(flags, message):
+    with pytest.raises(ConfigError, match=message):
+        join(*flags)

@@ -1,0 +1,143 @@
+"""Promise 6: what a step sends and holds is known beforehand, and agrees with the compiled step."""
+
+import dataclasses
+import math
+
+import jax
+import numpy as np
+import pytest
+
+from dlrm_jax.config import FeatureConfig, LossConfig, ModelConfig, TableConfig
+from dlrm_jax.host.mesh import MeshShape, make_mesh
+from dlrm_jax.planning.cost import Load, dense_parameters, estimate
+from dlrm_jax.planning.hardware import HARDWARE
+from dlrm_jax.planning.hlo import collectives, largest_result, totals
+from dlrm_jax.planning.skew import expected_distinct, fitted_skew
+from dlrm_jax.tables.exchange import ExchangeOptions
+from dlrm_jax.tables.plan import SHARDINGS, make_plan
+from dlrm_jax.training.placed import Placed
+from dlrm_jax.training.state import init_dense
+from dlrm_jax.training.step import make_train_step
+from tests.helpers import optimizer
+
+BATCH = 512
+SIZES = (1_000_000, 333_333, 1000, 40, 3, 500_000)
+KINDS = (*SHARDINGS, "mix")
+
+
+def model(interaction: str = "dot", pooling: str = "sum") -> ModelConfig:
+    tables = tuple(TableConfig(f"t{i}", rows, 16) for i, rows in enumerate(SIZES))
+    features = tuple(FeatureConfig(f"f{i}", f"t{i}", 1 if i else 3, pooling) for i in range(len(SIZES)))
+    return ModelConfig(13, tables, features, (64, 16), (64, 1), interaction, cross_rank=8)
+
+
+def predicted_and_compiled(mesh, sharding, table="rowwise_adagrad", dtype="", **changes):
+    config, shape = model(**changes), MeshShape(*mesh)
+    if sharding == "mix":
+        sharding = {t.name: SHARDINGS[i % len(SHARDINGS)] for i, t in enumerate(config.tables)}
+    plan = make_plan(config, shape, sharding)
+    cost = estimate(config, optimizer(table), plan, Load(BATCH), HARDWARE["cpu"])
+    if dtype:
+        options = dataclasses.replace(cost.options, dtype=dtype)
+        cost = estimate(config, optimizer(table), plan, Load(BATCH), HARDWARE["cpu"], options)
+    placed = Placed(config, optimizer(table), plan, make_mesh(shape), cost.options)
+    step = placed.jit_step(make_train_step(config, LossConfig(), placed.optimizer, 1, placed.ops))
+    return cost, step.lower(placed.abstract_state, placed.abstract_batch(BATCH)).compile()
+
+
+CASES = [
+    *(((1, 8), kind, "rowwise_adagrad") for kind in KINDS),
+    *(((2, 4), kind, "adagrad") for kind in ("table_wise", "column_wise", "mix")),
+]
+MORE = [
+    *(((2, 4), kind, table) for kind in KINDS for table in ("sgd", "rowwise_adagrad")),
+    *(((1, 8), kind, "sgd") for kind in KINDS),
+]
+
+
+EXHAUSTIVE = (pytest.mark.slow, pytest.mark.exhaustive)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "sharding", "table"), [*CASES, *(pytest.param(*case, marks=EXHAUSTIVE) for case in MORE)]
+)
+def test_bytes_and_memory_are_those_of_the_compiled_step(mesh, sharding, table):
+    cost, compiled = predicted_and_compiled(mesh, sharding, table)
+    text, memory = compiled.as_text(), compiled.memory_analysis()
+    assert totals(collectives(text)) == dict(cost.sent.bytes_by_kind)
+    held = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+    held += memory.output_size_in_bytes - memory.alias_size_in_bytes
+    assert abs(cost.bytes_held / held - 1) < 0.05
+    # No table is gathered, reduced or copied, and none has a temporary of its size.
+    smallest_big_table = 333_333 * 16 * 4 // 8
+    moving = ("copy", "all-gather", "all-gather-start", "all-reduce", "all-reduce-start", "reduce-scatter")
+    assert largest_result(text, moving) < smallest_big_table
+    assert memory.temp_size_in_bytes < 2 * smallest_big_table
+    assert memory.alias_size_in_bytes > 0.98 * memory.output_size_in_bytes
+
+
+@pytest.mark.parametrize("sharding", ["table_wise", "row_wise", "column_wise"])
+def test_bfloat16_halves_what_is_sent_on_every_backend(sharding):
+    cost, compiled = predicted_and_compiled((1, 4), sharding, dtype="bfloat16")
+    sent = totals(collectives(compiled.as_text()))
+    assert sent == dict(cost.sent.bytes_by_kind)
+    full, _ = predicted_and_compiled((1, 4), sharding)
+    assert sent["all-to-all"] < 0.6 * full.sent.bytes_by_kind["all-to-all"]
+
+
+def test_scales_that_travel_are_counted():
+    for sharding in ("table_wise", "column_wise"):
+        cost, compiled = predicted_and_compiled((1, 4), sharding, pooling="mean")
+        assert totals(collectives(compiled.as_text())) == dict(cost.sent.bytes_by_kind)
+
+
+def test_row_wise_sends_little_more_than_each_needed_row_once_each_way():
+    """Against what was needed of a drawn batch, and against partial sums of pooled vectors sent by every owner."""
+    config, shape, devices = model(), MeshShape(1, 8), 8
+    cost = estimate(config, optimizer(), make_plan(config, shape, "row_wise"), Load(4096), HARDWARE["cpu"])
+    rng, ideal = np.random.default_rng(0), 0.0
+    for _ in range(devices):
+        for rows, hotness in zip(SIZES, (3, 1, 1, 1, 1, 1), strict=True):
+            weight = np.arange(1, rows + 1) ** -1.05
+            ids = np.searchsorted(np.cumsum(weight) / weight.sum(), rng.random(4096 // devices * hotness))
+            ideal += 2 * len(np.unique(ids)) * 16 * 4 / devices
+    sent = cost.sent.bytes_by_kind["all-to-all"]
+    scattered = 2 * 4096 * len(SIZES) * 16 * 4  # (S, b, F, D) partial sums reduced, and their gradients gathered.
+    assert sent < 1.5 * ideal
+    assert scattered > 4 * ideal
+
+
+def test_agreeing_where_a_round_ends_is_counted_on_large_meshes():
+    config, cpu = model(), HARDWARE["cpu"]
+
+    def reduced(shards: int, **options: ExchangeOptions) -> int:
+        plan = make_plan(config, MeshShape(1, shards), "row_wise")
+        cost = estimate(config, optimizer(), plan, Load(64 * shards), cpu, **options)
+        return cost.sent.bytes_by_kind["all-reduce"] - 4 * (dense_parameters(config) + 1)
+
+    assert reduced(8) == 0
+    assert reduced(128) == 128 * 4
+    assert reduced(128, options=ExchangeOptions()) == 0, "whoever may ask for all at once needs one round"
+
+
+@pytest.mark.parametrize("interaction", ["dot", "cat", "cross"])
+def test_dense_parameters_are_counted_rightly(interaction):
+    config = model(interaction)
+    shapes = jax.eval_shape(lambda: init_dense(config, 0))
+    assert dense_parameters(config) == sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
+
+
+def test_expected_distinct_agrees_with_drawing():
+    rng = np.random.default_rng(1)
+    for rows, skew in ((50, 0.0), (10_000, 1.05), (100_000, 0.6)):
+        weight = np.arange(1, rows + 1) ** -skew
+        cumulative = np.cumsum(weight) / weight.sum()
+        drawn = [len(np.unique(np.searchsorted(cumulative, rng.random(3000)))) for _ in range(10)]
+        assert expected_distinct(rows, 3000, skew) == pytest.approx(np.mean(drawn), rel=0.05)
+    assert expected_distinct(1, 100, 1.0) == pytest.approx(1)
+
+
+def test_the_exponent_is_found_again_from_the_top_share():
+    for rows, skew in ((1000, 0.3), (1_000_000, 1.1)):
+        weight = np.arange(1, rows + 1) ** -skew
+        assert fitted_skew(rows, float(weight[0] / weight.sum())) == pytest.approx(skew, abs=0.03)

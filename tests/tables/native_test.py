@@ -1,0 +1,178 @@
+"""C++ lookup and update equal to XLA's, on every kind of bag; compiled once, refused clearly where they cannot be."""
+
+import dataclasses
+import hashlib
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dlrm_jax.config import ConfigError, FeatureConfig, ModelConfig, OptimizerConfig, ScheduleConfig, TableConfig
+from dlrm_jax.tables import embedding
+from dlrm_jax.tables.kernels import build
+from dlrm_jax.tables.kernels.ops import native_ops
+from dlrm_jax.tables.optimizers import make_sparse_optimizer
+from dlrm_jax.tables.table_ops import local_ops
+
+needs_compiler = pytest.mark.skipif(not build.has_compiler(), reason="no C++ compiler on this machine")
+
+RATE = 0.1
+
+
+def model_of(dim, hotness, pooling="sum"):
+    return ModelConfig(
+        num_dense=2,
+        tables=tuple(TableConfig(f"t{i}", rows, dim) for i, rows in enumerate((1, 7, 50_000))),
+        features=tuple(FeatureConfig(f"f{i}", f"t{i % 3}", h, pooling) for i, h in enumerate(hotness)),
+        bottom_mlp=(dim,),
+        top_mlp=(1,),
+    )
+
+
+def settings_of(table):
+    return OptimizerConfig(schedule=ScheduleConfig(learning_rate=RATE), table=table, dense="sgd", eps=1e-4)
+
+
+def slots_of(model, batch, weighted=False):
+    """Ids with repeats and, in bags, empty slots and empty bags; weights or None; gradients."""
+    rng = np.random.default_rng(0)
+    rows = {table.name: table.num_embeddings for table in model.tables}
+    ids = np.concatenate([rng.integers(0, rows[f.table], (batch, f.hotness)) for f in model.features], axis=1)
+    if model.num_slots > len(model.features):
+        ids[rng.random(ids.shape) < 0.2] = -1
+        ids[::5, : model.features[0].hotness] = -1
+    weights = rng.normal(size=ids.shape).astype(np.float32) if weighted else None
+    d_pooled = rng.normal(size=(batch, len(model.features), model.embedding_dim)).astype(np.float32)
+    return ids.astype(np.int32), weights, d_pooled
+
+
+def run(make_ops, model, settings, ids, weights, d_pooled):
+    """(pooled, tables, states) after a lookup and two updates, compiled, tables given away."""
+    ops = make_ops(model, settings)
+    tables = embedding.init_tables(model, 0)
+    sparse = make_sparse_optimizer(settings)
+    states = {name: sparse.init(table, model.embedding_dim) for name, table in tables.items()}
+
+    def step(tables, states, d_pooled):
+        pooled, routes = ops.lookup(tables, ops.route(ids, weights))
+        return pooled, *ops.update(tables, states, routes, d_pooled, jnp.float32(RATE))[:2]
+
+    step = jax.jit(step, donate_argnums=(0, 1))
+    pooled, tables, states = step(tables, states, d_pooled)
+    _, tables, states = step(tables, states, -0.5 * d_pooled)
+    return jax.tree.map(np.asarray, (pooled, tables, states))
+
+
+def assert_equal_to_plain(model, settings, *slots):
+    plain = run(local_ops, model, settings, *slots)
+    native = run(native_ops, model, settings, *slots)
+    # A row of the smallest table takes hundreds of gradients, and rounding grows with their sum.
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), native, plain)
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("table", "dim", "hotness", "pooling", "weighted", "batch"),
+    [
+        ("sgd", 16, (3, 1, 20, 5), "sum", False, 67),
+        ("adagrad", 32, (4, 4, 4), "mean", False, 16),
+        ("rowwise_adagrad", 64, (2, 9, 30), "sum", True, 33),
+        ("sgd", 128, (2, 2, 2), "mean", True, 5),
+        ("adagrad", 12, (1, 7, 3), "sum", False, 40),
+        ("rowwise_adagrad", 16, (1, 1, 1), "sum", False, 64),
+        ("rowwise_adagrad", 16, (2, 1, 1), "sum", False, 1),
+    ],
+)
+def test_native_is_equal_to_plain(table, dim, hotness, pooling, weighted, batch):
+    model = model_of(dim, hotness, pooling)
+
+    assert_equal_to_plain(model, settings_of(table), *slots_of(model, batch, weighted))
+
+
+@needs_compiler
+def test_native_over_several_stacks_is_equal_to_plain(monkeypatch):
+    stacks = embedding.make_stacks
+    monkeypatch.setattr(embedding, "make_stacks", lambda config: stacks(config, max_rows=20))
+    model = model_of(16, (3, 2, 5, 4, 1, 2))
+    assert len(embedding.make_stacks(model)) == 2
+
+    assert_equal_to_plain(model, settings_of("rowwise_adagrad"), *slots_of(model, 20))
+
+
+def hash_of_native_run() -> str:
+    model = model_of(16, (3, 20, 5))
+    made = run(native_ops, model, settings_of("rowwise_adagrad"), *slots_of(model, 200, weighted=True))
+    return hashlib.sha256(b"".join(np.ascontiguousarray(leaf).tobytes() for leaf in jax.tree.leaves(made))).hexdigest()
+
+
+@needs_compiler
+def test_native_is_the_same_bits_with_any_number_of_threads():
+    code = "from tests.tables.native_test import hash_of_native_run; print(hash_of_native_run())"
+    hashes = set()
+    for threads in ("1", "2", "5"):
+        environment = os.environ | {"JAX_PLATFORMS": "cpu", "NPROC": threads}  # XLA's own name for its threads.
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+        hashes.add(done.stdout)
+    assert len(hashes) == 1
+
+
+@needs_compiler
+def test_native_keeps_one_copy_of_a_table():
+    model = model_of(16, (3, 2, 5))
+    ops = native_ops(model, settings_of("adagrad"))
+    tables = embedding.init_tables(model, 0)
+    ids, _, d_pooled = slots_of(model, 8)
+
+    def step(tables, states):
+        _, routes = ops.lookup(tables, ops.route(ids, None))
+        return ops.update(tables, states, routes, d_pooled, jnp.float32(RATE))[:2]
+
+    states = jax.tree.map(jnp.zeros_like, tables)
+    memory = jax.jit(step, donate_argnums=(0, 1)).lower(tables, states).compile().memory_analysis()
+
+    num_bytes = 50_008 * 16 * 4
+    assert memory.alias_size_in_bytes >= 2 * num_bytes
+    assert memory.temp_size_in_bytes < num_bytes / 10
+
+
+@needs_compiler
+def test_a_library_is_compiled_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    path = build.built(build.SCORE, ())
+    made = path.stat().st_mtime_ns
+
+    assert build.built(build.SCORE, ()) == path
+    assert path.stat().st_mtime_ns == made
+    assert [file.name for file in (tmp_path / "dlrm_jax").iterdir()] == [path.name]
+    (tmp_path / "changed.h").write_text("")
+    monkeypatch.setattr(build, "_INCLUDED", tmp_path / "changed.h")
+    assert build.built(build.SCORE, ()) != path
+
+
+def test_without_a_compiler_the_error_says_what_to_do(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+
+    with pytest.raises(ConfigError, match=r"no C\+\+ compiler was found .* install g\+\+"):
+        build.compiler()
+
+
+def test_a_compiler_that_fails_is_named_and_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("CXX", "false")
+
+    with pytest.raises(ConfigError, match=r"^false .* could not compile score\.cc"):
+        build.built(build.SCORE, ())
+    assert not list((tmp_path / "dlrm_jax").iterdir())
+
+
+def test_what_native_does_not_have_is_refused():
+    learned = dataclasses.replace(model_of(16, (2, 2, 2)), learned_pooling=True)
+
+    with pytest.raises(ConfigError, match="--cpu_kernels=native has no --learned_pooling"):
+        native_ops(learned)

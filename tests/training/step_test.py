@@ -1,0 +1,199 @@
+"""Tests `dlrm_jax/training/step.py`: the row-sparse step equals a dense-gradient step of the same model."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dlrm_jax.config import LossConfig, ModelConfig, OptimizerConfig, TableConfig
+from dlrm_jax.model.dlrm import DLRM
+from dlrm_jax.model.loss import example_losses
+from dlrm_jax.tables import embedding
+from dlrm_jax.training.placed import on_one_device
+from dlrm_jax.training.state import TrainState, init_state
+from dlrm_jax.training.step import logits, make_eval_step, make_scanned_step, make_train_step
+from tests.helpers import optimizer, random_batch, tiny_model
+
+
+def dense_step(model: ModelConfig, optimizer: OptimizerConfig, params: dict, sums: dict, batch) -> tuple[dict, dict]:
+    """The oracle: autodiff through the lookup, and the textbook update of every weight of every table."""
+
+    def loss(params):
+        pooled = embedding.lookup(model, params["tables"], batch.ids_BxK, batch.id_weights_BxK)
+        logits_B = DLRM(model).apply({"params": params["dense"]}, batch.dense_BxN, pooled)
+        return (example_losses(LossConfig(), logits_B, batch.label_B) * batch.weight_B).sum() / batch.weight_B.sum()
+
+    grads = jax.grad(loss)(params)
+    rate = optimizer.schedule.learning_rate
+    if optimizer.table == "sgd":
+        return jax.tree.map(lambda w, g: w - rate * g, params, grads), sums
+    squares = jax.tree.map(jnp.square, grads)
+    if optimizer.table == "rowwise_adagrad":
+        squares["tables"] = jax.tree.map(lambda s: s.mean(axis=1, keepdims=True) + 0 * s, squares["tables"])
+    sums = jax.tree.map(jnp.add, sums, squares)
+    new = jax.tree.map(lambda w, g, s: w - rate * g / (jnp.sqrt(s) + optimizer.eps), params, grads, sums)
+    return new, sums
+
+
+@pytest.mark.parametrize(
+    ("table", "interaction", "learned"),
+    [
+        ("sgd", "dot", False),
+        ("adagrad", "dot", False),
+        ("rowwise_adagrad", "dot", False),
+        ("rowwise_adagrad", "cat", True),
+        ("sgd", "cross", True),
+        ("adagrad", "cross", False),
+    ],
+)
+def test_ten_steps_equal_dense_gradients(table, interaction, learned):
+    model = tiny_model(interaction=interaction, cross_layers=2, cross_rank=3, learned_pooling=learned)
+    config = optimizer(table, "sgd" if table == "sgd" else "adagrad", rate=0.05)
+    state = init_state(model, config, seed=0)
+    params = {"dense": state.dense_params, "tables": state.tables}
+    sums = jax.tree.map(jnp.zeros_like, params)
+    train_step = jax.jit(make_train_step(model, LossConfig(), config))
+    for i in range(10):
+        batch = random_batch(model, 16, seed=i)
+        params, sums = dense_step(model, config, params, sums, batch)
+        state, _ = train_step(state, batch)
+    ours = {"dense": state.dense_params, "tables": state.tables}
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5), ours, params)
+
+
+@pytest.mark.parametrize("table", ["sgd", "rowwise_adagrad"])
+def test_micro_batches_equal_one_big_batch(table):
+    model, config = tiny_model(), optimizer(table, rate=0.1)
+    batch = random_batch(model, 16)
+    batch = batch.replace(weight_B=(np.arange(16) < 13).astype(np.float32))
+    results = []
+    for parts in (1, 2, 4, 16):
+        state, metrics = jax.jit(make_train_step(model, LossConfig(), config, parts))(
+            init_state(model, config, 0), batch
+        )
+        results.append((state, metrics["loss"]))
+    for other in results[1:]:
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), results[0], other)
+
+
+def test_padding_rows_change_nothing():
+    model, config = tiny_model(), optimizer("rowwise_adagrad")
+    batch = random_batch(model, 8)
+    padded = jax.tree.map(lambda x: np.concatenate([x, np.full_like(x, 7)]), batch)
+    padded = padded.replace(
+        weight_B=np.repeat(np.float32([1, 0]), 8), ids_BxK=np.concatenate([batch.ids_BxK, 0 * batch.ids_BxK - 1])
+    )
+    step = make_train_step(model, LossConfig(), config)
+    short, long = step(init_state(model, config, 0), batch), step(init_state(model, config, 0), padded)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), short, long)
+
+
+@pytest.mark.parametrize("interaction", ["dot", "cross"])
+def test_bfloat16_keeps_float32_weights_and_comes_close(interaction):
+    plain = tiny_model(interaction=interaction, cross_layers=2, cross_rank=3)
+    model = dataclasses.replace(plain, compute_dtype="bfloat16")
+    state, batch = init_state(plain, optimizer(), 0), random_batch(model, 32)
+    wanted = logits(plain, state, batch)
+    found = logits(model, state, batch)
+    assert found.dtype == np.float32 and not np.array_equal(found, wanted)
+    np.testing.assert_allclose(found, wanted, atol=0.03)
+    text = str(jax.make_jaxpr(lambda s, b: logits(model, s, b))(state, batch))
+    in_bfloat16 = [line for line in text.splitlines() if "dot_general" in line and "bf16" in line]
+    assert len(in_bfloat16) == {"dot": 4, "cross": 8}[interaction]
+    stepped, step_metrics = jax.jit(make_train_step(model, LossConfig(), optimizer()))(state, batch)
+    assert all(leaf.dtype != jnp.bfloat16 for leaf in jax.tree.leaves((stepped, step_metrics)))
+    assert bool(step_metrics["finite"])
+
+
+@pytest.mark.parametrize("table", ["sgd", "rowwise_adagrad"])
+def test_steps_in_one_dispatch_equal_single_ones(table):
+    model = tiny_model()
+    step = make_train_step(model, LossConfig(), optimizer(table))
+    batches = [random_batch(model, 16, seed) for seed in range(4)]
+    one = init_state(model, optimizer(table), 0)
+    losses = []
+    for batch in batches:
+        one, step_metrics = jax.jit(step)(one, batch)
+        losses.append(float(step_metrics["loss"]))
+    all_at_once = jax.jit(make_scanned_step(step))
+    many, all_metrics = all_at_once(init_state(model, optimizer(table), 0), batches)
+    np.testing.assert_allclose([float(m["loss"]) for m in all_metrics], losses, rtol=1e-5)
+    assert int(many.step) == 4
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), many, one)
+
+
+def test_steps_in_one_dispatch_hold_one_copy_of_each_table():
+    model = tiny_model(tables=tuple(TableConfig(name, 100_000, 4) for name in ("user", "item", "flag")))
+    placed = on_one_device(model, optimizer("rowwise_adagrad"))
+    steps = make_scanned_step(make_train_step(model, LossConfig(), placed.optimizer))
+    compiled = placed.jit_step(steps).lower(placed.abstract_state, [placed.abstract_batch(16)] * 3).compile()
+    memory, table_bytes = compiled.memory_analysis(), 100_000 * 4 * 4
+    assert memory.alias_size_in_bytes > 3 * table_bytes and memory.temp_size_in_bytes < table_bytes / 4
+
+
+def test_logits_are_not_probabilities():
+    model = tiny_model()
+    state = init_state(model, optimizer(), 0)
+    big = jax.tree.map(lambda x: 10 * x, state.dense_params)
+    values = np.asarray(logits(model, state.replace(dense_params=big), random_batch(model, 64)))
+    assert values.min() < 0 or values.max() > 1
+
+
+def test_eval_step_reports_the_training_loss_and_leaves_state_alone():
+    model, config = tiny_model(), optimizer()
+    state = init_state(model, config, 0)
+    batch = random_batch(model, 8)
+    sums = make_eval_step(model, LossConfig())(state, batch)
+    _, metrics = make_train_step(model, LossConfig(), config)(state, batch)
+    np.testing.assert_allclose(sums.loss / sums.weight, metrics["loss"], rtol=1e-6)
+
+
+@pytest.mark.parametrize("label", [0, 1])
+def test_an_empty_row_pulls_a_fresh_model_by_half(label):
+    """Without biases its logit is exactly 0, where the pieces of the loss have kinks."""
+    model, config = tiny_model(dense_init="flax"), optimizer(rate=0.5)
+    batch = random_batch(model, 1)
+    batch = batch.replace(dense_BxN=0 * batch.dense_BxN, ids_BxK=0 * batch.ids_BxK - 1, label_B=np.float32([label]))
+    state, _ = make_train_step(model, LossConfig(), config)(init_state(model, config, 0), batch)
+    np.testing.assert_allclose(state.dense_params["top_mlp"]["layer_1"]["bias"], [0.5 * (label - 0.5)])
+
+
+def test_not_finite_input_is_flagged():
+    model, config = tiny_model(), optimizer()
+    batch = random_batch(model, 4)
+    batch.dense_BxN[2, 1] = np.inf
+    _, metrics = make_train_step(model, LossConfig(), config)(init_state(model, config, 0), batch)
+    assert not bool(metrics["finite"])
+
+
+def test_gradient_that_overflows_under_a_finite_loss_is_flagged():
+    model, config = tiny_model(bottom_mlp=(4,), top_mlp=(1,)), optimizer()
+    state = init_state(model, config, 0)
+    params = jax.tree.map(jnp.zeros_like, state.dense_params)
+    params["bottom_mlp"]["layer_0"]["bias"] = jnp.ones(4)
+    params["top_mlp"]["layer_0"]["kernel"] = jnp.full_like(params["top_mlp"]["layer_0"]["kernel"], 100.0)
+    batch = random_batch(model, 4).replace(dense_BxN=np.full((4, 3), 3e38, np.float32), label_B=np.zeros(4, np.float32))
+    _, metrics = make_train_step(model, LossConfig(), config)(state.replace(dense_params=params), batch)
+    assert np.isfinite(metrics["loss"]) and not bool(metrics["finite"])
+
+
+def test_same_seed_same_bits_other_seed_other_weights():
+    model, config = tiny_model(), optimizer()
+    a, b, c = (init_state(model, config, seed) for seed in (1, 1, 2))
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+    assert isinstance(c, TrainState)
+    assert (
+        np.asarray(a.dense_params["top_mlp"]["layer_0"]["kernel"]) != c.dense_params["top_mlp"]["layer_0"]["kernel"]
+    ).any()
+
+
+@pytest.mark.parametrize("init", ["dlrm", "torch", "flax"])
+def test_dense_init_has_the_stated_scale(init):
+    model = tiny_model(num_dense=300, bottom_mlp=(200, 4), dense_init=init)
+    layer = init_state(model, optimizer(), 0).dense_params["bottom_mlp"]["layer_0"]
+    std = {"dlrm": (2 / 500) ** 0.5, "torch": (1 / 300 / 3) ** 0.5, "flax": (1 / 300) ** 0.5}[init]
+    bias_std = {"dlrm": (1 / 200) ** 0.5, "torch": (1 / 300 / 3) ** 0.5, "flax": 0}[init]
+    np.testing.assert_allclose(np.std(layer["kernel"]), std, rtol=0.03)
+    np.testing.assert_allclose(np.std(layer["bias"]), bias_std, rtol=0.2, atol=1e-9)
