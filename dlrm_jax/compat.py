@@ -24,7 +24,8 @@ from dlrm_jax.config import (
     TableConfig,
 )
 from dlrm_jax.data.batch import Batch, pack_bags
-from dlrm_jax.tables import embedding
+from dlrm_jax.tables.by_name import named_tables, stack_tables
+from dlrm_jax.tables.layout import POOLING_WEIGHTS
 from dlrm_jax.training.state import TrainState, new_state
 from dlrm_jax.training.step import make_train_step
 
@@ -85,8 +86,8 @@ def load_reference_state(arrays: Mapping[str, Any], optimizer: OptimizerConfig |
         named[table.name] = np.asarray(arrays[f"emb_l.{k}.weight"], np.float32)
         if model.learned_pooling:
             weights = np.asarray(arrays[f"v_W_l.{k}"], np.float32)
-            named[table.name + embedding.POOLING_WEIGHTS] = weights.reshape(-1, 1)
-    return new_state(optimizer, dense_params, embedding.stack_tables(model, named))
+            named[table.name + POOLING_WEIGHTS] = weights.reshape(-1, 1)
+    return new_state(model, optimizer, dense_params, stack_tables(model, named))
 
 
 def save_reference_state(model: ModelConfig, state: TrainState) -> dict[str, np.ndarray]:
@@ -95,9 +96,9 @@ def save_reference_state(model: ModelConfig, state: TrainState) -> dict[str, np.
         raise ConfigError("the reference has no cross interaction, so this state has no names there")
     arrays = {}
     index = {table.name: k for k, table in enumerate(model.tables)}
-    for name, rows in embedding.named_tables(model, state.tables):
-        if name.endswith(embedding.POOLING_WEIGHTS):
-            arrays[f"v_W_l.{index[name.removesuffix(embedding.POOLING_WEIGHTS)]}"] = np.asarray(rows)[:, 0]
+    for name, rows in named_tables(model, state.tables):
+        if name.endswith(POOLING_WEIGHTS):
+            arrays[f"v_W_l.{index[name.removesuffix(POOLING_WEIGHTS)]}"] = np.asarray(rows)[:, 0]
         else:
             arrays[f"emb_l.{index[name]}.weight"] = np.asarray(rows)
     for ours, theirs in (("bottom_mlp", "bot_l"), ("top_mlp", "top_l")):

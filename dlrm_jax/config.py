@@ -11,7 +11,6 @@ TABLE_INITS = ("dlrm", "flax")
 COMPUTE_DTYPES = ("float32", "bfloat16")
 XLA, NATIVE = CPU_KERNELS = ("xla", "native")
 LOSSES = ("bce", "wbce", "mse")
-TABLE_OPTIMIZERS = ("sgd", "adagrad", "rowwise_adagrad")
 DENSE_OPTIMIZERS = ("sgd", "momentum", "adagrad", "adam", "adamw")
 SCHEDULE_COMPAT = ("none", "dlrm")
 OUT_OF_RANGE_POLICIES = ("error", "hash", "drop_and_count")
@@ -54,11 +53,16 @@ def require_finite(config: Any) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class TableConfig:
-    """One embedding table of `num_embeddings` rows of `embedding_dim` floats."""
+    """One embedding table of `num_embeddings` rows of `embedding_dim` floats.
+
+    `optimizer` is its own (tables/rules.py), the run's where empty; its learning rate is the run's times `rate`.
+    """
 
     name: str
     num_embeddings: int
     embedding_dim: int
+    optimizer: str = ""
+    rate: float = 1.0
 
     def __post_init__(self) -> None:
         for field in ("num_embeddings", "embedding_dim"):
@@ -68,6 +72,12 @@ class TableConfig:
             self.num_embeddings < 2**31,
             f"table {self.name!r}: num_embeddings is {self.num_embeddings}; ids are int32, so at most 2147483647",
         )
+        require(self.rate > 0 and math.isfinite(self.rate), f"table {self.name!r}: rate is {self.rate}; give above 0")
+
+    @property
+    def kind(self) -> tuple[str, float]:
+        """What tables must share to be stored in one array."""
+        return self.optimizer, self.rate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -221,7 +231,11 @@ class ScheduleConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """One optimizer for the dense parameters, one row-sparse optimizer for the tables, one schedule."""
+    """One optimizer for the dense parameters, one row-sparse optimizer for the tables, one schedule.
+
+    `table` names a rule, with its options (tables/rules.py, which checks it); `table_l2`, `table_clip_norm`,
+    `table_weight_decay` and `table_max_norm` bound its rows, 0 for not at all.
+    """
 
     schedule: ScheduleConfig
     dense: str = "sgd"
@@ -229,11 +243,16 @@ class OptimizerConfig:
     eps: float = 1e-10
     momentum: float = 0.9
     weight_decay: float = 0.0
+    table_l2: float = 0.0
+    table_clip_norm: float = 0.0
+    table_weight_decay: float = 0.0
+    table_max_norm: float = 0.0
 
     def __post_init__(self) -> None:
         require_finite(self)
         require_choice("dense_optimizer", self.dense, DENSE_OPTIMIZERS)
-        require_choice("table_optimizer", self.table, TABLE_OPTIMIZERS)
+        for name in ("table_l2", "table_clip_norm", "table_weight_decay", "table_max_norm"):
+            require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; it must not be negative")
         require(self.eps > 0, f"eps is {self.eps}; it must be positive")
         require(0 <= self.momentum < 1, f"momentum is {self.momentum}; it must lie in [0, 1)")
         require(self.weight_decay >= 0, f"weight_decay is {self.weight_decay}; it must not be negative")

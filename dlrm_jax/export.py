@@ -18,7 +18,7 @@ from dlrm_jax.serving.artifact.loaded import MakeEngine
 from dlrm_jax.serving.artifact.placed import engine_maker
 from dlrm_jax.serving.artifact.quantise import TABLE_TYPES, stored_table
 from dlrm_jax.tables import reshard
-from dlrm_jax.tables.embedding import POOLING_WEIGHTS
+from dlrm_jax.tables.layout import POOLING_WEIGHTS
 from dlrm_jax.training.options import ShardingOptions
 from dlrm_jax.training.reporting import format_table, json_ready
 

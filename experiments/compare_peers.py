@@ -44,7 +44,7 @@ from dlrm_jax.data.generate.synthetic import device_batch
 from dlrm_jax.data.read.load import synthetic_spec
 from dlrm_jax.host import gpu_atomics, heap
 from dlrm_jax.plan import model_of
-from dlrm_jax.tables import embedding
+from dlrm_jax.tables.by_name import named_tables
 from dlrm_jax.tables.kernels import build
 from dlrm_jax.training.placed import Placed, on_one_device
 from dlrm_jax.training.reporting import versions, write_json_atomically
@@ -100,7 +100,7 @@ class Ours:
 
     def tables(self) -> Iterator[np.ndarray]:
         """The tables' weights, in the model's order."""
-        return (np.asarray(rows) for _, rows in embedding.named_tables(self.model, self.state.tables))
+        return (np.asarray(rows) for _, rows in named_tables(self.model, self.state.tables))
 
     def dense_weights(self) -> dict[str, list[np.ndarray]]:
         """(in, out) kernels and biases, in order, by MLP."""

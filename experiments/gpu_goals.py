@@ -31,7 +31,8 @@ from measure import replace_section, where_and_when
 from dlrm_jax.config import OptimizerConfig, ScheduleConfig
 from dlrm_jax.host import gpu_atomics
 from dlrm_jax.planning.calibrate import seconds
-from dlrm_jax.tables.optimizers import SparseGrad, make_sparse_optimizer
+from dlrm_jax.tables.rules import make_rule
+from dlrm_jax.tables.updates import SparseGrad, Stored, Update
 from dlrm_jax.training.reporting import versions
 
 HERE = pathlib.Path(__file__).resolve().parent
@@ -105,10 +106,11 @@ def scatter_table() -> str:
     ids = [jnp.asarray(np.random.default_rng(0).integers(0, most, SLOTS), jnp.int32) for most in (ROWS, 3)]
     ways: dict[str, Callable[..., Any]] = {"scatter": lambda table, ids, rows: table.at[ids].add(rows)}
     for name in ("sgd", "rowwise_adagrad"):
-        optimizer = make_sparse_optimizer(OptimizerConfig(ScheduleConfig(0.1), table=name))
-        state = optimizer.init(table, WIDTH)
-        ways[name] = lambda table, ids, rows, update=optimizer.update, state=state: update(
-            SparseGrad(ids, rows), state, table, jnp.float32(0.1)
+        rule = make_rule(OptimizerConfig(ScheduleConfig(0.1), table=name))
+        update = Update(rule, jnp.float32(0.1), jnp.int32(1))
+        slots = {slot.name: jnp.zeros((ROWS, slot.width(WIDTH))) for slot in rule.slots}
+        ways[name] = lambda table, ids, rows, update=update, slots=slots: update.by_rows(
+            SparseGrad(ids, rows), Stored(table, slots)
         )
     for name, way in ways.items():
         # The table's copy, which a step does not make, is in all of these.

@@ -23,7 +23,7 @@ from dlrm_jax.data.batch import Batch
 from dlrm_jax.host import heap
 from dlrm_jax.model.dlrm import DLRM
 from dlrm_jax.model.loss import example_losses
-from dlrm_jax.tables import embedding
+from dlrm_jax.tables.exchange import local_ops
 from dlrm_jax.training.state import init_state
 from dlrm_jax.training.step import make_train_step
 
@@ -65,7 +65,8 @@ def dense_gradient_step(model: ModelConfig, rate: float) -> Any:
     """SGD by autodiff through the tables: what a plain Flax program does, every row of every table in every step."""
 
     def loss(params: dict, batch: Batch) -> jax.Array:
-        pooled = embedding.lookup(model, params["tables"], batch.ids_BxK)
+        ops = local_ops(model)
+        pooled, _ = ops.lookup(params["tables"], ops.route(batch.ids_BxK, None))
         logits = DLRM(model).apply({"params": params["dense"]}, batch.dense_BxN, pooled)
         return example_losses(LossConfig(), logits, batch.label_B).mean()
 

@@ -32,6 +32,20 @@ def optimizer(table: str = "sgd", dense: str = "sgd", rate: float = 0.1) -> Opti
     return OptimizerConfig(ScheduleConfig(learning_rate=rate), dense=dense, table=table)
 
 
+RULES = (
+    "sgd",
+    "momentum",
+    "adagrad",
+    "rowwise_adagrad",
+    "rmsprop",
+    "adam,b1=0.8",
+    "adam,correct_by=row",
+    "rowwise_adam",
+    "ftrl,l1=0.5,initial=0.1",
+)
+"""Every table optimizer, some with options."""
+
+
 def random_batch(model: ModelConfig, size: int, seed: int = 0, weighted_ids: bool = False) -> Batch:
     """Ids from all of each table, many of them repeated, about one slot in five empty."""
     rng = np.random.default_rng(seed)

@@ -1,12 +1,29 @@
 """Placed states as tables by name, on the host: what placement must not change."""
 
+import dataclasses
+import types
+
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
 from dlrm_jax.data.batch import EMPTY_SLOT, Batch
-from dlrm_jax.tables.embedding import POOLING_WEIGHTS
-from dlrm_jax.tables.layout import COLUMNS, OWNED, ROUTED
+from dlrm_jax.tables.exchange import stack_rule
+from dlrm_jax.tables.layout import COLUMNS, OWNED, POOLING_WEIGHTS, ROUTED
+from dlrm_jax.tables.rules import ROW
+
+
+def slots_by_name(placed, states) -> dict[str, np.ndarray]:
+    """Each slot of each table, by `<table>/<slot>`."""
+    named = {}
+    for stack in placed.stacks:
+        for slot in stack_rule(placed.optimizer, stack).slots:
+            narrow = {"width": 1, "dim": 1, "form": "stack" if stack.form == COLUMNS else stack.form}
+            as_stored = dataclasses.replace(stack, **(narrow if slot.per == ROW else {}))
+            holder = types.SimpleNamespace(stacks=[as_stored])
+            arrays = by_name(holder, {stack.name: states[stack.name][slot.name]})
+            named |= {f"{table}/{slot.name}": array for table, array in arrays.items()}
+    return named
 
 
 def by_name(placed, arrays) -> dict[str, np.ndarray]:

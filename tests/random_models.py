@@ -12,9 +12,9 @@ from dlrm_jax import config as configs
 from dlrm_jax.config import FeatureConfig, LossConfig, ModelConfig, OptimizerConfig, ScheduleConfig, TableConfig
 from dlrm_jax.data.batch import EMPTY_SLOT, Batch
 from dlrm_jax.host.mesh import MeshShape, make_mesh
-from dlrm_jax.tables import embedding
-from dlrm_jax.tables.embedding import POOLING_WEIGHTS
-from dlrm_jax.tables.exchange import ExchangeOptions
+from dlrm_jax.tables.by_name import named_tables
+from dlrm_jax.tables.collective import ExchangeOptions
+from dlrm_jax.tables.layout import POOLING_WEIGHTS
 from dlrm_jax.tables.plan import SHARDINGS, make_plan
 from dlrm_jax.training.placed import Placed
 from dlrm_jax.training.state import TrainState, init_dense, new_state
@@ -201,7 +201,7 @@ def make_gradients(case: Case):
         parts = (case.model, case.loss, state.dense_params, batch, pooled, case.micro_batches)
         _, d_dense, d_pooled, _ = dense_gradients(*parts)
         # What SGD adds at a rate of -1 is the gradient, to the last bit of the weight that it is added to.
-        return d_dense, placed.ops.update(state.tables, state.table_opt_state, routes, d_pooled, jnp.float32(-1))[0]
+        return d_dense, placed.ops.update(state.tables, state.table_opt_state, routes, d_pooled, jnp.float32(-1), 1)[0]
 
     step = jax.jit(step)
 
@@ -225,7 +225,7 @@ def weights_of(placed: Placed, state: TrainState) -> dict:
 
 def _named(placed: Placed, tables) -> dict:
     if placed.mesh.size == 1 and not placed.packed:
-        return {name: np.asarray(table) for name, table in embedding.named_tables(placed.model, tables)}
+        return {name: np.asarray(table) for name, table in named_tables(placed.model, tables)}
     return by_name(placed, tables)
 
 
@@ -233,7 +233,7 @@ def state_of(placed: Placed, params: dict, dtype: str = "float32") -> TrainState
     """The state at step 0 with these weights, as `placed` stores it."""
     dense = jax.tree.map(lambda w: np.asarray(w, dtype), params["dense"])
     tables = {name: np.asarray(table, dtype) for name, table in params["tables"].items()}
-    state = new_state(placed.optimizer, dense, {}).replace(
+    state = new_state(placed.model, placed.optimizer, dense, {}).replace(
         tables=store(placed, tables),
         table_opt_state=jax.tree.map(lambda leaf: np.zeros(leaf.shape, dtype), placed.abstract_state.table_opt_state),
     )

@@ -8,7 +8,7 @@ from dlrm_jax.config import LossConfig, ModelConfig
 from dlrm_jax.data.read.dataset import Dataset, Split
 from dlrm_jax.serving.artifact.export import export_model, of_arrays
 from dlrm_jax.serving.artifact.store import Version
-from dlrm_jax.tables.embedding import named_tables
+from dlrm_jax.tables.by_name import named_tables
 from dlrm_jax.training.state import TrainState, init_state
 from tests.helpers import optimizer, random_batch
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from dlrm_jax.config import ConfigError
 from dlrm_jax.data.read.prepared import is_prepared
+from dlrm_jax.tables.rules import Adagrad, RowwiseAdagrad, rule_type
 from dlrm_jax.training.run_config import RunConfig
 
 
@@ -39,7 +40,7 @@ _PLACEMENT = _ALWAYS
 
 
 def _adagrad(run: RunConfig) -> bool:
-    return run.optimizer.dense == "adagrad" or run.optimizer.table in ("adagrad", "rowwise_adagrad")
+    return run.optimizer.dense == "adagrad" or rule_type(run.optimizer.table) in (Adagrad, RowwiseAdagrad)
 
 
 EFFECTS: Mapping[str, Effect] = {
@@ -78,6 +79,7 @@ EFFECTS: Mapping[str, Effect] = {
     "cross_layers": _CROSS,
     "cross_rank": _CROSS,
     "learned_pooling": _ALWAYS,
+    "tables": _ALWAYS,
     "dense_init": _ALWAYS,
     "table_init": _ALWAYS,
     "compute_dtype": _ALWAYS,
@@ -86,6 +88,10 @@ EFFECTS: Mapping[str, Effect] = {
     "loss_threshold": _ALWAYS,
     "dense_optimizer": _ALWAYS,
     "table_optimizer": _ALWAYS,
+    "table_l2": _ALWAYS,
+    "table_clip_norm": _ALWAYS,
+    "table_weight_decay": _ALWAYS,
+    "table_max_norm": _ALWAYS,
     "learning_rate": _ALWAYS,
     "adagrad_eps": Effect(_adagrad, "it is for --dense_optimizer or --table_optimizer adagrad"),
     "momentum": Effect(lambda run: run.optimizer.dense == "momentum", "it is for --dense_optimizer=momentum"),

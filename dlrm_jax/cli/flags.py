@@ -15,7 +15,6 @@ from dlrm_jax.config import (
     OUT_OF_RANGE_POLICIES,
     SCHEDULE_COMPAT,
     TABLE_INITS,
-    TABLE_OPTIMIZERS,
     XLA,
     ConfigError,
     LossConfig,
@@ -25,6 +24,7 @@ from dlrm_jax.config import (
 from dlrm_jax.data.generate.multi_hot import DISTRIBUTIONS, MULTI_HOT
 from dlrm_jax.data.read.load import DATASETS, DataConfig
 from dlrm_jax.host.memory import TRY_ANYWAY_HELP
+from dlrm_jax.tables import rules
 from dlrm_jax.tables.plan import SHARDINGS
 from dlrm_jax.training.options import AUTO, EXCHANGE_DTYPES, ShardingOptions
 from dlrm_jax.training.run_config import TARGET_METRICS, ModelOptions, RunConfig
@@ -103,6 +103,12 @@ def _define_model_flags() -> None:
     flags.DEFINE_bool("self_interaction", False, "Include each vector's dot product with itself (interaction=dot).")
     flags.DEFINE_integer("cross_layers", 3, "Layers of interaction=cross.")
     flags.DEFINE_integer("cross_rank", 512, "Rank of the cross layers' matrices.")
+    flags.DEFINE_string(
+        "tables",
+        "",
+        'JSON file of settings of single tables: {"tables": {"NAME": {"optimizer": "adam,b1=0.8", "rate": 0.1}}}; the '
+        "rate is times the run's.",
+    )
     flags.DEFINE_bool("learned_pooling", False, "Multiply each looked-up row with a trainable weight of that row.")
     flags.DEFINE_enum(
         "dense_init", "dlrm", DENSE_INITS, "Initial MLP weights: the reference's formula, PyTorch's, Flax's."
@@ -122,9 +128,16 @@ def _define_optimizer_flags() -> None:
     flags.DEFINE_enum(
         "dense_optimizer", LEARNING_DEFAULTS["dense_optimizer"], DENSE_OPTIMIZERS, "Optimizer of the MLPs."
     )
-    flags.DEFINE_enum(
-        "table_optimizer", LEARNING_DEFAULTS["table_optimizer"], TABLE_OPTIMIZERS, "Row-sparse optimizer of the tables."
+    flags.DEFINE_string(
+        "table_optimizer",
+        LEARNING_DEFAULTS["table_optimizer"],
+        "Row-sparse optimizer of the tables, with its options behind commas, as adam,b1=0.8. One of: "
+        f"{rules.help_text()}.",
     )
+    flags.DEFINE_float("table_l2", 0.0, "Add this times a touched row to its gradient.")
+    flags.DEFINE_float("table_clip_norm", 0.0, "Bound the norm of a row's gradient; 0: no.")
+    flags.DEFINE_float("table_weight_decay", 0.0, "Take the learning rate times this of a touched row away, as AdamW.")
+    flags.DEFINE_float("table_max_norm", 0.0, "Bound the norm of a touched row after its update; 0: no.")
     flags.DEFINE_float("learning_rate", LEARNING_DEFAULTS["learning_rate"], "Learning rate after warm-up.")
     flags.DEFINE_float("adagrad_eps", 1e-10, "Added to the root of Adagrad's accumulator.")
     flags.DEFINE_float("momentum", 0.9, "Momentum of dense_optimizer=momentum.")
@@ -232,7 +245,7 @@ def unchecked_config() -> RunConfig:
             bottom_mlp=_numbers("bottom_mlp", int),
             top_mlp=_numbers("top_mlp", int),
             **_values("embedding_dim", "interaction", "self_interaction", "cross_layers", "cross_rank"),
-            **_values("learned_pooling", "dense_init", "table_init", "compute_dtype"),
+            **_values("learned_pooling", "dense_init", "table_init", "compute_dtype", "tables"),
         ),
         loss=LossConfig(FLAGS.loss, _numbers("class_weights", float), FLAGS.loss_threshold),
         optimizer=OptimizerConfig(
@@ -245,6 +258,7 @@ def unchecked_config() -> RunConfig:
             table=FLAGS.table_optimizer,
             eps=FLAGS.adagrad_eps,
             **_values("momentum", "weight_decay"),
+            **_values("table_l2", "table_clip_norm", "table_weight_decay", "table_max_norm"),
         ),
         **_values(
             "batch_size",

@@ -1,4 +1,4 @@
-"""The dense model: a pure function of dense features and pooled embeddings. Tables live elsewhere (embedding.py)."""
+"""The dense model: a pure function of dense features and pooled embeddings. Tables live elsewhere (tables/)."""
 
 import math
 from collections.abc import Callable

@@ -15,12 +15,14 @@ from dlrm_jax.config import ModelConfig, OptimizerConfig, TableConfig
 from dlrm_jax.planning.hardware import Hardware
 from dlrm_jax.planning.hlo import CONTROL_BYTES
 from dlrm_jax.planning.skew import expected_distinct
-from dlrm_jax.tables.exchange import ExchangeOptions
-from dlrm_jax.tables.forms.data_parallel import sent_rows
+from dlrm_jax.tables.collective import ExchangeOptions
+from dlrm_jax.tables.exchange import stack_rule
+from dlrm_jax.tables.forms import FORMS
 from dlrm_jax.tables.forms.table_wise import parcels
-from dlrm_jax.tables.layout import COLUMNS, OWNED, REPLICATED, ROUTED, PlacedStack, place_stacks
+from dlrm_jax.tables.layout import COLUMNS, OWNED, REPLICATED, ROUTED, Stack, place_stacks
 from dlrm_jax.tables.plan import Plan
 from dlrm_jax.tables.rows import LANES
+from dlrm_jax.tables.rules import WEIGHT, row_means
 
 FLOAT = INT = 4
 _OPT_COPIES = {"sgd": 0, "momentum": 1, "adagrad": 1, "adam": 2, "adamw": 2}
@@ -44,7 +46,7 @@ class Load:
         return expected_distinct(table.num_embeddings, draws, self.skew_of.get(table.name, self.skew))
 
 
-def routed_capacity(stack: PlacedStack, load: Load) -> int:
+def routed_capacity(stack: Stack, load: Load) -> int:
     """Rows that a device will ask of one peer: the expected distinct ones of its share, and three deviations more."""
     devices = stack.num_shards * stack.num_copies
     per_shard = np.zeros(stack.num_shards)
@@ -56,7 +58,7 @@ def routed_capacity(stack: PlacedStack, load: Load) -> int:
     return -(-int(most + 3 * math.sqrt(most) + 1) // 8) * 8
 
 
-def capacities(stacks: tuple[PlacedStack, ...], load: Load) -> dict[str, int]:
+def capacities(stacks: tuple[Stack, ...], load: Load) -> dict[str, int]:
     """`routed_capacity` of each row-wise stack."""
     return {stack.name: routed_capacity(stack, load) for stack in stacks if stack.form == ROUTED}
 
@@ -75,59 +77,19 @@ class Sent:
 
 
 def exchanged(
-    model: ModelConfig, optimizer: OptimizerConfig, stack: PlacedStack, load: Load, options: ExchangeOptions
+    model: ModelConfig, optimizer: OptimizerConfig, stack: Stack, load: Load, options: ExchangeOptions
 ) -> list[tuple[str, int]]:
     """(kind, bytes) of every collective that one stack needs in a step without overflow."""
     shards, copies = stack.num_shards, stack.num_copies
     b = -(-load.batch_size // (shards * copies))
-    slots, num_features = len(stack.slots), len(stack.features)
-    floats = 2 if options.dtype == "bfloat16" else FLOAT
-    learned = int(model.learned_pooling)
-    scales = load.weighted_ids or any(feature.pooling == "mean" for feature in model.features)
-    found: list[tuple[str, int]] = []
-
-    def send(kind: str, size: int, num_bytes: int) -> None:
-        if size > 1:
-            found.append((kind, num_bytes))
-
-    if stack.form == REPLICATED:
-        rows = min(sent_rows(stack, b), b * slots) * shards * copies
-        send("all-gather", shards * copies, rows * INT)
-        send("all-gather", shards * copies, rows * (stack.dim + learned) * FLOAT)
-    elif stack.form == OWNED:
-        parcel = parcels(stack)
-        most_slots, most_features = parcel.slot_SxK.shape[1], parcel.feature_SxF.shape[1]
-        for _ in range(1 + scales):
-            send("all-to-all", shards, shards * b * most_slots * INT)
-            send("all-gather", copies, copies * shards * b * most_slots * INT)
-        pooled = shards * b * most_features * stack.dim
-        send("all-to-all", shards, pooled * floats)
-        send("all-to-all", shards, pooled * floats)
-        send("all-gather", copies, copies * pooled * FLOAT)
-    elif stack.form == COLUMNS:
-        for _ in range(1 + scales):
-            send("all-gather", shards, shards * b * slots * INT)
-            send("all-gather", copies, copies * shards * b * slots * INT)
-        pooled = shards * b * num_features * stack.width
-        send("all-to-all", shards, pooled * floats)
-        send("all-to-all", shards, pooled * floats)
-        send("all-gather", copies, copies * pooled * FLOAT)
-        all_slots = copies * shards * b * slots
-        if optimizer.table == "rowwise_adagrad":
-            send("all-reduce", shards, all_slots * FLOAT)
-        if learned:
-            send("all-reduce", shards, all_slots * FLOAT)
-    else:
-        capacity = min(options.capacity.get(stack.name, b * slots), b * slots)
-        rows = shards * capacity
-        send("all-to-all", shards, rows * INT)
-        send("all-to-all", shards, rows * (stack.dim + learned) * floats)
-        send("all-to-all", shards, rows * (stack.dim + learned) * floats)
-        send("all-gather", copies, copies * rows * INT)
-        send("all-gather", copies, copies * rows * (stack.dim + learned) * FLOAT)
-        if capacity < b * slots and shards * INT > CONTROL_BYTES:  # Where a round ends, for each owner.
-            send("all-reduce", shards * copies, shards * INT)
-    return found
+    scales = load.weighted_ids or any(feature.pooling == "mean" and feature.hotness > 1 for feature in model.features)
+    found = FORMS[stack.form].sent(stack, b, stack.dim + int(model.learned_pooling), scales, options)
+    if stack.form == COLUMNS:  # What a rule needs of a whole row is summed over its columns.
+        one_a_slot = copies * shards * b * len(stack.slots) * FLOAT
+        found += [("all-reduce", shards, one_a_slot)] * row_means(stack_rule(optimizer, stack))
+    return [
+        (kind, size) for kind, devices, size in found if devices > 1 and (kind != "all-reduce" or size > CONTROL_BYTES)
+    ]
 
 
 def dense_parameters(model: ModelConfig) -> int:
@@ -159,7 +121,7 @@ class Cost:
     """A plan's costs a step on the device that has most to do; bytes, floating point operations, seconds."""
 
     plan: Plan
-    stacks: tuple[PlacedStack, ...]
+    stacks: tuple[Stack, ...]
     options: ExchangeOptions
     memory: Mapping[str, int]
     sent: Sent
@@ -216,7 +178,7 @@ def estimate(
 
 
 def forward_work(
-    model: ModelConfig, stacks: tuple[PlacedStack, ...], load: Load, hardware: Hardware
+    model: ModelConfig, stacks: tuple[Stack, ...], load: Load, hardware: Hardware
 ) -> tuple[float, float, dict[str, float]]:
     """(operations, bytes read and written, seconds of each) of scoring a batch, on one device."""
     b = -(-load.batch_size // (stacks[0].num_shards * stacks[0].num_copies))
@@ -236,7 +198,7 @@ def _forward_flops(model: ModelConfig) -> float:
     return 2 * sum(i * o for i, o in _layers(model)) + dot + cross
 
 
-def _slots_looked_up(stack: PlacedStack, load: Load) -> int:
+def _slots_looked_up(stack: Stack, load: Load) -> int:
     """Rows that the busiest device reads in a step, repeated ids each time."""
     per_copy = -(-load.batch_size // stack.num_copies)
     if stack.form == REPLICATED:
@@ -248,7 +210,7 @@ def _slots_looked_up(stack: PlacedStack, load: Load) -> int:
     return -(-per_copy // stack.num_shards) * len(stack.slots)
 
 
-def _rows_updated(stack: PlacedStack, load: Load) -> float:
+def _rows_updated(stack: Stack, load: Load) -> float:
     """Distinct rows that the busiest device updates in a step."""
     per_shard = np.zeros(stack.num_shards)
     for t, table in enumerate(stack.tables):
@@ -259,7 +221,7 @@ def _rows_updated(stack: PlacedStack, load: Load) -> float:
 
 
 def _traffic(
-    model: ModelConfig, optimizer: OptimizerConfig, stacks: tuple[PlacedStack, ...], load: Load
+    model: ModelConfig, optimizer: OptimizerConfig, stacks: tuple[Stack, ...], load: Load
 ) -> tuple[float, float]:
     """(bytes of streams, bytes of single rows) that one device reads and writes."""
     devices = stacks[0].num_shards * stacks[0].num_copies
@@ -268,20 +230,20 @@ def _traffic(
     # An activation is written, read by the next layer and by its weight's gradient, and so is its gradient.
     streams = 7.0 * FLOAT * b * outputs + 5 * FLOAT * dense_parameters(model)
     rows = 0.0
-    state = {"sgd": 0, "rowwise_adagrad": 2, "adagrad": 2}[optimizer.table]
     for stack in stacks:
         looked_up, width = _slots_looked_up(stack, load), stack.width * FLOAT
-        state_bytes = state * (width if optimizer.table == "adagrad" else FLOAT)
-        rows += looked_up * width + _rows_updated(stack, load) * (2 * width + state_bytes)
+        rule = stack_rule(optimizer, stack)
+        slots = 2 * FLOAT * sum(slot.width(stack.width) for slot in rule.slots)  # Read and written.
+        rows += looked_up * width + _rows_updated(stack, load) * (2 * width + slots)
         merged = looked_up * (stack.num_copies if stack.form == COLUMNS else 1)
-        streams += 4 * merged * width + (64 * merged if optimizer.table != "sgd" else 0)
+        streams += 4 * merged * width + (0 if rule.linear else 64 * merged)
     return streams, rows
 
 
 def _memory(
     model: ModelConfig,
     optimizer: OptimizerConfig,
-    stacks: tuple[PlacedStack, ...],
+    stacks: tuple[Stack, ...],
     load: Load,
     sent: Sent,
     on_chip_bytes: int,
@@ -295,7 +257,8 @@ def _memory(
         per_row = math.prod(stack.row_shape()) // shards
         learned = per_row if model.learned_pooling else 0
         tables += (rows + learned) * FLOAT
-        states += {"sgd": 0, "adagrad": rows + learned, "rowwise_adagrad": per_row + learned}[optimizer.table] * FLOAT
+        for slot in stack_rule(optimizer, stack).slots:
+            states += ((rows if slot.per == WEIGHT else per_row) + learned) * FLOAT
     dense = dense_parameters(model) * FLOAT
     # Where rows share a line, an id slot takes a whole one.
     widths = [stack.width if stack.pack == 1 else _COPIES * (LANES + stack.width) for stack in stacks]

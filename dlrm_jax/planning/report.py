@@ -8,7 +8,7 @@ import numpy as np
 from dlrm_jax.config import TableConfig
 from dlrm_jax.planning.cost import FLOAT, Cost
 from dlrm_jax.planning.planner import Setting
-from dlrm_jax.tables.layout import OWNED, ROUTED, PlacedStack
+from dlrm_jax.tables.layout import OWNED, ROUTED, Stack
 from dlrm_jax.tables.plan import DATA_PARALLEL, TABLE_WISE, Placement
 
 
@@ -148,7 +148,7 @@ def balance(cost: Cost) -> tuple[int, int]:
     return int(loads.min()), int(loads.max())
 
 
-def _held(stack: PlacedStack, t: int, table: TableConfig) -> np.ndarray:
+def _held(stack: Stack, t: int, table: TableConfig) -> np.ndarray:
     shards = np.arange(stack.num_shards)
     if stack.form not in (OWNED, ROUTED):
         return np.full(stack.num_shards, float(table.num_embeddings * stack.width * FLOAT))

@@ -1,9 +1,32 @@
 """The collectives of the exchange, for use inside shard_map; over an axis of one device they are nothing."""
 
+import dataclasses
+from collections.abc import Mapping
+
 import jax
 import jax.numpy as jnp
 
 from dlrm_jax.host.mesh import DATA, MODEL
+
+
+@dataclasses.dataclass(frozen=True)
+class ExchangeOptions:
+    """`dtype` in which vectors travel ("" as they are); rows a device may ask of each peer at once, by stack.
+
+    A stack that `capacity` does not name asks for as many as it has id slots, which is always enough.
+    """
+
+    dtype: str = ""
+    capacity: Mapping[str, int] = dataclasses.field(default_factory=dict)
+
+    @property
+    def float_bytes(self) -> int:
+        """Bytes of a number that travels between shards."""
+        return 2 if self.dtype == "bfloat16" else 4
+
+    def rows_at_once(self, name: str, slots: int) -> int:
+        """Rows that a device may ask of each peer at once for `slots` id slots of a stack."""
+        return min(self.capacity.get(name, slots), slots)
 
 
 def to_owners(x_Sx: jax.Array, num_shards: int, dtype: str = "") -> jax.Array:

@@ -1,19 +1,20 @@
-"""The tables over a mesh: route, lookup, update under jax.shard_map, each stack by its form.
+"""The tables of a step: route, lookup, update, each stack by its form, on one device or over a mesh.
 
 route(ids)               who needs which rows; no table is read, so it may run a step ahead
 lookup(tables, routes)   pooled vectors, where the examples are
 update(tables, ...)      gradients of the pooled vectors to the rows' owners, and applied there, in place
 
-The numbers are those of one device (table_ops.local_ops) but for the order of sums: a gradient differs by roundings of
-the sum of its examples' parts, whatever the optimizer. What becomes of a weight depends on it. SGD and momentum move it
-by the rate times the gradient. Adagrad, row-wise Adagrad and Adam divide by the gradient's size, so that one which is 0
-but for rounding may move its weight by the rate, either way. README says how close that is;
-tests/training/numbers_test.py holds gradients and weights to it, and, in float64, everything to a plain dense model.
+On a mesh the three run under jax.shard_map; on one device they are the same code without collectives. So the numbers
+are those of one device but for the order of sums: a gradient differs by roundings of the sum of its examples' parts,
+whatever the optimizer. What becomes of a weight depends on it. SGD and momentum move it by the rate times the gradient.
+Others (Adagrad, Adam and their kin) divide by the gradient's size, so that one which is 0 but for rounding may move its
+weight by the rate, either way. README says how close that is; tests/training/numbers_test.py holds gradients and
+weights to it, and, in float64, everything to a plain dense model.
 """
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,12 +23,13 @@ from jax.sharding import Mesh, PartitionSpec
 
 from dlrm_jax.config import ModelConfig, OptimizerConfig
 from dlrm_jax.host.mesh import BATCH_SPEC
-from dlrm_jax.tables import optimizers
-from dlrm_jax.tables.collective import sum_over_shards
-from dlrm_jax.tables.embedding import POOLING_WEIGHTS, slot_scale
-from dlrm_jax.tables.forms import column_wise, data_parallel, row_wise, table_wise
-from dlrm_jax.tables.layout import COLUMNS, ROUTED, PlacedStack
-from dlrm_jax.tables.table_ops import TableOps
+from dlrm_jax.tables.collective import ExchangeOptions, sum_over_shards
+from dlrm_jax.tables.forms import FORMS
+from dlrm_jax.tables.forms.bags import Updates, slot_scale
+from dlrm_jax.tables.layout import COLUMNS, POOLING_WEIGHTS, ROUTED, Stack, local_stacks
+from dlrm_jax.tables.pooling import Take
+from dlrm_jax.tables.rules import ROW, WEIGHT, Rule, make_rule
+from dlrm_jax.tables.updates import Update
 
 Arrays = dict[str, Any]
 
@@ -35,28 +37,34 @@ OVERFLOWS = "exchange_overflows"
 """Counter of `update`: stacks whose rows did not fit one round of the exchange."""
 
 
-@dataclasses.dataclass(frozen=True)
-class ExchangeOptions:
-    """`dtype` in which vectors travel ("" as they are); rows a device may ask of each peer at once, by stack.
+class TableOps(NamedTuple):
+    """Three pure functions of global arrays.
 
-    A stack that `capacity` does not name asks for as many as it has id slots, which is always enough.
+    route: (ids_BxK, id_weights_BxK or None) -> routes. Reads no table.
+    lookup: (tables, routes) -> (pooled_BxFxD, routes), the routes with what the way back needs.
+    update: (tables, states, routes, d_pooled_BxFxD, learning_rate, count) -> (tables, states, counters). `count` is the
+      number of the update, from 1 on.
     """
 
-    dtype: str = ""
-    capacity: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    route: Callable[[jax.Array, jax.Array | None], Arrays]
+    lookup: Callable[[Arrays, Arrays], tuple[jax.Array, Arrays]]
+    update: Callable[[Arrays, Arrays, Arrays, jax.Array, jax.Array, jax.Array], tuple[Arrays, Arrays, Arrays]]
 
 
-def sharded_ops(
-    model: ModelConfig,
-    optimizer: OptimizerConfig,
-    stacks: tuple[PlacedStack, ...],
-    mesh: Mesh,
-    options: ExchangeOptions | None = None,
+def local_ops(model: ModelConfig, optimizer: OptimizerConfig | None = None, take: Take | None = None) -> TableOps:
+    """All tables on one device. `optimizer` is what `update` needs, `take` reads rows of other types than float32."""
+    parts = _Parts(model, optimizer, local_stacks(model), ExchangeOptions(), take)
+    return TableOps(parts.route, parts.lookup, lambda *args: (*parts.update(*args), {}))
+
+
+def placed_ops(
+    model: ModelConfig, optimizer: OptimizerConfig, stacks: tuple[Stack, ...], mesh: Mesh, options: ExchangeOptions
 ) -> TableOps:
-    """The same three functions as on one device (table_ops.local_ops), for arrays split as `stacks` say."""
-    parts = _Parts(model, optimizer, stacks, options or ExchangeOptions())
-    table_specs = array_specs(model, stacks)
-    state_specs = opt_state_specs(optimizer, model, stacks)
+    """The same for arrays split over a mesh as `stacks` say."""
+    parts = _Parts(model, optimizer, stacks, options)
+    if mesh.size == 1:
+        return TableOps(parts.route, parts.lookup, lambda *args: (*parts.update(*args), {}))
+    table_specs, state_specs = array_specs(model, stacks), slot_specs(optimizer, model, stacks)
 
     def over_mesh(function: Any, in_specs: Any, out_specs: Any) -> Any:
         return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
@@ -67,20 +75,17 @@ def sharded_ops(
     def lookup(tables: Arrays, routes: Arrays) -> tuple[jax.Array, Arrays]:
         return over_mesh(parts.lookup, (table_specs, BATCH_SPEC), BATCH_SPEC)(tables, routes)
 
-    def update(
-        tables: Arrays, opt_state: Arrays, routes: Arrays, d_pooled_BxFxD: jax.Array, rate: jax.Array
-    ) -> tuple[Arrays, Arrays, Arrays]:
-        in_specs = (table_specs, state_specs, BATCH_SPEC, BATCH_SPEC, PartitionSpec())
-        tables, opt_state = over_mesh(parts.update, in_specs, (table_specs, state_specs))(
-            tables, opt_state, routes, d_pooled_BxFxD, rate
-        )
+    def update(tables: Arrays, states: Arrays, routes: Arrays, *rest: jax.Array) -> tuple[Arrays, Arrays, Arrays]:
+        in_specs = (table_specs, state_specs, BATCH_SPEC, BATCH_SPEC, PartitionSpec(), PartitionSpec())
+        update = over_mesh(parts.update, in_specs, (table_specs, state_specs))
+        tables, states = update(tables, states, routes, *rest)
         more = [routes[stack.name]["more"] for stack in stacks if stack.form == ROUTED]
-        return tables, opt_state, {OVERFLOWS: sum(jnp.max(x) for x in more)} if more else {}
+        return tables, states, {OVERFLOWS: sum(jnp.max(x) for x in more)} if more else {}
 
     return TableOps(route, lookup, update)
 
 
-def array_specs(model: ModelConfig, stacks: tuple[PlacedStack, ...]) -> dict[str, PartitionSpec]:
+def array_specs(model: ModelConfig, stacks: tuple[Stack, ...]) -> dict[str, PartitionSpec]:
     """How each array of the tables is split."""
     specs = {}
     for stack in stacks:
@@ -90,112 +95,101 @@ def array_specs(model: ModelConfig, stacks: tuple[PlacedStack, ...]) -> dict[str
     return specs
 
 
-def opt_state_specs(
-    optimizer: OptimizerConfig, model: ModelConfig, stacks: tuple[PlacedStack, ...]
-) -> dict[str, PartitionSpec]:
-    """How each array of the optimizer's state is split: row-wise Adagrad's as the rows, Adagrad's as the table."""
+def stack_rule(optimizer: OptimizerConfig, stack: Stack) -> Rule:
+    """The rule of a stack's tables: their own, or the run's."""
+    return make_rule(optimizer, stack.tables[0].optimizer)
+
+
+def slot_specs(
+    optimizer: OptimizerConfig, model: ModelConfig, stacks: tuple[Stack, ...]
+) -> dict[str, dict[str, PartitionSpec]]:
+    """How each slot of each array is split: with a number per weight as the table, with one per row as the rows."""
     specs = {}
     for stack in stacks:
-        specs[stack.name] = stack.row_spec if optimizer.table == "rowwise_adagrad" else stack.spec
+        slots = stack_rule(optimizer, stack).slots
+        split = {WEIGHT: stack.spec, ROW: stack.row_spec}
+        specs[stack.name] = {slot.name: split[slot.per] for slot in slots}
         if model.learned_pooling:
-            specs[stack.name + POOLING_WEIGHTS] = stack.row_spec
+            specs[stack.name + POOLING_WEIGHTS] = {slot.name: stack.row_spec for slot in slots}
     return specs
 
 
+def init_slots(optimizer: OptimizerConfig, model: ModelConfig, stack: Stack) -> dict[str, dict[str, jax.Array]]:
+    """A stack's slots at the start, by array."""
+    slots = stack_rule(optimizer, stack).slots
+    shapes = {WEIGHT: stack.shape, ROW: stack.row_shape()}
+    full = lambda shape, slot: jnp.full(shape, slot.first, slot.dtype)  # noqa: E731
+    states = {stack.name: {slot.name: full(shapes[slot.per], slot) for slot in slots}}
+    if model.learned_pooling:
+        states[stack.name + POOLING_WEIGHTS] = {slot.name: full(shapes[ROW], slot) for slot in slots}
+    return states
+
+
 class _Parts:
-    """What one device does, inside shard_map: lower-case axes are its own."""
+    """What one device does, inside shard_map on a mesh: lower-case axes are its own."""
 
     def __init__(
         self,
         model: ModelConfig,
-        optimizer: OptimizerConfig,
-        stacks: tuple[PlacedStack, ...],
+        optimizer: OptimizerConfig | None,
+        stacks: tuple[Stack, ...],
         options: ExchangeOptions,
+        take: Take | None = None,
     ) -> None:
-        self._model, self._stacks, self._options = model, stacks, options
-        self._has_mean = any(feature.pooling == "mean" for feature in model.features)
-        self._optimizers = {stack.name: _optimizers(optimizer, stack) for stack in stacks}
+        self._model, self._optimizer, self._stacks = model, optimizer, stacks
+        self._options, self._take = options, take
 
     def route(self, ids_bxK: jax.Array, id_weights_bxK: jax.Array | None) -> Arrays:
         scale_bxK = slot_scale(self._model, ids_bxK, id_weights_bxK)
-        plain_scale = id_weights_bxK is None and not self._has_mean
         routes = {}
         for stack in self._stacks:
-            ids, scale = ids_bxK[:, stack.slots], scale_bxK[:, stack.slots]
-            match stack.form:
-                case "stack":
-                    routes[stack.name] = data_parallel.route(stack, ids, scale)
-                case "owned":
-                    routes[stack.name] = table_wise.route(stack, ids, scale, plain_scale)
-                case "routed":
-                    routes[stack.name] = row_wise.route(stack, ids, scale, self._capacity(stack, ids))
-                case "columns":
-                    routes[stack.name] = column_wise.route(stack, ids, scale, plain_scale)
+            scale = None if scale_bxK is None else scale_bxK[:, stack.slots]
+            routes[stack.name] = FORMS[stack.form].route(stack, ids_bxK[:, stack.slots], scale, self._options)
         return routes
-
-    def _capacity(self, stack: PlacedStack, slots: jax.Array) -> int:
-        return min(self._options.capacity.get(stack.name, slots.size), slots.size)
 
     def lookup(self, tables: Arrays, routes: Arrays) -> tuple[jax.Array, Arrays]:
         pooled, new_routes = [], {}
         features: list[int] = []
-        dtype = self._options.dtype
         for stack in self._stacks:
-            mine, route = _of(stack, tables), routes[stack.name]
-            match stack.form:
-                case "stack":
-                    bags, new_routes[stack.name] = data_parallel.lookup(stack, mine, route)
-                case "owned":
-                    bags, new_routes[stack.name] = table_wise.lookup(stack, mine, route, dtype)
-                case "routed":
-                    capacity = self._capacity(stack, route["rank"])
-                    bags, new_routes[stack.name] = row_wise.lookup(stack, mine, route, capacity, dtype)
-                case "columns":
-                    bags, new_routes[stack.name] = column_wise.lookup(stack, mine, route, dtype)
+            bags, new_routes[stack.name] = FORMS[stack.form].lookup(
+                stack, _of(stack, tables), routes[stack.name], self._options, self._take
+            )
             pooled.append(bags)
             features += stack.features
         whole = pooled[0] if len(pooled) == 1 else jnp.concatenate(pooled, axis=1)[:, np.argsort(features)]
         return whole, new_routes
 
     def update(
-        self, tables: Arrays, opt_state: Arrays, routes: Arrays, d_pooled: jax.Array, rate: jax.Array
+        self, tables: Arrays, states: Arrays, routes: Arrays, d_pooled: jax.Array, rate: jax.Array, count: jax.Array
     ) -> tuple[Arrays, Arrays]:
-        tables, opt_state = dict(tables), dict(opt_state)
-        dtype = self._options.dtype
+        tables, states = dict(tables), dict(states)
         for stack in self._stacks:
-            route = routes[stack.name]
-            common = (
-                *(stack, self._optimizers[stack.name], _of(stack, tables), _of(stack, opt_state), route),
-                *(d_pooled[:, np.array(stack.features)], rate),
+            new_tables, new_states = FORMS[stack.form].update(
+                stack,
+                self._updates(stack, rate, count),
+                _of(stack, tables),
+                _of(stack, states),
+                routes[stack.name],
+                d_pooled[:, np.array(stack.features)],
+                self._options,
             )
-            match stack.form:
-                case "stack":
-                    new_tables, new_state = data_parallel.update(*common)
-                case "owned":
-                    new_tables, new_state = table_wise.update(*common, dtype)
-                case "routed":
-                    new_tables, new_state = row_wise.update(*common, self._capacity(stack, route["rank"]), dtype)
-                case "columns":
-                    new_tables, new_state = column_wise.update(*common, dtype)
             tables |= new_tables
-            opt_state |= new_state
-        return tables, opt_state
+            states |= new_states
+        return tables, states
+
+    def _updates(self, stack: Stack, rate: jax.Array, count: jax.Array) -> Updates:
+        if self._optimizer is None:
+            raise ValueError("update needs an optimizer")
+        rule, own = stack_rule(self._optimizer, stack), stack.tables[0].rate
+        update = Update(rule, rate if own == 1 else rate * own, count)
+        if stack.form == COLUMNS:
+
+            def row_mean(rows_MxD: jax.Array) -> jax.Array:
+                return sum_over_shards(rows_MxD.sum(axis=1, keepdims=True), stack.num_shards) / stack.dim
+
+            return Updates(dataclasses.replace(update, row_mean=row_mean, dim=stack.dim), update)
+        return Updates(update, update)
 
 
-def _of(stack: PlacedStack, arrays: Arrays) -> Arrays:
+def _of(stack: Stack, arrays: Arrays) -> Arrays:
     return {name: arrays[name] for name in (stack.name, stack.name + POOLING_WEIGHTS) if name in arrays}
-
-
-def _optimizers(
-    config: OptimizerConfig, stack: PlacedStack
-) -> tuple[optimizers.SparseOptimizer, optimizers.SparseOptimizer]:
-    """The optimizer of a stack's rows, and that of its learned weights."""
-    plain = optimizers.make_sparse_optimizer(config)
-    if stack.form != COLUMNS or config.table != "rowwise_adagrad":
-        return plain, plain
-
-    def mean_square(rows_MxD: jax.Array) -> jax.Array:
-        squares_Mx1 = jnp.square(rows_MxD).sum(axis=1, keepdims=True)
-        return sum_over_shards(squares_Mx1, stack.num_shards) / stack.dim
-
-    return optimizers.rowwise_adagrad(config.eps, mean_square), plain

@@ -1,28 +1,82 @@
-"""Tables born on their shards: the values of embedding.init_tables, drawn where they will live."""
+"""Initial values of tables, drawn on the shards where they will live.
+
+A weight is a hash of (seed, table name, row, column): the same under every placement.
+"""
+
+import functools
+import hashlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from dlrm_jax.config import ModelConfig
+from dlrm_jax.config import ModelConfig, TableConfig
 from dlrm_jax.tables.collective import shard_index
-from dlrm_jax.tables.embedding import FILL_FLOATS, draw, table_keys, table_scales
-from dlrm_jax.tables.layout import COLUMNS, OWNED, ROUTED, PlacedStack, tables_on_shard
+from dlrm_jax.tables.layout import COLUMNS, OWNED, POOLING_WEIGHTS, ROUTED, Stack, local_stacks, tables_on_shard
+
+FILL_FLOATS = 2**23
+"""Floats drawn at a time."""
 
 
-def fill_stack(model: ModelConfig, stack: PlacedStack, mesh: Mesh, seed: int) -> jax.Array:
-    """A stack's array, split as its spec says; padding is 0. For use under jit, with that sharding for its output."""
+def init_tables(model: ModelConfig, seed: int) -> dict[str, jax.Array]:
+    """All stacks of one device."""
+    tables: dict[str, jax.Array] = {}
+    for stack in local_stacks(model):
+        tables |= init_stack(model, stack, None, seed)
+    return tables
+
+
+def init_stack(model: ModelConfig, stack: Stack, mesh: Mesh | None, seed: int) -> dict[str, jax.Array]:
+    """A stack's arrays, split over `mesh` as its specs say. For use under jit with those shardings for its outputs.
+
+    `table_init="dlrm"` is U(+-sqrt(1 / num_embeddings)), `"flax"` N(0, 1/sqrt(D)) as flax.linen.Embed. Padding is 0.
+    Learned pooling weights start at 1.
+    """
     keys = jnp.asarray(table_keys(stack.tables, seed))
     scales = jnp.asarray(table_scales(model, stack.tables))
-    normal = model.table_init == "flax"
-    function = jax.shard_map(
-        lambda: _fill_shard(stack, keys, scales, normal), mesh=mesh, in_specs=(), out_specs=stack.spec, check_vma=False
+    fill = functools.partial(_fill_shard, stack, keys, scales, model.table_init == "flax")
+    if mesh is not None:
+        fill = jax.shard_map(fill, mesh=mesh, in_specs=(), out_specs=stack.spec, check_vma=False)
+    rows = {stack.name: fill() if mesh is not None else jax.jit(fill)()}
+    return rows | (
+        {stack.name + POOLING_WEIGHTS: jnp.ones(stack.row_shape(), jnp.float32)} if model.learned_pooling else {}
     )
-    return function()
 
 
-def _fill_shard(stack: PlacedStack, key_Tx2: jax.Array, scale_T: jax.Array, normal: bool) -> jax.Array:
+def draw(row: jax.Array, column: jax.Array, key: jax.Array, scale: jax.Array, normal: bool) -> jax.Array:
+    """Initial weights at (row, column) of the tables whose `table_keys` and scales are given; uint32, any one shape."""
+    bits = _mix(row * jnp.uint32(0x9E3779B1) + key[..., 0])
+    bits = _mix(bits ^ (column * jnp.uint32(0x85EBCA77) + key[..., 1]))
+    # (k + 1/2) / 2^23 for a signed 24-bit k is exact in float32, symmetric around 0 and never +-1.
+    signed = jax.lax.bitcast_convert_type(bits, jnp.int32) >> 8
+    unit = (signed.astype(jnp.float32) + 0.5) * jnp.float32(2**-23)
+    if normal:
+        unit = jax.lax.erf_inv(unit) * jnp.float32(2**0.5)
+    return unit * scale
+
+
+def table_keys(tables: tuple[TableConfig, ...], seed: int) -> np.ndarray:
+    """(T, 2) uint32: what stands for (seed, table name) in `draw`."""
+    digests = [hashlib.blake2b(f"{seed}/{table.name}".encode(), digest_size=8).digest() for table in tables]
+    return np.array([np.frombuffer(digest, np.uint32) for digest in digests])
+
+
+def table_scales(config: ModelConfig, tables: tuple[TableConfig, ...]) -> np.ndarray:
+    """(T,) float32: the half-width or standard deviation of each table's initial weights."""
+    sizes = np.array([table.num_embeddings for table in tables])
+    scale_T = np.sqrt(1 / sizes) if config.table_init == "dlrm" else np.full(len(sizes), config.embedding_dim**-0.5)
+    return scale_T.astype(np.float32)
+
+
+def _mix(x: jax.Array) -> jax.Array:
+    """The 32-bit finalizer of MurmurHash3: every input bit flips every output bit with probability one half."""
+    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
+    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
+    return x ^ (x >> 16)
+
+
+def _fill_shard(stack: Stack, key_Tx2: jax.Array, scale_T: jax.Array, normal: bool) -> jax.Array:
     lines, lanes = stack.local_shape
     piece = min(max(1, FILL_FLOATS // lanes), lines)
     shard = shard_index(stack.num_shards)
@@ -38,7 +92,7 @@ def _fill_shard(stack: PlacedStack, key_Tx2: jax.Array, scale_T: jax.Array, norm
     return jax.lax.fori_loop(0, -(-lines // piece), fill, rows)
 
 
-def _table_constants(stack: PlacedStack) -> dict[str, np.ndarray]:
+def _table_constants(stack: Stack) -> dict[str, np.ndarray]:
     """For each shard, its tables in the order of their rows: first row, number, and residue of the rows it holds."""
     shards = [tables_on_shard(stack, s) for s in range(stack.num_shards)]
     most = max(map(len, shards))
@@ -49,7 +103,7 @@ def _table_constants(stack: PlacedStack) -> dict[str, np.ndarray]:
 
 
 def _draw_lines(
-    stack: PlacedStack,
+    stack: Stack,
     start: jax.Array,
     num_lines: int,
     shard: jax.Array,

@@ -1,6 +1,8 @@
 """How a plan's tables are stored: which array, which rows, which columns, on which shard. Only shapes; no arrays.
 
-Tables of one form share arrays, as on one device (embedding.py). Forms:
+Tables of one form and one optimizer are stored one below the other in an array, a stack, so that one gather and one
+scatter serve them all. Only stacks know row offsets; everybody else speaks of table names. One device is a mesh of one
+shard. Forms:
 
     replicated   all rows on every device                                  data_parallel
     owned        each table whole on one shard of `model`                  table_wise
@@ -12,17 +14,31 @@ Shards hold equally many rows, a number with divisors; what is over is padding t
 """
 
 import dataclasses
-import itertools
+import functools
 from typing import Any
 
 import numpy as np
 from jax.sharding import PartitionSpec
 
 from dlrm_jax.config import ModelConfig, TableConfig
-from dlrm_jax.host.mesh import MODEL
-from dlrm_jax.tables.embedding import MAX_STACK_ROWS
-from dlrm_jax.tables.plan import COLUMN_WISE, DATA_PARALLEL, ROW_WISE, TABLE_ROW_WISE, TABLE_WISE, Placement, Plan
+from dlrm_jax.host.mesh import MODEL, MeshShape
+from dlrm_jax.tables.plan import (
+    COLUMN_WISE,
+    DATA_PARALLEL,
+    ROW_WISE,
+    TABLE_ROW_WISE,
+    TABLE_WISE,
+    Placement,
+    Plan,
+    make_plan,
+)
 from dlrm_jax.tables.rows import LANES, pack_for
+
+MAX_STACK_ROWS = 2**31 - 1
+"""Row numbers are int32; more rows start another stack."""
+
+POOLING_WEIGHTS = "/pooling_weights"
+"""Suffix of the (rows, 1) array beside each stack when pooling weights are learned."""
 
 REPLICATED, OWNED, ROUTED, COLUMNS = "stack", "owned", "routed", "columns"
 FORMS = {
@@ -35,8 +51,8 @@ FORMS = {
 
 
 @dataclasses.dataclass(frozen=True)
-class PlacedStack:
-    """Tables of one form in one array.
+class Stack:
+    """Tables of one form, and of one optimizer and learning rate, in one array.
 
     `rows` are those of one shard, `width` the columns that one device holds of `dim`, `pack` rows share a line
     (rows.py). `num_shards` and `num_copies` are the mesh's. `first_T`, `count_T`: each table's shards; `offset_T`: its
@@ -111,19 +127,28 @@ class PlacedStack:
 
 def place_stacks(
     model: ModelConfig, plan: Plan, packed: bool = False, max_rows: int = MAX_STACK_ROWS, divisible: bool = True
-) -> tuple[PlacedStack, ...]:
+) -> tuple[Stack, ...]:
     """The stacks of a plan, by form and in config order; a new one where `max_rows`, all shards', would be exceeded.
 
-    Without `divisible` (see `divisible_rows`) as the first checkpoints have them.
+    Without `divisible` (see `divisible_rows`) no row is padding but those that make shards equal.
     """
     stacks = []
     for form in dict.fromkeys(FORMS.values()):
         tables = [table for table in model.tables if FORMS[plan.tables[table.name].sharding] == form]
         # Tables on every shard first: those of a group of shards then begin at one row on all of them.
         tables.sort(key=lambda table: plan.tables[table.name].sharding == TABLE_ROW_WISE)
-        for i, group in enumerate(_groups(tables, plan, form, max_rows)):
+        groups = []
+        for kind in dict.fromkeys(table.kind for table in tables):
+            groups += _groups([table for table in tables if table.kind == kind], plan, form, max_rows)
+        for i, group in enumerate(groups):
             stacks.append(_place(model, plan, f"{form}_{i}", form, group, packed, divisible))
     return tuple(stacks)
+
+
+@functools.lru_cache(maxsize=16)
+def local_stacks(model: ModelConfig, divisible: bool = True) -> tuple[Stack, ...]:
+    """The stacks of one device."""
+    return place_stacks(model, make_plan(model, MeshShape(1, 1), DATA_PARALLEL), divisible=divisible)
 
 
 def _groups(tables: list[TableConfig], plan: Plan, form: str, max_rows: int) -> list[list[TableConfig]]:
@@ -165,7 +190,7 @@ def _rows_a_shard(table: TableConfig, placement: Placement, form: str) -> int:
 
 def _place(
     model: ModelConfig, plan: Plan, name: str, form: str, tables: list[TableConfig], packed: bool, divisible: bool
-) -> PlacedStack:
+) -> Stack:
     placements = [plan.tables[table.name] for table in tables]
     used, offsets = np.zeros(plan.mesh.model, np.int64), []
     for table, placement in zip(tables, placements, strict=True):
@@ -180,7 +205,7 @@ def _place(
     starts = np.cumsum([0, *(feature.hotness for feature in model.features)])
     features = [i for i, feature in enumerate(model.features) if feature.table in number_of]
     hotness = tuple(model.features[i].hotness for i in features)
-    return PlacedStack(
+    return Stack(
         name=name,
         form=form,
         tables=tuple(tables),
@@ -200,14 +225,8 @@ def _place(
     )
 
 
-def tables_on_shard(stack: PlacedStack, shard: int) -> list[int]:
+def tables_on_shard(stack: Stack, shard: int) -> list[int]:
     """Numbers of the stack's tables that shard `shard` holds rows of, in the order of their rows."""
     if stack.form not in (OWNED, ROUTED):
         return list(range(len(stack.tables)))
     return [t for t in range(len(stack.tables)) if 0 <= shard - stack.first_T[t] < stack.count_T[t]]
-
-
-def feature_slots(stack: PlacedStack) -> list[np.ndarray]:
-    """For each feature of the stack, its columns of ids_BxK."""
-    bounds = np.cumsum([0, *stack.hotness])
-    return [stack.slots[start:stop] for start, stop in itertools.pairwise(bounds)]

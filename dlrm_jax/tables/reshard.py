@@ -13,8 +13,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
-from dlrm_jax.tables.embedding import POOLING_WEIGHTS
-from dlrm_jax.tables.layout import COLUMNS, OWNED, ROUTED, PlacedStack, tables_on_shard
+from dlrm_jax.tables.layout import COLUMNS, OWNED, POOLING_WEIGHTS, ROUTED, Stack, tables_on_shard
 
 _PIECE_FLOATS = 2**22
 """Floats read at a time."""
@@ -24,15 +23,17 @@ _PIECE_FLOATS = 2**22
 class Kind:
     """Which of a stack's arrays: `weights` the learned pooling weights', `per_row` with one number a row.
 
-    `slot` is which of an optimizer's arrays, where it keeps several for a stack.
+    `slot` is which of an optimizer's arrays; `first` is what rows of padding hold.
     """
 
     group: str
     weights: bool
     per_row: bool
     slot: str = ""
+    first: float = 0.0
+    dtype: str = "float32"
 
-    def key(self, stack: PlacedStack) -> str:
+    def key(self, stack: Stack) -> str:
         """The array's name in its group."""
         name = stack.name + POOLING_WEIGHTS if self.weights else stack.name
         return f"{name}.{self.slot}" if self.slot else name
@@ -48,7 +49,7 @@ class Rows(Protocol):
 class Source:
     """Logical rows of tables in stored arrays; `open_array(group, name)` gives what can be sliced like NumPy."""
 
-    def __init__(self, stacks: tuple[PlacedStack, ...], open_array: Callable[[str, str], Any]) -> None:
+    def __init__(self, stacks: tuple[Stack, ...], open_array: Callable[[str, str], Any]) -> None:
         self._open = open_array
         self._arrays: dict[tuple[str, str], Any] = {}
         self._where = {table.name: (stack, t) for stack in stacks for t, table in enumerate(stack.tables)}
@@ -85,7 +86,7 @@ class Source:
         return self._arrays[group, name]
 
     def _local_rows(
-        self, stack: PlacedStack, kind: Kind, array: Any, shard: int, first: int, step: int, count: int
+        self, stack: Stack, kind: Kind, array: Any, shard: int, first: int, step: int, count: int
     ) -> np.ndarray:
         """Rows first, first + step, ... of one stored shard, all their columns."""
         split_columns = stack.form == COLUMNS and not kind.per_row
@@ -106,9 +107,7 @@ class Source:
         return found[:, : stack.dim] if split_columns else found
 
 
-def read_array(
-    source: Rows, kind: Kind, stack: PlacedStack, shape: tuple[int, int], sharding: NamedSharding
-) -> jax.Array:
+def read_array(source: Rows, kind: Kind, stack: Stack, shape: tuple[int, int], sharding: NamedSharding) -> jax.Array:
     """A stack's array under its own plan, each shard read for the device that holds it."""
     latest: dict[str, Any] = {}
 
@@ -122,17 +121,13 @@ def read_array(
     return jax.make_array_from_callback(shape, sharding, shard)
 
 
-def _read_shard(
-    source: Rows, kind: Kind, stack: PlacedStack, shape: tuple[int, int], index: tuple[slice, ...]
-) -> np.ndarray:
+def _read_shard(source: Rows, kind: Kind, stack: Stack, shape: tuple[int, int], index: tuple[slice, ...]) -> np.ndarray:
     split_rows, split_columns = stack.form in (OWNED, ROUTED), stack.form == COLUMNS and not kind.per_row
     lines = shape[0] // stack.num_shards if split_rows else shape[0]
     lanes = shape[1] // stack.num_shards if split_columns else shape[1]
     width = 1 if kind.per_row else stack.width
     shard = (index[0].start or 0) // lines if split_rows else (index[1].start or 0) // lanes if split_columns else 0
-    rows = np.zeros((lines * (lanes // width), width), np.float32)
-    if kind.weights and kind.group == "tables":
-        rows += 1  # As at birth, in the padding too.
+    rows = np.full((lines * (lanes // width), width), kind.first, kind.dtype)
     columns = slice(shard * width, (shard + 1) * width) if split_columns else slice(None)
     for t in tables_on_shard(stack, shard):
         residue = shard - stack.first_T[t] if split_rows else 0

@@ -51,6 +51,21 @@ def add_unique_rows(table: jax.Array, ids_M: jax.Array, old_Mxw: jax.Array, rows
     return add_rows(table, ids_M, rows_Mxw)
 
 
+def set_unique_rows(table: jax.Array, ids_M: jax.Array, rows_Mxw: jax.Array) -> jax.Array:
+    """The table with rows replaced, none twice; ids outside the table are left out.
+
+    Of lines that rows share a row is cleared and added: both are exact, and lines may repeat.
+    """
+    width = rows_Mxw.shape[1]
+    pack = table.shape[1] // width
+    if pack == 1:
+        return table.at[jnp.where(ids_M < 0, table.shape[0], ids_M)].set(rows_Mxw, mode="drop")
+    lines_M, in_line_Mxpx1 = _places(jnp.where(ids_M < 0, table.shape[0] * pack, ids_M), pack)
+    others = jnp.broadcast_to(~in_line_Mxpx1, (len(ids_M), pack, width)).reshape(-1, pack * width)
+    table = table.at[lines_M].multiply(others.astype(table.dtype), mode="drop")
+    return add_rows(table, ids_M, rows_Mxw)
+
+
 def _places(ids_M: jax.Array, pack: int) -> tuple[jax.Array, jax.Array]:
     in_line = jnp.arange(pack, dtype=jnp.int32)[None] == (ids_M % pack)[:, None]
     return ids_M // pack, in_line[:, :, None]

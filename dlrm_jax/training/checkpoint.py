@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import Any
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 import tensorstore
 from jax.experimental import multihost_utils
@@ -25,10 +25,11 @@ from orbax.checkpoint import checkpoint_managers
 
 from dlrm_jax.config import ConfigError
 from dlrm_jax.host import heap, memory
-from dlrm_jax.tables.embedding import POOLING_WEIGHTS
-from dlrm_jax.tables.layout import PlacedStack, place_stacks
+from dlrm_jax.tables.exchange import stack_rule
+from dlrm_jax.tables.layout import POOLING_WEIGHTS, Stack, place_stacks
 from dlrm_jax.tables.plan import plan_from_dict
 from dlrm_jax.tables.reshard import Kind, Source, read_array
+from dlrm_jax.tables.rules import ROW
 from dlrm_jax.training import checksums
 from dlrm_jax.training.checksums import array_name
 from dlrm_jax.training.placed import Placed
@@ -217,7 +218,7 @@ class Checkpoints:
         step: int | None,
         placed: Placed,
         tables: dict[str, Any],
-        saved: tuple[PlacedStack, ...],
+        saved: tuple[Stack, ...],
         noted: dict[str, Any] | None,
     ) -> dict[str, Any]:
         """The placed parts of a state, from a checkpoint made under the plan of `saved`."""
@@ -229,18 +230,11 @@ class Checkpoints:
         def read(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
             group, key, *inner = path
             stack, weights = arrays[key.key]
-            of_state = group.key == TABLES[1]
-            per_row = weights or (
-                of_state and (placed.optimizer.table == "rowwise_adagrad" or leaf.shape != stack.shape)
-            )
-            if leaf.shape != (stack.row_shape() if per_row else stack.shape) or leaf.dtype != np.float32:
-                raise ConfigError(
-                    f"{array_name(path)} of checkpoint {step} is {leaf.dtype}{list(leaf.shape)}, neither a float32 for "
-                    "each weight nor for each row: it can be read under the plan it was saved under only"
-                )
-            return read_array(
-                source, Kind(group.key, weights, per_row, array_name(inner)), stack, leaf.shape, leaf.sharding
-            )
+            stored = Kind(group.key, weights, weights, first=1.0 if weights else 0.0)
+            if inner:
+                slot = {slot.name: slot for slot in stack_rule(placed.optimizer, stack).slots}[inner[0].key]
+                stored = Kind(group.key, weights, weights or slot.per == ROW, slot.name, slot.first, slot.dtype)
+            return read_array(source, stored, stack, leaf.shape, leaf.sharding)
 
         return jax.tree_util.tree_map_with_path(read, tables)
 
@@ -253,9 +247,7 @@ class Checkpoints:
         saved = saved_stacks(placed, self.record(kind, step)["placement"])
         return dense, self._rows(kind, step, saved, noted)
 
-    def _rows(
-        self, kind: str, step: int | None, saved: tuple[PlacedStack, ...], noted: dict[str, Any] | None
-    ) -> Source:
+    def _rows(self, kind: str, step: int | None, saved: tuple[Stack, ...], noted: dict[str, Any] | None) -> Source:
         """Rows of the tables of a checkpoint that was made under the plan of `saved`, checked as they are read."""
         base = f"file://{self.directory / kind / str(step) / 'tables'}/"
         context = tensorstore.Context({"cache_pool": {"total_bytes_limit": 16 * _CHUNK_BYTES}})
@@ -348,7 +340,20 @@ def _complete(state: TrainState, placed: Placed) -> TrainState:
                 f"{array_name(path)} of a checkpoint was read as {type(leaf).__name__} {found}; the run needs an array "
                 f"{want.dtype}{list(want.shape)}"
             )
+    for stack in placed.stacks:
+        for slot in stack_rule(placed.optimizer, stack).slots:
+            for name in {stack.name, stack.name + POOLING_WEIGHTS} & set(state.table_opt_state):
+                if not _in_range(state.table_opt_state[name][slot.name], slot.least):
+                    raise ConfigError(
+                        f"{TABLES[1]}.{name}.{slot.name} of a checkpoint holds NaN, infinity or a number below "
+                        f"{slot.least}, which this optimizer never keeps"
+                    )
     return state
+
+
+@jax.jit
+def _in_range(array: jax.Array, least: float) -> jax.Array:
+    return (jnp.isfinite(array) & (array >= least)).all()
 
 
 def _split(state: TrainState) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -362,7 +367,7 @@ def placement(placed: Placed) -> dict[str, Any]:
     return {"plan": placed.plan.to_dict(), "packed": placed.packed, "divisible": True}
 
 
-def saved_stacks(placed: Placed, saved: dict[str, Any]) -> tuple[PlacedStack, ...]:
+def saved_stacks(placed: Placed, saved: dict[str, Any]) -> tuple[Stack, ...]:
     """How a checkpoint's tables are stored."""
     plan = plan_from_dict(saved["plan"], "the checkpoint's placement")
     return place_stacks(placed.model, plan, saved["packed"], divisible=saved.get("divisible", False))

@@ -10,8 +10,8 @@ import numpy as np
 from dlrm_jax.config import XLA, ConfigError, ModelConfig, OptimizerConfig, require, require_choice
 from dlrm_jax.data.batch import Batch
 from dlrm_jax.host.mesh import MeshShape, make_mesh, parse_mesh
-from dlrm_jax.tables.exchange import ExchangeOptions
-from dlrm_jax.tables.layout import REPLICATED, ROUTED, PlacedStack, place_stacks
+from dlrm_jax.tables.collective import ExchangeOptions
+from dlrm_jax.tables.layout import REPLICATED, ROUTED, Stack, place_stacks
 from dlrm_jax.tables.plan import DATA_PARALLEL, SHARDINGS, TABLE_ROW_WISE, Plan, make_plan, read_overrides
 from dlrm_jax.training.placed import Placed
 
@@ -60,7 +60,7 @@ def check_on_one_device(model: ModelConfig, options: ShardingOptions) -> list[st
     return _given(options, [field.name for field in dataclasses.fields(options) if field.name != "mesh"])
 
 
-def without_effect(options: ShardingOptions, plan: Plan, stacks: tuple[PlacedStack, ...]) -> list[str]:
+def without_effect(options: ShardingOptions, plan: Plan, stacks: tuple[Stack, ...]) -> list[str]:
     """The placement flags that a plan leaves without effect."""
     kinds, forms = {placement.sharding for placement in plan.tables.values()}, {stack.form for stack in stacks}
     unused = [] if TABLE_ROW_WISE in kinds else ["group_size"]
@@ -109,7 +109,7 @@ def place(
 
 
 def exchange_capacity(
-    stacks: tuple[PlacedStack, ...], num_devices: int, sample: Iterable[Batch], fixed: int = 0
+    stacks: tuple[Stack, ...], num_devices: int, sample: Iterable[Batch], fixed: int = 0
 ) -> dict[str, int]:
     """Rows that a device may ask of each peer at once, for each row-wise stack: `fixed`, or what `sample` needs."""
     routed = [stack for stack in stacks if stack.form == ROUTED and stack.num_shards > 1]
@@ -123,7 +123,7 @@ def exchange_capacity(
     return {name: -(-int(count * _HEADROOM + 1) // 8) * 8 for name, count in most.items()}
 
 
-def asked_at_most(stack: PlacedStack, ids_bxK: np.ndarray) -> int:
+def asked_at_most(stack: Stack, ids_bxK: np.ndarray) -> int:
     """The most distinct rows that these examples need of one shard."""
     counts = np.zeros(stack.num_shards, np.int64)
     slots_of_table: dict[int, list[int]] = {}

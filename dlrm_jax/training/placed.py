@@ -13,14 +13,12 @@ from dlrm_jax.config import NATIVE, XLA, ModelConfig, OptimizerConfig, require
 from dlrm_jax.data.batch import Batch
 from dlrm_jax.host import huge_pages
 from dlrm_jax.host.mesh import MeshShape, batch_sharding, make_mesh, replicated
-from dlrm_jax.tables.embedding import POOLING_WEIGHTS
-from dlrm_jax.tables.exchange import ExchangeOptions, array_specs, opt_state_specs, sharded_ops
-from dlrm_jax.tables.init import fill_stack
+from dlrm_jax.tables.collective import ExchangeOptions
+from dlrm_jax.tables.exchange import TableOps, array_specs, placed_ops, slot_specs
+from dlrm_jax.tables.init import init_stack
 from dlrm_jax.tables.kernels.ops import native_ops
-from dlrm_jax.tables.layout import PlacedStack, place_stacks
-from dlrm_jax.tables.optimizers import make_sparse_optimizer
+from dlrm_jax.tables.layout import Stack, place_stacks
 from dlrm_jax.tables.plan import DATA_PARALLEL, Plan, make_plan
-from dlrm_jax.tables.table_ops import TableOps, local_ops
 from dlrm_jax.training.state import TrainState, compiled_init_dense, init_dense, new_state
 
 
@@ -48,18 +46,16 @@ class Placed:
         )
 
     @functools.cached_property
-    def stacks(self) -> tuple[PlacedStack, ...]:
+    def stacks(self) -> tuple[Stack, ...]:
         """How the tables are stored."""
         return place_stacks(self.model, self.plan, self.packed)
 
     @functools.cached_property
     def ops(self) -> TableOps:
-        """Route, lookup and update; on one device the plain ones, but where lines are packed."""
+        """Route, lookup and update."""
         if self.kernels == NATIVE:
-            return native_ops(self.model, self.optimizer)
-        if self.mesh.size == 1 and not self.packed:
-            return local_ops(self.model, self.optimizer)
-        return sharded_ops(self.model, self.optimizer, self.stacks, self.mesh, self.options)
+            return native_ops(self.model, self.optimizer, self.stacks)
+        return placed_ops(self.model, self.optimizer, self.stacks, self.mesh, self.options)
 
     @property
     def num_devices(self) -> int:
@@ -83,29 +79,8 @@ class Placed:
     def _birth(self, seed: int, dense_params: Any) -> TrainState:
         tables: dict[str, Any] = {}
         for stack in self.stacks:
-            tables[stack.name] = fill_stack(self.model, stack, self.mesh, seed)
-            if self.model.learned_pooling:
-                tables[stack.name + POOLING_WEIGHTS] = jax.numpy.ones(stack.row_shape(), "float32")
-        state = new_state(self.optimizer, dense_params, {})
-        return state.replace(tables=tables, table_opt_state=self._opt_state(tables))
-
-    def _opt_state(self, tables: dict[str, Any]) -> dict[str, Any]:
-        sparse = make_sparse_optimizer(self.optimizer)
-        table_specs = array_specs(self.model, self.stacks)
-        state_specs = opt_state_specs(self.optimizer, self.model, self.stacks)
-        states = {}
-        for stack in self.stacks:
-            for name, width in ((stack.name, stack.width), (stack.name + POOLING_WEIGHTS, 1)):
-                if name in tables:
-                    init = jax.shard_map(
-                        lambda table, width=width: sparse.init(table, width),
-                        mesh=self.mesh,
-                        in_specs=table_specs[name],
-                        out_specs=state_specs[name],
-                        check_vma=False,
-                    )
-                    states[name] = init(tables[name])
-        return states
+            tables |= init_stack(self.model, stack, self.mesh, seed)
+        return new_state(self.model, self.optimizer, dense_params, tables, self.stacks)
 
     @functools.cached_property
     def _shapes(self) -> TrainState:
@@ -118,13 +93,9 @@ class Placed:
         shapes = self._shapes
         everywhere = jax.tree.map(lambda _: replicated(self.mesh), shapes)
         place = functools.partial(NamedSharding, self.mesh)
-        states = opt_state_specs(self.optimizer, self.model, self.stacks)
         return everywhere.replace(
-            tables={name: place(spec) for name, spec in array_specs(self.model, self.stacks).items()},
-            table_opt_state={
-                name: jax.tree.map(lambda _, name=name: place(states[name]), state)
-                for name, state in shapes.table_opt_state.items()
-            },
+            tables=jax.tree.map(place, array_specs(self.model, self.stacks)),
+            table_opt_state=jax.tree.map(place, slot_specs(self.optimizer, self.model, self.stacks)),
         )
 
     @functools.cached_property

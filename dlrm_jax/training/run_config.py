@@ -1,7 +1,9 @@
 """RunConfig: everything that decides a training run, as a value that is saved beside its results."""
 
 import dataclasses
+import json
 import math
+import pathlib
 from typing import Any
 
 from dlrm_jax.config import (
@@ -14,11 +16,13 @@ from dlrm_jax.config import (
     OptimizerConfig,
     ScheduleConfig,
     TableConfig,
+    require,
     require_finite,
 )
 from dlrm_jax.data.batch import check_ids
 from dlrm_jax.data.read.dataset import Dataset, Rows, Split
 from dlrm_jax.data.read.load import DataConfig
+from dlrm_jax.tables.rules import check_rule, make_rule
 from dlrm_jax.training.options import ShardingOptions
 
 TARGET_METRICS = ("auc", "log_loss", "accuracy", "normalized_entropy")
@@ -29,7 +33,10 @@ _SMALLER_IS_BETTER = ("log_loss", "normalized_entropy")
 
 @dataclasses.dataclass(frozen=True)
 class ModelOptions:
-    """A ModelConfig but for what the data decides: dense width, tables and features."""
+    """A ModelConfig but for what the data decides: dense width, tables and features.
+
+    `tables` is a file of settings of single tables (`read_table_settings`).
+    """
 
     embedding_dim: int
     bottom_mlp: tuple[int, ...]
@@ -42,13 +49,45 @@ class ModelOptions:
     dense_init: str = "dlrm"
     table_init: str = "dlrm"
     compute_dtype: str = "float32"
+    tables: str = ""
 
     def build(self, dataset: Dataset) -> ModelConfig:
         """The model for a dataset's columns."""
         options = dataclasses.asdict(self)
-        dim = options.pop("embedding_dim")
-        tables = tuple(TableConfig(name, rows, dim) for name, rows in dataset.table_sizes.items())
+        dim, path = options.pop("embedding_dim"), options.pop("tables")
+        own = read_table_settings(pathlib.Path(path), set(dataset.table_sizes)) if path else {}
+        tables = tuple(TableConfig(name, rows, dim, **own.get(name, {})) for name, rows in dataset.table_sizes.items())
         return ModelConfig(num_dense=len(dataset.dense_names), tables=tables, features=dataset.features, **options)
+
+
+def read_table_settings(path: pathlib.Path, known: set[str]) -> dict[str, dict[str, Any]]:
+    """What `--tables` says of single tables: {"tables": {NAME: {"optimizer": "adam,b1=0.8", "rate": 0.1}}}.
+
+    `rate` is times the run's learning rate. ConfigError for a table that is not `known`, and for another key or value.
+    """
+    try:
+        tables = json.loads(path.read_text(encoding="utf-8"))["tables"]
+        settings = {str(name): dict(values) for name, values in tables.items()}
+    except OSError as error:
+        raise ConfigError(f"--tables: {path}: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(
+            f'--tables: {path} cannot be read ({error!r}); write {{"tables": {{"NAME": {{"optimizer": "adam"}}}}}}'
+        ) from error
+    for name, values in settings.items():
+        require(
+            name in known, f"--tables: {path} speaks of table {name!r}; the data has {', '.join(sorted(known)[:5])}"
+        )
+        unknown = sorted(set(values) - {"optimizer", "rate"})
+        require(
+            not unknown,
+            f"--tables: {path}: table {name!r} has {unknown[0] if unknown else ''!r}; known are optimizer, rate",
+        )
+        require(isinstance(values.get("optimizer", ""), str), f"--tables: {path}: table {name!r}: optimizer is no text")
+        require(isinstance(values.get("rate", 1), int | float), f"--tables: {path}: table {name!r}: rate is no number")
+        if values.get("optimizer"):
+            check_rule(values["optimizer"])
+    return settings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,6 +141,7 @@ class RunConfig:
         if self.target_metric not in TARGET_METRICS:
             raise ConfigError(f"target_metric is {self.target_metric!r}; choose one of {', '.join(TARGET_METRICS)}")
         require_finite(self)
+        make_rule(self.optimizer)  # It checks the rule's name and options.
         highest = math.inf if self.target_metric in _SMALLER_IS_BETTER else 1
         if self.target_value is not None and not 0 <= self.target_value <= highest:
             within = "0 or more" if highest > 1 else "between 0 and 1"

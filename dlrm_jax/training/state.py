@@ -9,8 +9,9 @@ from flax import struct
 from dlrm_jax.config import ModelConfig, OptimizerConfig
 from dlrm_jax.model.dense_optimizer import make_dense_optimizer
 from dlrm_jax.model.dlrm import DLRM
-from dlrm_jax.tables import embedding
-from dlrm_jax.tables.optimizers import make_sparse_optimizer
+from dlrm_jax.tables.exchange import init_slots
+from dlrm_jax.tables.init import init_tables
+from dlrm_jax.tables.layout import Stack, local_stacks
 
 
 class TrainState(struct.PyTreeNode):
@@ -20,18 +21,26 @@ class TrainState(struct.PyTreeNode):
     dense_params: Any
     dense_opt_state: Any
     tables: dict[str, jax.Array]
-    table_opt_state: dict[str, Any]
+    table_opt_state: dict[str, dict[str, jax.Array]]
 
 
-def new_state(optimizer: OptimizerConfig, dense_params: Any, tables: dict[str, jax.Array]) -> TrainState:
-    """The state at step 0 around given weights."""
-    sparse = make_sparse_optimizer(optimizer)
+def new_state(
+    model: ModelConfig,
+    optimizer: OptimizerConfig,
+    dense_params: Any,
+    tables: dict[str, jax.Array],
+    stacks: tuple[Stack, ...] | None = None,
+) -> TrainState:
+    """The state at step 0 around given weights, whose tables are stored as `stacks`, by default one device's."""
+    slots: dict[str, dict[str, jax.Array]] = {}
+    for stack in local_stacks(model) if stacks is None else stacks:
+        slots |= init_slots(optimizer, model, stack)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         dense_params=dense_params,
         dense_opt_state=make_dense_optimizer(optimizer).init(dense_params),
         tables=tables,
-        table_opt_state={name: sparse.init(table, table.shape[1]) for name, table in tables.items()},
+        table_opt_state=slots,
     )
 
 
@@ -48,4 +57,4 @@ compiled_init_dense = jax.jit(init_dense, static_argnums=(0, 1))
 
 def init_state(model: ModelConfig, optimizer: OptimizerConfig, seed: int) -> TrainState:
     """A fresh state on one device."""
-    return new_state(optimizer, compiled_init_dense(model, seed), embedding.init_tables(model, seed))
+    return new_state(model, optimizer, compiled_init_dense(model, seed), init_tables(model, seed))

@@ -18,7 +18,7 @@ from dlrm_jax.model.dense_optimizer import make_dense_optimizer
 from dlrm_jax.model.dlrm import DLRM
 from dlrm_jax.model.loss import example_losses, probability
 from dlrm_jax.model.schedule import make_schedule
-from dlrm_jax.tables.table_ops import TableOps, local_ops
+from dlrm_jax.tables.exchange import TableOps, local_ops
 from dlrm_jax.training.state import TrainState
 
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
@@ -112,7 +112,7 @@ def make_routed_step(
             dense_params = optax.apply_updates(state.dense_params, updates)
         with jax.named_scope("sparse_update"):
             tables, table_opt_state, counters = ops.update(
-                state.tables, state.table_opt_state, routes, d_pooled_BxFxD, rate
+                state.tables, state.table_opt_state, routes, d_pooled_BxFxD, rate, state.step + 1
             )
         new_state = TrainState(
             step=state.step + 1,

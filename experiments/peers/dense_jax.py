@@ -11,7 +11,7 @@ import optax
 
 from dlrm_jax.config import ModelConfig, OptimizerConfig
 from dlrm_jax.data.batch import Batch
-from dlrm_jax.tables import embedding
+from dlrm_jax.tables.by_name import named_tables
 from dlrm_jax.training.state import TrainState
 
 
@@ -73,7 +73,7 @@ class DenseJax:
     def __init__(self, model: ModelConfig, optimizer: OptimizerConfig, loss: str, state: TrainState) -> None:
         self.config, names = model, tuple(table.name for table in model.tables)
         self.params: dict[str, Any] = {
-            name: {"embedding": jnp.array(rows)} for name, rows in embedding.named_tables(model, state.tables)
+            name: {"embedding": jnp.array(rows)} for name, rows in named_tables(model, state.tables)
         }
         for part in ("bottom_mlp", "top_mlp"):
             for i in range(len(state.dense_params[part])):

@@ -13,7 +13,7 @@ from dlrm_jax.config import LossConfig, OptimizerConfig, ScheduleConfig
 from dlrm_jax.data.generate import synthetic
 from dlrm_jax.serving.artifact.export import export_model, of_arrays
 from dlrm_jax.serving.artifact.quantise import TABLE_TYPES
-from dlrm_jax.tables.embedding import named_tables
+from dlrm_jax.tables.by_name import named_tables
 from dlrm_jax.training.run_config import ModelOptions
 from dlrm_jax.training.state import init_state
 

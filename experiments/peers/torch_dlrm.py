@@ -16,7 +16,7 @@ from torch import nn
 
 from dlrm_jax.config import ModelConfig, OptimizerConfig
 from dlrm_jax.data.batch import Batch
-from dlrm_jax.tables import embedding
+from dlrm_jax.tables.by_name import named_tables
 from dlrm_jax.training.state import TrainState
 
 TorchBatch = tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]
@@ -78,7 +78,7 @@ class TorchDLRM:
         torch.set_float32_matmul_precision("highest")
         self.bags = [
             nn.EmbeddingBag.from_pretrained(self._here(rows), freeze=False, mode="sum", sparse=True)
-            for _, rows in embedding.named_tables(model, state.tables)
+            for _, rows in named_tables(model, state.tables)
         ]
         self.dense = DenseModel(model, state).to(self.device)
         torch.compiler.reset()  # Or it counts the shapes of earlier configurations, and gives up compiling.

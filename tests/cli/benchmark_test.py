@@ -14,7 +14,7 @@ import pytest
 from dlrm_jax.benchmark import swept
 from dlrm_jax.config import LossConfig
 from dlrm_jax.host.mesh import MeshShape, make_mesh
-from dlrm_jax.tables.exchange import ExchangeOptions
+from dlrm_jax.tables.collective import ExchangeOptions
 from dlrm_jax.tables.plan import make_plan
 from dlrm_jax.training import step_parts, stepper
 from dlrm_jax.training.placed import Placed, on_one_device

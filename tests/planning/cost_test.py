@@ -13,12 +13,12 @@ from dlrm_jax.planning.cost import Load, dense_parameters, estimate
 from dlrm_jax.planning.hardware import HARDWARE
 from dlrm_jax.planning.hlo import collectives, largest_result, totals
 from dlrm_jax.planning.skew import expected_distinct, fitted_skew
-from dlrm_jax.tables.exchange import ExchangeOptions
+from dlrm_jax.tables.collective import ExchangeOptions
 from dlrm_jax.tables.plan import SHARDINGS, make_plan
 from dlrm_jax.training.placed import Placed
 from dlrm_jax.training.state import init_dense
 from dlrm_jax.training.step import make_train_step
-from tests.helpers import optimizer
+from tests.helpers import RULES, optimizer
 
 BATCH = 512
 SIZES = (1_000_000, 333_333, 1000, 40, 3, 500_000)
@@ -74,6 +74,20 @@ def test_bytes_and_memory_are_those_of_the_compiled_step(mesh, sharding, table):
     assert largest_result(text, moving) < smallest_big_table
     assert memory.temp_size_in_bytes < 2 * smallest_big_table
     assert memory.alias_size_in_bytes > 0.98 * memory.output_size_in_bytes
+
+
+@pytest.mark.parametrize("sharding", KINDS)
+@pytest.mark.parametrize("table", RULES)
+def test_memory_of_every_rules_slots_is_predicted(table, sharding):
+    config, shape = model(), MeshShape(2, 4)
+    if sharding == "mix":
+        sharding = {t.name: SHARDINGS[i % len(SHARDINGS)] for i, t in enumerate(config.tables)}
+    plan = make_plan(config, shape, sharding)
+    cost = estimate(config, optimizer(table), plan, Load(BATCH), HARDWARE["cpu"])
+    placed = Placed(config, optimizer(table), plan, make_mesh(shape))
+    leaves = jax.tree.leaves(placed.abstract_state.table_opt_state)
+    held = sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
+    assert cost.memory["optimizer state"] == held
 
 
 @pytest.mark.parametrize("sharding", ["table_wise", "row_wise", "column_wise"])

@@ -25,7 +25,7 @@ from dlrm_jax.serving.artifact.placed import engine_maker
 from dlrm_jax.serving.artifact.quantise import TABLE_TYPES, stored_table
 from dlrm_jax.serving.artifact.store import open_version, versions, write_version
 from dlrm_jax.tables import reshard
-from dlrm_jax.tables.embedding import named_tables
+from dlrm_jax.tables.by_name import named_tables
 from dlrm_jax.training import checkpoint
 from dlrm_jax.training.loop import train_and_evaluate
 from dlrm_jax.training.options import ShardingOptions

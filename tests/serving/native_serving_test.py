@@ -15,7 +15,7 @@ from dlrm_jax.serving.artifact.export import export_model, of_arrays
 from dlrm_jax.serving.artifact.loaded import OneDevice, load
 from dlrm_jax.serving.artifact.native import NativeCpu
 from dlrm_jax.serving.artifact.store import open_version
-from dlrm_jax.tables.embedding import named_tables
+from dlrm_jax.tables.by_name import named_tables
 from tests.cli.commands_test import run
 from tests.helpers import ROOT, random_batch, tiny_model
 from tests.server_process import running

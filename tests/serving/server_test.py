@@ -18,7 +18,7 @@ from dlrm_jax.data.read.prepared import open_prepared
 from dlrm_jax.serving import load
 from dlrm_jax.serving.artifact.export import export_model, of_arrays
 from dlrm_jax.serving.artifact.store import write_version
-from dlrm_jax.tables.embedding import named_tables
+from dlrm_jax.tables.by_name import named_tables
 from tests.helpers import tiny_model
 from tests.prepared_helpers import digest, rows_of
 from tests.server_process import running

@@ -19,7 +19,7 @@ from dlrm_jax.serving.artifact.errors import BadRequest
 from dlrm_jax.serving.artifact.export import export_model, of_arrays
 from dlrm_jax.serving.artifact.signature import ServedFeature, Signature
 from dlrm_jax.serving.artifact.transform import Reader
-from dlrm_jax.tables.embedding import named_tables
+from dlrm_jax.tables.by_name import named_tables
 from dlrm_jax.training.run_config import ModelOptions
 from tests.helpers import tiny_model
 from tests.prepared_helpers import prepare_text, rows_of, schema

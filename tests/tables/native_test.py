@@ -12,11 +12,14 @@ import numpy as np
 import pytest
 
 from dlrm_jax.config import ConfigError, FeatureConfig, ModelConfig, OptimizerConfig, ScheduleConfig, TableConfig
-from dlrm_jax.tables import embedding
-from dlrm_jax.tables.kernels import build
+from dlrm_jax.host.mesh import MeshShape
+from dlrm_jax.tables import exchange, init
+from dlrm_jax.tables.exchange import init_slots, local_ops
+from dlrm_jax.tables.init import init_tables
+from dlrm_jax.tables.kernels import build, ops
 from dlrm_jax.tables.kernels.ops import native_ops
-from dlrm_jax.tables.optimizers import make_sparse_optimizer
-from dlrm_jax.tables.table_ops import local_ops
+from dlrm_jax.tables.layout import local_stacks, place_stacks
+from dlrm_jax.tables.plan import DATA_PARALLEL, make_plan
 
 needs_compiler = pytest.mark.skipif(not build.has_compiler(), reason="no C++ compiler on this machine")
 
@@ -52,14 +55,14 @@ def slots_of(model, batch, weighted=False):
 
 def run(make_ops, model, settings, ids, weights, d_pooled):
     """(pooled, tables, states) after a lookup and two updates, compiled, tables given away."""
-    ops = make_ops(model, settings)
-    tables = embedding.init_tables(model, 0)
-    sparse = make_sparse_optimizer(settings)
-    states = {name: sparse.init(table, model.embedding_dim) for name, table in tables.items()}
+    made = make_ops(model, settings)
+    tables, states = init_tables(model, 0), {}
+    for stack in local_stacks(model):
+        states |= init_slots(settings, model, stack)
 
     def step(tables, states, d_pooled):
-        pooled, routes = ops.lookup(tables, ops.route(ids, weights))
-        return pooled, *ops.update(tables, states, routes, d_pooled, jnp.float32(RATE))[:2]
+        pooled, routes = made.lookup(tables, made.route(ids, weights))
+        return pooled, *made.update(tables, states, routes, d_pooled, jnp.float32(RATE), jnp.int32(1))[:2]
 
     step = jax.jit(step, donate_argnums=(0, 1))
     pooled, tables, states = step(tables, states, d_pooled)
@@ -95,10 +98,12 @@ def test_native_is_equal_to_plain(table, dim, hotness, pooling, weighted, batch)
 
 @needs_compiler
 def test_native_over_several_stacks_is_equal_to_plain(monkeypatch):
-    stacks = embedding.make_stacks
-    monkeypatch.setattr(embedding, "make_stacks", lambda config: stacks(config, max_rows=20))
     model = model_of(16, (3, 2, 5, 4, 1, 2))
-    assert len(embedding.make_stacks(model)) == 2
+    plan = make_plan(model, MeshShape(1, 1), DATA_PARALLEL)
+    stacks = place_stacks(model, plan, max_rows=20)
+    assert len(stacks) == 2
+    for module in (exchange, init, ops, sys.modules[__name__]):
+        monkeypatch.setattr(module, "local_stacks", lambda model, divisible=True: stacks)
 
     assert_equal_to_plain(model, settings_of("rowwise_adagrad"), *slots_of(model, 20))
 
@@ -123,15 +128,15 @@ def test_native_is_the_same_bits_with_any_number_of_threads():
 @needs_compiler
 def test_native_keeps_one_copy_of_a_table():
     model = model_of(16, (3, 2, 5))
-    ops = native_ops(model, settings_of("adagrad"))
-    tables = embedding.init_tables(model, 0)
+    made = native_ops(model, settings_of("adagrad"))
+    tables = init_tables(model, 0)
     ids, _, d_pooled = slots_of(model, 8)
 
     def step(tables, states):
-        _, routes = ops.lookup(tables, ops.route(ids, None))
-        return ops.update(tables, states, routes, d_pooled, jnp.float32(RATE))[:2]
+        _, routes = made.lookup(tables, made.route(ids, None))
+        return made.update(tables, states, routes, d_pooled, jnp.float32(RATE), jnp.int32(1))[:2]
 
-    states = jax.tree.map(jnp.zeros_like, tables)
+    states = {name: {"sum": jnp.zeros_like(table)} for name, table in tables.items()}
     memory = jax.jit(step, donate_argnums=(0, 1)).lower(tables, states).compile().memory_analysis()
 
     num_bytes = 50_008 * 16 * 4
@@ -169,6 +174,16 @@ def test_a_compiler_that_fails_is_named_and_leaves_nothing(tmp_path, monkeypatch
     with pytest.raises(ConfigError, match=r"^false .* could not compile score\.cc"):
         build.built(build.SCORE, ())
     assert not list((tmp_path / "dlrm_jax").iterdir())
+
+
+@needs_compiler
+def test_a_rule_that_native_does_not_know_is_left_to_xla_and_said(caplog):
+    model = model_of(16, (3, 1, 5))
+    with caplog.at_level("INFO", logger="dlrm_jax"):
+        assert_equal_to_plain(model, settings_of("adam"), *slots_of(model, 20))
+    assert [record.getMessage() for record in caplog.records] == [
+        "--cpu_kernels=native: tables.cc has no Adam, so XLA updates the tables"
+    ]
 
 
 def test_what_native_does_not_have_is_refused():

@@ -1,6 +1,5 @@
 """Promise 5 on other devices: what one plan saved, another reads bit by bit, and no more of it than a shard at once."""
 
-import collections
 import dataclasses
 import json
 
@@ -11,16 +10,14 @@ import pytest
 from dlrm_jax.config import ConfigError, LossConfig
 from dlrm_jax.host.mesh import MeshShape, make_mesh
 from dlrm_jax.tables import reshard
-from dlrm_jax.tables.optimizers import SparseOptimizer
 from dlrm_jax.tables.plan import SHARDINGS, make_plan
 from dlrm_jax.training import checkpoint, loop
-from dlrm_jax.training import placed as placed_module
 from dlrm_jax.training.checkpoint import LATEST, Checkpoints
 from dlrm_jax.training.options import ShardingOptions
 from dlrm_jax.training.placed import Placed
 from dlrm_jax.training.step import make_train_step
 from tests.helpers import optimizer
-from tests.placement_helpers import by_name, pad
+from tests.placement_helpers import by_name, pad, slots_by_name
 from tests.tables.placement_test import batch, model
 from tests.training.resume_test import CONFIG
 
@@ -43,21 +40,16 @@ def trained(placed):
 
 def everything(placed, state):
     """Tables, and optimizer state, by table name."""
-    values = by_name(placed, state.tables)
-    if placed.optimizer.table == "rowwise_adagrad":
-        rows = [
-            dataclasses.replace(stack, width=1, dim=1, form="stack" if stack.form == "columns" else stack.form)
-            for stack in placed.stacks
-        ]
-        holder = type("Rows", (), {"stacks": rows})
-        state_by_name = by_name(holder, {k: v for k, v in state.table_opt_state.items() if "/" not in k})
-    else:
-        state_by_name = by_name(placed, state.table_opt_state) if placed.optimizer.table == "adagrad" else {}
-    return values, state_by_name
+    return by_name(placed, state.tables), slots_by_name(placed, state.table_opt_state)
 
 
 @pytest.mark.parametrize(
-    "table", ["rowwise_adagrad", *(pytest.param(name, marks=pytest.mark.exhaustive) for name in ("adagrad", "sgd"))]
+    "table",
+    [
+        "rowwise_adagrad",
+        "rowwise_adam,correct_by=row",
+        *(pytest.param(name, marks=pytest.mark.exhaustive) for name in ("adagrad", "sgd", "adam", "ftrl,initial=0.1")),
+    ],
 )
 def test_from_plan_to_plan_bit_by_bit(tmp_path, table, monkeypatch):
     monkeypatch.setattr(reshard, "_PIECE_FLOATS", 36)  # 9 rows at a time.
@@ -92,43 +84,6 @@ def test_from_packed_lines_to_plain_rows_and_back(tmp_path, sharding):
             state = checkpoints.restore(LATEST, new)
         for name, rows in by_name(new, state.tables).items():
             np.testing.assert_array_equal(rows, want[name])
-
-
-Moments = collections.namedtuple("Moments", ["mean", "square"])
-
-
-@pytest.mark.parametrize("make", [lambda a, b: (a, b), lambda a, b: {"m": a, "v": {"of": b}}, Moments])
-@pytest.mark.parametrize("mesh", [(1, 8), (1, 2)])
-def test_an_optimizer_of_several_arrays_comes_back_whole(tmp_path, monkeypatch, make, mesh):
-    """Two arrays a table were left abstract, without a word, where the plan was another."""
-    two = SparseOptimizer(lambda table, width: make(2 * table, table - 1), None, None)
-    monkeypatch.setattr(placed_module, "make_sparse_optimizer", lambda config: two)
-    old, new = placed_as((1, 8), "row_wise", "adagrad"), placed_as(mesh, "row_wise", "adagrad")
-    state = old.init_state(1)
-    with Checkpoints(tmp_path) as checkpoints:
-        checkpoints.save(LATEST, state, old, {})
-    with Checkpoints(tmp_path) as checkpoints:
-        state = checkpoints.restore(LATEST, new)
-    assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(state))
-    tables = by_name(new, state.tables)
-    doubled, less = ({k: jax.tree.leaves(v)[i] for k, v in state.table_opt_state.items()} for i in range(2))
-    for name, rows in by_name(new, doubled).items():
-        np.testing.assert_array_equal(rows, 2 * tables[name])
-    for name, rows in by_name(new, less).items():
-        np.testing.assert_array_equal(rows, tables[name] - 1)
-
-
-@pytest.mark.parametrize("odd", [lambda table: table[:1], lambda table: table.astype("bfloat16")])
-def test_what_cannot_be_read_under_another_plan_is_refused(tmp_path, monkeypatch, odd):
-    optimizer_of = SparseOptimizer(lambda table, width: (table, odd(table)), None, None)
-    monkeypatch.setattr(placed_module, "make_sparse_optimizer", lambda config: optimizer_of)
-    old, new = placed_as((1, 2), "row_wise", "adagrad"), placed_as((1, 4), "row_wise", "adagrad")
-    with Checkpoints(tmp_path) as checkpoints:
-        checkpoints.save(LATEST, old.init_state(1), old, {})
-    with Checkpoints(tmp_path) as checkpoints:
-        with pytest.raises(ConfigError, match=r"^table_opt_state\..*\.1 of checkpoint 0 is .* neither a float32"):
-            checkpoints.restore(LATEST, new)
-        assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(checkpoints.restore(LATEST, old)))
 
 
 @pytest.mark.parametrize("same_plan", [True, False])

@@ -11,7 +11,7 @@ import pytest
 from dlrm_jax.config import FeatureConfig, LossConfig, ModelConfig, TableConfig
 from dlrm_jax.training.state import init_state
 from dlrm_jax.training.step import make_train_step
-from tests.helpers import ROOT, optimizer, random_batch
+from tests.helpers import ROOT, RULES, optimizer, random_batch
 
 
 def model(rows: int, learned: bool = False) -> ModelConfig:
@@ -33,8 +33,10 @@ def compiled_step(rows: int, table: str, learned: bool, micro_batches: int = 1):
     return jax.jit(step, donate_argnums=0).lower(state, batch).compile()
 
 
-@pytest.mark.parametrize("table", ["sgd", "adagrad", "rowwise_adagrad"])
-@pytest.mark.parametrize(("learned", "micro_batches"), [(False, 1), (True, 1), (False, 4)])
+@pytest.mark.parametrize(
+    ("table", "learned", "micro_batches"),
+    [*((table, False, 1) for table in RULES), ("sgd", True, 1), ("rowwise_adagrad", True, 4)],
+)
 def test_temporary_memory_does_not_grow_with_rows(table, learned, micro_batches):
     few, many = (compiled_step(rows, table, learned, micro_batches) for rows in (1_000, 1_000_000))
     assert many.memory_analysis().temp_size_in_bytes <= few.memory_analysis().temp_size_in_bytes + 4096

@@ -10,7 +10,7 @@ import pytest
 from dlrm_jax.config import LossConfig, ModelConfig, OptimizerConfig, TableConfig
 from dlrm_jax.model.dlrm import DLRM
 from dlrm_jax.model.loss import example_losses
-from dlrm_jax.tables import embedding
+from dlrm_jax.tables.exchange import local_ops
 from dlrm_jax.training.placed import on_one_device
 from dlrm_jax.training.state import TrainState, init_state
 from dlrm_jax.training.step import logits, make_eval_step, make_scanned_step, make_train_step
@@ -21,7 +21,8 @@ def dense_step(model: ModelConfig, optimizer: OptimizerConfig, params: dict, sum
     """The oracle: autodiff through the lookup, and the textbook update of every weight of every table."""
 
     def loss(params):
-        pooled = embedding.lookup(model, params["tables"], batch.ids_BxK, batch.id_weights_BxK)
+        ops = local_ops(model)
+        pooled, _ = ops.lookup(params["tables"], ops.route(batch.ids_BxK, batch.id_weights_BxK))
         logits_B = DLRM(model).apply({"params": params["dense"]}, batch.dense_BxN, pooled)
         return (example_losses(LossConfig(), logits_B, batch.label_B) * batch.weight_B).sum() / batch.weight_B.sum()
 

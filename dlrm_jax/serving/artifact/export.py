@@ -37,8 +37,8 @@ from dlrm_jax.serving.artifact.loaded import MakeEngine, read_weights
 from dlrm_jax.serving.artifact.quantise import TABLE_TYPES, stored_table, take_stored
 from dlrm_jax.serving.artifact.signature import ServedFeature, Signature
 from dlrm_jax.serving.artifact.store import Version, write_version
-from dlrm_jax.tables import embedding
-from dlrm_jax.tables.embedding import POOLING_WEIGHTS
+from dlrm_jax.tables.exchange import local_ops
+from dlrm_jax.tables.layout import POOLING_WEIGHTS, local_stacks
 from dlrm_jax.training import reporting
 
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -54,10 +54,10 @@ Forward = Callable[[Weights, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
 
 def make_forward(model: ModelConfig, loss: LossConfig, kind: str) -> Forward:
     """(weights, dense_BxN, ids_BxK) -> (probability_B, logit_B); weights by flat names."""
-    take = take_stored(kind, model.embedding_dim)
+    ops = local_ops(model, take=take_stored(kind, model.embedding_dim))
 
     def forward(weights: Weights, dense_BxN: jax.Array, ids_BxK: jax.Array) -> tuple[jax.Array, jax.Array]:
-        pooled_BxFxD = embedding.lookup(model, weights, ids_BxK, take=take)
+        pooled_BxFxD, _ = ops.lookup(weights, ops.route(ids_BxK, None))
         logit_B = DLRM(model).apply({"params": nested(weights)}, dense_BxN, pooled_BxFxD)
         return probability(logit_B, loss.threshold), logit_B
 
@@ -141,7 +141,7 @@ def export_model(
 
 
 def of_arrays(named_tables: Mapping[str, np.ndarray]) -> Pieces:
-    """Tables that are in memory, by name (embedding.named_tables)."""
+    """Tables that are in memory, by name (by_name.named_tables)."""
     return lambda name: [named_tables[name]]
 
 
@@ -211,13 +211,13 @@ def _write_weights(
         row = _append(directory / file, _stored(name, pieces(name), stored_as), (table.num_embeddings,))
         written[name] = (file, row)
     table_bytes = 0
-    for stack in embedding.make_stacks(model):
+    for stack in local_stacks(model, divisible=False):
         for suffix in suffixes:
             of_stack = [table.name + suffix for table in stack.tables]
             files, (row, *_) = zip(*(written[name] for name in of_stack), strict=True)
             arrays[stack.name + suffix] = {"dtype": row.dtype.name, "files": list(files), "tables": of_stack}
-            shapes[stack.name + suffix] = jax.ShapeDtypeStruct((stack.num_rows, *row.shape), row.dtype)
-            table_bytes += stack.num_rows * row.size * row.dtype.itemsize
+            shapes[stack.name + suffix] = jax.ShapeDtypeStruct((stack.rows, *row.shape), row.dtype)
+            table_bytes += stack.rows * row.size * row.dtype.itemsize
     return arrays, shapes, table_bytes
 
 

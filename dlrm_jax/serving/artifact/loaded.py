@@ -29,7 +29,7 @@ _PIECE_BYTES = 1 << 26
 """What is read of a table's files at a time."""
 
 _POOLING_WEIGHTS = "/pooling_weights"
-"""Suffix of such an array's name (embedding.py, which serving does not import)."""
+"""Suffix of such an array's name (layout.py, which serving does not import)."""
 
 SELF_CHECK_TOLERANCE = 1e-4
 """Probabilities of another device may differ so much from those at export; on the same kind it is about 1e-7."""

@@ -119,7 +119,7 @@ def _read_tables(version: Version, placed: Placed) -> dict[str, jax.Array]:
     rows, shardings, arrays = _Rows(version), _shardings(placed), {}
     for stack in placed.stacks:
         for weights, shape in ((False, stack.shape), (True, stack.row_shape())):
-            kind = reshard.Kind("tables", weights, per_row=weights)
+            kind = reshard.Kind("tables", weights, per_row=weights, first=1.0 if weights else 0.0)
             name = kind.key(stack)
             if name in shardings:
                 arrays[name] = reshard.read_array(rows, kind, stack, shape, shardings[name])

@@ -1,39 +1,65 @@
-"""From looked-up rows to pooled vectors and back, on one device's part of a batch.
+"""Bags on one device: from row numbers to pooled vectors, and from their gradients to updates of the rows.
 
-With learned pooling weights a row carries its weight in one more column: (..., D + 1).
+Every form of a table comes down to this on the shard that holds its rows, and one device is the case of one shard. A
+bag is a feature's id slots of one example; `rows_Nxk` are the row numbers of N examples' slots, features side by side
+with `hotness` slots each, and negative where a slot is empty. `scale_Nxk` is what a slot's row is multiplied with, None
+where bags are the bare sums of their rows.
 """
 
 import itertools
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dlrm_jax.tables.embedding import POOLING_WEIGHTS
-from dlrm_jax.tables.layout import PlacedStack
-from dlrm_jax.tables.optimizers import SparseGrad, SparseOptimizer
+from dlrm_jax.config import ModelConfig
+from dlrm_jax.host.formulations import by_platform
+from dlrm_jax.tables import pooling
+from dlrm_jax.tables.layout import POOLING_WEIGHTS, Stack
+from dlrm_jax.tables.pooling import Take
 from dlrm_jax.tables.rows import take_rows
+from dlrm_jax.tables.rules import Arrays, row_means
+from dlrm_jax.tables.updates import BagGrad, SparseGrad, Stored, Update
+
+States = dict[str, Arrays]
 
 
-def read_rows(stack: PlacedStack, tables: dict[str, jax.Array], row_ids: jax.Array) -> jax.Array:
-    """(*row_ids.shape, W): local rows by number; where a number is outside, any row."""
-    flat = row_ids.reshape(-1)
-    rows = take_rows(tables[stack.name], flat, stack.width)
-    if stack.name + POOLING_WEIGHTS in tables:
-        rows = jnp.concatenate([rows, take_rows(tables[stack.name + POOLING_WEIGHTS], flat, 1)], axis=1)
-    return rows.reshape(*row_ids.shape, -1)
+class Updates(NamedTuple):
+    """The update of a stack's rows, and that of its learned pooling weights."""
+
+    rows: Update
+    weights: Update
 
 
-def scale_of(routes: dict[str, jax.Array]) -> jax.Array:
-    """What each slot's row is multiplied with: `scale`, or 1 where `rows` has a row; then scales need not travel."""
-    return routes["scale"] if "scale" in routes else (routes["rows"] >= 0).astype(jnp.float32)
+def slot_scale(model: ModelConfig, ids_BxK: jax.Array, id_weights_BxK: jax.Array | None) -> jax.Array | None:
+    """What each slot's row is multiplied with: 0 if empty, 1/count for mean pooling, the id's weight; None: bare sums.
+
+    Learned pooling weights come on top (`pool_bags`).
+    """
+    means = any(feature.pooling == "mean" and feature.hotness > 1 for feature in model.features)
+    if id_weights_BxK is None and not means:
+        return None
+    filled_BxK = (ids_BxK >= 0).astype(jnp.float32)
+    scale_BxK = filled_BxK if id_weights_BxK is None else filled_BxK * id_weights_BxK
+    if any(feature.pooling == "mean" for feature in model.features):
+        hotness = [feature.hotness for feature in model.features]
+        count_BxF = jnp.maximum(sum_bags(filled_BxK[:, :, None], tuple(hotness))[:, :, 0], 1)
+        mean_K = np.repeat([feature.pooling == "mean" for feature in model.features], hotness)
+        count_BxK = count_BxF[:, np.repeat(np.arange(len(hotness)), hotness)]
+        scale_BxK = jnp.where(mean_K[None], scale_BxK / count_BxK, scale_BxK)
+    return scale_BxK
 
 
-def scaled(stack: PlacedStack, rows: jax.Array, scale: jax.Array) -> jax.Array:
-    """What each slot adds to its bag: its row times `scale` and its learned weight."""
-    if rows.shape[-1] > stack.width:
-        scale = scale * rows[..., -1]
-    return rows[..., : stack.width] * scale[..., None]
+def sum_bags(slots_BxKxD: jax.Array, hotness: tuple[int, ...]) -> jax.Array:
+    """(B, F, D): sums over each feature's consecutive slots."""
+    if len(set(hotness)) == 1:
+        batch, _, width = slots_BxKxD.shape
+        return slots_BxKxD.reshape(batch, len(hotness), hotness[0], width).sum(axis=2)
+    starts = np.cumsum((0, *hotness))
+    bags = [slots_BxKxD[:, start:stop].sum(axis=1) for start, stop in itertools.pairwise(starts)]
+    return jnp.stack(bags, axis=1)
 
 
 def sum_bags_of_slots(slots_kxbxD: jax.Array, hotness: tuple[int, ...]) -> jax.Array:
@@ -43,7 +69,77 @@ def sum_bags_of_slots(slots_kxbxD: jax.Array, hotness: tuple[int, ...]) -> jax.A
     return jnp.stack(bags, axis=1)
 
 
-def slot_gradients(stack: PlacedStack, d_slots: jax.Array, scale: jax.Array, rows: jax.Array | None) -> jax.Array:
+def learns_weights(stack: Stack, tables: Arrays) -> bool:
+    """Whether the stack's rows have learned pooling weights."""
+    return stack.name + POOLING_WEIGHTS in tables
+
+
+def read_rows(stack: Stack, tables: Arrays, row_ids: jax.Array) -> jax.Array:
+    """(*row_ids.shape, W): local rows by number; where a number is outside, any row.
+
+    With learned pooling weights a row carries its weight in one more column: W is the width + 1.
+    """
+    flat = row_ids.reshape(-1)
+    rows = take_rows(tables[stack.name], flat, stack.width)
+    if learns_weights(stack, tables):
+        rows = jnp.concatenate([rows, take_rows(tables[stack.name + POOLING_WEIGHTS], flat, 1)], axis=1)
+    return rows.reshape(*row_ids.shape, -1)
+
+
+def scaled(stack: Stack, rows: jax.Array, scale: jax.Array) -> jax.Array:
+    """What each slot adds to its bag: its row times `scale` and its learned weight."""
+    if rows.shape[-1] > stack.width:
+        scale = scale * rows[..., -1]
+    return rows[..., : stack.width] * scale[..., None]
+
+
+def pool_bags(
+    stack: Stack,
+    tables: Arrays,
+    rows_Nxk: jax.Array,
+    scale_Nxk: jax.Array | None,
+    hotness: tuple[int, ...],
+    take: Take | None = None,
+) -> jax.Array:
+    """pooled_Nxfxw: each bag's rows, times their scales, summed. `take` reads rows, by default float32 ones."""
+    take = take or _take_of(stack)
+    if learns_weights(stack, tables):
+        # In one read, which the way back shares: it needs the rows again, before the update writes to them.
+        scale_Nxk = _filled(rows_Nxk, scale_Nxk) * _weights(stack, tables, rows_Nxk)
+        return sum_bags(take(tables[stack.name], rows_Nxk) * scale_Nxk[:, :, None], hotness)
+    pooled: list[jax.Array] = []
+    features: list[int] = []
+    for group, members in _groups(hotness):
+        scale = None if scale_Nxk is None else scale_Nxk[:, group]
+        pooled.append(pooling.pool(take, tables[stack.name], rows_Nxk[:, group], scale))
+        features += members
+    return pooled[0] if len(pooled) == 1 else jnp.concatenate(pooled, axis=1)[:, np.argsort(features)]
+
+
+def _take_of(stack: Stack) -> Take:
+    if stack.pack == 1:
+        return pooling.read_rows
+    return lambda table, ids: take_rows(table, ids.reshape(-1), stack.width).reshape(*ids.shape, stack.width)
+
+
+def _weights(stack: Stack, tables: Arrays, rows_Nxk: jax.Array) -> jax.Array:
+    return take_rows(tables[stack.name + POOLING_WEIGHTS], rows_Nxk.reshape(-1), 1).reshape(rows_Nxk.shape)
+
+
+def _filled(rows: jax.Array, scale: jax.Array | None) -> jax.Array:
+    """`scale`, or where it is None what it would be: 1 for a slot with a row, else 0."""
+    return (rows >= 0).astype(jnp.float32) if scale is None else scale
+
+
+def _groups(hotness: tuple[int, ...]) -> Iterator[tuple[np.ndarray, list[int]]]:
+    """(slots as (G, h) positions, features) of the features of one hotness h."""
+    starts = np.cumsum((0, *hotness))
+    for h in sorted(set(hotness)):
+        members = [i for i, own in enumerate(hotness) if own == h]
+        yield starts[members][:, None] + np.arange(h), members
+
+
+def slot_gradients(stack: Stack, d_slots: jax.Array, scale: jax.Array, rows: jax.Array | None) -> jax.Array:
     """The gradient of `scaled` in the rows, (..., W): `rows` are those looked up, None without learned weights."""
     if rows is None:
         return d_slots * scale[..., None]
@@ -51,22 +147,80 @@ def slot_gradients(stack: PlacedStack, d_slots: jax.Array, scale: jax.Array, row
     return jnp.concatenate([d_slots * (scale * rows[..., -1])[..., None], d_weights[..., None]], axis=-1)
 
 
-def apply_gradients(
-    stack: PlacedStack,
-    optimizers: tuple[SparseOptimizer, SparseOptimizer],
-    tables: dict[str, jax.Array],
-    opt_state: dict[str, jax.Array],
-    ids_M: jax.Array,
-    grads_MxW: jax.Array,
-    rate: jax.Array,
-) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
-    """The stack's tables and optimizer state after one update; `optimizers` of the rows and of learned weights."""
-    parts = {stack.name: (optimizers[0], grads_MxW[:, : stack.width])}
-    if grads_MxW.shape[1] > stack.width:
-        parts[stack.name + POOLING_WEIGHTS] = optimizers[1], grads_MxW[:, stack.width :]
-    new_tables, new_state = {}, {}
-    for name, (optimizer, rows_MxD) in parts.items():
-        new_tables[name], new_state[name] = optimizer.update(
-            SparseGrad(ids_M, rows_MxD), opt_state[name], tables[name], rate
+def row_gradients(
+    stack: Stack,
+    tables: Arrays,
+    rows_Nxk: jax.Array,
+    scale_Nxk: jax.Array | None,
+    hotness: tuple[int, ...],
+    d_pooled_Nxfxw: jax.Array,
+) -> SparseGrad:
+    """The gradient of `pool_bags` in the stack's rows, one a slot, (N * k, W)."""
+    d_slots = d_pooled_Nxfxw[:, np.repeat(np.arange(len(hotness)), hotness)]
+    rows = read_rows(stack, tables, rows_Nxk) if learns_weights(stack, tables) else None
+    grads = slot_gradients(stack, d_slots, _filled(rows_Nxk, scale_Nxk), rows)
+    return SparseGrad(rows_Nxk.reshape(-1), grads.reshape(-1, grads.shape[-1]))
+
+
+def _bag_gradients(
+    rows_Nxk: jax.Array, scale_Nxk: jax.Array | None, hotness: tuple[int, ...], d_pooled_Nxfxw: jax.Array
+) -> tuple[BagGrad, ...]:
+    """`row_gradients` by bags, those of one hotness together. Not where pooling weights are learned."""
+    bags = []
+    for group, members in _groups(hotness):
+        by_slot = group.T[:, None]  # (h, 1, G), to have slots first and bags of all examples next to each other.
+        examples = np.arange(rows_Nxk.shape[0])[None, :, None]
+        bags.append(
+            BagGrad(
+                ids_hxN=rows_Nxk[examples, by_slot].reshape(group.shape[1], -1),
+                scale_hxN=None if scale_Nxk is None else scale_Nxk[examples, by_slot].reshape(group.shape[1], -1),
+                d_bags_NxD=d_pooled_Nxfxw[:, np.array(members)].reshape(-1, d_pooled_Nxfxw.shape[2]),
+            )
         )
-    return new_tables, new_state
+    return tuple(bags)
+
+
+def update_bags(
+    stack: Stack,
+    updates: Updates,
+    tables: Arrays,
+    states: States,
+    rows_Nxk: jax.Array,
+    scale_Nxk: jax.Array | None,
+    hotness: tuple[int, ...],
+    d_pooled_Nxfxw: jax.Array,
+) -> tuple[Arrays, States]:
+    """The stack's tables and slots after the gradient of `pool_bags`."""
+
+    def by_rows(tables: Arrays, states: States, rows: jax.Array, *rest: jax.Array) -> tuple[Arrays, States]:
+        scale, d_pooled = rest
+        grad = row_gradients(stack, tables, rows, scale, hotness, d_pooled)
+        return update_rows(stack, updates, tables, states, grad)
+
+    def by_bags(tables: Arrays, states: States, *args: jax.Array) -> tuple[Arrays, States]:
+        rows, scale, d_pooled = args
+        stored = Stored(tables[stack.name], states[stack.name])
+        stored = updates.rows.by_bags(_bag_gradients(rows, scale, hotness, d_pooled), stored)
+        return {stack.name: stored.weights}, {stack.name: stored.slots}
+
+    args: Any = (tables, states, rows_Nxk, scale_Nxk, d_pooled_Nxfxw)
+    one_id_a_bag = sum(hotness) == len(hotness)
+    shared = stack.num_shards > 1 and updates.rows.dim and row_means(updates.rows.rule)
+    if one_id_a_bag or shared or learns_weights(stack, tables):
+        return by_rows(*args)  # Devices that share rows agree on a mean in one collective, not in one a piece.
+    return by_platform(by_bags, by_rows, *args)
+
+
+def update_rows(
+    stack: Stack, updates: Updates, tables: Arrays, states: States, grad: SparseGrad
+) -> tuple[Arrays, States]:
+    """The stack's tables and slots after a gradient of their rows, (M, W)."""
+    rows_MxW, width = grad.rows_MxD, stack.width
+    parts = {stack.name: (updates.rows, rows_MxW[:, :width])}
+    if learns_weights(stack, tables):
+        parts[stack.name + POOLING_WEIGHTS] = (updates.weights, rows_MxW[:, width:])
+    new_tables, new_states = {}, {}
+    for name, (update, rows_MxD) in parts.items():
+        stored = update.by_rows(SparseGrad(grad.ids_M, rows_MxD), Stored(tables[name], states[name]))
+        new_tables[name], new_states[name] = stored
+    return new_tables, new_states

@@ -6,6 +6,11 @@ devices agree (a minimum over the mesh) up to which row of each owner a round re
 gradients of a row in one round, duplicates are merged before Adagrad squares them, and no buffer is larger than
 planned. Nothing is dropped, and the numbers do not depend on the capacity.
 
+Two shards, `capacity` 2; row r lies on shard r mod 2 as its local row r // 2. One device needs rows 0, 2, 4, 1, its
+peer 2, 6. Sorted by owner the first has (shard 0: 0, 1, 2; shard 1: 0), the second (shard 0: 1, 3). The first can ask
+shard 0 for rows 0 and 1 only, so the first round ends before local row 2 on both devices: asked are {0, 1 | 0} and {1}.
+In the second round they ask shard 0 for {2} and {3}. So row 2, local row 1, which both need, is asked in one round.
+
 Id slots lie flat, slot by slot over all examples: M = k * b. As (b, k, W) a TPU would pad k to a multiple of eight, and
 copy all rows to get there.
 """
@@ -17,20 +22,30 @@ import jax.numpy as jnp
 import numpy as np
 
 from dlrm_jax.host.mesh import DATA, MODEL
-from dlrm_jax.tables.collective import from_copies, to_owners
-from dlrm_jax.tables.forms.bags import apply_gradients, read_rows, scaled, slot_gradients, sum_bags_of_slots
-from dlrm_jax.tables.layout import PlacedStack
+from dlrm_jax.tables.collective import ExchangeOptions, from_copies, to_owners
+from dlrm_jax.tables.forms.bags import (
+    States,
+    Updates,
+    learns_weights,
+    read_rows,
+    scaled,
+    slot_gradients,
+    sum_bags_of_slots,
+    update_rows,
+)
+from dlrm_jax.tables.layout import Stack
+from dlrm_jax.tables.rules import Arrays
+from dlrm_jax.tables.updates import SparseGrad
 
-Arrays = dict[str, Any]
 
-
-def route(stack: PlacedStack, ids_bxk: jax.Array, scale_bxk: jax.Array, capacity: int) -> Arrays:
+def route(stack: Stack, ids_bxk: jax.Array, scale_bxk: jax.Array | None, options: ExchangeOptions) -> Arrays:
     """Distinct rows, who asks whom for which, and where each slot finds its row.
 
     `unique_M`: the device's distinct rows as owner * rows + local row, ascending, then the void S * rows.
     `rank_M`: each slot's place in it. `stop_S`: the first round's end in it, for each owner. `asked_SxC`: local rows
-    that each peer asks of this device in the first round. `rounds` is 1, or 2 for more than one.
+    that each peer asks of this device in the first round. `more` says whether another round must follow.
     """
+    capacity = options.rows_at_once(stack.name, ids_bxk.size)
     shards, void = stack.num_shards, stack.num_shards * stack.rows
     first_k, count_k, offset_k = (
         np.array(of_T, np.int32)[stack.table_K] for of_T in (stack.first_T, stack.count_T, stack.offset_T)
@@ -40,7 +55,9 @@ def route(stack: PlacedStack, ids_bxk: jax.Array, scale_bxk: jax.Array, capacity
     key = jnp.where(ids_kxb < 0, void, owner * stack.rows + offset_k[:, None] + ids_kxb // count_k[:, None])
     unique_M, rank_M = _distinct(key.reshape(-1), void)
     starts_S = jnp.searchsorted(unique_M, jnp.arange(shards, dtype=jnp.int32) * stack.rows).astype(jnp.int32)
-    routes = {"unique": unique_M, "rank": rank_M, "scale": scale_bxk.T.reshape(-1), "start": starts_S}
+    routes = {"unique": unique_M, "rank": rank_M, "start": starts_S}
+    if scale_bxk is not None:
+        routes["scale"] = scale_bxk.T.reshape(-1)
     stop_S, more = _round_end(stack, unique_M, starts_S, capacity)
     asked_SxC = to_owners(_requests(stack, unique_M, starts_S, stop_S, capacity), shards)
     return routes | {"stop": stop_S, "more": more[None].astype(jnp.int32), "asked": asked_SxC}
@@ -56,9 +73,7 @@ def _distinct(key_M: jax.Array, void: int) -> tuple[jax.Array, jax.Array]:
     return unique_M, jnp.zeros(num, jnp.int32).at[order_M].set(place_M, unique_indices=True)
 
 
-def _round_end(
-    stack: PlacedStack, unique_M: jax.Array, start_S: jax.Array, capacity: int
-) -> tuple[jax.Array, jax.Array]:
+def _round_end(stack: Stack, unique_M: jax.Array, start_S: jax.Array, capacity: int) -> tuple[jax.Array, jax.Array]:
     """(where in `unique_M` the round that begins at `start_S` ends, for each owner; whether another must follow).
 
     It ends before the first row that does not fit a device's buffer, the same row on all devices.
@@ -73,9 +88,7 @@ def _round_end(
     return jnp.searchsorted(unique_M, until_S).astype(jnp.int32), (until_S < ends_S).any()
 
 
-def _requests(
-    stack: PlacedStack, unique_M: jax.Array, start_S: jax.Array, stop_S: jax.Array, capacity: int
-) -> jax.Array:
+def _requests(stack: Stack, unique_M: jax.Array, start_S: jax.Array, stop_S: jax.Array, capacity: int) -> jax.Array:
     """(S, C): the local rows to ask of each owner in a round; its number of rows where there is nothing to ask."""
     place_SxC, inside_SxC = _places(unique_M, start_S, stop_S, capacity)
     local_SxC = unique_M[place_SxC] - (jnp.arange(stack.num_shards, dtype=jnp.int32) * stack.rows)[:, None]
@@ -87,12 +100,16 @@ def _places(unique_M: jax.Array, start_S: jax.Array, stop_S: jax.Array, capacity
     return jnp.minimum(place_SxC, unique_M.shape[0] - 1), place_SxC < stop_S[:, None]
 
 
-def lookup(stack: PlacedStack, tables: Arrays, routes: Arrays, capacity: int, dtype: str) -> tuple[jax.Array, Arrays]:
+def lookup(
+    stack: Stack, tables: Arrays, routes: Arrays, options: ExchangeOptions, take: Any = None
+) -> tuple[jax.Array, Arrays]:
     """pooled_bxfxD; with learned weights the looked-up rows join the routes, for the way back."""
+    assert take is None, "rows of other types than float32 are served under other sharding types"
+    capacity = options.rows_at_once(stack.name, len(routes["rank"]))
 
     def receive(rows_MxW: jax.Array, asked_SxC: jax.Array, start_S: jax.Array, stop_S: jax.Array) -> jax.Array:
         """The slots' rows, those of this round filled in."""
-        answers_SxCxW = to_owners(read_rows(stack, tables, asked_SxC), stack.num_shards, dtype)
+        answers_SxCxW = to_owners(read_rows(stack, tables, asked_SxC), stack.num_shards, options.dtype)
         owner = jnp.searchsorted(stop_S, routes["rank"], side="right").astype(jnp.int32)
         owner = jnp.minimum(owner, stack.num_shards - 1)
         place = routes["rank"] - start_S[owner]
@@ -101,7 +118,7 @@ def lookup(stack: PlacedStack, tables: Arrays, routes: Arrays, capacity: int, dt
         new = answers_SxCxW.reshape(-1, answers_SxCxW.shape[-1]).at[flat].get(mode="promise_in_bounds")
         return jnp.where(got[:, None], new, rows_MxW)
 
-    width = stack.width + (len(tables) > 1)
+    width = stack.width + learns_weights(stack, tables)
     rows = jnp.zeros((*routes["rank"].shape, width), jnp.float32)
     rows = receive(rows, routes["asked"], routes["start"], routes["stop"])
 
@@ -115,47 +132,65 @@ def lookup(stack: PlacedStack, tables: Arrays, routes: Arrays, capacity: int, dt
         rows, _, _ = jax.lax.while_loop(
             lambda carry: carry[2], next_round, (rows, routes["stop"], routes["more"][0] > 0)
         )
-    slots_MxD = scaled(stack, rows, routes["scale"])
+    slots_MxD = scaled(stack, rows, _scale(routes))
     pooled = sum_bags_of_slots(slots_MxD.reshape(len(stack.slots), -1, stack.width), stack.hotness)
-    return pooled, routes | ({"rows": rows} if len(tables) > 1 else {})
+    return pooled, routes | ({"rows": rows} if learns_weights(stack, tables) else {})
+
+
+def _scale(routes: Arrays) -> jax.Array:
+    """What each slot's row is multiplied with; the row of an empty slot is 0, and its gradient goes to no owner."""
+    return routes.get("scale", jnp.ones(routes["rank"].shape, jnp.float32))
 
 
 def update(
-    stack: PlacedStack,
-    optimizers: Any,
+    stack: Stack,
+    updates: Updates,
     tables: Arrays,
-    opt_state: Arrays,
+    states: States,
     routes: Arrays,
     d_pooled: jax.Array,
-    rate: jax.Array,
-    capacity: int,
-    dtype: str,
-) -> tuple[Arrays, Arrays]:
+    options: ExchangeOptions,
+) -> tuple[Arrays, States]:
     """Gradients, summed by row at home, go to the owners, which merge them with their peers' and apply them once."""
+    capacity = options.rows_at_once(stack.name, len(routes["rank"]))
     d_slots_kxbxD = jnp.moveaxis(d_pooled, 1, 0)[np.repeat(np.arange(len(stack.hotness)), stack.hotness)]
     unique_M = routes["unique"]
     num = unique_M.shape[0]
-    grads_MxW = slot_gradients(stack, d_slots_kxbxD.reshape(num, -1), routes["scale"], routes.get("rows"))
+    grads_MxW = slot_gradients(stack, d_slots_kxbxD.reshape(num, -1), _scale(routes), routes.get("rows"))
     merged_MxW = jax.ops.segment_sum(grads_MxW, routes["rank"], num_segments=num)
 
-    def apply(tables: Arrays, opt_state: Arrays, asked_SxC: jax.Array, start_S: jax.Array, stop_S: jax.Array) -> tuple:
+    def apply(tables: Arrays, states: States, asked_SxC: jax.Array, start_S: jax.Array, stop_S: jax.Array) -> tuple:
         place_SxC, inside_SxC = _places(unique_M, start_S, stop_S, capacity)
         sent_SxCxW = jnp.where(inside_SxC[..., None], merged_MxW[place_SxC], 0)
-        got_SxCxW = to_owners(sent_SxCxW, stack.num_shards, dtype)
+        got_SxCxW = to_owners(sent_SxCxW, stack.num_shards, options.dtype)
         ids_M = from_copies(asked_SxC.reshape(-1), stack.num_copies)
         grads_MxW = from_copies(got_SxCxW.reshape(-1, got_SxCxW.shape[-1]), stack.num_copies)
-        return apply_gradients(stack, optimizers, tables, opt_state, ids_M, grads_MxW, rate)
+        return update_rows(stack, updates, tables, states, SparseGrad(ids_M, grads_MxW))
 
-    tables, opt_state = apply(tables, opt_state, routes["asked"], routes["start"], routes["stop"])
+    tables, states = apply(tables, states, routes["asked"], routes["start"], routes["stop"])
 
     def next_round(carry: tuple) -> tuple:
-        tables, opt_state, start_S, _ = carry
+        tables, states, start_S, _ = carry
         stop_S, more = _round_end(stack, unique_M, start_S, capacity)
         asked_SxC = to_owners(_requests(stack, unique_M, start_S, stop_S, capacity), stack.num_shards)
-        return *apply(tables, opt_state, asked_SxC, start_S, stop_S), stop_S, more
+        return *apply(tables, states, asked_SxC, start_S, stop_S), stop_S, more
 
     if capacity < num:
-        tables, opt_state, _, _ = jax.lax.while_loop(
-            lambda carry: carry[3], next_round, (tables, opt_state, routes["stop"], routes["more"][0] > 0)
+        tables, states, _, _ = jax.lax.while_loop(
+            lambda carry: carry[3], next_round, (tables, states, routes["stop"], routes["more"][0] > 0)
         )
-    return tables, opt_state
+    return tables, states
+
+
+def sent(stack: Stack, batch: int, columns: int, scales: bool, options: ExchangeOptions) -> list[tuple[str, int, int]]:
+    """(kind, devices that take part, bytes) of each collective of a step of one round."""
+    del scales
+    shards, copies, slots = stack.num_shards, stack.num_copies, batch * len(stack.slots)
+    capacity = options.rows_at_once(stack.name, slots)
+    rows = shards * capacity
+    found = [("all-to-all", shards, rows * 4)]
+    found += [("all-to-all", shards, rows * columns * options.float_bytes)] * 2
+    found += [("all-gather", copies, copies * rows * 4), ("all-gather", copies, copies * rows * columns * 4)]
+    if capacity < slots:  # Where a round ends, for each owner.
+        found.append(("all-reduce", shards * copies, shards * 4))
+    return found

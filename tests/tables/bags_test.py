@@ -1,4 +1,4 @@
-"""Tests `dlrm_jax/tables/embedding.py` against loops in NumPy and dense autodiff."""
+"""Lookup, the gradient of its rows, and initial tables, against loops in NumPy and dense autodiff."""
 
 import jax
 import jax.numpy as jnp
@@ -7,8 +7,14 @@ import pytest
 
 from dlrm_jax.config import FeatureConfig, ModelConfig, TableConfig
 from dlrm_jax.data.batch import EMPTY_SLOT
-from dlrm_jax.tables import embedding, pooling
-from tests.helpers import random_batch, tiny_model
+from dlrm_jax.host.mesh import MeshShape
+from dlrm_jax.tables import init, pooling
+from dlrm_jax.tables.by_name import named_tables, stack_tables
+from dlrm_jax.tables.exchange import init_slots, local_ops
+from dlrm_jax.tables.init import init_tables
+from dlrm_jax.tables.layout import MAX_STACK_ROWS, POOLING_WEIGHTS, place_stacks
+from dlrm_jax.tables.plan import DATA_PARALLEL, make_plan
+from tests.helpers import optimizer, random_batch, tiny_model
 
 MEAN = tuple(
     FeatureConfig(name, table, hotness, "mean")
@@ -27,7 +33,7 @@ def plain_lookup(config: ModelConfig, named: dict, ids: np.ndarray, weights: np.
                 if ids[b, k] != EMPTY_SLOT:
                     row = named[feature.table][ids[b, k]] * (1 if weights is None else weights[b, k])
                     if config.learned_pooling:
-                        row = row * named[feature.table + embedding.POOLING_WEIGHTS][ids[b, k]]
+                        row = row * named[feature.table + POOLING_WEIGHTS][ids[b, k]]
                     pooled[b, f] += row
                     count += 1
             if feature.pooling == "mean" and count:
@@ -37,7 +43,7 @@ def plain_lookup(config: ModelConfig, named: dict, ids: np.ndarray, weights: np.
 
 
 def numbered_tables(config: ModelConfig, seed: int = 0) -> dict[str, jax.Array]:
-    tables = embedding.init_tables(config, seed)
+    tables = init_tables(config, seed)
     rng = np.random.default_rng(seed)
     return {name: jnp.asarray(rng.normal(size=table.shape), jnp.float32) for name, table in tables.items()}
 
@@ -52,48 +58,57 @@ CASES = {
 }
 
 
+def lookup(config, tables, ids, weights=None):
+    ops = local_ops(config)
+    return ops.lookup(tables, ops.route(ids, weights))[0]
+
+
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("max_rows", [embedding.MAX_STACK_ROWS, 12])
-def test_lookup_and_row_gradients_equal_the_plain_form(case, max_rows, monkeypatch):
+@pytest.mark.parametrize("max_rows", [MAX_STACK_ROWS, 12])
+def test_lookup_and_update_equal_the_plain_form(case, max_rows, monkeypatch):
+    """The gradient of the rows is what SGD at a rate of -1 adds to them."""
     config, weighted = CASES[case]
-    stacks = embedding.make_stacks
-    monkeypatch.setattr(embedding, "make_stacks", lambda config: stacks(config, max_rows))
-    assert len(embedding.make_stacks(config)) == (1 if max_rows > 12 else 2)
+    stacks = place_stacks(config, make_plan(config, MeshShape(1, 1), DATA_PARALLEL), max_rows=max_rows)
+    assert len(stacks) == (1 if max_rows > 12 else 2)
+    for module in ("exchange", "init", "by_name"):
+        monkeypatch.setattr(f"dlrm_jax.tables.{module}.local_stacks", lambda config: stacks)
     tables = numbered_tables(config)
     batch = random_batch(config, 9, weighted_ids=weighted)
-    named = {name: np.asarray(rows, np.float64) for name, rows in embedding.named_tables(config, tables)}
-    pooled = embedding.lookup(config, tables, batch.ids_BxK, batch.id_weights_BxK)
+    named = {name: np.asarray(rows, np.float64) for name, rows in named_tables(config, tables)}
+    pooled = lookup(config, tables, batch.ids_BxK, batch.id_weights_BxK)
     expected = plain_lookup(config, named, batch.ids_BxK, batch.id_weights_BxK)
     np.testing.assert_allclose(pooled, expected, rtol=1e-5, atol=1e-6)
 
     d_pooled = jax.random.normal(jax.random.key(0), pooled.shape)
-    _, vjp = jax.vjp(lambda t: embedding.lookup(config, t, batch.ids_BxK, batch.id_weights_BxK), tables)
-    grads = embedding.row_gradients(config, tables, batch.ids_BxK, batch.id_weights_BxK, d_pooled)
+    _, vjp = jax.vjp(lambda t: lookup(config, t, batch.ids_BxK, batch.id_weights_BxK), tables)
+    ops, states = local_ops(config, optimizer("sgd")), {}
+    for stack in stacks:
+        states |= init_slots(optimizer("sgd"), config, stack)
+    routes = ops.route(batch.ids_BxK, batch.id_weights_BxK)
+    new, _, _ = ops.update(tables, states, routes, d_pooled, jnp.float32(-1), jnp.int32(1))
     for name, d_table in vjp(d_pooled)[0].items():
-        ids = jnp.where(grads[name].ids_M < 0, len(d_table), grads[name].ids_M)
-        ours = jnp.zeros_like(d_table).at[ids].add(grads[name].rows_MxD, mode="drop")
-        np.testing.assert_allclose(ours, d_table, rtol=1e-5, atol=1e-5, err_msg=name)
+        np.testing.assert_allclose(new[name] - tables[name], d_table, rtol=1e-5, atol=1e-5, err_msg=name)
 
 
 def test_empty_bag_pools_to_zero_under_every_pooling():
     config = tiny_model(features=MEAN)
     ids = np.full((2, config.num_slots), EMPTY_SLOT, np.int32)
-    np.testing.assert_array_equal(embedding.lookup(config, numbered_tables(config), ids), 0)
+    np.testing.assert_array_equal(lookup(config, numbered_tables(config), ids), 0)
 
 
 def test_init_depends_on_seed_table_name_and_position_alone():
     alone = tiny_model(tables=(TableConfig("item", 7, 4),), features=(FeatureConfig("item", "item"),))
-    rows = dict(embedding.named_tables(tiny_model(), embedding.init_tables(tiny_model(), 5)))
-    np.testing.assert_array_equal(rows["item"], embedding.init_tables(alone, 5)["stack_0"])
-    assert (np.asarray(rows["item"]) != np.asarray(embedding.init_tables(alone, 6)["stack_0"])).mean() > 0.9
+    rows = dict(named_tables(tiny_model(), init_tables(tiny_model(), 5)))
+    np.testing.assert_array_equal(rows["item"], init_tables(alone, 5)["stack_0"][:7])
+    assert (np.asarray(rows["item"]) != np.asarray(init_tables(alone, 6)["stack_0"])).mean() > 0.9
     unscaled = {name: np.asarray(rows[name][:7]) * len(rows[name]) ** 0.5 for name in ("user", "item")}
     assert not np.isclose(unscaled["user"], unscaled["item"]).any()
 
 
 def test_init_in_pieces_equals_init_at_once(monkeypatch):
-    whole = embedding.init_tables(tiny_model(), 1)["stack_0"]
-    monkeypatch.setattr(embedding, "FILL_FLOATS", 16)
-    np.testing.assert_array_equal(embedding.init_tables(tiny_model(), 1)["stack_0"], whole)
+    whole = init_tables(tiny_model(), 1)["stack_0"]
+    monkeypatch.setattr(init, "FILL_FLOATS", 16)
+    np.testing.assert_array_equal(init_tables(tiny_model(), 1)["stack_0"], whole)
 
 
 @pytest.mark.parametrize(("name", "std", "limit"), [("dlrm", 0.01 / 3**0.5, 0.01), ("flax", 0.25, np.inf)])
@@ -104,7 +119,7 @@ def test_init_has_the_stated_distribution(name, std, limit):
         bottom_mlp=(16,),
         table_init=name,
     )
-    rows = np.asarray(embedding.init_tables(config, 0)["stack_0"], np.float64)
+    rows = np.asarray(init_tables(config, 0)["stack_0"], np.float64)
     assert abs(rows).max() < limit and np.isfinite(rows).all()
     assert abs(rows.mean()) < 4 * std / 400
     np.testing.assert_allclose(rows.std(), std, rtol=0.01)
@@ -115,7 +130,7 @@ def test_init_has_the_stated_distribution(name, std, limit):
 def test_stack_tables_inverts_named_tables():
     config = tiny_model(learned_pooling=True)
     tables = numbered_tables(config)
-    restacked = embedding.stack_tables(config, dict(embedding.named_tables(config, tables)))
+    restacked = stack_tables(config, dict(named_tables(config, tables)))
     assert restacked.keys() == tables.keys()
     for name in tables:
         np.testing.assert_array_equal(restacked[name], tables[name])
