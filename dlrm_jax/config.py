@@ -1,11 +1,13 @@
 """The nouns of a run, as frozen dataclasses. Every check that needs no data is here."""
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
 INTERACTIONS = ("dot", "cat", "cross")
 POOLINGS = ("sum", "mean")
+COMBINES = ("sum", "mul", "concat")
 DENSE_INITS = ("dlrm", "torch", "flax")
 TABLE_INITS = ("dlrm", "flax")
 COMPUTE_DTYPES = ("float32", "bfloat16")
@@ -56,6 +58,7 @@ class TableConfig:
     """One embedding table of `num_embeddings` rows of `embedding_dim` floats.
 
     `optimizer` is its own (tables/rules.py), the run's where empty; its learning rate is the run's times `rate`.
+    `init_range` are the bounds of its uniform initial weights, by the model's `table_init` where empty.
     """
 
     name: str
@@ -63,6 +66,7 @@ class TableConfig:
     embedding_dim: int
     optimizer: str = ""
     rate: float = 1.0
+    init_range: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         for field in ("num_embeddings", "embedding_dim"):
@@ -74,24 +78,56 @@ class TableConfig:
         )
         require(self.rate > 0 and math.isfinite(self.rate), f"table {self.name!r}: rate is {self.rate}; give above 0")
 
+        require(
+            len(self.init_range) in (0, 2), f"table {self.name!r}: init_range is {self.init_range}; give two bounds"
+        )
+
     @property
-    def kind(self) -> tuple[str, float]:
+    def kind(self) -> tuple[Any, ...]:
         """What tables must share to be stored in one array."""
-        return self.optimizer, self.rate
+        return self.embedding_dim, self.optimizer, self.rate
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A table that a feature looks up, and how an id becomes one of its rows: by `id_map` with its `number`."""
+
+    table: str
+    id_map: str = "same"
+    number: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
 class FeatureConfig:
-    """One input column of ids: a bag of at most `hotness` ids, looked up in `table` and pooled."""
+    """One input column of ids: a bag of at most `hotness` ids, looked up in `table` and pooled.
+
+    A feature of several `parts` looks each of its ids up in several tables; the pooled vectors become one by `combine`.
+    `table` then only names what the ids are ids of, and `num_ids` how many there are.
+    """
 
     name: str
     table: str
     hotness: int = 1
     pooling: str = "sum"
+    parts: tuple[Part, ...] = ()
+    combine: str = "sum"
+    num_ids: int = 0
 
     def __post_init__(self) -> None:
+        require_choice(f"feature {self.name!r}: combine", self.combine, COMBINES)
+        require(self.num_ids >= bool(self.parts), f"feature {self.name!r}: num_ids is {self.num_ids}; parts need it")
         require(self.hotness >= 1, f"feature {self.name!r}: hotness is {self.hotness}; it must be at least 1")
         require_choice(f"feature {self.name!r}: pooling", self.pooling, POOLINGS)
+
+
+@dataclasses.dataclass(frozen=True)
+class Lookup:
+    """One part of one feature: what the tables see of it. `feature` is its number in the model."""
+
+    feature: int
+    part: Part
+    hotness: int
+    pooling: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,18 +168,16 @@ class ModelConfig:
 
     def _check_tables(self) -> None:
         names = {table.name for table in self.tables}
-        for feature in self.features:
-            require(
-                feature.table in names,
-                f"feature {feature.name!r} reads table {feature.table!r}, which is not among {sorted(names)}",
-            )
-        unused = sorted(names - {feature.table for feature in self.features})
+        for lookup in self.lookups:
+            name, table = self.features[lookup.feature].name, lookup.part.table
+            require(table in names, f"feature {name!r} reads table {table!r}, which is not among {sorted(names)}")
+        unused = sorted(names - {lookup.part.table for lookup in self.lookups})
         require(not unused, f"no feature reads table {', '.join(unused)}")
-        for table in self.tables:
+        for feature in self.features:
+            dims = sorted({self.table(part.table).embedding_dim for part in feature.parts})
             require(
-                table.embedding_dim == self.embedding_dim,
-                f"table {table.name!r} has embedding_dim {table.embedding_dim}, table {self.tables[0].name!r} has "
-                f"{self.embedding_dim}; the interaction needs one embedding_dim for all tables",
+                len(dims) <= 1 or feature.combine == "concat",
+                f"feature {feature.name!r}: its parts have dims {dims}; only combine=concat takes different ones",
             )
 
     def _check_mlps(self) -> None:
@@ -159,10 +193,33 @@ class ModelConfig:
         require(self.cross_layers >= 1, f"cross_layers is {self.cross_layers}; it must be at least 1")
         require(self.cross_rank >= 1, f"cross_rank is {self.cross_rank}; it must be at least 1")
 
-    @property
+    @functools.cached_property
+    def lookups(self) -> tuple[Lookup, ...]:
+        """The parts of all features, in config order."""
+        return tuple(
+            Lookup(i, part, feature.hotness, feature.pooling)
+            for i, feature in enumerate(self.features)
+            for part in feature.parts or (Part(feature.table),)
+        )
+
+    @functools.cached_property
+    def dims(self) -> tuple[int, ...]:
+        """The dims of the tables, each once, in the order of the lookups that have them: those of pooled vectors."""
+        return tuple(dict.fromkeys(self.table(lookup.part.table).embedding_dim for lookup in self.lookups))
+
+    def width(self, feature: FeatureConfig) -> int:
+        """Columns of a feature's vector before it is projected to D."""
+        dims = [self.table(part.table).embedding_dim for part in feature.parts or (Part(feature.table),)]
+        return sum(dims) if feature.combine == "concat" else dims[0]
+
+    @functools.cached_property
     def embedding_dim(self) -> int:
-        """D, common to all tables."""
-        return self.tables[0].embedding_dim
+        """D: the columns of every feature's vector in the interaction, the most that one has; others are projected."""
+        return max(self.width(feature) for feature in self.features)
+
+    def num_ids(self, feature: FeatureConfig) -> int:
+        """How many ids a feature has: 0 to this less one."""
+        return feature.num_ids or self.table(feature.table).num_embeddings
 
     @property
     def num_slots(self) -> int:
@@ -177,8 +234,13 @@ class ModelConfig:
 def model_from_dict(values: dict[str, Any]) -> ModelConfig:
     """The inverse of dataclasses.asdict, through JSON."""
     lists = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
-    tables = tuple(TableConfig(**table) for table in values["tables"])
-    features = tuple(FeatureConfig(**feature) for feature in values["features"])
+    tables = tuple(
+        TableConfig(**{**table, "init_range": tuple(table.get("init_range", ()))}) for table in values["tables"]
+    )
+    features = tuple(
+        FeatureConfig(**{**feature, "parts": tuple(Part(**part) for part in feature.get("parts", ()))})
+        for feature in values["features"]
+    )
     return ModelConfig(**{**values, **lists, "tables": tables, "features": features})
 
 

@@ -52,7 +52,7 @@ def run_config(**changes) -> RunConfig:
         (lambda: LossConfig("wbce", (1.0, -1.0)), "weights are not negative"),
         (lambda: ScheduleConfig(learning_rate=0.0), "learning_rate is 0.0"),
         (lambda: ScheduleConfig(0.1, warmup_steps=5, decay_start_step=3, decay_steps=2), "before the end of warm-up"),
-        (lambda: OptimizerConfig(ScheduleConfig(0.1), table="adam"), "'adam'; choose one of sgd"),
+        (lambda: OptimizerConfig(ScheduleConfig(0.1), table_l2=-1.0), "table_l2 is -1.0"),
         (lambda: OptimizerConfig(ScheduleConfig(0.1), weight_decay=0.1), "only adamw decays"),
         (lambda: run_config(batch_size=0), "batch_size is 0"),
         (lambda: run_config(batch_size=8, num_micro_batches=3), "8 does not split into 3 equal num_micro_batches"),

@@ -80,6 +80,7 @@ EFFECTS: Mapping[str, Effect] = {
     "cross_rank": _CROSS,
     "learned_pooling": _ALWAYS,
     "tables": _ALWAYS,
+    "compress_tables": _ALWAYS,
     "dense_init": _ALWAYS,
     "table_init": _ALWAYS,
     "compute_dtype": _ALWAYS,

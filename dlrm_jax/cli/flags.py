@@ -24,7 +24,7 @@ from dlrm_jax.config import (
 from dlrm_jax.data.generate.multi_hot import DISTRIBUTIONS, MULTI_HOT
 from dlrm_jax.data.read.load import DATASETS, DataConfig
 from dlrm_jax.host.memory import TRY_ANYWAY_HELP
-from dlrm_jax.tables import rules
+from dlrm_jax.tables import compress, rules
 from dlrm_jax.tables.plan import SHARDINGS
 from dlrm_jax.training.options import AUTO, EXCHANGE_DTYPES, ShardingOptions
 from dlrm_jax.training.run_config import TARGET_METRICS, ModelOptions, RunConfig
@@ -108,6 +108,11 @@ def _define_model_flags() -> None:
         "",
         'JSON file of settings of single tables: {"tables": {"NAME": {"optimizer": "adam,b1=0.8", "rate": 0.1}}}; the '
         "rate is times the run's.",
+    )
+    flags.DEFINE_string(
+        "compress_tables",
+        "",
+        f"A way to store large tables in fewer numbers, with its options behind commas: {compress.help_text()}.",
     )
     flags.DEFINE_bool("learned_pooling", False, "Multiply each looked-up row with a trainable weight of that row.")
     flags.DEFINE_enum(
@@ -245,7 +250,7 @@ def unchecked_config() -> RunConfig:
             bottom_mlp=_numbers("bottom_mlp", int),
             top_mlp=_numbers("top_mlp", int),
             **_values("embedding_dim", "interaction", "self_interaction", "cross_layers", "cross_rank"),
-            **_values("learned_pooling", "dense_init", "table_init", "compute_dtype", "tables"),
+            **_values("learned_pooling", "dense_init", "table_init", "compute_dtype", "tables", "compress_tables"),
         ),
         loss=LossConfig(FLAGS.loss, _numbers("class_weights", float), FLAGS.loss_threshold),
         optimizer=OptimizerConfig(

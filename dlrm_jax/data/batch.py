@@ -41,7 +41,7 @@ def check_ids(
     if ids_BxK.ndim != 2 or ids_BxK.shape[1] != config.num_slots:
         raise ConfigError(f"ids have shape {ids_BxK.shape}; expected (rows, {config.num_slots}), one column a slot")
     hotness = [feature.hotness for feature in config.features]
-    limit_K = np.repeat([config.table(feature.table).num_embeddings for feature in config.features], hotness)
+    limit_K = np.repeat([config.num_ids(feature) for feature in config.features], hotness)
     bad_BxK = (ids_BxK >= limit_K) | (ids_BxK < EMPTY_SLOT)
     if not bad_BxK.any():
         return ids_BxK.astype(np.int32, copy=False), {}

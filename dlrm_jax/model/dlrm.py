@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from dlrm_jax.config import ModelConfig
 from dlrm_jax.model.interactions import LowRankCross, cat_interaction, dot_interaction
+from dlrm_jax.model.vectors import FeatureVectors
 
 Initializer = Callable[..., jax.Array]
 
@@ -68,14 +69,15 @@ class MLP(nn.Module):
 
 
 class DLRM(nn.Module):
-    """(dense_BxN, pooled_BxFxD) -> logits_B."""
+    """(dense_BxN, pooled) -> logits_B."""
 
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, dense_BxN: jax.Array, pooled_BxFxD: jax.Array) -> jax.Array:
-        """(B, N), (B, F, D) to (B,)."""
+    def __call__(self, dense_BxN: jax.Array, pooled: Any) -> jax.Array:
+        """(B, N) and what the tables' lookup gives (tables/exchange.py, Pooled) to (B,)."""
         config = self.config
+        pooled_BxFxD = FeatureVectors(config, name="vectors")(pooled)
         common = {"init_name": config.dense_init, "dtype": config.compute_dtype}
         bottom_BxD = MLP(config.bottom_mlp, final_relu=True, **common, name="bottom_mlp")(dense_BxN)
         with jax.named_scope("interaction"):

@@ -115,8 +115,8 @@ def _improved(setting: Setting, uniform: Mapping[str, Cost]) -> Cost:
     best_kind = min(uniform, key=lambda kind: setting.rank_key(uniform[kind]))
     kinds, best = {table.name: best_kind for table in setting.model.tables}, uniform[best_kind]
     slots = dict.fromkeys(kinds, 0)
-    for feature in setting.model.features:
-        slots[feature.table] += feature.hotness
+    for lookup in setting.model.lookups:
+        slots[lookup.part.table] += lookup.hotness
     groups: dict[tuple[int, int], list[str]] = {}
     for table in setting.model.tables:
         groups.setdefault((_magnitude(table.num_embeddings), slots[table.name]), []).append(table.name)

@@ -101,7 +101,7 @@ def _where(placement: Placement) -> str:
 
 def why(setting: Setting, table: TableConfig, placement: Placement) -> str:
     """The reason in a few words: what this placement spares."""
-    slots = sum(feature.hotness for feature in setting.model.features if feature.table == table.name)
+    slots = sum(one.hotness for one in setting.model.lookups if one.part.table == table.name)
     lookups = slots * setting.load.batch_size
     if placement.sharding == DATA_PARALLEL:
         return "fewer rows than the batch looks up" if table.num_embeddings <= lookups else "lookups at home"
@@ -125,7 +125,7 @@ def _sent_by(setting: Setting, cost: Cost, table: TableConfig) -> tuple[float, f
     stack = next(stack for stack in cost.stacks if table in stack.tables)
     slots = float((stack.table_K == stack.tables.index(table)).sum())
     b = setting.load.batch_size / setting.mesh.size
-    features = sum(feature.table == table.name for feature in setting.model.features)
+    features = sum(one.part.table == table.name for one in setting.model.lookups)
     if setting.mesh.size == 1:
         return 0.0, 0.0
     if stack.form == ROUTED:

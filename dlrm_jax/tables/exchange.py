@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
-from dlrm_jax.config import ModelConfig, OptimizerConfig
+from dlrm_jax.config import Lookup, ModelConfig, OptimizerConfig
 from dlrm_jax.host.mesh import BATCH_SPEC
 from dlrm_jax.tables.collective import ExchangeOptions, sum_over_shards
 from dlrm_jax.tables.forms import FORMS
@@ -37,21 +37,37 @@ OVERFLOWS = "exchange_overflows"
 """Counter of `update`: stacks whose rows did not fit one round of the exchange."""
 
 
+Pooled = jax.Array | tuple[jax.Array, ...]
+"""Pooled vectors of all lookups, (B, F, D); where tables have several dims, one array for each of ModelConfig.dims."""
+
+TakeOf = Callable[[int], Take]
+"""What reads the rows of a dim as float32 from however they are stored."""
+
+
 class TableOps(NamedTuple):
     """Three pure functions of global arrays.
 
     route: (ids_BxK, id_weights_BxK or None) -> routes. Reads no table.
-    lookup: (tables, routes) -> (pooled_BxFxD, routes), the routes with what the way back needs.
-    update: (tables, states, routes, d_pooled_BxFxD, learning_rate, count) -> (tables, states, counters). `count` is the
+    lookup: (tables, routes) -> (pooled, routes), the routes with what the way back needs.
+    update: (tables, states, routes, d_pooled, learning_rate, count) -> (tables, states, counters). `count` is the
       number of the update, from 1 on.
     """
 
     route: Callable[[jax.Array, jax.Array | None], Arrays]
-    lookup: Callable[[Arrays, Arrays], tuple[jax.Array, Arrays]]
-    update: Callable[[Arrays, Arrays, Arrays, jax.Array, jax.Array, jax.Array], tuple[Arrays, Arrays, Arrays]]
+    lookup: Callable[[Arrays, Arrays], tuple[Pooled, Arrays]]
+    update: Callable[[Arrays, Arrays, Arrays, Pooled, jax.Array, jax.Array], tuple[Arrays, Arrays, Arrays]]
 
 
-def local_ops(model: ModelConfig, optimizer: OptimizerConfig | None = None, take: Take | None = None) -> TableOps:
+def pooled_like(model: ModelConfig, batch_size: int) -> Pooled:
+    """Zeros of the shape that `lookup` gives for a batch."""
+    counts = dict.fromkeys(model.dims, 0)
+    for lookup in model.lookups:
+        counts[model.table(lookup.part.table).embedding_dim] += 1
+    pooled = tuple(jnp.zeros((batch_size, count, dim)) for dim, count in counts.items())
+    return pooled[0] if len(pooled) == 1 else pooled
+
+
+def local_ops(model: ModelConfig, optimizer: OptimizerConfig | None = None, take: TakeOf | None = None) -> TableOps:
     """All tables on one device. `optimizer` is what `update` needs, `take` reads rows of other types than float32."""
     parts = _Parts(model, optimizer, local_stacks(model), ExchangeOptions(), take)
     return TableOps(parts.route, parts.lookup, lambda *args: (*parts.update(*args), {}))
@@ -72,10 +88,10 @@ def placed_ops(
     def route(ids_BxK: jax.Array, id_weights_BxK: jax.Array | None) -> Arrays:
         return over_mesh(parts.route, (BATCH_SPEC, BATCH_SPEC), BATCH_SPEC)(ids_BxK, id_weights_BxK)
 
-    def lookup(tables: Arrays, routes: Arrays) -> tuple[jax.Array, Arrays]:
+    def lookup(tables: Arrays, routes: Arrays) -> tuple[Pooled, Arrays]:
         return over_mesh(parts.lookup, (table_specs, BATCH_SPEC), BATCH_SPEC)(tables, routes)
 
-    def update(tables: Arrays, states: Arrays, routes: Arrays, *rest: jax.Array) -> tuple[Arrays, Arrays, Arrays]:
+    def update(tables: Arrays, states: Arrays, routes: Arrays, *rest: Any) -> tuple[Arrays, Arrays, Arrays]:
         in_specs = (table_specs, state_specs, BATCH_SPEC, BATCH_SPEC, PartitionSpec(), PartitionSpec())
         update = over_mesh(parts.update, in_specs, (table_specs, state_specs))
         tables, states = update(tables, states, routes, *rest)
@@ -134,7 +150,7 @@ class _Parts:
         optimizer: OptimizerConfig | None,
         stacks: tuple[Stack, ...],
         options: ExchangeOptions,
-        take: Take | None = None,
+        take: TakeOf | None = None,
     ) -> None:
         self._model, self._optimizer, self._stacks = model, optimizer, stacks
         self._options, self._take = options, take
@@ -144,38 +160,47 @@ class _Parts:
         routes = {}
         for stack in self._stacks:
             scale = None if scale_bxK is None else scale_bxK[:, stack.slots]
-            routes[stack.name] = FORMS[stack.form].route(stack, ids_bxK[:, stack.slots], scale, self._options)
+            routes[stack.name] = FORMS[stack.form].route(stack, stack.row_numbers(ids_bxK), scale, self._options)
         return routes
 
-    def lookup(self, tables: Arrays, routes: Arrays) -> tuple[jax.Array, Arrays]:
-        pooled, new_routes = [], {}
-        features: list[int] = []
+    def lookup(self, tables: Arrays, routes: Arrays) -> tuple[Pooled, Arrays]:
+        new_routes = {}
+        bags: dict[int, list[jax.Array]] = {dim: [] for dim in self._model.dims}
         for stack in self._stacks:
-            bags, new_routes[stack.name] = FORMS[stack.form].lookup(
-                stack, _of(stack, tables), routes[stack.name], self._options, self._take
+            take = self._take and self._take(stack.dim)
+            found, new_routes[stack.name] = FORMS[stack.form].lookup(
+                stack, _of(stack, tables), routes[stack.name], self._options, take
             )
-            pooled.append(bags)
-            features += stack.features
-        whole = pooled[0] if len(pooled) == 1 else jnp.concatenate(pooled, axis=1)[:, np.argsort(features)]
-        return whole, new_routes
+            bags[stack.dim].append(found)
+        pooled = []
+        for dim, of_dim in bags.items():
+            lookups = [i for stack in self._stacks if stack.dim == dim for i in stack.features]
+            whole = jnp.concatenate(of_dim, axis=1)[:, np.argsort(lookups)] if len(of_dim) > 1 else of_dim[0]
+            pooled.append(whole)
+        return (pooled[0] if len(pooled) == 1 else tuple(pooled)), new_routes
 
     def update(
-        self, tables: Arrays, states: Arrays, routes: Arrays, d_pooled: jax.Array, rate: jax.Array, count: jax.Array
+        self, tables: Arrays, states: Arrays, routes: Arrays, d_pooled: Pooled, rate: jax.Array, count: jax.Array
     ) -> tuple[Arrays, Arrays]:
         tables, states = dict(tables), dict(states)
+        gradients = dict(zip(self._model.dims, d_pooled if isinstance(d_pooled, tuple) else (d_pooled,), strict=True))
         for stack in self._stacks:
+            of_dim = [i for i, one in enumerate(self._model.lookups) if self._dim(one) == stack.dim]
             new_tables, new_states = FORMS[stack.form].update(
                 stack,
                 self._updates(stack, rate, count),
                 _of(stack, tables),
                 _of(stack, states),
                 routes[stack.name],
-                d_pooled[:, np.array(stack.features)],
+                gradients[stack.dim][:, np.searchsorted(of_dim, stack.features)],
                 self._options,
             )
             tables |= new_tables
             states |= new_states
         return tables, states
+
+    def _dim(self, lookup: Lookup) -> int:
+        return self._model.table(lookup.part.table).embedding_dim
 
     def _updates(self, stack: Stack, rate: jax.Array, count: jax.Array) -> Updates:
         if self._optimizer is None:

@@ -5,6 +5,7 @@ A weight is a hash of (seed, table name, row, column): the same under every plac
 
 import functools
 import hashlib
+import math
 
 import jax
 import jax.numpy as jnp
@@ -30,12 +31,13 @@ def init_tables(model: ModelConfig, seed: int) -> dict[str, jax.Array]:
 def init_stack(model: ModelConfig, stack: Stack, mesh: Mesh | None, seed: int) -> dict[str, jax.Array]:
     """A stack's arrays, split over `mesh` as its specs say. For use under jit with those shardings for its outputs.
 
-    `table_init="dlrm"` is U(+-sqrt(1 / num_embeddings)), `"flax"` N(0, 1/sqrt(D)) as flax.linen.Embed. Padding is 0.
+    `table_init="dlrm"` is U(+-sqrt(1 / num_embeddings)), `"flax"` N(0, 1/sqrt(D)) as flax.linen.Embed; a table's own
+    `init_range` goes before. Padding is 0.
     Learned pooling weights start at 1.
     """
     keys = jnp.asarray(table_keys(stack.tables, seed))
-    scales = jnp.asarray(table_scales(model, stack.tables))
-    fill = functools.partial(_fill_shard, stack, keys, scales, model.table_init == "flax")
+    scales, shifts = map(jnp.asarray, table_scales(model, stack.tables))
+    fill = functools.partial(_fill_shard, stack, keys, scales, shifts, model.table_init == "flax")
     if mesh is not None:
         fill = jax.shard_map(fill, mesh=mesh, in_specs=(), out_specs=stack.spec, check_vma=False)
     rows = {stack.name: fill() if mesh is not None else jax.jit(fill)()}
@@ -62,11 +64,18 @@ def table_keys(tables: tuple[TableConfig, ...], seed: int) -> np.ndarray:
     return np.array([np.frombuffer(digest, np.uint32) for digest in digests])
 
 
-def table_scales(config: ModelConfig, tables: tuple[TableConfig, ...]) -> np.ndarray:
-    """(T,) float32: the half-width or standard deviation of each table's initial weights."""
-    sizes = np.array([table.num_embeddings for table in tables])
-    scale_T = np.sqrt(1 / sizes) if config.table_init == "dlrm" else np.full(len(sizes), config.embedding_dim**-0.5)
-    return scale_T.astype(np.float32)
+def table_scales(model: ModelConfig, tables: tuple[TableConfig, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """((T,) float32: the half-width or standard deviation of each table's initial weights, (T,) their mean)."""
+    scales, shifts = [], []
+    for table in tables:
+        low, high = table.init_range or (0.0, 0.0)
+        uniform = model.table_init == "dlrm"
+        if table.init_range:  # Of a normal distribution the deviation that such a uniform one has.
+            scales.append((high - low) / (2 if uniform else math.sqrt(12)))
+        else:
+            scales.append(math.sqrt(1 / table.num_embeddings) if uniform else table.embedding_dim**-0.5)
+        shifts.append((high + low) / 2)
+    return np.array(scales, np.float32), np.array(shifts, np.float32)
 
 
 def _mix(x: jax.Array) -> jax.Array:
@@ -76,7 +85,7 @@ def _mix(x: jax.Array) -> jax.Array:
     return x ^ (x >> 16)
 
 
-def _fill_shard(stack: Stack, key_Tx2: jax.Array, scale_T: jax.Array, normal: bool) -> jax.Array:
+def _fill_shard(stack: Stack, key_Tx2: jax.Array, scale_T: jax.Array, shift_T: jax.Array, normal: bool) -> jax.Array:
     lines, lanes = stack.local_shape
     piece = min(max(1, FILL_FLOATS // lanes), lines)
     shard = shard_index(stack.num_shards)
@@ -85,7 +94,7 @@ def _fill_shard(stack: Stack, key_Tx2: jax.Array, scale_T: jax.Array, normal: bo
     def fill(i: jax.Array, rows: jax.Array) -> jax.Array:
         # In pieces, because the compiler keeps a handful of numbers per row beside the rows that it fills.
         start = jnp.minimum(i * piece, lines - piece)
-        drawn = _draw_lines(stack, start, piece, shard, constants, key_Tx2, scale_T, normal)
+        drawn = _draw_lines(stack, start, piece, shard, constants, key_Tx2, scale_T, shift_T, normal)
         return jax.lax.dynamic_update_slice(rows, drawn, (start, jnp.int32(0)))
 
     rows = jnp.zeros((lines, lanes), jnp.float32)
@@ -110,6 +119,7 @@ def _draw_lines(
     constants: dict[str, np.ndarray],
     key_Tx2: jax.Array,
     scale_T: jax.Array,
+    shift_T: jax.Array,
     normal: bool,
 ) -> jax.Array:
     """The lines from `start` on of shard `shard`."""
@@ -134,4 +144,5 @@ def _draw_lines(
         scale_T[table_P][:, None],
         normal,
     )
+    drawn = drawn + shift_T[table_P][:, None]
     return jnp.where(valid_P[:, None] & (column_1xw < stack.dim), drawn, 0).reshape(shape)

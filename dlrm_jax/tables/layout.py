@@ -17,11 +17,13 @@ import dataclasses
 import functools
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from dlrm_jax.config import ModelConfig, TableConfig
+from dlrm_jax.config import ModelConfig, Part, TableConfig
 from dlrm_jax.host.mesh import MODEL, MeshShape
+from dlrm_jax.tables.id_maps import row_numbers
 from dlrm_jax.tables.plan import (
     COLUMN_WISE,
     DATA_PARALLEL,
@@ -52,12 +54,12 @@ FORMS = {
 
 @dataclasses.dataclass(frozen=True)
 class Stack:
-    """Tables of one form, and of one optimizer and learning rate, in one array.
+    """Tables of one form, and of one dim, optimizer and learning rate, in one array.
 
     `rows` are those of one shard, `width` the columns that one device holds of `dim`, `pack` rows share a line
     (rows.py). `num_shards` and `num_copies` are the mesh's. `first_T`, `count_T`: each table's shards; `offset_T`: its
-    first row on each of them. `slots` are the columns of ids_BxK that read the stack, `table_K` the table that each
-    of them reads.
+    first row on each of them. `features` are the lookups that read the stack (ModelConfig.lookups), by number; `slots`
+    the columns of ids_BxK that these take their ids from, `table_K` the table that each of them reads.
     """
 
     name: str
@@ -73,9 +75,22 @@ class Stack:
     dim: int
     pack: int
     features: tuple[int, ...]
+    parts: tuple[Part, ...]
     hotness: tuple[int, ...]
     slots: np.ndarray
     table_K: np.ndarray
+
+    def row_numbers(self, ids_BxK: Any) -> Any:
+        """(B, slots of the stack): which row of its table each id means, by NumPy or JAX; empty slots are negative."""
+        ids = ids_BxK[:, self.slots]
+        if all(part.id_map == "same" for part in self.parts):
+            return ids
+        starts = np.cumsum([0, *self.hotness])
+        columns = [
+            row_numbers(part, self.tables[self.table_K[start]].num_embeddings, ids[:, start:stop])
+            for part, start, stop in zip(self.parts, starts, starts[1:], strict=False)
+        ]
+        return (np if isinstance(ids, np.ndarray) else jnp).concatenate(columns, axis=1)
 
     @property
     def layout(self) -> tuple[Any, ...]:
@@ -197,14 +212,15 @@ def _place(
         shards = _shards(placement, form)
         offsets.append(int(used[shards].max()))
         used[shards] = offsets[-1] + _rows_a_shard(table, placement, form)
-    dim = model.embedding_dim
+    dim = tables[0].embedding_dim
     width = -(-dim // plan.mesh.model) if form == COLUMNS else dim
     pack = pack_for(width, packed)
     rows = int(used.max())
     number_of = {table.name: i for i, table in enumerate(tables)}
     starts = np.cumsum([0, *(feature.hotness for feature in model.features)])
-    features = [i for i, feature in enumerate(model.features) if feature.table in number_of]
-    hotness = tuple(model.features[i].hotness for i in features)
+    read_by = [i for i, lookup in enumerate(model.lookups) if lookup.part.table in number_of]
+    lookups = [model.lookups[i] for i in read_by]
+    hotness = tuple(lookup.hotness for lookup in lookups)
     return Stack(
         name=name,
         form=form,
@@ -218,10 +234,11 @@ def _place(
         width=width,
         dim=dim,
         pack=pack,
-        features=tuple(features),
+        features=tuple(read_by),
+        parts=tuple(lookup.part for lookup in lookups),
         hotness=hotness,
-        slots=np.concatenate([np.arange(starts[i], starts[i + 1]) for i in features]),
-        table_K=np.repeat([number_of[model.features[i].table] for i in features], hotness),
+        slots=np.concatenate([np.arange(starts[one.feature], starts[one.feature + 1]) for one in lookups]),
+        table_K=np.repeat([number_of[one.part.table] for one in lookups], hotness),
     )
 
 

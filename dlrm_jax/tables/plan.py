@@ -138,8 +138,8 @@ class _Loads:
     def __init__(self, model: ModelConfig, num_shards: int) -> None:
         rows = {table.name: table.num_embeddings for table in model.tables}
         slots = dict.fromkeys(rows, 0)
-        for feature in model.features:
-            slots[feature.table] += feature.hotness
+        for lookup in model.lookups:
+            slots[lookup.part.table] += lookup.hotness
         total_rows, total_slots = sum(rows.values()), sum(slots.values())
         self._share = {name: rows[name] / total_rows + slots[name] / total_slots for name in rows}
         self._load_S = [0.0] * num_shards

@@ -126,11 +126,9 @@ def exchange_capacity(
 def asked_at_most(stack: Stack, ids_bxK: np.ndarray) -> int:
     """The most distinct rows that these examples need of one shard."""
     counts = np.zeros(stack.num_shards, np.int64)
-    slots_of_table: dict[int, list[int]] = {}
-    for slot, table in zip(stack.slots.tolist(), stack.table_K.tolist(), strict=True):
-        slots_of_table.setdefault(table, []).append(slot)
-    for table, slots in slots_of_table.items():
-        distinct = np.unique(ids_bxK[:, slots])
+    rows_bxk = stack.row_numbers(ids_bxK)
+    for table in range(len(stack.tables)):
+        distinct = np.unique(rows_bxk[:, stack.table_K == table])
         owners = stack.first_T[table] + distinct[distinct >= 0] % stack.count_T[table]
         counts += np.bincount(owners, minlength=stack.num_shards)
     return int(counts.max())

@@ -22,6 +22,7 @@ from dlrm_jax.config import (
 from dlrm_jax.data.batch import check_ids
 from dlrm_jax.data.read.dataset import Dataset, Rows, Split
 from dlrm_jax.data.read.load import DataConfig
+from dlrm_jax.tables.compress import compressed
 from dlrm_jax.tables.rules import check_rule, make_rule
 from dlrm_jax.training.options import ShardingOptions
 
@@ -35,7 +36,8 @@ _SMALLER_IS_BETTER = ("log_loss", "normalized_entropy")
 class ModelOptions:
     """A ModelConfig but for what the data decides: dense width, tables and features.
 
-    `tables` is a file of settings of single tables (`read_table_settings`).
+    `tables` is a file of settings of single tables (`read_table_settings`), `compress_tables` a way to store large ones
+    in fewer numbers (tables/compress.py).
     """
 
     embedding_dim: int
@@ -50,14 +52,16 @@ class ModelOptions:
     table_init: str = "dlrm"
     compute_dtype: str = "float32"
     tables: str = ""
+    compress_tables: str = ""
 
     def build(self, dataset: Dataset) -> ModelConfig:
         """The model for a dataset's columns."""
         options = dataclasses.asdict(self)
-        dim, path = options.pop("embedding_dim"), options.pop("tables")
+        dim, path, way = (options.pop(name) for name in ("embedding_dim", "tables", "compress_tables"))
         own = read_table_settings(pathlib.Path(path), set(dataset.table_sizes)) if path else {}
         tables = tuple(TableConfig(name, rows, dim, **own.get(name, {})) for name, rows in dataset.table_sizes.items())
-        return ModelConfig(num_dense=len(dataset.dense_names), tables=tables, features=dataset.features, **options)
+        model = ModelConfig(num_dense=len(dataset.dense_names), tables=tables, features=dataset.features, **options)
+        return compressed(model, way)
 
 
 def read_table_settings(path: pathlib.Path, known: set[str]) -> dict[str, dict[str, Any]]:

@@ -18,7 +18,7 @@ from dlrm_jax.model.dense_optimizer import make_dense_optimizer
 from dlrm_jax.model.dlrm import DLRM
 from dlrm_jax.model.loss import example_losses, probability
 from dlrm_jax.model.schedule import make_schedule
-from dlrm_jax.tables.exchange import TableOps, local_ops
+from dlrm_jax.tables.exchange import Pooled, TableOps, local_ops
 from dlrm_jax.training.state import TrainState
 
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
@@ -131,9 +131,9 @@ def dense_gradients(
     loss: LossConfig,
     dense_params: Any,
     batch: Batch,
-    pooled_BxFxD: jax.Array,
+    pooled_BxFxD: Pooled,
     num_micro_batches: int = 1,
-) -> tuple[jax.Array, Any, jax.Array, jax.Array]:
+) -> tuple[jax.Array, Any, Pooled, jax.Array]:
     """(mean loss, gradient of the dense parameters, d_pooled_BxFxD, whether all are finite)."""
     total_weight = jnp.maximum(batch.weight_B.sum(), 1e-30)
 
@@ -141,7 +141,7 @@ def dense_gradients(
         logits = DLRM(model).apply({"params": params}, dense, pooled)
         return (example_losses(loss, logits, label) * weight).sum() / total_weight
 
-    def part_gradients(part: tuple[jax.Array, ...]) -> tuple[jax.Array, Any, jax.Array]:
+    def part_gradients(part: tuple[Any, ...]) -> tuple[jax.Array, Any, jax.Array]:
         value, (d_params, d_pooled) = jax.value_and_grad(part_loss, argnums=(0, 1))(dense_params, *part)
         return value, d_params, d_pooled
 
@@ -158,7 +158,8 @@ def dense_gradients(
 
         zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, dense_params))
         (value, d_params), d_pooled = jax.lax.scan(add, zeros, parts)
-        d_pooled_BxFxD = jnp.moveaxis(d_pooled, 0, 1).reshape(pooled_BxFxD.shape)
+        whole = lambda d, pooled: jnp.moveaxis(d, 0, 1).reshape(pooled.shape)  # noqa: E731
+        d_pooled_BxFxD = jax.tree.map(whole, d_pooled, pooled_BxFxD)
     finite = jnp.isfinite(value)
     for leaf in jax.tree.leaves((d_params, d_pooled_BxFxD)):
         finite &= jnp.isfinite(leaf).all()

@@ -48,6 +48,7 @@ SETTINGS = {
     "cross_layers": ("4", "model.cross_layers", 4),
     "cross_rank": ("6", "model.cross_rank", 6),
     "learned_pooling": ("true", "model.learned_pooling", True),
+    "compress_tables": ("qr,collisions=8", "model.compress_tables", "qr,collisions=8"),
     "tables": ("tables.json", "model.tables", "tables.json"),
     "dense_init": ("torch", "model.dense_init", "torch"),
     "compute_dtype": ("bfloat16", "model.compute_dtype", "bfloat16"),

@@ -11,6 +11,7 @@ metrics.json          of this very program on val and test; manifest.json says s
 """
 
 import dataclasses
+import functools
 import json
 import pathlib
 import re
@@ -54,7 +55,7 @@ Forward = Callable[[Weights, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
 
 def make_forward(model: ModelConfig, loss: LossConfig, kind: str) -> Forward:
     """(weights, dense_BxN, ids_BxK) -> (probability_B, logit_B); weights by flat names."""
-    ops = local_ops(model, take=take_stored(kind, model.embedding_dim))
+    ops = local_ops(model, take=functools.partial(take_stored, kind))
 
     def forward(weights: Weights, dense_BxN: jax.Array, ids_BxK: jax.Array) -> tuple[jax.Array, jax.Array]:
         pooled_BxFxD, _ = ops.lookup(weights, ops.route(ids_BxK, None))
@@ -157,10 +158,7 @@ def _scorer(version: Version, forward: Forward, make_engine: MakeEngine | None) 
 
 def make_signature(model: ModelConfig, dataset: Dataset, kind: str, data_dir: pathlib.Path | None = None) -> Signature:
     """The inputs of a model on a dataset. Where bags are made of one-hot ids (--multi_hot), bags are what is served."""
-    features = tuple(
-        ServedFeature(f.name, f.table, f.hotness, f.pooling, model.table(f.table).num_embeddings)
-        for f in model.features
-    )
+    features = tuple(ServedFeature(f.name, f.table, f.hotness, f.pooling, model.num_ids(f)) for f in model.features)
     raw = dataset.schema is not None and dataset.expander is None and data_dir is not None and is_prepared(data_dir)
     statistics = read_json(data_dir / "statistics.json").get("dense", {}) if raw and data_dir else None
     if raw and dataset.schema is not None and statistics is not None:

@@ -130,7 +130,7 @@ class _Rows:
     """Rows of an export's tables in float32, read where they lie (reshard.Rows)."""
 
     def __init__(self, version: Version) -> None:
-        self._files = TableFiles(version)
+        self._files, self._model = TableFiles(version), read_model(version)[0]
 
     def rows(self, kind: reshard.Kind, table: str, first: int, step: int, count: int) -> np.ndarray:
         """(count, columns) float32: rows first, first + step, ... of a table."""
@@ -138,7 +138,9 @@ class _Rows:
         array = files.pooling_weights(table) if kind.weights else files.stored(table)
         rows = np.asarray(array[first : first + step * (count - 1) + 1 : step])
         if files.kind in BITS and not kind.weights:
-            return np.asarray(dequantise_rows(jnp.asarray(rows), BITS[files.kind], files.embedding_dim))
+            return np.asarray(
+                dequantise_rows(jnp.asarray(rows), BITS[files.kind], self._model.table(table).embedding_dim)
+            )
         return rows.astype(np.float32, copy=False)
 
 

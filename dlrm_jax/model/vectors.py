@@ -1,0 +1,68 @@
+"""From pooled vectors to one vector of D columns a feature: parts combined, narrow ones projected.
+
+Where every feature has one part, and all tables have D columns, the pooled vectors are the features' and nothing is
+added.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from dlrm_jax.config import FeatureConfig, ModelConfig
+
+
+class FeatureVectors(nn.Module):
+    """pooled -> (B, F, D). `pooled` is what the tables' lookup gives (tables/exchange.py, Pooled).
+
+    A feature narrower than D is multiplied with a matrix `table_<i>` (its columns, D), that of its first table, without
+    bias (arXiv:1909.11810, section 3); xavier_uniform at first, as the reference's PrEmbeddingBag.
+    """
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, pooled: Any) -> jax.Array:
+        """(B, L, D) of L lookups, or a tuple of such arrays, one for each of the config's dims."""
+        config = self.config
+        if is_plain(config):
+            return pooled
+        of_dim = dict(zip(config.dims, pooled if isinstance(pooled, tuple) else (pooled,), strict=True))
+        parts_of: list[list[jax.Array]] = [[] for _ in config.features]
+        seen = dict.fromkeys(config.dims, 0)
+        for lookup in config.lookups:
+            dim = config.table(lookup.part.table).embedding_dim
+            parts_of[lookup.feature].append(of_dim[dim][:, seen[dim]])
+            seen[dim] += 1
+        matrices: dict[str, jax.Array] = {}
+        vectors = []
+        for feature, parts in zip(config.features, parts_of, strict=True):
+            vector_Bxd = _combined(feature, parts)
+            shape = (vector_Bxd.shape[1], config.embedding_dim)
+            if shape[0] != shape[1]:
+                name = _matrix_name(config, feature)
+                if name not in matrices:
+                    matrices[name] = self.param(name, nn.initializers.xavier_uniform(), shape)
+                vector_Bxd = vector_Bxd @ matrices[name]
+            vectors.append(vector_Bxd)
+        return jnp.stack(vectors, axis=1)
+
+
+def is_plain(config: ModelConfig) -> bool:
+    """Whether pooled vectors are the features' own: one part each, of D columns."""
+    return config.dims == (config.embedding_dim,) and not any(feature.parts for feature in config.features)
+
+
+def _matrix_name(config: ModelConfig, feature: FeatureConfig) -> str:
+    first = feature.parts[0].table if feature.parts else feature.table
+    return f"table_{[table.name for table in config.tables].index(first)}"
+
+
+def _combined(feature: FeatureConfig, parts: list[jax.Array]) -> jax.Array:
+    if feature.combine == "concat":
+        return jnp.concatenate(parts, axis=1)
+    whole = parts[0]
+    for part in parts[1:]:
+        whole = whole * part if feature.combine == "mul" else whole + part
+    return whole

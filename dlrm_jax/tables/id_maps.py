@@ -1,0 +1,68 @@
+"""How an id becomes a row of a table: one function `(ids, number, rows of the table) -> row numbers` a name.
+
+They work on NumPy's and JAX's arrays alike. One of one's own is registered under a name, which parts then give:
+
+    @register("reversed")
+    def reversed_ids(ids, number, rows):
+        return rows - 1 - ids
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from dlrm_jax.config import ConfigError, Part
+
+IdMap = Callable[[Any, int, int], Any]
+_MAPS: dict[str, IdMap] = {}
+
+
+def register(name: str) -> Callable[[IdMap], IdMap]:
+    """Decorator: make an id map known as `Part(table, name, number)`."""
+
+    def known(id_map: IdMap) -> IdMap:
+        _MAPS[name] = id_map
+        return id_map
+
+    return known
+
+
+@register("same")
+def same(ids: Any, number: int, rows: int) -> Any:
+    """A row for every id."""
+    del number, rows
+    return ids
+
+
+@register("quotient")
+def quotient(ids: Any, number: int, rows: int) -> Any:
+    """id // number: `number` neighbours share a row (arXiv:1909.02107)."""
+    del rows
+    return ids // number
+
+
+@register("remainder")
+def remainder(ids: Any, number: int, rows: int) -> Any:
+    """id mod number: with the quotient, all that there is to know of an id."""
+    del rows
+    return ids % number
+
+
+@register("hash")
+def hashed(ids: Any, number: int, rows: int) -> Any:
+    """A hash of the id, another for each `number`, mod rows."""
+    bits = ids.astype("uint32") * np.uint32(0x9E3779B1) + np.uint32(number * 0x85EBCA77 % 2**32)
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        bits = (bits ^ (bits >> np.uint32(shift))) * np.uint32(factor)
+    return ((bits ^ (bits >> np.uint32(16))) % np.uint32(rows)).astype("int32")
+
+
+def row_numbers(part: Part, rows: int, ids: Any) -> Any:
+    """The rows of a part's table that ids mean; empty slots stay negative. ConfigError for an unknown id map."""
+    if part.id_map not in _MAPS:
+        raise ConfigError(f"table {part.table!r}: id_map is {part.id_map!r}; choose one of {', '.join(_MAPS)}")
+    if part.id_map == "same":
+        return ids
+    filled = (ids >= 0).astype(ids.dtype)
+    return _MAPS[part.id_map](ids * filled, part.number, rows) * filled - (1 - filled)
