@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from dlrm_jax.config import (
@@ -9,16 +10,19 @@ from dlrm_jax.config import (
     OUT_OF_RANGE_POLICIES,
     XLA,
     ConfigError,
+    InteractionConfig,
     LossConfig,
     ModelConfig,
     OptimizerConfig,
     ScheduleConfig,
     TableConfig,
+    nested_interaction,
     require_finite,
 )
 from dlrm_jax.data.batch import check_ids
 from dlrm_jax.data.read.dataset import Dataset, Rows, Split
 from dlrm_jax.data.read.load import DataConfig
+from dlrm_jax.model import interactions
 from dlrm_jax.training.options import ShardingOptions
 
 TARGET_METRICS = ("auc", "log_loss", "accuracy", "normalized_entropy")
@@ -34,21 +38,22 @@ class ModelOptions:
     embedding_dim: int
     bottom_mlp: tuple[int, ...]
     top_mlp: tuple[int, ...]
-    interaction: str = "dot"
-    self_interaction: bool = False
-    cross_layers: int = 3
-    cross_rank: int = 512
+    interaction: InteractionConfig = InteractionConfig()
     learned_pooling: bool = False
     dense_init: str = "dlrm"
     table_init: str = "dlrm"
     compute_dtype: str = "float32"
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "interaction", interactions.complete(self.interaction))
+
     def build(self, dataset: Dataset) -> ModelConfig:
-        """The model for a dataset's columns."""
-        options = dataclasses.asdict(self)
-        dim = options.pop("embedding_dim")
+        """The model for a dataset's columns; without numbers there is no bottom MLP."""
+        options = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        dim, num_dense = options.pop("embedding_dim"), len(dataset.dense_names)
+        options["bottom_mlp"] = self.bottom_mlp if num_dense else ()
         tables = tuple(TableConfig(name, rows, dim) for name, rows in dataset.table_sizes.items())
-        return ModelConfig(num_dense=len(dataset.dense_names), tables=tables, features=dataset.features, **options)
+        return ModelConfig(num_dense=num_dense, tables=tables, features=dataset.features, **options)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,6 +147,13 @@ class RunConfig:
         }
 
 
+def identity_of(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The `identity` that a checkpoint's record holds, as it would be written today."""
+    model = nested_interaction(record["identity"]["model"])
+    model["interaction"] = dataclasses.asdict(interactions.complete(InteractionConfig(**model["interaction"])))
+    return {**record["identity"], "model": model}
+
+
 def without_schedule(identity: dict[str, Any]) -> dict[str, Any]:
     """An identity but for the learning rate's schedule, which weights that are there already do not depend on."""
     return identity | {"optimizer": {k: v for k, v in identity["optimizer"].items() if k != "schedule"}}
@@ -167,7 +179,8 @@ def check_dataset(dataset: Dataset, model: ModelConfig, policy: str) -> tuple[Da
 def from_dict(values: dict[str, Any]) -> RunConfig:
     """The RunConfig that `dataclasses.asdict` (through JSON) came from."""
     values = {name: value for name, value in values.items() if name != EARLIER_SCHEDULES}
-    model = _tuples(values.pop("model"))
+    model = nested_interaction(_tuples(values.pop("model")))
+    model["interaction"] = InteractionConfig(**model["interaction"])
     loss = values.pop("loss")
     optimizer = values.pop("optimizer")
     data = _tuples(values.pop("data"))

@@ -18,17 +18,18 @@ from dlrm_jax.tables.plan import SHARDINGS, make_plan
 from dlrm_jax.training.placed import Placed
 from dlrm_jax.training.state import init_dense
 from dlrm_jax.training.step import make_train_step
-from tests.helpers import optimizer
+from tests.helpers import meeting, optimizer
 
 BATCH = 512
 SIZES = (1_000_000, 333_333, 1000, 40, 3, 500_000)
 KINDS = (*SHARDINGS, "mix")
 
 
-def model(interaction: str = "dot", pooling: str = "sum") -> ModelConfig:
+def model(interaction: str = "dot", pooling: str = "sum", **options) -> ModelConfig:
     tables = tuple(TableConfig(f"t{i}", rows, 16) for i, rows in enumerate(SIZES))
     features = tuple(FeatureConfig(f"f{i}", f"t{i}", 1 if i else 3, pooling) for i in range(len(SIZES)))
-    return ModelConfig(13, tables, features, (64, 16), (64, 1), interaction, cross_rank=8)
+    fields = {"num_dense": 13, "tables": tables, "features": features, "bottom_mlp": (64, 16), "top_mlp": (64, 1)}
+    return ModelConfig(**meeting(fields | {"interaction": interaction, "cross_rank": 8, **options}))
 
 
 def predicted_and_compiled(mesh, sharding, table="rowwise_adagrad", dtype="", **changes):
