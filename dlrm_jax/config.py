@@ -106,15 +106,18 @@ class InteractionConfig:
         object.__setattr__(self, "options", Options(values))
 
 
+DOT = InteractionConfig()
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """Shape of a DLRM (arXiv:1906.00091, section 2).
 
     `bottom_mlp` and `top_mlp` are the widths after each layer, without the input: Criteo Kaggle's
-    reference "13-512-256-64-16" is `num_dense=13, bottom_mlp=(512, 256, 64, 16)`. Without numbers, `num_dense=0`, there is
-    no bottom MLP: `bottom_mlp=()`.
+    reference "13-512-256-64-16" is `num_dense=13, bottom_mlp=(512, 256, 64, 16)`. Without numbers (`num_dense=0`) there
+    is no bottom MLP: `bottom_mlp=()`.
     `learned_pooling` multiplies each pooled row with a trainable weight of that row. `compute_dtype` is what MLPs and
-    interactions' own layers compute in; parameters, tables, the dot interaction, logits and gradients of weights are float32.
+    layers of interactions compute in; parameters, tables, dot products, logits and gradients of weights are float32.
     """
 
     num_dense: int
@@ -122,7 +125,7 @@ class ModelConfig:
     features: tuple[FeatureConfig, ...]
     bottom_mlp: tuple[int, ...]
     top_mlp: tuple[int, ...]
-    interaction: InteractionConfig = InteractionConfig()
+    interaction: InteractionConfig = DOT
     learned_pooling: bool = False
     dense_init: str = "dlrm"
     table_init: str = "dlrm"

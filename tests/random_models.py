@@ -45,7 +45,8 @@ class Case:
     def __str__(self) -> str:
         m, kinds = self.model, {f"{f.table}x{f.hotness}{f.pooling[0]}" for f in self.model.features}
         return (
-            f"seed {self.seed}: {m.interaction.name}{dict(m.interaction.options)} N={m.num_dense} D={m.embedding_dim} learned={m.learned_pooling} "
+            f"seed {self.seed}: {m.interaction.name}{dict(m.interaction.options)} N={m.num_dense} "
+            f"D={m.embedding_dim} learned={m.learned_pooling} "
             f"{self.loss.name}/{self.loss.threshold} dense={self.optimizer.dense} table={self.optimizer.table} "
             f"eps={self.optimizer.eps} lr={self.optimizer.schedule.learning_rate} B={self.batch_size} "
             f"G={self.micro_batches} weighted={self.weighted_ids} {self.mesh} {self.sharding} "
@@ -115,18 +116,18 @@ def draw(seed: int) -> Case:
     ]
     for i in range(rng.integers(0, 3)):
         features.append(FeatureConfig(f"more{i}", one_of(*tables).name, one_of(1, 2, 5), one_of("sum", "mean")))
-    fields = dict(
-        num_dense=one_of(1, 3),
-        tables=tables,
-        features=tuple(features[i] for i in rng.permutation(len(features))),
-        bottom_mlp=one_of((dim,), (4, dim)),
-        top_mlp=one_of((1,), (5, 1), (4, 3, 1)),
-        interaction=one_of("dot", "cat", "cross"),
-        self_interaction=bool(rng.integers(2)),
-        cross_layers=int(rng.integers(1, 7)),
-        cross_rank=one_of(1, 2, 4),
-        learned_pooling=bool(rng.random() < 0.4),
-    )
+    fields = {
+        "num_dense": one_of(1, 3),
+        "tables": tables,
+        "features": tuple(features[i] for i in rng.permutation(len(features))),
+        "bottom_mlp": one_of((dim,), (4, dim)),
+        "top_mlp": one_of((1,), (5, 1), (4, 3, 1)),
+        "interaction": one_of("dot", "cat", "cross"),
+        "self_interaction": bool(rng.integers(2)),
+        "cross_layers": int(rng.integers(1, 7)),
+        "cross_rank": one_of(1, 2, 4),
+        "learned_pooling": bool(rng.random() < 0.4),
+    }
     model = ModelConfig(**meeting(fields | _other_interaction(seed, dim)))
     loss = LossConfig(one_of("bce", "wbce", "mse"), (0.5, 2.0), one_of(0.0, 0.0, 0.01, 0.2))
     dense = one_of("sgd", "momentum", "adagrad", "adam", "adamw")

@@ -126,11 +126,11 @@ def effects() -> Mapping[str, Effect]:
     for interaction in interactions.registered():
         for option in interactions.options_of(interaction):
             owners.setdefault(option.name, []).append(interaction)
-    options = {
-        name: Effect(lambda run, of=of: run.model.interaction.name in of, f"it is for --interaction={' or '.join(of)}")
-        for name, of in owners.items()
-    }
-    return EFFECTS | options
+    return EFFECTS | {name: _for_interactions(kinds) for name, kinds in owners.items()}
+
+
+def _for_interactions(kinds: list[str]) -> Effect:
+    return Effect(lambda run: run.model.interaction.name in kinds, f"it is for --interaction={' or '.join(kinds)}")
 
 
 def without_effect(run: RunConfig, given: Mapping[str, Any]) -> Iterable[str]:

@@ -48,7 +48,7 @@ LEARNING_DEFAULTS = {
 
 
 def define_run_flags() -> None:
-    """Define every flag that `config_from_flags` reads; the end, in one line, where another's interaction forbids it."""
+    """Define every flag that `config_from_flags` reads; exits in one line if an interaction's options cannot be."""
     _define_data_flags()
     _define_model_flags()
     _define_optimizer_flags()
@@ -128,7 +128,7 @@ def _define_interaction_flags() -> None:
             name, default = option.name, option.default
             require(
                 default == defined[name] if name in defined else name not in FLAGS,
-                f"interaction {kind!r}: another flag, or another default, has the name of its option {name!r}; rename it",
+                f"interaction {kind!r}: its option {name!r} has the name of another flag or another default; rename it",
             )
             if name not in defined:
                 _define_option(option)

@@ -7,6 +7,7 @@ from typing import Any
 
 from dlrm_jax.config import (
     CPU_KERNELS,
+    DOT,
     OUT_OF_RANGE_POLICIES,
     XLA,
     ConfigError,
@@ -38,7 +39,7 @@ class ModelOptions:
     embedding_dim: int
     bottom_mlp: tuple[int, ...]
     top_mlp: tuple[int, ...]
-    interaction: InteractionConfig = InteractionConfig()
+    interaction: InteractionConfig = DOT
     learned_pooling: bool = False
     dense_init: str = "dlrm"
     table_init: str = "dlrm"

@@ -64,9 +64,7 @@ every_case = pytest.mark.parametrize("changes", CASES.values(), ids=CASES.keys()
 
 
 def test_every_interaction_is_in_the_table():
-    assert {model.interaction.name for model in map(lambda f: tiny_model(**f), CASES.values())} == set(
-        interactions.registered()
-    )
+    assert {tiny_model(**fields).interaction.name for fields in CASES.values()} == set(interactions.registered())
 
 
 def plain_pairs(vectors: jax.Array, with_diagonal: bool) -> jax.Array:
@@ -258,7 +256,7 @@ def test_a_bad_setting_is_refused_with_its_value(name, options, words):
     [
         (
             {"interaction": "projection", "projection_branch1": (6,)},
-            "projection_branch1 ends in 6 but embedding_dim is 4; the last width must be a multiple of it",
+            "projection_branch1 ends in 6, no multiple of embedding_dim, 4; the last width must be one",
         ),
         (
             {"features": (FeatureConfig("f", "t"),), "tables": (TableConfig("t", 3, 4),), **NO_NUMBERS},
@@ -329,7 +327,7 @@ def test_an_option_with_the_name_of_a_flag_is_refused(capsys, monkeypatch):
     monkeypatch.setattr(base, "_REGISTERED", base._REGISTERED | {"clash": Clash})
     with pytest.raises(SystemExit), flags_of():
         pass
-    assert "interaction 'clash': another flag, or another default, has the name of its option 'seed'; rename it" in (
+    assert "interaction 'clash': its option 'seed' has the name of another flag or another default; rename it" in (
         capsys.readouterr().err
     )
 

@@ -1,7 +1,7 @@
 """The prepared form: array_record shards whose records are blocks of rows, as TFDS features that need no TensorFlow.
 
-A record is a tf.Example with raw bytes of: dense (R, N) float32, if the log has numbers, ids (R, K) int32, label (R,) float32,
-row (R,) int64 (the row's number in the raw log) and, if the log has weights, weight (R,) float32.
+A record is a tf.Example with raw bytes of: ids (R, K) int32, label (R,) float32, row (R,) int64 (the row's number in
+the raw log); dense (R, N) float32 if the log has numbers; weight (R,) float32 if it has weights.
 """
 
 import json

@@ -22,8 +22,18 @@ from dlrm_jax.model.interactions.base import (
 )
 
 __all__ = [
-    *("Interaction", "Option", "complete", "make", "of_model", "option", "options_of", "register", "registered"),
-    *("behind", "side_by_side", "stacked"),
+    "Interaction",
+    "Option",
+    "behind",
+    "complete",
+    "make",
+    "of_model",
+    "option",
+    "options_of",
+    "register",
+    "registered",
+    "side_by_side",
+    "stacked",
 ]
 
 for _module in pkgutil.iter_modules(__path__):

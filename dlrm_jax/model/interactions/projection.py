@@ -38,7 +38,7 @@ class Projection(Interaction):
             widths = getattr(self, option_name)
             require(
                 widths[-1] % dim == 0,
-                f"{option_name} ends in {widths[-1]} but embedding_dim is {dim}; the last width must be a multiple of it",
+                f"{option_name} ends in {widths[-1]}, no multiple of embedding_dim, {dim}; the last width must be one",
             )
             mlp = MLP(widths, final_relu=True, init_name=self.dense_init, dtype=self.dtype, name=name)
             branches.append(mlp(x_BxI))
