@@ -173,8 +173,8 @@ def main() -> None:
 
 def command() -> None:
     """The command, as a console script calls it too."""
-    define_run_flags()
     define_benchmark_flags()
+    define_run_flags()
     flags.adopt_module_key_flags(run_flags)
     run_command(main)
 

@@ -17,11 +17,13 @@ import numpy as np
 from dlrm_jax.config import (
     ConfigError,
     FeatureConfig,
+    InteractionConfig,
     LossConfig,
     ModelConfig,
     OptimizerConfig,
     ScheduleConfig,
     TableConfig,
+    nested_interaction,
 )
 from dlrm_jax.data.batch import Batch, pack_bags
 from dlrm_jax.tables.by_name import named_tables, stack_tables
@@ -46,13 +48,15 @@ def infer_model(arrays: Mapping[str, Any], hotness: tuple[int, ...] = (), **opti
 
     Args:
       hotness: id slots of each feature, default 1.
-      **options: further ModelConfig fields that weights do not show, as `interaction` and `self_interaction`.
+      **options: further settings that weights do not show, as `interaction` and `self_interaction`.
     """
     _refuse_unknown(arrays)
     shapes = [np.shape(arrays[f"emb_l.{k}.weight"]) for k in range(_count(arrays, r"emb_l\.(\d+)\.weight"))]
     if not shapes or "bot_l.0.weight" not in arrays or "top_l.0.weight" not in arrays:
         raise ConfigError(f"not a reference DLRM state: emb_l.*, bot_l.* or top_l.* missing in {sorted(arrays)[:8]}")
     hotness = hotness or (1,) * len(shapes)
+    options = nested_interaction(options)
+    options["interaction"] = InteractionConfig(**options["interaction"])
     return ModelConfig(
         num_dense=np.shape(arrays["bot_l.0.weight"])[1],
         tables=tuple(TableConfig(f"table_{k}", *shape) for k, shape in enumerate(shapes)),
@@ -92,8 +96,9 @@ def load_reference_state(arrays: Mapping[str, Any], optimizer: OptimizerConfig |
 
 def save_reference_state(model: ModelConfig, state: TrainState) -> dict[str, np.ndarray]:
     """The inverse of `load_reference_state`: arrays under the reference's names, in table order of `model`."""
-    if model.interaction == "cross":
-        raise ConfigError("the reference has no cross interaction, so this state has no names there")
+    if model.interaction.name not in ("dot", "cat") or not model.num_dense:
+        what = f"{model.interaction.name} interaction" if model.num_dense else "model without numbers"
+        raise ConfigError(f"the reference has no {what}, so this state has no names there")
     arrays = {}
     index = {table.name: k for k, table in enumerate(model.tables)}
     for name, rows in named_tables(model, state.tables):

@@ -3,9 +3,9 @@
 import dataclasses
 import functools
 import math
+from collections.abc import Mapping
 from typing import Any
 
-INTERACTIONS = ("dot", "cat", "cross")
 POOLINGS = ("sum", "mean")
 COMBINES = ("sum", "mul", "concat")
 DENSE_INITS = ("dlrm", "torch", "flax")
@@ -120,6 +120,31 @@ class FeatureConfig:
         require_choice(f"feature {self.name!r}: pooling", self.pooling, POOLINGS)
 
 
+class Options(dict[str, Any]):
+    """Settings by name, as a value: nobody changes them, so that they can be hashed."""
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return hash(frozenset(self.items()))
+
+
+@dataclasses.dataclass(frozen=True)
+class InteractionConfig:
+    """How features meet: an interaction's name and its options (model/interactions); what is left out has its default.
+
+    Names and options are checked where the module is made: here nobody knows which there are.
+    """
+
+    name: str = "dot"
+    options: Mapping[str, Any] = Options()
+
+    def __post_init__(self) -> None:
+        values = {key: tuple(value) if isinstance(value, list) else value for key, value in self.options.items()}
+        object.__setattr__(self, "options", Options(values))
+
+
+DOT = InteractionConfig()
+
+
 @dataclasses.dataclass(frozen=True)
 class Lookup:
     """One part of one feature: what the tables see of it. `feature` is its number in the model."""
@@ -135,9 +160,10 @@ class ModelConfig:
     """Shape of a DLRM (arXiv:1906.00091, section 2).
 
     `bottom_mlp` and `top_mlp` are the widths after each layer, without the input: Criteo Kaggle's
-    reference "13-512-256-64-16" is `num_dense=13, bottom_mlp=(512, 256, 64, 16)`.
+    reference "13-512-256-64-16" is `num_dense=13, bottom_mlp=(512, 256, 64, 16)`. Without numbers (`num_dense=0`) there
+    is no bottom MLP: `bottom_mlp=()`.
     `learned_pooling` multiplies each pooled row with a trainable weight of that row. `compute_dtype` is what MLPs and
-    cross layers compute in; parameters, tables, the dot interaction, logits and gradients of weights are float32.
+    layers of interactions compute in; parameters, tables, dot products, logits and gradients of weights are float32.
     """
 
     num_dense: int
@@ -145,19 +171,19 @@ class ModelConfig:
     features: tuple[FeatureConfig, ...]
     bottom_mlp: tuple[int, ...]
     top_mlp: tuple[int, ...]
-    interaction: str = "dot"
-    self_interaction: bool = False
-    cross_layers: int = 3
-    cross_rank: int = 512
+    interaction: InteractionConfig = DOT
     learned_pooling: bool = False
     dense_init: str = "dlrm"
     table_init: str = "dlrm"
     compute_dtype: str = "float32"
 
     def __post_init__(self) -> None:
-        require(self.num_dense >= 1, f"num_dense is {self.num_dense}; add a constant column if there is no dense one")
+        require(self.num_dense >= 0, f"num_dense is {self.num_dense}; it must not be negative")
         require(len(self.features) >= 1, "a model needs at least one sparse feature")
-        require_choice("interaction", self.interaction, INTERACTIONS)
+        require(
+            isinstance(self.interaction, InteractionConfig),
+            f"interaction is {self.interaction!r}; it must be an InteractionConfig: a name and options",
+        )
         require_choice("dense_init", self.dense_init, DENSE_INITS)
         require_choice("table_init", self.table_init, TABLE_INITS)
         require_choice("compute_dtype", self.compute_dtype, COMPUTE_DTYPES)
@@ -182,16 +208,18 @@ class ModelConfig:
 
     def _check_mlps(self) -> None:
         for name, widths in (("bottom_mlp", self.bottom_mlp), ("top_mlp", self.top_mlp)):
-            require(len(widths) >= 1, f"{name} is empty; it needs at least one layer")
-            require(min(widths) >= 1, f"{name} is {widths}; every width must be at least 1")
+            needed = name == "top_mlp" or self.num_dense > 0
+            require(len(widths) >= 1 or not needed, f"{name} is empty; it needs at least one layer")
+            require(min(widths, default=1) >= 1, f"{name} is {widths}; every width must be at least 1")
         require(self.top_mlp[-1] == 1, f"top_mlp ends in {self.top_mlp[-1]}; the last width must be 1 (the logit)")
+        if not self.num_dense:
+            require(not self.bottom_mlp, f"bottom_mlp is {self.bottom_mlp} but num_dense is 0; leave bottom_mlp empty")
+            return
         require(
             self.bottom_mlp[-1] == self.embedding_dim,
             f"bottom_mlp ends in {self.bottom_mlp[-1]} but embedding_dim is {self.embedding_dim}; "
             "they meet in the interaction and must be equal",
         )
-        require(self.cross_layers >= 1, f"cross_layers is {self.cross_layers}; it must be at least 1")
-        require(self.cross_rank >= 1, f"cross_rank is {self.cross_rank}; it must be at least 1")
 
     @functools.cached_property
     def lookups(self) -> tuple[Lookup, ...]:
@@ -217,6 +245,11 @@ class ModelConfig:
         """D: the columns of every feature's vector in the interaction, the most that one has; others are projected."""
         return max(self.width(feature) for feature in self.features)
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether pooled vectors are the features' own: one part each, of D columns."""
+        return self.dims == (self.embedding_dim,) and not any(feature.parts for feature in self.features)
+
     def num_ids(self, feature: FeatureConfig) -> int:
         """How many ids a feature has: 0 to this less one."""
         return feature.num_ids or self.table(feature.table).num_embeddings
@@ -231,8 +264,25 @@ class ModelConfig:
         return next(table for table in self.tables if table.name == name)
 
 
-def model_from_dict(values: dict[str, Any]) -> ModelConfig:
+_EARLIER_OPTIONS = {"dot": ("self_interaction",), "cross": ("cross_layers", "cross_rank")}
+"""Options that once stood beside the interaction's name, by the interaction that they were for."""
+
+
+def nested_interaction(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A model's settings as JSON has them, where files of before have the interaction's options beside its name."""
+    values = {"interaction": "dot", **values}
+    earlier = {name: values.pop(name) for names in _EARLIER_OPTIONS.values() for name in names if name in values}
+    if isinstance(values["interaction"], str):
+        name = values["interaction"]
+        options = {option: earlier[option] for option in _EARLIER_OPTIONS.get(name, ()) if option in earlier}
+        values["interaction"] = {"name": name, "options": options}
+    return values
+
+
+def model_from_dict(values: Mapping[str, Any]) -> ModelConfig:
     """The inverse of dataclasses.asdict, through JSON."""
+    values = nested_interaction(values)
+    interaction = InteractionConfig(**values["interaction"])
     lists = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
     tables = tuple(
         TableConfig(**{**table, "init_range": tuple(table.get("init_range", ()))}) for table in values["tables"]
@@ -241,7 +291,7 @@ def model_from_dict(values: dict[str, Any]) -> ModelConfig:
         FeatureConfig(**{**feature, "parts": tuple(Part(**part) for part in feature.get("parts", ()))})
         for feature in values["features"]
     )
-    return ModelConfig(**{**values, **lists, "tables": tables, "features": features})
+    return ModelConfig(**{**values, **lists, "tables": tables, "features": features, "interaction": interaction})
 
 
 @dataclasses.dataclass(frozen=True)

@@ -62,8 +62,8 @@ def main() -> None:
 
 def command() -> None:
     """The command, as a console script calls it too."""
-    define_run_flags()
     define_process_flags()
+    define_run_flags()
     flags.adopt_module_key_flags(run_flags)  # Else --help would not list them.
     run_command(main)
 

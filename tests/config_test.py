@@ -38,8 +38,10 @@ def run_config(**changes) -> RunConfig:
         (lambda: FeatureConfig("f", "t", pooling="max"), "'max'; choose one of sum, mean"),
         (lambda: tiny_model(bottom_mlp=(5, 3)), "ends in 3 but embedding_dim is 4"),
         (lambda: tiny_model(top_mlp=(6, 2)), "ends in 2; the last width must be 1"),
-        (lambda: tiny_model(interaction="sum"), "'sum'; choose one of dot, cat, cross"),
-        (lambda: tiny_model(num_dense=0), "num_dense is 0"),
+        (lambda: dataclasses.replace(tiny_model(), interaction="cat"), "'cat'; it must be an InteractionConfig"),
+        (lambda: tiny_model(num_dense=-1), "num_dense is -1"),
+        (lambda: tiny_model(num_dense=0), "bottom_mlp is (5, 4) but num_dense is 0; leave bottom_mlp empty"),
+        (lambda: tiny_model(bottom_mlp=()), "bottom_mlp is empty; it needs at least one layer"),
         (lambda: tiny_model(features=(FeatureConfig("x", "nowhere"),)), "'x' reads table 'nowhere'"),
         (lambda: tiny_model(features=(FeatureConfig("x", "user"),)), "no feature reads table flag, item"),
         (

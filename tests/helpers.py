@@ -1,18 +1,27 @@
 """Small models, batches and paths that several tests share."""
 
+import dataclasses
 import pathlib
 
 import numpy as np
 
-from dlrm_jax.config import FeatureConfig, ModelConfig, OptimizerConfig, ScheduleConfig, TableConfig
+from dlrm_jax.config import (
+    FeatureConfig,
+    InteractionConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ScheduleConfig,
+    TableConfig,
+)
 from dlrm_jax.data.batch import EMPTY_SLOT, Batch
+from dlrm_jax.model import interactions
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
 
 
 def tiny_model(**changes) -> ModelConfig:
-    """Three tables, four features (two share a table), bags of 1 to 3 slots, D=4."""
+    """Three tables, four features (two share a table), bags of 1 to 3 slots, D=4; `interaction` as in `meeting`."""
     fields = {
         "num_dense": 3,
         "tables": (TableConfig("user", 11, 4), TableConfig("item", 7, 4), TableConfig("flag", 1, 4)),
@@ -25,7 +34,17 @@ def tiny_model(**changes) -> ModelConfig:
         "bottom_mlp": (5, 4),
         "top_mlp": (6, 1),
     }
-    return ModelConfig(**(fields | changes))
+    return ModelConfig(**meeting(fields | changes))
+
+
+def meeting(fields: dict) -> dict:
+    """Fields of a ModelConfig from such as have `interaction` as a name, and options of any interaction beside it."""
+    own = {field.name for field in dataclasses.fields(ModelConfig)}
+    name = fields.get("interaction", "dot")
+    known = {option.name for option in interactions.options_of(name)}
+    options = {option: value for option, value in fields.items() if option in known}
+    kept = {field: value for field, value in fields.items() if field in own}
+    return kept | {"interaction": InteractionConfig(name, options)}
 
 
 def optimizer(table: str = "sgd", dense: str = "sgd", rate: float = 0.1) -> OptimizerConfig:

@@ -39,17 +39,44 @@ def pooled(model: ModelConfig, tables, batch):
 
 def logits(model: ModelConfig, params, batch):
     dense = params["dense"]
-    vectors = [mlp(dense["bottom_mlp"], batch.dense_BxN, True), *pooled(model, params["tables"], batch)]
-    x = jnp.concatenate(vectors, axis=1)
-    if model.interaction == "dot":
-        last = 1 if model.self_interaction else 0
-        dots = [(v * w).sum(axis=1) for i, v in enumerate(vectors) for w in vectors[: i + last]]
-        x = jnp.concatenate([vectors[0], jnp.stack(dots, axis=1)], axis=1)
-    elif model.interaction == "cross":
-        x0, cross = x, dense["cross"]
-        for i in range(model.cross_layers):
-            x = x0 * (x @ cross[f"v_{i}"] @ cross[f"w_{i}"] + cross[f"b_{i}"][None]) + x
+    numbers = [mlp(dense["bottom_mlp"], batch.dense_BxN, True)] if model.num_dense else []
+    x = interaction(model, dense, numbers, numbers + pooled(model, params["tables"], batch))
     return mlp(dense["top_mlp"], x, False)[:, 0]
+
+
+def interaction(model: ModelConfig, dense, numbers, vectors):
+    """(B, I) of each kind of interaction; `numbers` is the bottom MLP's output, or empty, the first of `vectors`."""
+    name, options = model.interaction.name, model.interaction.options
+    own, together = dense.get(name), jnp.concatenate(vectors, axis=1)
+    if name == "dot":
+        last = 1 if options.get("self_interaction") else 0
+        dots = [(v * w).sum(axis=1) for i, v in enumerate(vectors) for w in vectors[: i + last]]
+        return jnp.concatenate([*numbers, jnp.stack(dots, axis=1)], axis=1)
+    if name == "fm":
+        pairs = [v * w for i, v in enumerate(vectors) for w in vectors[:i]]
+        return jnp.concatenate([*numbers, sum(pairs, start=0 * vectors[0])], axis=1)
+    if name == "projection":
+        dim = vectors[0].shape[1]
+        left, right = (mlp(own[branch], together, True) for branch in ("branch1", "branch2"))
+        rows, columns = left.shape[1] // dim, right.shape[1] // dim
+        dots = [
+            sum(left[:, p * dim + d] * right[:, d * columns + q] for d in range(dim))
+            for p in range(rows)
+            for q in range(columns)
+        ]
+        return jnp.concatenate([*numbers, jnp.stack(dots, axis=1)], axis=1)
+    if name == "parallel_cross":
+        return jnp.concatenate([crossed(own["cross"], together), mlp(own["tower"], together, True)], axis=1)
+    return together if name == "cat" else crossed(own, together)
+
+
+def crossed(params, x0):
+    """Cross layers, of low rank where there is a `v_0`."""
+    x = x0
+    for i in range(sum(name.startswith("w_") for name in params)):
+        low = x @ params[f"v_{i}"] if f"v_{i}" in params else x
+        x = x0 * (low @ params[f"w_{i}"] + params[f"b_{i}"][None]) + x
+    return x
 
 
 def example_loss(model: ModelConfig, loss: LossConfig, params, example):

@@ -20,6 +20,7 @@ from dlrm_jax.training.placed import Placed
 from dlrm_jax.training.state import TrainState, init_dense, new_state
 from dlrm_jax.training.step import dense_gradients, make_train_step
 from tests import oracle
+from tests.helpers import meeting
 from tests.placement_helpers import by_name, pad, store
 
 MESHES = ((1, 2), (1, 4), (2, 2), (2, 4), (1, 8), (8, 1), (4, 2), (1, 3))
@@ -43,9 +44,9 @@ class Case:
 
     def __str__(self) -> str:
         m, kinds = self.model, {f"{f.table}x{f.hotness}{f.pooling[0]}" for f in self.model.features}
-        cross = f"{m.cross_layers}" if m.interaction == "cross" else "+" * m.self_interaction
         return (
-            f"seed {self.seed}: {m.interaction}{cross} D={m.embedding_dim} learned={m.learned_pooling} "
+            f"seed {self.seed}: {m.interaction.name}{dict(m.interaction.options)} N={m.num_dense} "
+            f"D={m.embedding_dim} learned={m.learned_pooling} "
             f"{self.loss.name}/{self.loss.threshold} dense={self.optimizer.dense} table={self.optimizer.table} "
             f"eps={self.optimizer.eps} lr={self.optimizer.schedule.learning_rate} B={self.batch_size} "
             f"G={self.micro_batches} weighted={self.weighted_ids} {self.mesh} {self.sharding} "
@@ -115,18 +116,19 @@ def draw(seed: int) -> Case:
     ]
     for i in range(rng.integers(0, 3)):
         features.append(FeatureConfig(f"more{i}", one_of(*tables).name, one_of(1, 2, 5), one_of("sum", "mean")))
-    model = ModelConfig(
-        num_dense=one_of(1, 3),
-        tables=tables,
-        features=tuple(features[i] for i in rng.permutation(len(features))),
-        bottom_mlp=one_of((dim,), (4, dim)),
-        top_mlp=one_of((1,), (5, 1), (4, 3, 1)),
-        interaction=one_of("dot", "cat", "cross"),
-        self_interaction=bool(rng.integers(2)),
-        cross_layers=int(rng.integers(1, 7)),
-        cross_rank=one_of(1, 2, 4),
-        learned_pooling=bool(rng.random() < 0.4),
-    )
+    fields = {
+        "num_dense": one_of(1, 3),
+        "tables": tables,
+        "features": tuple(features[i] for i in rng.permutation(len(features))),
+        "bottom_mlp": one_of((dim,), (4, dim)),
+        "top_mlp": one_of((1,), (5, 1), (4, 3, 1)),
+        "interaction": one_of("dot", "cat", "cross"),
+        "self_interaction": bool(rng.integers(2)),
+        "cross_layers": int(rng.integers(1, 7)),
+        "cross_rank": one_of(1, 2, 4),
+        "learned_pooling": bool(rng.random() < 0.4),
+    }
+    model = ModelConfig(**meeting(fields | _other_interaction(seed, dim)))
     loss = LossConfig(one_of("bce", "wbce", "mse"), (0.5, 2.0), one_of(0.0, 0.0, 0.01, 0.2))
     dense = one_of("sgd", "momentum", "adagrad", "adam", "adamw")
     optimizer = OptimizerConfig(
@@ -150,6 +152,16 @@ def draw(seed: int) -> Case:
         capacity=one_of(0, 0, 1, 3),
         packed=bool(rng.random() < 0.2),
     )
+
+
+def _other_interaction(seed: int, dim: int) -> dict:
+    """For every second seed, fields of a model with one of the interactions that came later, or without numbers."""
+    rng = np.random.default_rng((seed, 16))
+    if rng.random() < 0.5:
+        return {}
+    fields = {"tower_mlp": (4, 2), "projection_branch1": (3, 2 * dim), "projection_branch2": (3 * dim,)}
+    fields["interaction"] = str(rng.choice(["full_cross", "parallel_cross", "fm", "projection"]))
+    return fields | ({"num_dense": 0, "bottom_mlp": ()} if rng.random() < 0.5 else {})
 
 
 def make_trainer(case: Case, dtype: str = "float32"):

@@ -10,6 +10,7 @@ from typing import Any
 
 from dlrm_jax.config import ConfigError
 from dlrm_jax.data.read.prepared import is_prepared
+from dlrm_jax.model import interactions
 from dlrm_jax.tables.rules import Adagrad, RowwiseAdagrad, rule_type
 from dlrm_jax.training.run_config import RunConfig
 
@@ -29,7 +30,6 @@ def _generated(*names: str) -> Callable[[RunConfig], bool]:
 
 _ALWAYS = Effect(lambda run: True, "")
 _SYNTHETIC = Effect(_generated("synthetic"), "it is for --dataset=synthetic")
-_CROSS = Effect(lambda run: run.model.interaction == "cross", "it is for --interaction=cross")
 _DECAY = Effect(lambda run: run.optimizer.schedule.decay_steps > 0, "it needs --decay_steps, over which to decay")
 _DECAY_OF_OURS = Effect(
     lambda run: run.optimizer.schedule.decay_steps > 0 and run.optimizer.schedule.compat == "none",
@@ -43,7 +43,7 @@ def _adagrad(run: RunConfig) -> bool:
     return run.optimizer.dense == "adagrad" or rule_type(run.optimizer.table) in (Adagrad, RowwiseAdagrad)
 
 
-EFFECTS: Mapping[str, Effect] = {
+EFFECTS: dict[str, Effect] = {
     "dataset": _ALWAYS,
     "data_dir": _ALWAYS,
     "split": Effect(
@@ -75,9 +75,6 @@ EFFECTS: Mapping[str, Effect] = {
     "bottom_mlp": _ALWAYS,
     "top_mlp": _ALWAYS,
     "interaction": _ALWAYS,
-    "self_interaction": Effect(lambda run: run.model.interaction == "dot", "it is for --interaction=dot"),
-    "cross_layers": _CROSS,
-    "cross_rank": _CROSS,
     "learned_pooling": _ALWAYS,
     "tables": _ALWAYS,
     "compress_tables": _ALWAYS,
@@ -130,10 +127,24 @@ EFFECTS: Mapping[str, Effect] = {
 }
 
 
+def effects() -> Mapping[str, Effect]:
+    """Of every flag: those of the table, and each interaction's options."""
+    owners: dict[str, list[str]] = {}
+    for interaction in interactions.registered():
+        for option in interactions.options_of(interaction):
+            owners.setdefault(option.name, []).append(interaction)
+    return EFFECTS | {name: _for_interactions(kinds) for name, kinds in owners.items()}
+
+
+def _for_interactions(kinds: list[str]) -> Effect:
+    return Effect(lambda run: run.model.interaction.name in kinds, f"it is for --interaction={' or '.join(kinds)}")
+
+
 def without_effect(run: RunConfig, given: Mapping[str, Any]) -> Iterable[str]:
     """What to say of each flag among `given`, text by name, that has no effect; ConfigError for one that is refused."""
+    effect_of = effects()
     for name, value in given.items():
-        effect = EFFECTS[name]
+        effect = effect_of[name]
         if effect.when(run):
             continue
         text = f"--{name}={value} has no effect here: {effect.words}"

@@ -1,29 +1,33 @@
 """The flags of a training run, and how they become a RunConfig. Only commands import this."""
 
 import logging
+import sys
+from typing import Any
 
 from absl import flags
 
-from dlrm_jax.cli.flag_effects import EFFECTS, without_effect
+from dlrm_jax.cli.flag_effects import effects, without_effect
 from dlrm_jax.config import (
     COMPUTE_DTYPES,
     CPU_KERNELS,
     DENSE_INITS,
     DENSE_OPTIMIZERS,
-    INTERACTIONS,
     LOSSES,
     OUT_OF_RANGE_POLICIES,
     SCHEDULE_COMPAT,
     TABLE_INITS,
     XLA,
     ConfigError,
+    InteractionConfig,
     LossConfig,
     OptimizerConfig,
     ScheduleConfig,
+    require,
 )
 from dlrm_jax.data.generate.multi_hot import DISTRIBUTIONS, MULTI_HOT
 from dlrm_jax.data.read.load import DATASETS, DataConfig
 from dlrm_jax.host.memory import TRY_ANYWAY_HELP
+from dlrm_jax.model import interactions
 from dlrm_jax.tables import compress, rules
 from dlrm_jax.tables.plan import SHARDINGS
 from dlrm_jax.training.options import AUTO, EXCHANGE_DTYPES, ShardingOptions
@@ -44,12 +48,17 @@ LEARNING_DEFAULTS = {
 
 
 def define_run_flags() -> None:
-    """Define every flag that `config_from_flags` reads."""
+    """Define every flag that `config_from_flags` reads; exits in one line if an interaction's options cannot be."""
     _define_data_flags()
     _define_model_flags()
     _define_optimizer_flags()
     _define_sharding_flags()
     _define_run_flags()
+    try:
+        _define_interaction_flags()  # Last, so that an option cannot take the name of a flag of ours.
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
 
 
 def _define_data_flags() -> None:
@@ -97,17 +106,11 @@ def _define_model_flags() -> None:
     flags.DEFINE_integer("embedding_dim", 16, "Columns of every embedding table.")
     flags.DEFINE_list("bottom_mlp", ["64", "16"], "Widths of the bottom MLP's layers, without its input.")
     flags.DEFINE_list("top_mlp", ["64", "32", "1"], "Widths of the top MLP's layers, without its input.")
-    flags.DEFINE_enum(
-        "interaction", "dot", INTERACTIONS, "How features meet: dot products, concatenation, DCNv2 cross."
-    )
-    flags.DEFINE_bool("self_interaction", False, "Include each vector's dot product with itself (interaction=dot).")
-    flags.DEFINE_integer("cross_layers", 3, "Layers of interaction=cross.")
-    flags.DEFINE_integer("cross_rank", 512, "Rank of the cross layers' matrices.")
     flags.DEFINE_string(
         "tables",
         "",
-        'JSON file of settings of single tables: {"tables": {"NAME": {"optimizer": "adam,b1=0.8", "rate": 0.1}}}; the '
-        "rate is times the run's.",
+        'JSON file of settings of single tables: {"tables": {"NAME": {"dim": 8, "optimizer": "adam,b1=0.8", "rate": '
+        "0.1}}}; the rate is times the run's.",
     )
     flags.DEFINE_string(
         "compress_tables",
@@ -124,6 +127,38 @@ def _define_model_flags() -> None:
     flags.DEFINE_enum(
         "compute_dtype", "float32", COMPUTE_DTYPES, "What MLPs and cross layers compute in; weights stay float32."
     )
+
+
+def _define_interaction_flags() -> None:
+    """--interaction, and a flag for each option; interactions whose options have one name share its flag."""
+    kinds = interactions.registered()
+    flags.DEFINE_enum("interaction", "dot", tuple(kinds), "How features meet (dlrm_jax/model/interactions).")
+    defined: dict[str, Any] = {}
+    for kind in kinds:
+        for option in interactions.options_of(kind):
+            name, default = option.name, option.default
+            require(
+                default == defined[name] if name in defined else name not in FLAGS,
+                f"interaction {kind!r}: its option {name!r} has the name of another flag or another default; rename it",
+            )
+            if name not in defined:
+                _define_option(option)
+            defined[name] = default
+
+
+def _define_option(option: interactions.Option) -> None:
+    name, default = option.name, option.default
+    text = option.help or "An option of the interaction."
+    if isinstance(default, bool):
+        flags.DEFINE_bool(name, default, text)
+    elif isinstance(default, tuple):
+        flags.DEFINE_list(name, [str(number) for number in default], text)
+    elif isinstance(default, int):
+        flags.DEFINE_integer(name, default, text)
+    elif isinstance(default, float):
+        flags.DEFINE_float(name, default, text)
+    else:
+        flags.DEFINE_string(name, default, text)
 
 
 def _define_optimizer_flags() -> None:
@@ -226,7 +261,7 @@ def _define_run_flags() -> None:
 def config_from_flags() -> RunConfig:
     """The RunConfig that the parsed flags describe; ConfigError for a value that cannot be, or has no effect."""
     config = unchecked_config()
-    for line in without_effect(config, {name: _text(name) for name in EFFECTS if _differs(name)}):
+    for line in without_effect(config, {name: _text(name) for name in effects() if _differs(name)}):
         _LOG.warning("%s", line)
     return config
 
@@ -249,8 +284,9 @@ def unchecked_config() -> RunConfig:
         model=ModelOptions(
             bottom_mlp=_numbers("bottom_mlp", int),
             top_mlp=_numbers("top_mlp", int),
-            **_values("embedding_dim", "interaction", "self_interaction", "cross_layers", "cross_rank"),
-            **_values("learned_pooling", "dense_init", "table_init", "compute_dtype", "tables", "compress_tables"),
+            interaction=_interaction(),
+            **_values("embedding_dim", "learned_pooling", "dense_init", "table_init", "compute_dtype"),
+            **_values("tables", "compress_tables"),
         ),
         loss=LossConfig(FLAGS.loss, _numbers("class_weights", float), FLAGS.loss_threshold),
         optimizer=OptimizerConfig(
@@ -278,6 +314,13 @@ def unchecked_config() -> RunConfig:
         **_values("ids_out_of_range", "cpu_kernels", "allow_oversubscription", "seed", "allow_schedule_change"),
         sharding=sharding_from_flags(),
     )
+
+
+def _interaction() -> InteractionConfig:
+    options = [option.name for option in interactions.options_of(FLAGS.interaction)]
+    lists = {name for name in options if isinstance(FLAGS[name].value, list)}
+    values = {name: _numbers(name, int) if name in lists else FLAGS[name].value for name in options}
+    return InteractionConfig(FLAGS.interaction, values)
 
 
 def defaults_taken() -> str:

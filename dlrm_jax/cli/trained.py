@@ -117,7 +117,7 @@ def _reading(workdir: pathlib.Path, which: str, run: Opened, raw: Dataset, read:
                 raise failure
             kind, step = tried = found
             try:
-                then = run_config.without_schedule(checkpoints.record(kind, step)["identity"])
+                then = run_config.without_schedule(run_config.identity_of(checkpoints.record(kind, step)))
                 different = differences(identity, then)
                 if not different:
                     return read(checkpoints, kind, step)

@@ -26,7 +26,7 @@ class FeatureVectors(nn.Module):
     def __call__(self, pooled: Any) -> jax.Array:
         """(B, L, D) of L lookups, or a tuple of such arrays, one for each of the config's dims."""
         config = self.config
-        if is_plain(config):
+        if config.is_plain:
             return pooled
         of_dim = dict(zip(config.dims, pooled if isinstance(pooled, tuple) else (pooled,), strict=True))
         parts_of: list[list[jax.Array]] = [[] for _ in config.features]
@@ -47,11 +47,6 @@ class FeatureVectors(nn.Module):
                 vector_Bxd = vector_Bxd @ matrices[name]
             vectors.append(vector_Bxd)
         return jnp.stack(vectors, axis=1)
-
-
-def is_plain(config: ModelConfig) -> bool:
-    """Whether pooled vectors are the features' own: one part each, of D columns."""
-    return config.dims == (config.embedding_dim,) and not any(feature.parts for feature in config.features)
 
 
 def _matrix_name(config: ModelConfig, feature: FeatureConfig) -> str:

@@ -5,13 +5,13 @@ same numbers. Memory is exact for tables, optimizer state and dense parameters, 
 """
 
 import dataclasses
-import itertools
 import math
 from collections.abc import Mapping
 
 import numpy as np
 
 from dlrm_jax.config import ModelConfig, OptimizerConfig, TableConfig
+from dlrm_jax.planning.dense_work import dense_work
 from dlrm_jax.planning.hardware import Hardware
 from dlrm_jax.planning.hlo import CONTROL_BYTES
 from dlrm_jax.planning.skew import expected_distinct
@@ -94,26 +94,7 @@ def exchanged(
 
 def dense_parameters(model: ModelConfig) -> int:
     """Floats of the MLPs and the interaction."""
-    return sum((i + 1) * o for i, o in _layers(model)) + _cross_parameters(model)
-
-
-def _layers(model: ModelConfig) -> list[tuple[int, int]]:
-    bottom = [model.num_dense, *model.bottom_mlp]
-    top = [interaction_width(model), *model.top_mlp]
-    return [*itertools.pairwise(bottom), *itertools.pairwise(top)]
-
-
-def interaction_width(model: ModelConfig) -> int:
-    """Inputs of the top MLP."""
-    vectors, dim = len(model.features) + 1, model.embedding_dim
-    if model.interaction == "dot":
-        return dim + vectors * (vectors - 1) // 2 + (vectors if model.self_interaction else 0)
-    return vectors * dim
-
-
-def _cross_parameters(model: ModelConfig) -> int:
-    width = interaction_width(model)
-    return model.cross_layers * (2 * width * model.cross_rank + width) if model.interaction == "cross" else 0
+    return dense_work(model).parameters
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,7 +163,7 @@ def forward_work(
 ) -> tuple[float, float, dict[str, float]]:
     """(operations, bytes read and written, seconds of each) of scoring a batch, on one device."""
     b = -(-load.batch_size // (stacks[0].num_shards * stacks[0].num_copies))
-    outputs = sum(o for _, o in _layers(model)) + interaction_width(model)
+    outputs = dense_work(model).outputs + dense_work(model).interaction_width
     rows = float(sum(_slots_looked_up(stack, load) * stack.width for stack in stacks)) * FLOAT
     # An activation is written and read once, a pooled vector too; weights are read once.
     streams = 2.0 * FLOAT * b * (outputs + len(model.features) * model.embedding_dim) + FLOAT * dense_parameters(model)
@@ -192,10 +173,7 @@ def forward_work(
 
 
 def _forward_flops(model: ModelConfig) -> float:
-    vectors = len(model.features) + 1
-    cross = 2 * _cross_parameters(model)
-    dot = 2 * vectors * vectors * model.embedding_dim if model.interaction == "dot" else 0
-    return 2 * sum(i * o for i, o in _layers(model)) + dot + cross
+    return dense_work(model).flops
 
 
 def _slots_looked_up(stack: Stack, load: Load) -> int:
@@ -226,7 +204,7 @@ def _traffic(
     """(bytes of streams, bytes of single rows) that one device reads and writes."""
     devices = stacks[0].num_shards * stacks[0].num_copies
     b = -(-load.batch_size // devices)
-    outputs = sum(o for _, o in _layers(model)) + interaction_width(model)
+    outputs = dense_work(model).outputs + dense_work(model).interaction_width
     # An activation is written, read by the next layer and by its weight's gradient, and so is its gradient.
     streams = 7.0 * FLOAT * b * outputs + 5 * FLOAT * dense_parameters(model)
     rows = 0.0
@@ -264,7 +242,7 @@ def _memory(
     widths = [stack.width if stack.pack == 1 else _COPIES * (LANES + stack.width) for stack in stacks]
     looked_up = [_slots_looked_up(stack, load) for stack in stacks]
     slots = int(sum(count * (width + 4) for count, width in zip(looked_up, widths, strict=True))) * FLOAT
-    outputs = sum(o for _, o in _layers(model)) + 3 * interaction_width(model)
+    outputs = dense_work(model).outputs + 3 * dense_work(model).interaction_width
     batch = b * (model.num_dense + model.num_slots + 2) * FLOAT
     activations = 2 * b * outputs * FLOAT + slots + dense
     exchange = sent.total

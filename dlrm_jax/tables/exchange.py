@@ -58,12 +58,12 @@ class TableOps(NamedTuple):
     update: Callable[[Arrays, Arrays, Arrays, Pooled, jax.Array, jax.Array], tuple[Arrays, Arrays, Arrays]]
 
 
-def pooled_like(model: ModelConfig, batch_size: int) -> Pooled:
-    """Zeros of the shape that `lookup` gives for a batch."""
+def pooled_shapes(model: ModelConfig, batch_size: int) -> Any:
+    """Shapes of what `lookup` gives for a batch."""
     counts = dict.fromkeys(model.dims, 0)
     for lookup in model.lookups:
         counts[model.table(lookup.part.table).embedding_dim] += 1
-    pooled = tuple(jnp.zeros((batch_size, count, dim)) for dim, count in counts.items())
+    pooled = tuple(jax.ShapeDtypeStruct((batch_size, count, dim), "float32") for dim, count in counts.items())
     return pooled[0] if len(pooled) == 1 else pooled
 
 

@@ -21,7 +21,7 @@ from dlrm_jax.training import checkpoint, reporting
 from dlrm_jax.training.evaluation import Evaluator, evaluate_splits
 from dlrm_jax.training.monitor import EXCHANGE_OVERFLOWS, Clock, Interrupted, LossWindow, Speed, catch_signals
 from dlrm_jax.training.placement import failing_in_one_line, place_run, prediction, setting_of
-from dlrm_jax.training.run_config import EARLIER_SCHEDULES, RunConfig, check_dataset
+from dlrm_jax.training.run_config import EARLIER_SCHEDULES, RunConfig, check_dataset, identity_of
 from dlrm_jax.training.state import TrainState
 from dlrm_jax.training.stepper import Stepper
 
@@ -198,7 +198,7 @@ def restore_or_init(run: Run, checkpoints: checkpoint.Checkpoints) -> tuple[Trai
 
 def require_the_same_run(run: Run, record: dict[str, Any], step: int, progress: Progress) -> None:
     """ConfigError unless `run` may go on from a checkpoint's record; a change of schedule is noted in `progress`."""
-    config, then = run.config, record["identity"]
+    config, then = run.config, identity_of(record)
     changed = differences(run.identity["optimizer"]["schedule"], then["optimizer"]["schedule"])
     different = differences(run.identity, then)
     if len(different) > (len(changed) if config.allow_schedule_change else 0):

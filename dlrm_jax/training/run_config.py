@@ -1,30 +1,34 @@
 """RunConfig: everything that decides a training run, as a value that is saved beside its results."""
 
 import dataclasses
-import json
 import math
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 from dlrm_jax.config import (
     CPU_KERNELS,
+    DOT,
     OUT_OF_RANGE_POLICIES,
     XLA,
     ConfigError,
+    InteractionConfig,
     LossConfig,
     ModelConfig,
     OptimizerConfig,
     ScheduleConfig,
     TableConfig,
-    require,
+    nested_interaction,
     require_finite,
 )
 from dlrm_jax.data.batch import check_ids
 from dlrm_jax.data.read.dataset import Dataset, Rows, Split
 from dlrm_jax.data.read.load import DataConfig
+from dlrm_jax.model import interactions
 from dlrm_jax.tables.compress import compressed
-from dlrm_jax.tables.rules import check_rule, make_rule
+from dlrm_jax.tables.rules import make_rule
 from dlrm_jax.training.options import ShardingOptions
+from dlrm_jax.training.table_settings import read_table_settings
 
 TARGET_METRICS = ("auc", "log_loss", "accuracy", "normalized_entropy")
 EARLIER_SCHEDULES = "earlier_schedules"
@@ -36,17 +40,14 @@ _SMALLER_IS_BETTER = ("log_loss", "normalized_entropy")
 class ModelOptions:
     """A ModelConfig but for what the data decides: dense width, tables and features.
 
-    `tables` is a file of settings of single tables (`read_table_settings`), `compress_tables` a way to store large ones
+    `tables` is a file of settings of single tables (table_settings.py), `compress_tables` a way to store large ones
     in fewer numbers (tables/compress.py).
     """
 
     embedding_dim: int
     bottom_mlp: tuple[int, ...]
     top_mlp: tuple[int, ...]
-    interaction: str = "dot"
-    self_interaction: bool = False
-    cross_layers: int = 3
-    cross_rank: int = 512
+    interaction: InteractionConfig = DOT
     learned_pooling: bool = False
     dense_init: str = "dlrm"
     table_init: str = "dlrm"
@@ -54,44 +55,22 @@ class ModelOptions:
     tables: str = ""
     compress_tables: str = ""
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "interaction", interactions.complete(self.interaction))
+
     def build(self, dataset: Dataset) -> ModelConfig:
-        """The model for a dataset's columns."""
-        options = dataclasses.asdict(self)
+        """The model for a dataset's columns; without numbers there is no bottom MLP."""
+        options = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         dim, path, way = (options.pop(name) for name in ("embedding_dim", "tables", "compress_tables"))
+        num_dense = len(dataset.dense_names)
+        options["bottom_mlp"] = self.bottom_mlp if num_dense else ()
         own = read_table_settings(pathlib.Path(path), set(dataset.table_sizes)) if path else {}
-        tables = tuple(TableConfig(name, rows, dim, **own.get(name, {})) for name, rows in dataset.table_sizes.items())
-        model = ModelConfig(num_dense=len(dataset.dense_names), tables=tables, features=dataset.features, **options)
+        tables = tuple(
+            TableConfig(name, rows, **{"embedding_dim": dim, **own.get(name, {})})
+            for name, rows in dataset.table_sizes.items()
+        )
+        model = ModelConfig(num_dense=num_dense, tables=tables, features=dataset.features, **options)
         return compressed(model, way)
-
-
-def read_table_settings(path: pathlib.Path, known: set[str]) -> dict[str, dict[str, Any]]:
-    """What `--tables` says of single tables: {"tables": {NAME: {"optimizer": "adam,b1=0.8", "rate": 0.1}}}.
-
-    `rate` is times the run's learning rate. ConfigError for a table that is not `known`, and for another key or value.
-    """
-    try:
-        tables = json.loads(path.read_text(encoding="utf-8"))["tables"]
-        settings = {str(name): dict(values) for name, values in tables.items()}
-    except OSError as error:
-        raise ConfigError(f"--tables: {path}: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(
-            f'--tables: {path} cannot be read ({error!r}); write {{"tables": {{"NAME": {{"optimizer": "adam"}}}}}}'
-        ) from error
-    for name, values in settings.items():
-        require(
-            name in known, f"--tables: {path} speaks of table {name!r}; the data has {', '.join(sorted(known)[:5])}"
-        )
-        unknown = sorted(set(values) - {"optimizer", "rate"})
-        require(
-            not unknown,
-            f"--tables: {path}: table {name!r} has {unknown[0] if unknown else ''!r}; known are optimizer, rate",
-        )
-        require(isinstance(values.get("optimizer", ""), str), f"--tables: {path}: table {name!r}: optimizer is no text")
-        require(isinstance(values.get("rate", 1), int | float), f"--tables: {path}: table {name!r}: rate is no number")
-        if values.get("optimizer"):
-            check_rule(values["optimizer"])
-    return settings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,6 +165,13 @@ class RunConfig:
         }
 
 
+def identity_of(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The `identity` that a checkpoint's record holds, as it would be written today."""
+    model = nested_interaction(record["identity"]["model"])
+    model["interaction"] = dataclasses.asdict(interactions.complete(InteractionConfig(**model["interaction"])))
+    return {**record["identity"], "model": model}
+
+
 def without_schedule(identity: dict[str, Any]) -> dict[str, Any]:
     """An identity but for the learning rate's schedule, which weights that are there already do not depend on."""
     return identity | {"optimizer": {k: v for k, v in identity["optimizer"].items() if k != "schedule"}}
@@ -211,7 +197,8 @@ def check_dataset(dataset: Dataset, model: ModelConfig, policy: str) -> tuple[Da
 def from_dict(values: dict[str, Any]) -> RunConfig:
     """The RunConfig that `dataclasses.asdict` (through JSON) came from."""
     values = {name: value for name, value in values.items() if name != EARLIER_SCHEDULES}
-    model = _tuples(values.pop("model"))
+    model = nested_interaction(_tuples(values.pop("model")))
+    model["interaction"] = InteractionConfig(**model["interaction"])
     loss = values.pop("loss")
     optimizer = values.pop("optimizer")
     data = _tuples(values.pop("data"))

@@ -9,7 +9,7 @@ from flax import struct
 from dlrm_jax.config import ModelConfig, OptimizerConfig
 from dlrm_jax.model.dense_optimizer import make_dense_optimizer
 from dlrm_jax.model.dlrm import DLRM
-from dlrm_jax.tables.exchange import init_slots, pooled_like
+from dlrm_jax.tables.exchange import init_slots, pooled_shapes
 from dlrm_jax.tables.init import init_tables
 from dlrm_jax.tables.layout import Stack, local_stacks
 
@@ -47,7 +47,8 @@ def new_state(
 def init_dense(model: ModelConfig, seed: int) -> Any:
     """Fresh dense parameters; every weight is a function of `seed` and its own name alone."""
     dense = jnp.zeros((1, model.num_dense))
-    return DLRM(model).init(jax.random.key(seed), dense, pooled_like(model, 1))["params"]
+    pooled = jax.tree.map(lambda shape: jnp.zeros(shape.shape), pooled_shapes(model, 1))
+    return DLRM(model).init(jax.random.key(seed), dense, pooled)["params"]
 
 
 compiled_init_dense = jax.jit(init_dense, static_argnums=(0, 1))

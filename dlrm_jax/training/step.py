@@ -150,7 +150,8 @@ def dense_gradients(
         value, d_params, d_pooled_BxFxD = part_gradients(columns)
     else:
         # Part g takes examples g, g + G, ...: so each device finds a G-th of every part among its own.
-        parts = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, num_micro_batches, *x.shape[1:]), 1, 0), columns)
+        split = (len(batch.label_B) // num_micro_batches, num_micro_batches)
+        parts = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(*split, *x.shape[1:]), 1, 0), columns)
 
         def add(carry: tuple[jax.Array, Any], part: tuple[jax.Array, ...]) -> tuple[tuple[jax.Array, Any], jax.Array]:
             value, d_params, d_pooled = part_gradients(part)

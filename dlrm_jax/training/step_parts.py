@@ -19,7 +19,6 @@ _SCOPES = {
     "route": "lookup",
     "lookup": "lookup",
     "interaction": "interaction",
-    "cross": "interaction",
     "bottom_mlp": "MLPs",
     "top_mlp": "MLPs",
     "dense_update": "MLPs",

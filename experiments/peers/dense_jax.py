@@ -33,7 +33,7 @@ class Model(nn.Module):
             )
             vectors.append(rows.sum(axis=1))
             start += feature.hotness
-        if config.interaction == "dot":
+        if config.interaction.name == "dot":
             vectors_BxVxD = jnp.stack(vectors, axis=1)
             rows_P, columns_P = np.tril_indices(len(vectors), -1)
             products_BxVxV = vectors_BxVxD @ vectors_BxVxD.transpose(0, 2, 1)

@@ -51,7 +51,7 @@ class DenseModel(nn.Module):
         super().__init__()
         self.bottom = mlp(state.dense_params["bottom_mlp"], final_relu=True)
         self.top = mlp(state.dense_params["top_mlp"], final_relu=False)
-        self.interaction = model.interaction
+        self.interaction = model.interaction.name
         vectors = len(model.features) + 1
         rows, columns = np.tril_indices(vectors, -1)
         self.register_buffer("rows", torch.tensor(rows))

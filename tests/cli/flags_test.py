@@ -2,13 +2,12 @@
 
 import ast
 import dataclasses
-import functools
 import re
 
 import pytest
 from absl import flags
 
-from dlrm_jax.cli.flag_effects import EFFECTS
+from dlrm_jax.cli.flag_effects import effects
 from dlrm_jax.cli.flags import (
     FLAGS,
     LEARNING_DEFAULTS,
@@ -43,10 +42,10 @@ SETTINGS = {
     "embedding_dim": ("8", "model.embedding_dim", 8),
     "bottom_mlp": ("32,8", "model.bottom_mlp", (32, 8)),
     "top_mlp": ("9,1", "model.top_mlp", (9, 1)),
-    "interaction": ("cross", "model.interaction", "cross"),
-    "self_interaction": ("true", "model.self_interaction", True),
-    "cross_layers": ("4", "model.cross_layers", 4),
-    "cross_rank": ("6", "model.cross_rank", 6),
+    "interaction": ("parallel_cross", "model.interaction.name", "parallel_cross"),
+    "cross_layers": ("4", "model.interaction.options.cross_layers", 4),
+    "cross_rank": ("6", "model.interaction.options.cross_rank", 6),
+    "tower_mlp": ("9,3", "model.interaction.options.tower_mlp", (9, 3)),
     "learned_pooling": ("true", "model.learned_pooling", True),
     "compress_tables": ("qr,collisions=8", "model.compress_tables", "qr,collisions=8"),
     "tables": ("tables.json", "model.tables", "tables.json"),
@@ -95,18 +94,27 @@ SETTINGS = {
 }
 
 
+# Options of interactions other than that of SETTINGS: with their interaction.
+OPTIONS = {
+    "self_interaction": ("dot", "true", True),
+    "projection_branch1": ("projection", "7,16", (7, 16)),
+    "projection_branch2": ("projection", "9,32", (9, 32)),
+}
+TEXTS = {name: text for name, (text, *_) in SETTINGS.items()} | {name: text for name, (_, text, _) in OPTIONS.items()}
+
+
 @pytest.fixture(scope="module")
 def parsed():
     define_run_flags()
-    FLAGS(["train", *(f"--{name}={text}" for name, (text, _, _) in SETTINGS.items())])
+    FLAGS(["train", *(f"--{name}={text}" for name, text in TEXTS.items())])
     yield unchecked_config()
-    for name in (*SETTINGS, "workdir"):
+    for name in (*TEXTS, "workdir"):
         delattr(FLAGS, name)
 
 
 def at(config, path: str):
     for name in path.split("."):
-        config = getattr(config, name)
+        config = config[name] if isinstance(config, dict) else getattr(config, name)
     return config
 
 
@@ -133,16 +141,18 @@ def test_flag_reaches_its_setting(parsed, name):
     assert at(parsed, path) == value
 
 
-@pytest.mark.parametrize("name", [name for name in SETTINGS if name != "seed"])
+@pytest.mark.parametrize("name", [name for name in TEXTS if name != "seed"])
 def test_value_is_not_the_default(parsed, name):
     assert FLAGS[name].value != FLAGS[name].default, "a flag set to its default tests nothing"
 
 
 def test_every_flag_and_every_setting_is_covered(parsed):
     ours = {flag.name for flag in FLAGS.flags_by_module_dict()["dlrm_jax.cli.flags"]}
-    assert ours == set(SETTINGS) | {"workdir"}
+    assert ours == set(TEXTS) | {"workdir"}
 
     def leaves(value, path: str) -> set[str]:
+        if isinstance(value, dict):
+            return {f"{path}.{name}" for name in value}
         if not dataclasses.is_dataclass(value):
             return {path}
         names = [field.name for field in dataclasses.fields(value)]
@@ -176,6 +186,8 @@ NEEDS = {
     "ids_out_of_range": (),
     "self_interaction": (),
     **dict.fromkeys(("cross_layers", "cross_rank"), ("interaction=cross",)),
+    "tower_mlp": ("interaction=parallel_cross",),
+    **dict.fromkeys(("projection_branch1", "projection_branch2"), ("interaction=projection",)),
     "class_weights": ("loss=wbce",),
     "adagrad_eps": (),
     "momentum": ("dense_optimizer=momentum",),
@@ -221,18 +233,18 @@ def parse():
 
     yield parse_flags
     if define:
-        for name in EFFECTS:
+        for name in effects():
             delattr(FLAGS, name)
 
 
 def test_every_flag_is_in_the_table_of_effects(parse):
-    assert set(EFFECTS) == {flag.name for flag in FLAGS.flags_by_module_dict()["dlrm_jax.cli.flags"]}
-    assert set(NEEDS) == {name for name, effect in EFFECTS.items() if effect.words}
+    assert set(effects()) == {flag.name for flag in FLAGS.flags_by_module_dict()["dlrm_jax.cli.flags"]}
+    assert set(NEEDS) == {name for name, effect in effects().items() if effect.words}
 
 
 @pytest.mark.parametrize("name", NEEDS)
 def test_a_flag_without_effect_is_refused_or_said(parse, name, caplog):
-    given = f"{name}={SETTINGS[name][0]}"
+    given = f"{name}={TEXTS[name]}"
     parse(given, *NEEDS[name])
     config_from_flags()
     assert not caplog.text
@@ -242,8 +254,8 @@ def test_a_flag_without_effect_is_refused_or_said(parse, name, caplog):
     elif name == "weight_decay":
         words = "only adamw decays weights"
     else:
-        words = f"--{name}=.* has no effect here: {EFFECTS[name].words}"
-    if EFFECTS[name].refused:
+        words = f"--{name}=.* has no effect here: {effects()[name].words}"
+    if effects()[name].refused:
         with pytest.raises(ConfigError, match=words):
             config_from_flags()
     else:
@@ -251,7 +263,7 @@ def test_a_flag_without_effect_is_refused_or_said(parse, name, caplog):
         assert words.partition(".*")[2] in caplog.text
 
 
-@pytest.mark.parametrize("name", [name for name, effect in EFFECTS.items() if not effect.words and name != "workdir"])
+@pytest.mark.parametrize("name", [name for name, effect in effects().items() if not effect.words and name != "workdir"])
 def test_a_flag_with_an_effect_everywhere_is_never_refused(parse, name):
     together = {
         "multi_hot": ["multi_hot_sizes=2,5"],
@@ -261,7 +273,14 @@ def test_a_flag_with_an_effect_everywhere_is_never_refused(parse, name):
     together |= {"num_micro_batches": ["batch_size=12"], "dataset": ["data_dir=raw"]}
     text, path, value = SETTINGS[name]
     parse(f"{name}={text}", *together.get(name, []))
-    assert functools.reduce(getattr, path.split("."), config_from_flags()) == value
+    assert at(config_from_flags(), path) == value
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_flag_reaches_the_interaction_whose_option_it_is(parse, name):
+    interaction, text, value = OPTIONS[name]
+    parse(f"interaction={interaction}", f"{name}={text}")
+    assert config_from_flags().model.interaction.options[name] == value
 
 
 @pytest.mark.parametrize("flags", OTHERS)

@@ -11,7 +11,7 @@ import tensorflow_datasets as tfds
 
 from dlrm_jax.config import ConfigError
 from dlrm_jax.data.formats import criteo, records, text_source
-from dlrm_jax.data.prepare import blocks
+from dlrm_jax.data.prepare import blocks, second_pass
 from dlrm_jax.data.prepare.final_ids import counting_groups
 from dlrm_jax.data.prepare.preparation import prepare
 from dlrm_jax.data.read.prepared import open_prepared, read_json
@@ -175,8 +175,21 @@ def test_weights_and_row_numbers_travel(tmp_path):
     assert rows.weight_R.tolist() == [0.5, 0] and rows.row_R.tolist() == [0, 2]
 
 
-def test_a_log_without_dense_columns_gets_a_constant(tmp_path):
+def test_a_log_without_numbers_has_none(tmp_path):
     output = prepare_text(tmp_path, csv_rows(ROWS), schema(dense=()))
+    assert rows_of(output).dense_RxN.shape == (len(ROWS), 0) and open_prepared(output).dense_names == ()
+    spec = tfds.builder_from_directory(output).info.features
+    assert set(spec) == {"ids", "label", "row"} and spec.to_json() == blocks.features(0, 1, False).to_json()
+
+
+def test_what_older_versions_prepared_without_numbers_keeps_its_column_of_ones(tmp_path, monkeypatch):
+    """So that what was trained on it goes on."""
+    columns, finish = blocks._columns, second_pass.SecondPass._finish
+    monkeypatch.setattr(blocks, "_columns", lambda dense, *others: columns(max(dense, 1), *others))
+    ones = lambda self, staged, rows: {"dense": staged["dense"][rows]} | finish(self, staged, rows)  # noqa: E731
+    monkeypatch.setattr(second_pass.SecondPass, "_finish", ones)
+    output = prepare_text(tmp_path, csv_rows(ROWS), schema(dense=()))
+    monkeypatch.undo()
     assert (rows_of(output).dense_RxN == 1).all() and open_prepared(output).dense_names == ("constant",)
 
 

@@ -108,7 +108,7 @@ def test_words_are_scaled_as_whole_numbers_are():
         ({"table_sizes": (0,)}, "table_sizes"),
         ({"hotness": (1, 2, 3)}, "3 numbers for 2 tables"),
         ({"hotness": (0,)}, "hotness"),
-        ({"num_dense": 0}, "num_dense"),
+        ({"num_dense": -1}, "num_dense"),
         ({"id_skew": -1.0}, "id_skew"),
     ],
 )

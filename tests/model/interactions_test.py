@@ -1,12 +1,70 @@
-"""Tests `dlrm_jax/model/interactions.py`."""
+"""Tests `dlrm_jax/model/interactions/`: every interaction computes, trains, exports, plans and is written down."""
+
+import contextlib
+import dataclasses
+import json
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dlrm_jax.cli.flags import FLAGS, config_from_flags, define_run_flags, flagfile_text
+from dlrm_jax.cli.trained import open_stored
+from dlrm_jax.config import (
+    ConfigError,
+    FeatureConfig,
+    InteractionConfig,
+    LossConfig,
+    ModelConfig,
+    TableConfig,
+    differences,
+    model_from_dict,
+    to_dict,
+)
+from dlrm_jax.host.mesh import MeshShape
 from dlrm_jax.model import interactions
-from tests.helpers import ROOT
+from dlrm_jax.model.interactions import base
+from dlrm_jax.model.interactions.dot import pairwise_dots
+from dlrm_jax.planning.cost import Load, estimate
+from dlrm_jax.planning.dense_work import dense_work
+from dlrm_jax.planning.hardware import HARDWARE
+from dlrm_jax.serving.artifact.loaded import load
+from dlrm_jax.serving.artifact.native import NativeCpu
+from dlrm_jax.tables.plan import make_plan
+from dlrm_jax.training.loop import train_and_evaluate
+from dlrm_jax.training.run_config import ModelOptions, identity_of
+from dlrm_jax.training.state import init_dense
+from dlrm_jax.training.step import logits
+from tests import oracle
+from tests.helpers import ROOT, optimizer, random_batch, tiny_model
+from tests.random_models import Case, make_trainer
+from tests.serving_helpers import export_tiny, lively_state
+
+CROSS = {"cross_layers": 2, "cross_rank": 3}
+BRANCHES = {"projection_branch1": (5, 8), "projection_branch2": (12,)}
+# name -> (the interaction and its options, the width that comes out for F = 4 features of D = 4, and the numbers)
+TABLE = {
+    "dot": ({}, 4 + 10),
+    "dot with itself": ({"interaction": "dot", "self_interaction": True}, 4 + 15),
+    "cat": ({"interaction": "cat"}, 20),
+    "cross": ({"interaction": "cross", **CROSS}, 20),
+    "full_cross": ({"interaction": "full_cross", "cross_layers": 2}, 20),
+    "parallel_cross": ({"interaction": "parallel_cross", **CROSS, "tower_mlp": (6, 3)}, 20 + 3),
+    "fm": ({"interaction": "fm"}, 8),
+    "projection": ({"interaction": "projection", **BRANCHES}, 4 + 2 * 3),
+}
+NO_NUMBERS = {"num_dense": 0, "bottom_mlp": ()}
+CASES = {
+    **{name: fields for name, (fields, _) in TABLE.items()},
+    **{f"{name}, no numbers": fields | NO_NUMBERS for name, (fields, _) in TABLE.items()},
+}
+every_case = pytest.mark.parametrize("changes", CASES.values(), ids=CASES.keys())
+
+
+def test_every_interaction_is_in_the_table():
+    assert {tiny_model(**fields).interaction.name for fields in CASES.values()} == set(interactions.registered())
 
 
 def plain_pairs(vectors: jax.Array, with_diagonal: bool) -> jax.Array:
@@ -24,26 +82,31 @@ def plain_pairs(vectors: jax.Array, with_diagonal: bool) -> jax.Array:
 def test_pairwise_dots_equal_the_plain_form_with_gradient(num_vectors, with_diagonal):
     vectors = jax.random.normal(jax.random.key(0), (3, num_vectors, 4))
     expected, plain_vjp = jax.vjp(lambda v: plain_pairs(v, with_diagonal), vectors)
-    actual, our_vjp = jax.vjp(lambda v: interactions.pairwise_dots(v, with_diagonal), vectors)
+    actual, our_vjp = jax.vjp(lambda v: pairwise_dots(v, with_diagonal), vectors)
     np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-6)
     cotangent = jax.random.normal(jax.random.key(1), expected.shape)
     np.testing.assert_allclose(our_vjp(cotangent)[0], plain_vjp(cotangent)[0], rtol=1e-5, atol=1e-5)
 
 
+def meet(bottom, pooled, name: str = "dot", **options):
+    """What comes out of an interaction that has no weights."""
+    return interactions.make(InteractionConfig(name, options)).apply({}, bottom, pooled)
+
+
 @pytest.mark.parametrize(("with_diagonal", "width"), [(False, 16 + 351), (True, 16 + 378)])
 def test_dot_interaction_of_criteo_has_the_reference_width(with_diagonal, width):
-    output = interactions.dot_interaction(jnp.ones((2, 16)), jnp.ones((2, 26, 16)), with_diagonal)
+    output = meet(jnp.ones((2, 16)), jnp.ones((2, 26, 16)), self_interaction=with_diagonal)
     assert output.shape == (2, width)
 
 
 def test_dot_interaction_starts_with_the_bottom_output():
     bottom, pooled = jax.random.normal(jax.random.key(0), (2, 4)), jax.random.normal(jax.random.key(1), (2, 3, 4))
-    np.testing.assert_array_equal(interactions.dot_interaction(bottom, pooled)[:, :4], bottom)
+    np.testing.assert_array_equal(meet(bottom, pooled)[:, :4], bottom)
 
 
 def test_cat_interaction_keeps_feature_order():
     bottom, pooled = jnp.zeros((1, 2)), jnp.arange(1.0, 7.0).reshape(1, 3, 2)
-    np.testing.assert_array_equal(interactions.cat_interaction(bottom, pooled), [[0, 0, 1, 2, 3, 4, 5, 6]])
+    np.testing.assert_array_equal(meet(bottom, pooled, "cat"), [[0, 0, 1, 2, 3, 4, 5, 6]])
 
 
 @pytest.mark.golden
@@ -54,9 +117,10 @@ def test_low_rank_cross_equals_torchrec_forward_and_gradients():
         f"{ours}_{layer}": f"{theirs}{layer}" for layer in range(3) for ours, theirs in zip("vwb", "VWb", strict=True)
     }
     params = {ours: golden[theirs] if ours[0] == "b" else golden[theirs].T for ours, theirs in names.items()}
-    cross = interactions.LowRankCross(layers=3, rank=4)
+    cross = interactions.make(InteractionConfig("cross", {"cross_layers": 3, "cross_rank": 4}))
     with jax.default_matmul_precision("highest"):
-        output, vjp = jax.vjp(lambda p, x: cross.apply({"params": p}, x), params, golden["x"])
+        # As if all were of one feature.
+        output, vjp = jax.vjp(lambda p, x: cross.apply({"params": p}, None, x[:, None]), params, golden["x"])
         np.testing.assert_allclose(output, golden["y"], rtol=1e-5, atol=1e-6)
         d_params, d_x = vjp(cotangent_of(golden))
     np.testing.assert_allclose(d_x, golden["dx"], rtol=1e-4, atol=1e-5)
@@ -72,3 +136,210 @@ def cotangent_of(golden: dict[str, np.ndarray]) -> jax.Array:
         return jnp.asarray(2 * golden["y"])
     assert np.allclose(last_bias_gradient, golden["x"].sum(axis=0), rtol=1e-4)
     return jnp.ones_like(golden["y"])
+
+
+def drawn(model: ModelConfig) -> tuple[interactions.Interaction, dict, jax.Array | None, np.ndarray]:
+    """An interaction, parameters none of which is 0, and its inputs for three examples, in float64."""
+    rng = np.random.default_rng(0)
+    module = interactions.make(model.interaction)
+    pooled = rng.normal(size=(3, len(model.features), model.embedding_dim))
+    bottom = rng.normal(size=(3, model.embedding_dim)) if model.num_dense else None
+    shapes = jax.eval_shape(module.init, jax.random.key(0), bottom, pooled).get("params", {})
+    return module, jax.tree.map(lambda leaf: rng.normal(size=leaf.shape), shapes), bottom, pooled
+
+
+@every_case
+def test_output_and_gradients_are_those_of_the_plain_form_in_float64(changes, monkeypatch):
+    model = dataclasses.replace(tiny_model(**changes), compute_dtype="float32")
+    with jax.enable_x64(True):
+        monkeypatch.setattr(jnp, "float32", jnp.float64)
+        module, params, bottom, pooled = drawn(model)
+        module = module.clone(dtype="float64")
+
+        def plain(params, bottom, pooled):
+            numbers = [] if bottom is None else [bottom]
+            vectors = numbers + [pooled[:, i] for i in range(pooled.shape[1])]
+            return oracle.interaction(model, {model.interaction.name: params}, numbers, vectors)
+
+        wanted, plain_vjp = jax.vjp(plain, params, bottom, pooled)
+        found, vjp = jax.vjp(lambda p, *inputs: module.apply({"params": p}, *inputs), params, bottom, pooled)
+        np.testing.assert_allclose(found, wanted, rtol=1e-10, atol=1e-12)
+        cotangent = np.random.default_rng(1).normal(size=wanted.shape)
+        gradients = vjp(cotangent), plain_vjp(cotangent)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-11), *gradients)
+
+
+WHOLE_MODELS = {name: CASES[name] for name in (*TABLE, "dot, no numbers", "projection, no numbers")}
+"""For what compiles whole programs."""
+SMALL = {"tables": (TableConfig("t", 9, 4),), "features": (FeatureConfig("f", "t", 2), FeatureConfig("g", "t"))}
+whole_models = pytest.mark.parametrize("changes", WHOLE_MODELS.values(), ids=WHOLE_MODELS.keys())
+
+
+@whole_models
+def test_a_step_on_two_devices_is_that_on_one(changes):
+    case = Case(
+        *(0, tiny_model(**SMALL, **changes), LossConfig(), optimizer("rowwise_adagrad", "adagrad"), 8, 2, False),
+        *(MeshShape(1, 2), {"t": "row_wise"}, 0, False),
+    )
+    two, one = (make_trainer(each)(case, 2) for each in (case, case.on_one_device()))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), two, one)
+    before, after = (jax.tree.leaves(params) for params in (case.params(), one[-1]))
+    assert all((a != b).any() for a, b in zip(before, after, strict=True))
+
+
+@whole_models
+def test_an_export_gives_the_logits_of_training(tmp_path, changes):
+    model = tiny_model(**changes)
+    version, batch = export_tiny(tmp_path, model), random_batch(model, 16)  # As large as the self check's.
+    got = load(tmp_path).score(batch.dense_BxN, batch.ids_BxK).logit
+    np.testing.assert_array_equal(got, jax.jit(lambda *inputs: logits(model, *inputs))(lively_state(model), batch))
+    assert model_from_dict(json.loads((version.directory / "model.json").read_text())["model"]) == model
+
+
+@every_case
+def test_it_is_planned_with_the_width_and_the_weights_that_it_has(changes):
+    model = tiny_model(**changes)
+    cost = estimate(model, optimizer(), make_plan(model, MeshShape(1, 2), "row_wise"), Load(64), HARDWARE["cpu"])
+    params = jax.eval_shape(lambda: init_dense(model, 0))
+    assert cost.memory["dense parameters"] == 4 * sum(leaf.size for leaf in jax.tree.leaves(params))
+    work = dense_work(model)
+    assert work.interaction_width == params["top_mlp"]["layer_0"]["kernel"].shape[0]
+    if model.num_dense:
+        assert work.interaction_width == next(width for fields, width in TABLE.values() if fields == changes)
+
+
+@every_case
+def test_settings_survive_json(changes):
+    model = tiny_model(**changes)
+    assert model_from_dict(json.loads(json.dumps(to_dict(model)))) == model
+    assert hash(model_from_dict(to_dict(model))) == hash(model)
+
+
+@pytest.mark.parametrize(
+    ("flat", "name", "options"),
+    [
+        ({"interaction": "dot", "self_interaction": True}, "dot", {"self_interaction": True}),
+        ({"interaction": "cat", "self_interaction": True}, "cat", {}),
+        ({"interaction": "cross", "self_interaction": True}, "cross", {"cross_layers": 5, "cross_rank": 7}),
+    ],
+)
+def test_files_of_before_mean_the_same(flat, name, options):
+    """Options stood beside the interaction's name, whether it had them or not."""
+    today = tiny_model(interaction=name, **options)
+    before = to_dict(today) | {"self_interaction": False, "cross_layers": 5, "cross_rank": 7} | flat
+    assert model_from_dict(json.loads(json.dumps(before))) == today
+    written = to_dict(dataclasses.replace(today, interaction=interactions.complete(today.interaction)))
+    assert not differences(written, identity_of({"identity": {"model": before}})["model"])
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "words"),
+    [
+        ("sum", {}, "interaction is 'sum'; choose one of cat, cross, dot, fm"),
+        ("dot", {"cross_rank": 3}, "interaction 'dot' has no option 'cross_rank'; it has self_interaction"),
+        ("cross", {"cross_layers": 0}, "cross_layers is 0; it must be at least 1"),
+        ("cross", {"cross_rank": "3"}, "cross_rank is '3'; it must be of type int"),
+        ("full_cross", {"cross_layers": -1}, "cross_layers is -1"),
+        ("parallel_cross", {"tower_mlp": []}, "tower_mlp is (); give widths of at least 1"),
+        ("parallel_cross", {"cross_rank": 0}, "cross_rank is 0"),
+        ("projection", {"projection_branch2": (4, 0)}, "projection_branch2 is (4, 0)"),
+    ],
+)
+def test_a_bad_setting_is_refused_with_its_value(name, options, words):
+    with pytest.raises(ConfigError) as error:
+        ModelOptions(4, (4,), (1,), InteractionConfig(name, options))
+    assert words in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (
+            {"interaction": "projection", "projection_branch1": (6,)},
+            "projection_branch1 ends in 6, no multiple of embedding_dim, 4; the last width must be one",
+        ),
+        (
+            {"features": (FeatureConfig("f", "t"),), "tables": (TableConfig("t", 3, 4),), **NO_NUMBERS},
+            "interaction 'dot' gives nothing for 1 sparse and 0 dense features; choose another --interaction",
+        ),
+    ],
+)
+def test_what_does_not_fit_together_is_refused_before_anything_is_made(changes, words):
+    model = tiny_model(**changes)
+    for use in (dense_work, lambda model: init_dense(model, 0)):
+        with pytest.raises(ConfigError) as error:
+            use(model)
+        assert words in str(error.value)
+
+
+def example() -> str:
+    """The Python file that docs/ADDING.md shows for an interaction."""
+    text = (ROOT / "docs" / "ADDING.md").read_text()
+    return text.partition("## An interaction")[2].partition("```python\n")[2].partition("```")[0]
+
+
+@pytest.fixture
+def outside(tmp_path, monkeypatch):
+    """A package of another, installed: its interaction `scaled`."""
+    installed = tmp_path / "site"
+    (installed / "theirs-1.dist-info").mkdir(parents=True)
+    (installed / "theirs.py").write_text(example())
+    (installed / "theirs-1.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: theirs\nVersion: 1\n")
+    points = installed / "theirs-1.dist-info" / "entry_points.txt"
+    points.write_text("[dlrm_jax.interactions]\nscaled = theirs:Scaled\n")
+    monkeypatch.syspath_prepend(str(installed))
+    monkeypatch.setattr(base, "_REGISTERED", dict(base._REGISTERED))
+    base._entry_points.cache_clear()
+    yield points
+    base._entry_points.cache_clear()
+    sys.modules.pop("theirs", None)
+
+
+def test_an_interaction_from_outside_trains_and_exports(outside, tmp_path):
+    with flags_of("--interaction=scaled", "--scaled_times=2", "--embedding_dim=4", "--bottom_mlp=4", "--top_mlp=4,1",
+                  "--num_examples=2000", "--num_epochs=1", "--batch_size=256") as config:  # fmt: skip
+        assert config.model.interaction == InteractionConfig("scaled", {"scaled_times": 2})
+        train_and_evaluate(config, tmp_path / "run", flagfile_text())
+    opened = open_stored(tmp_path / "run", "latest")
+    scale = opened.dense_params["scaled"]["scale"]
+    assert scale.shape == (4 * (1 + len(opened.model.features)),) and (scale != 1).any()
+    assert dense_work(opened.model).interaction_width == len(scale)
+    version = export_tiny(tmp_path / "model", opened.model)
+    assert load(tmp_path / "model").self_check() < 1e-6
+    with pytest.raises(ConfigError, match="native scores dot, cat, cross of models with numbers, this one has scaled"):
+        NativeCpu(version)
+
+
+def test_an_interaction_from_outside_that_is_broken_is_one_line(outside, capsys):
+    outside.write_text("[dlrm_jax.interactions]\nscaled = theirs:Missing\n")
+    base._entry_points.cache_clear()
+    with pytest.raises(SystemExit), flags_of():
+        pass
+    said = capsys.readouterr().err
+    assert said.startswith("error: interaction 'scaled', which an installed package names as theirs:Missing, cannot be")
+    assert said.count("\n") == 1
+
+
+def test_an_option_with_the_name_of_a_flag_is_refused(capsys, monkeypatch):
+    class Clash(interactions.Interaction):
+        seed: int = 3
+
+    monkeypatch.setattr(base, "_REGISTERED", base._REGISTERED | {"clash": Clash})
+    with pytest.raises(SystemExit), flags_of():
+        pass
+    assert "interaction 'clash': its option 'seed' has the name of another flag or another default; rename it" in (
+        capsys.readouterr().err
+    )
+
+
+@contextlib.contextmanager
+def flags_of(*argv: str):
+    """The RunConfig of a command line; afterwards its flags are undefined again."""
+    before = set(FLAGS)
+    try:
+        define_run_flags()
+        FLAGS(["train", *argv])
+        yield config_from_flags()
+    finally:
+        for name in set(FLAGS) - before:
+            delattr(FLAGS, name)

@@ -1,15 +1,21 @@
 """Promise 6: what a step sends and holds is known beforehand, and agrees with the compiled step."""
 
 import dataclasses
+import itertools
 import math
 
+import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from dlrm_jax.config import FeatureConfig, LossConfig, ModelConfig, TableConfig
 from dlrm_jax.host.mesh import MeshShape, make_mesh
+from dlrm_jax.model import interactions
+from dlrm_jax.model.interactions import base
 from dlrm_jax.planning.cost import Load, dense_parameters, estimate
+from dlrm_jax.planning.dense_work import DenseWork, dense_work
 from dlrm_jax.planning.hardware import HARDWARE
 from dlrm_jax.planning.hlo import collectives, largest_result, totals
 from dlrm_jax.planning.skew import expected_distinct, fitted_skew
@@ -18,17 +24,18 @@ from dlrm_jax.tables.plan import SHARDINGS, make_plan
 from dlrm_jax.training.placed import Placed
 from dlrm_jax.training.state import init_dense
 from dlrm_jax.training.step import make_train_step
-from tests.helpers import RULES, optimizer
+from tests.helpers import RULES, meeting, optimizer
 
 BATCH = 512
 SIZES = (1_000_000, 333_333, 1000, 40, 3, 500_000)
 KINDS = (*SHARDINGS, "mix")
 
 
-def model(interaction: str = "dot", pooling: str = "sum") -> ModelConfig:
+def model(interaction: str = "dot", pooling: str = "sum", **options) -> ModelConfig:
     tables = tuple(TableConfig(f"t{i}", rows, 16) for i, rows in enumerate(SIZES))
     features = tuple(FeatureConfig(f"f{i}", f"t{i}", 1 if i else 3, pooling) for i in range(len(SIZES)))
-    return ModelConfig(13, tables, features, (64, 16), (64, 1), interaction, cross_rank=8)
+    fields = {"num_dense": 13, "tables": tables, "features": features, "bottom_mlp": (64, 16), "top_mlp": (64, 1)}
+    return ModelConfig(**meeting(fields | {"interaction": interaction, "cross_rank": 8, **options}))
 
 
 def predicted_and_compiled(mesh, sharding, table="rowwise_adagrad", dtype="", **changes):
@@ -134,11 +141,50 @@ def test_agreeing_where_a_round_ends_is_counted_on_large_meshes():
     assert reduced(128, options=ExchangeOptions()) == 0, "whoever may ask for all at once needs one round"
 
 
-@pytest.mark.parametrize("interaction", ["dot", "cat", "cross"])
-def test_dense_parameters_are_counted_rightly(interaction):
-    config = model(interaction)
+def counted_by_hand(config: ModelConfig) -> DenseWork:
+    """The oracle: the layers of the MLPs, dots and low-rank cross layers, written down one by one."""
+    vectors, dim, options = len(config.features) + 1, config.embedding_dim, config.interaction.options
+    pairs = vectors * (vectors - 1) // 2 + vectors * options.get("self_interaction", False)
+    width = dim + pairs if config.interaction.name == "dot" else vectors * dim
+    cross = options.get("cross_layers", 0) * (2 * width * options.get("cross_rank", 0) + width)
+    mlps = (config.num_dense, *config.bottom_mlp), (width, *config.top_mlp)
+    layers = [pair for widths in mlps for pair in itertools.pairwise(widths)]
+    return DenseWork(
+        parameters=sum((i + 1) * o for i, o in layers) + cross,
+        flops=2 * (sum(i * o for i, o in layers) + cross + (config.interaction.name == "dot") * vectors**2 * dim),
+        outputs=sum(o for _, o in layers),
+        interaction_width=width,
+    )
+
+
+@pytest.mark.parametrize(
+    ("interaction", "options"),
+    [
+        ("dot", {}),
+        ("dot", {"self_interaction": True}),
+        ("cat", {}),
+        ("cross", {"cross_layers": 1, "cross_rank": 5}),
+        ("cross", {"cross_layers": 3, "cross_rank": 8}),
+        ("dot", {"compute_dtype": "bfloat16"}),
+    ],
+)
+def test_the_traced_program_has_the_work_that_is_counted_by_hand(interaction, options):
+    config = model(interaction, **options)
+    assert dense_work(config) == counted_by_hand(config)
     shapes = jax.eval_shape(lambda: init_dense(config, 0))
     assert dense_parameters(config) == sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
+
+
+def test_work_in_a_loop_is_counted_as_often_as_it_is_done(monkeypatch):
+    class Twice(interactions.Interaction):
+        @nn.compact
+        def __call__(self, bottom_BxD, pooled_BxFxD):
+            matrix = jnp.ones((16, 16))
+            return jax.lax.scan(lambda x, _: (x @ matrix, None), bottom_BxD, None, length=3)[0]
+
+    monkeypatch.setattr(base, "_REGISTERED", base._REGISTERED | {"twice": Twice})
+    work = dense_work(model("twice"))
+    assert work.flops == 2 * (13 * 64 + 64 * 16 + 3 * 16 * 16 + 16 * 64 + 64)
 
 
 def test_expected_distinct_agrees_with_drawing():

@@ -40,8 +40,6 @@ from tests.training.resume_test import CONFIG
 MODELS = {
     "dot": {},
     "learned": {"learned_pooling": True},
-    "cross": {"interaction": "cross", "cross_layers": 2, "cross_rank": 3},
-    "cat": {"interaction": "cat"},
 }
 
 

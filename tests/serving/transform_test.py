@@ -1,5 +1,6 @@
 """Training and serving see one thing in a raw row: the same ids, the same dense values, the same probability."""
 
+import functools
 import json
 
 import hypothesis
@@ -8,8 +9,11 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from dlrm_jax.config import LossConfig
+from dlrm_jax import export
+from dlrm_jax.cli.trained import open_stored
+from dlrm_jax.config import ConfigError, LossConfig
 from dlrm_jax.data.batch import Batch
+from dlrm_jax.data.read.load import DataConfig
 from dlrm_jax.data.read.prepared import open_prepared
 from dlrm_jax.data.schema.schema import TRANSFORMS, Dense, Schema, Sparse, Split
 from dlrm_jax.data.values.bags import read_bags
@@ -17,11 +21,14 @@ from dlrm_jax.data.values.columns import read_dense
 from dlrm_jax.serving import load
 from dlrm_jax.serving.artifact.errors import BadRequest
 from dlrm_jax.serving.artifact.export import export_model, of_arrays
+from dlrm_jax.serving.artifact.native import NativeCpu
 from dlrm_jax.serving.artifact.signature import ServedFeature, Signature
 from dlrm_jax.serving.artifact.transform import Reader
+from dlrm_jax.serving.http import protocol
 from dlrm_jax.tables.by_name import named_tables
-from dlrm_jax.training.run_config import ModelOptions
-from tests.helpers import tiny_model
+from dlrm_jax.training.loop import train_and_evaluate
+from dlrm_jax.training.run_config import ModelOptions, RunConfig
+from tests.helpers import optimizer, tiny_model
 from tests.prepared_helpers import prepare_text, rows_of, schema
 from tests.serving.export_test import in_training
 from tests.serving_helpers import lively_state, random_dataset
@@ -96,6 +103,41 @@ def prepared(tmp_path_factory):
         evaluated=(),
     )
     return rows, output, directory / "model", model, state
+
+
+def test_a_log_without_numbers_is_prepared_trained_exported_and_served(tmp_path):
+    rows = [{"label": str(i % 2), "colour": COLOURS[i % 3], "other": COLOURS[i % 5 % 2]} for i in range(60)]
+    text = "label,colour,other\n" + "".join(",".join(row.values()) + "\n" for row in rows)
+    of = schema(dense=(), sparse=(Sparse("colour"), Sparse("other")), split=Split("order", val=0.2, test=0.2))
+    data = DataConfig("planted", data_dir=str(prepare_text(tmp_path, text, of)))
+    model = ModelOptions(embedding_dim=4, bottom_mlp=(64, 16), top_mlp=(4, 1))
+    config = RunConfig(data, model, LossConfig(), optimizer(), batch_size=8, num_micro_batches=2, eval_batch_size=16)
+    result = train_and_evaluate(config, tmp_path / "run")
+    assert result["step"] == 5 and 0 < result["test"]["log_loss"] < 2
+    run = open_stored(tmp_path / "run", "latest")
+    assert run.model.num_dense == 0 and run.model.bottom_mlp == () and set(run.dense_params) == {"top_mlp"}
+    pieces = functools.partial(export._pieces, run)
+    where = (tmp_path / "model", run.model, LossConfig(), run.dense_params, pieces, run.dataset)
+    version = export_model(*where, data_dir=tmp_path / "out", evaluated=("test",))
+    served = load(tmp_path / "model")
+    assert served.self_check() < 1e-6 and served.signature.dense_names == ()
+    assert version.read_json("metrics.json")["test"]["log_loss"] == pytest.approx(result["test"]["log_loss"], abs=1e-6)
+    ids = rows_of(tmp_path / "out", "test").ids_RxK
+    want = served.predict(np.zeros((len(ids), 0), np.float32), ids)
+    np.testing.assert_array_equal(served.predict_rows(without_label(rows[-len(ids) :])), want)
+    # The protocol knows no tensor of no columns, but takes one.
+    assert [tensor["name"] for tensor in protocol.model_metadata(served)["inputs"]] == ["ids"]
+    tensors = [
+        {"name": "ids", "datatype": "INT32", "shape": list(ids.shape), "data": ids.tolist()},
+        {"name": "dense", "datatype": "FP32", "shape": [len(ids), 0], "data": []},
+    ]
+    for inputs in (tensors, tensors[:1]):
+        _, *arrays = protocol.parse_infer(json.dumps({"inputs": inputs}).encode(), None, has_numbers=False)
+        np.testing.assert_array_equal(served.predict(*served.checked(*arrays)), want)
+    with pytest.raises(BadRequest, match="tensor 'dense' is missing"):
+        protocol.parse_infer(json.dumps({"inputs": tensors[:1]}).encode(), None)
+    with pytest.raises(ConfigError, match="native scores dot, cat, cross of models with numbers, this one has none"):
+        NativeCpu(version)
 
 
 def without_label(rows: list[dict]) -> list[dict]:

@@ -36,7 +36,7 @@ class Spec:
     id_trace: str = ""
 
     def __post_init__(self) -> None:
-        require(self.num_dense >= 1, f"num_dense is {self.num_dense}; it must be at least 1")
+        require(self.num_dense >= 0, f"num_dense is {self.num_dense}; it must not be negative")
         require(bool(self.table_sizes) and min(self.table_sizes) >= 1, f"table_sizes is {self.table_sizes}; at least 1")
         require(self.id_skew >= 0, f"id_skew is {self.id_skew}; it must not be negative (0: uniform)")
         require(bool(self.hotness) and min(self.hotness) >= 1, f"hotness is {self.hotness}; at least 1")

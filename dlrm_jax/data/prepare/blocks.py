@@ -1,7 +1,7 @@
 """The prepared form: array_record shards whose records are blocks of rows, as TFDS features that need no TensorFlow.
 
-A record is a tf.Example with raw bytes of: dense (R, N) float32, ids (R, K) int32, label (R,) float32,
-row (R,) int64 (the row's number in the raw log) and, if the log has weights, weight (R,) float32.
+A record is a tf.Example with raw bytes of: ids (R, K) int32, label (R,) float32, row (R,) int64 (the row's number in
+the raw log); dense (R, N) float32 if the log has numbers; weight (R,) float32 if it has weights.
 """
 
 import json
@@ -27,8 +27,9 @@ _OPTIONS = {"none": "group_size:1,uncompressed", "zstd": "group_size:1,zstd:1"}
 
 def _columns(num_dense: int, num_slots: int, weighted: bool) -> dict[str, tuple[str, tuple[int, ...]]]:
     """(dtype, shape behind the rows) of what a block holds."""
-    columns: dict[str, tuple[str, tuple[int, ...]]] = {
-        "dense": ("float32", (num_dense,)),
+    # Of a column of no width nobody could tell how many rows it has.
+    columns: dict[str, tuple[str, tuple[int, ...]]] = {"dense": ("float32", (num_dense,))} if num_dense else {}
+    columns |= {
         "ids": ("int32", (num_slots,)),
         "label": ("float32", ()),
         "row": ("int64", ()),

@@ -48,7 +48,7 @@ class ClickLog(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type
     def _info(self) -> tfds.core.DatasetInfo:
         schema = self.schema()
         num_slots = sum(feature.hotness for feature in schema.sparse)
-        features = blocks.features(max(len(schema.dense), 1), num_slots, bool(schema.weight))
+        features = blocks.features(len(schema.dense), num_slots, bool(schema.weight))
         return tfds.core.DatasetInfo(builder=self, features=features, description=self.__doc__ or "")
 
     def _download_and_prepare(self, dl_manager: Any, download_config: Any = None) -> None:

@@ -113,7 +113,7 @@ def _run(
     write_whole(output / "statistics.json", json.dumps(statistics, indent=1).encode())
     write_whole(output / "schema.yaml", dump_yaml(schema).encode())
     write_whole(output / "schema.json", json.dumps(to_dict(schema), indent=1).encode())
-    widths = (max(len(schema.dense), 1), sum(feature.hotness for feature in schema.sparse))
+    widths = (len(schema.dense), sum(feature.hotness for feature in schema.sparse))
     blocks.write_metadata(output, schema.name, widths, bool(schema.weight), second.shard_lengths())
     return statistics
 

@@ -288,7 +288,7 @@ class SecondPass:
             ids_RxK = ids_RxK if ids_RxK.flags.writeable else ids_RxK.copy()
             ids_RxK[:, slots] = remap_V[ids_RxK[:, slots]]
         kept = {name: column for name, column in columns.items() if name in ("label", "row", "weight")}
-        return {"dense": dense_RxN, "ids": ids_RxK} | kept
+        return ({"dense": dense_RxN} if self._schema.dense else {}) | {"ids": ids_RxK} | kept
 
 
 def _widened(counts_SxV: np.ndarray, rows: int) -> np.ndarray:

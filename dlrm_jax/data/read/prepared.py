@@ -49,7 +49,8 @@ class PreparedSplit:
         """Some blocks, one after the other, in memory."""
         read = [self._block(int(i)) for i in group]
         columns = {key: np.concatenate([block[key] for block in read]) for key in read[0]}
-        return Split(columns["dense"], columns["ids"], columns["label"], columns["row"], columns.get("weight"))
+        dense_RxN = columns.get("dense", np.zeros((len(columns["label"]), 0), np.float32))
+        return Split(dense_RxN, columns["ids"], columns["label"], columns["row"], columns.get("weight"))
 
     def _block(self, index: int) -> dict[str, np.ndarray]:
         try:
@@ -140,7 +141,8 @@ def open_prepared(directory: pathlib.Path) -> Dataset:
         splits[name] = PreparedSplit(name, blocks, counts["rows"], limit_K, only)
     return Dataset(
         name=schema.name,
-        dense_names=tuple(dense.name for dense in schema.dense) or ("constant",),
+        # What was prepared by older versions has a column of ones where the log has no numbers.
+        dense_names=tuple(d.name for d in schema.dense) or ("constant",) * ("dense" in builder.info.features),
         features=features,
         table_sizes=sizes,
         splits=splits,

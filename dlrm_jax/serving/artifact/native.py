@@ -65,6 +65,15 @@ class NativeCpu:
         model, threshold = read_model(version)
         if model.compute_dtype != "float32":
             raise ConfigError(f"--cpu_kernels=native computes in float32, this model in {model.compute_dtype}")
+        if not model.is_plain:
+            raise ConfigError(
+                "--cpu_kernels=native scores tables of one dim, one a feature; this model has others: leave it out"
+            )
+        if model.interaction.name not in _INTERACTIONS or not model.num_dense:
+            this = f"this one has {model.interaction.name}" if model.num_dense else "this one has none"
+            raise ConfigError(
+                f"--cpu_kernels=native scores {', '.join(_INTERACTIONS)} of models with numbers, {this}; leave it out"
+            )
         if jax.default_backend() != "cpu":
             raise ConfigError(f"--cpu_kernels=native is for CPUs; this process uses a {jax.default_backend()}")
         self._score = _library().dlrm_score
@@ -89,7 +98,7 @@ class NativeCpu:
         features, row_bytes = self._features(files, model)
         bottom = self._mlp(dense, "bottom_mlp", len(model.bottom_mlp), final_relu=True)
         top = self._mlp(dense, "top_mlp", len(model.top_mlp), final_relu=False)
-        cross = self._cross(dense, model.cross_layers if model.interaction == "cross" else 0)
+        cross = self._cross(dense, model.interaction.options.get("cross_layers", 0))
         hotness = [feature.hotness for feature in model.features]
         described = _Model(
             num_dense=model.num_dense,
@@ -97,8 +106,8 @@ class NativeCpu:
             width=model.embedding_dim,
             kind=_KINDS.index(files.kind),
             row_bytes=row_bytes,
-            interaction=_INTERACTIONS.index(model.interaction),
-            self_interaction=model.self_interaction,
+            interaction=_INTERACTIONS.index(model.interaction.name),
+            self_interaction=model.interaction.options.get("self_interaction", False),
             num_features=len(features),
             num_bottom=len(bottom),
             num_cross=len(cross),

@@ -215,7 +215,9 @@ async def _infer(service: Service, scope: Scope, receive: Receive, send: Send) -
     require_type(scope, ("application/json", "application/octet-stream"))
     body = await read_body(scope, receive, service.limits)
     read = time.monotonic()
-    request, dense, ids = parse_infer(body, Headers(scope=scope).get(HEADER_LENGTH))
+    request, dense, ids = parse_infer(
+        body, Headers(scope=scope).get(HEADER_LENGTH), has_numbers=bool(servable.signature.dense_names)
+    )
     wanted = wanted_outputs(request)
     dense, ids = servable.checked(dense, ids)
     service.telemetry.stage("read", read - start)

@@ -89,7 +89,7 @@ def make_requests(target: Target, candidates: int, binary: bool, seed: int) -> l
     for _ in range(_DISTINCT_REQUESTS if candidates < 100 else _DISTINCT_REQUESTS // 10):
         dense = rng.normal(size=(candidates, target.num_dense)).astype("<f4")
         ids = rng.integers(0, target.limits, (candidates, target.num_slots)).astype("<i4")
-        tensors = [("dense", "FP32", dense), ("ids", "INT32", ids)]
+        tensors = [("dense", "FP32", dense), ("ids", "INT32", ids)][target.num_dense == 0 :]
         inputs: list[dict[str, Any]] = [{"name": n, "datatype": t, "shape": list(v.shape)} for n, t, v in tensors]
         for entry, (_, _, values) in zip(inputs, tensors, strict=True):
             if binary:

@@ -33,8 +33,10 @@ def parse_json(body: bytes) -> dict[str, Any]:
     return value
 
 
-def parse_infer(body: bytes, header_length: str | None) -> tuple[dict[str, Any], np.ndarray, np.ndarray]:
-    """(the request's JSON, its dense and ids arrays with the shape that it says)."""
+def parse_infer(
+    body: bytes, header_length: str | None, has_numbers: bool = True
+) -> tuple[dict[str, Any], np.ndarray, np.ndarray]:
+    """(the request's JSON, its dense and ids arrays with the shape that it says); dense may lack without numbers."""
     tail = b""
     if header_length is not None:
         if not header_length.isascii() or not header_length.isdecimal() or int(header_length[:12]) > len(body):
@@ -56,6 +58,8 @@ def parse_infer(body: bytes, header_length: str | None) -> tuple[dict[str, Any],
         found[name], tail = _tensor(name, tensor, tail)
     if tail:
         raise BadRequest(f"{len(tail)} bytes follow the last tensor")
+    if not has_numbers and "dense" not in found and "ids" in found:
+        found["dense"] = np.zeros((len(found["ids"]), 0), np.float32)
     missing = [name for name in _TYPES if name not in found]
     if missing:
         raise BadRequest(f"inputs: tensor {missing[0]!r} is missing")
@@ -162,12 +166,13 @@ def model_metadata(servable: Servable) -> dict[str, Any]:
     """The protocol's description of a model, the columns of its tensors beside it."""
     signature = servable.signature
     columns = [feature.name for feature in signature.features for _ in range(feature.hotness)]
+    dense = [{"name": "dense", "datatype": "FP32", "shape": [-1, len(signature.dense_names)]}]
     return {
         "name": signature.name,
         "versions": [str(servable.version.number)],
         "platform": "jax_stablehlo",
         "inputs": [
-            {"name": "dense", "datatype": "FP32", "shape": [-1, len(signature.dense_names)]},
+            *(dense if signature.dense_names else ()),
             {"name": "ids", "datatype": "INT32", "shape": [-1, signature.num_slots]},
         ],
         "outputs": [{"name": name, "datatype": "FP32", "shape": [-1]} for name in OUTPUTS],

@@ -1,12 +1,13 @@
-"""How dense and sparse features meet: dot products, concatenation, or DCNv2's low-rank cross."""
+"""Dot products of all pairs of vectors, DLRM's own interaction."""
 
 import functools
-from collections.abc import Callable
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from dlrm_jax.model.interactions.base import Interaction, behind, option, register, stacked
 
 
 def pairs(num_vectors: int, with_diagonal: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -43,38 +44,13 @@ def _pairwise_dots_bwd(with_diagonal: bool, vectors_BxVxD: jax.Array, d_pairs_Bx
 pairwise_dots.defvjp(_pairwise_dots_fwd, _pairwise_dots_bwd)
 
 
-def dot_interaction(bottom_BxD: jax.Array, pooled_BxFxD: jax.Array, with_diagonal: bool = False) -> jax.Array:
+@register("dot")
+class Dot(Interaction):
     """(B, D + P): the bottom MLP's output, then the dot products of all pairs (arXiv:1906.00091, section 2.1.3)."""
-    vectors_BxVxD = jnp.concatenate([bottom_BxD[:, None], pooled_BxFxD], axis=1)
-    return jnp.concatenate([bottom_BxD, pairwise_dots(vectors_BxVxD, with_diagonal)], axis=1)
 
-
-def cat_interaction(bottom_BxD: jax.Array, pooled_BxFxD: jax.Array) -> jax.Array:
-    """(B, (F + 1) D): everything side by side."""
-    return jnp.concatenate([bottom_BxD, pooled_BxFxD.reshape(pooled_BxFxD.shape[0], -1)], axis=1)
-
-
-class LowRankCross(nn.Module):
-    """DCNv2's low-rank cross layers: x_{l+1} = x_0 * (W_l V_l x_l + b_l) + x_l (arXiv:2008.13535, section 3.1).
-
-    Maps (B, I) to (B, I). Parameters per layer: `v_l` (I, rank), `w_l` (rank, I), `b_l` (I,). Products of matrices are
-    computed in `dtype`, all else in float32.
-    """
-
-    layers: int
-    rank: int
-    dtype: str = "float32"
-    matrix_init: Callable[..., jax.Array] = nn.initializers.xavier_normal()
+    self_interaction: bool = option(False, "Include each vector's dot product with itself.")
 
     @nn.compact
-    def __call__(self, x0_BxI: jax.Array) -> jax.Array:
-        """(B, I) to (B, I)."""
-        x_BxI, width = x0_BxI, x0_BxI.shape[1]
-        for layer in range(self.layers):
-            v_IxR = self.param(f"v_{layer}", self.matrix_init, (width, self.rank))
-            w_RxI = self.param(f"w_{layer}", self.matrix_init, (self.rank, width))
-            b_I = self.param(f"b_{layer}", nn.initializers.zeros, (width,))
-            low_rank_BxR = x_BxI.astype(self.dtype) @ v_IxR.astype(self.dtype)
-            crossed_BxI = (low_rank_BxR @ w_RxI.astype(self.dtype)).astype(jnp.float32)
-            x_BxI = x0_BxI * (crossed_BxI + b_I[None]) + x_BxI
-        return x_BxI
+    def __call__(self, bottom_BxD: jax.Array | None, pooled_BxFxD: jax.Array) -> jax.Array:
+        """(B, D) or None, (B, F, D) to (B, D + P), or (B, P) without numbers."""
+        return behind(bottom_BxD, pairwise_dots(stacked(bottom_BxD, pooled_BxFxD), self.self_interaction))

@@ -1,0 +1,141 @@
+"""What an interaction is, and the registry in which everything else finds it by name."""
+
+import dataclasses
+import functools
+import importlib.metadata
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from dlrm_jax.config import ConfigError, InteractionConfig, ModelConfig, require, require_choice
+
+ENTRY_POINTS = "dlrm_jax.interactions"
+"""Group of entry points under which an installed package names its interactions."""
+
+
+class Interaction(nn.Module):
+    """How the numbers of an example and its pooled embeddings meet: (bottom_BxD or None, pooled_BxFxD) -> (B, I).
+
+    `bottom_BxD` is the bottom MLP's output, None for a model without numbers. The fields of a subclass are its options;
+    each has a default, whose type is the option's: bool, int, float, str or a tuple of int. The two fields here are the
+    model's: what products with weights are computed in (the result is float32), and how MLPs are initialised.
+    """
+
+    dtype: str = "float32"
+    dense_init: str = "dlrm"
+
+
+@dataclasses.dataclass(frozen=True)
+class Option:
+    """A field of an interaction, as flags show it."""
+
+    name: str
+    default: Any
+    help: str
+
+
+C = TypeVar("C", bound=type[Interaction])
+
+_REGISTERED: dict[str, type[Interaction]] = {}
+
+
+def register(name: str) -> Callable[[C], C]:
+    """A decorator that makes an Interaction known as `name`."""
+
+    def add(kind: C) -> C:
+        _REGISTERED[name] = kind
+        return kind
+
+    return add
+
+
+def option(default: Any, help_text: str) -> Any:
+    """A field of an interaction with the text that --help shows."""
+    return dataclasses.field(default=default, metadata={"help": help_text})
+
+
+@functools.cache
+def _entry_points() -> dict[str, importlib.metadata.EntryPoint]:
+    return {point.name: point for point in importlib.metadata.entry_points(group=ENTRY_POINTS)}
+
+
+def registered() -> dict[str, type[Interaction]]:
+    """Every interaction by name: those of this package, those that a program registered, those of entry points.
+
+    ConfigError for an entry point that cannot be imported.
+    """
+    for name, point in _entry_points().items():
+        if name not in _REGISTERED:
+            _REGISTERED[name] = _load(point)
+    return dict(_REGISTERED)
+
+
+def _load(point: importlib.metadata.EntryPoint) -> type[Interaction]:
+    what = f"interaction {point.name!r}, which an installed package names as {point.value},"
+    try:
+        kind = point.load()
+    except Exception as error:  # Whatever another's module does.
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise ConfigError(f"{what} cannot be imported: {reason}; mend or uninstall that package") from error
+    require(isinstance(kind, type) and issubclass(kind, Interaction), f"{what} is not a class of Interaction")
+    checked: type[Interaction] = kind
+    return checked
+
+
+def options_of(name: str) -> list[Option]:
+    """The options of an interaction."""
+    common = {field.name for field in dataclasses.fields(Interaction)}
+    own = [field for field in dataclasses.fields(registered()[name]) if field.name not in common]
+    for field in own:
+        require(
+            isinstance(field.default, bool | int | float | str | tuple),
+            f"interaction {name!r}: option {field.name!r} has no default that is a bool, int, float, str or tuple",
+        )
+    return [Option(field.name, field.default, field.metadata.get("help", "")) for field in own]
+
+
+def make(config: InteractionConfig, **common: Any) -> Interaction:
+    """The module; ConfigError for a name or an option that there is not, or a value that cannot be."""
+    require_choice("interaction", config.name, tuple(registered()))
+    defaults = {option.name: option.default for option in options_of(config.name)}
+    for name, value in config.options.items():
+        require(
+            name in defaults,
+            f"interaction {config.name!r} has no option {name!r}; it has {', '.join(defaults) or 'none'}",
+        )
+        kind = type(defaults[name])
+        if type(value) is not kind and not (kind is float and type(value) is int):
+            raise ConfigError(f"{name} is {value!r}; it must be of type {kind.__name__}")
+    return registered()[config.name](**config.options, **common)
+
+
+def of_model(model: ModelConfig) -> Interaction:
+    """The module as a part of its model."""
+    return make(model.interaction, dtype=model.compute_dtype, dense_init=model.dense_init, name=model.interaction.name)
+
+
+def complete(config: InteractionConfig) -> InteractionConfig:
+    """The same with every option said, so that equal settings are equal values; ConfigError as `make`."""
+    module = make(config)
+    return InteractionConfig(
+        config.name, {option.name: getattr(module, option.name) for option in options_of(config.name)}
+    )
+
+
+def side_by_side(bottom_BxD: jax.Array | None, pooled_BxFxD: jax.Array) -> jax.Array:
+    """(B, (F + 1) D), or (B, F D) without numbers: all vectors of an example one behind the other."""
+    flat_BxI = pooled_BxFxD.reshape(pooled_BxFxD.shape[0], -1)
+    return flat_BxI if bottom_BxD is None else jnp.concatenate([bottom_BxD, flat_BxI], axis=1)
+
+
+def stacked(bottom_BxD: jax.Array | None, pooled_BxFxD: jax.Array) -> jax.Array:
+    """(B, F + 1, D), or (B, F, D) without numbers: all vectors of an example one below the other."""
+    return pooled_BxFxD if bottom_BxD is None else jnp.concatenate([bottom_BxD[:, None], pooled_BxFxD], axis=1)
+
+
+def behind(bottom_BxD: jax.Array | None, features_BxI: jax.Array) -> jax.Array:
+    """(B, D + I), or (B, I) without numbers: the bottom MLP's output, then what was made of it."""
+    return features_BxI if bottom_BxD is None else jnp.concatenate([bottom_BxD, features_BxI], axis=1)

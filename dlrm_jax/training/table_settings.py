@@ -1,0 +1,47 @@
+"""Settings of single tables, from the file that `--tables` names."""
+
+import json
+import pathlib
+from typing import Any
+
+from dlrm_jax.config import ConfigError, require
+from dlrm_jax.tables.rules import check_rule
+
+_KEYS: dict[str, tuple[str, Any]] = {
+    "dim": ("embedding_dim", int),
+    "optimizer": ("optimizer", str),
+    "rate": ("rate", (int, float)),
+}
+"""Key in the file -> (field of TableConfig, what its value must be)."""
+
+
+def read_table_settings(path: pathlib.Path, known: set[str]) -> dict[str, dict[str, Any]]:
+    """Fields of TableConfig by table, from {"tables": {NAME: {"dim": 8, "optimizer": "adam,b1=0.8", "rate": 0.1}}}.
+
+    `rate` is times the run's learning rate. ConfigError for a table that is not `known`, and for another key or value.
+    """
+    try:
+        tables = json.loads(path.read_text(encoding="utf-8"))["tables"]
+        settings = {str(name): dict(values) for name, values in tables.items()}
+    except OSError as error:
+        raise ConfigError(f"--tables: {path}: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        example = '{"tables": {"NAME": {"optimizer": "adam"}}}'
+        raise ConfigError(f"--tables: {path} cannot be read ({error!r}); write {example}") from error
+    return {
+        name: _checked(f"--tables: {path}: table {name!r}", name, values, known) for name, values in settings.items()
+    }
+
+
+def _checked(where: str, name: str, values: dict[str, Any], known: set[str]) -> dict[str, Any]:
+    some = ", ".join(sorted(known)[:5]) + (", ..." if len(known) > 5 else "")
+    require(name in known, f"{where} is not in the data, which has {some}")
+    fields = {}
+    for key, value in values.items():
+        require(key in _KEYS, f"{where} has {key!r}; known are {', '.join(_KEYS)}")
+        field, kind = _KEYS[key]
+        require(isinstance(value, kind) and not isinstance(value, bool), f"{where}: {key} cannot be {value!r}")
+        fields[field] = value
+    if fields.get("optimizer"):
+        check_rule(fields["optimizer"])
+    return fields
