@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import optax
 
 from dlrm_jax import metrics
-from dlrm_jax.batch import Batch
+from dlrm_jax.batch import Batch, without_unweighted
 from dlrm_jax.config import LossConfig, ModelConfig, OptimizerConfig
 from dlrm_jax.dense_optimizer import make_dense_optimizer
-from dlrm_jax.loss import example_losses, probability
+from dlrm_jax.loss import clipped, example_losses, probability
 from dlrm_jax.model import DLRM
 from dlrm_jax.schedule import make_schedule
 from dlrm_jax.state import TrainState
@@ -51,6 +51,7 @@ def make_train_step(
     finish = make_routed_step(model, loss, optimizer, num_micro_batches, ops)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
+        batch = without_unweighted(batch)
         with jax.named_scope("route"):
             routes = ops.route(batch.ids_BxK, batch.id_weights_BxK)
         return finish(state, batch, routes)
@@ -71,8 +72,9 @@ def make_pipelined_step(
     def train_step(
         state: TrainState, batch: Batch, routes: Any, next_batch: Batch
     ) -> tuple[TrainState, dict[str, jax.Array], Any]:
+        next_batch = without_unweighted(next_batch)
         next_routes = ops.route(next_batch.ids_BxK, next_batch.id_weights_BxK)
-        return *finish(state, batch, routes), next_routes
+        return *finish(state, without_unweighted(batch), routes), next_routes
 
     return train_step
 
@@ -174,7 +176,7 @@ def make_eval_step(
         logits_B = logits(model, state, batch, ops)
         return metrics.batch_sums(
             loss_B=example_losses(loss, logits_B, batch.label_B),
-            logits_B=logits_B,
+            logits_B=clipped(logits_B, loss.threshold),
             prob_B=probability(logits_B, loss.threshold),
             label_B=batch.label_B,
             weight_B=batch.weight_B,

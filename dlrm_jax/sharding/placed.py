@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from dlrm_jax import huge_pages
-from dlrm_jax.batch import Batch
+from dlrm_jax.batch import Batch, without_unweighted
 from dlrm_jax.config import NATIVE, XLA, ModelConfig, OptimizerConfig, require
 from dlrm_jax.embedding import POOLING_WEIGHTS
 from dlrm_jax.native.ops import native_ops
@@ -170,7 +170,11 @@ class Placed:
     def jit_route(self) -> Any:
         """`batch -> routes`, compiled."""
         split = self.batch_sharding
-        route = lambda batch: self.ops.route(batch.ids_BxK, batch.id_weights_BxK)  # noqa: E731
+
+        def route(batch: Batch) -> Any:
+            batch = without_unweighted(batch)
+            return self.ops.route(batch.ids_BxK, batch.id_weights_BxK)
+
         return jax.jit(route, in_shardings=(split,), out_shardings=split)
 
     def jit_pipelined_step(self, step: Callable[..., Any]) -> Any:
