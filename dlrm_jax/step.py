@@ -105,7 +105,7 @@ def make_routed_step(
         with jax.named_scope("lookup"):
             pooled_BxFxD, routes = ops.lookup(state.tables, routes)
         loss_value, d_params, d_pooled_BxFxD, finite = dense_gradients(
-            model, loss, state.dense_params, batch, pooled_BxFxD, num_micro_batches
+            model, loss, state.dense_params, batch, pooled_BxFxD, num_micro_batches, ops
         )
         rate = schedule(state.step)
         with jax.named_scope("dense_update"):
@@ -134,33 +134,42 @@ def dense_gradients(
     dense_params: Any,
     batch: Batch,
     pooled_BxFxD: jax.Array,
-    num_micro_batches: int = 1,
+    num_micro_batches: int,
+    ops: TableOps,
 ) -> tuple[jax.Array, Any, jax.Array, jax.Array]:
-    """(mean loss, gradient of the dense parameters, d_pooled_BxFxD, whether all are finite)."""
+    """(mean loss, gradient of the dense parameters, d_pooled_BxFxD, whether all are finite).
+
+    Each device adds the gradients of its own examples, part after part; only their sum is sent.
+    """
     total_weight = jnp.maximum(batch.weight_B.sum(), 1e-30)
 
-    def part_loss(params: Any, pooled: jax.Array, dense: jax.Array, label: jax.Array, weight: jax.Array) -> jax.Array:
+    def part_loss(
+        params: Any, pooled: jax.Array, total_weight: jax.Array, dense: jax.Array, label: jax.Array, weight: jax.Array
+    ) -> jax.Array:
         logits = DLRM(model).apply({"params": params}, dense, pooled)
         return (example_losses(loss, logits, label) * weight).sum() / total_weight
 
-    def part_gradients(part: tuple[jax.Array, ...]) -> tuple[jax.Array, Any, jax.Array]:
-        value, (d_params, d_pooled) = jax.value_and_grad(part_loss, argnums=(0, 1))(dense_params, *part)
-        return value, d_params, d_pooled
+    def part_gradients(shared: Any, part: tuple[jax.Array, ...]) -> tuple[tuple[jax.Array, Any], jax.Array]:
+        (params, total_weight), (pooled, *others) = shared, part
+        value, (d_params, d_pooled) = jax.value_and_grad(part_loss, argnums=(0, 1))(
+            params, pooled, total_weight, *others
+        )
+        return (value, d_params), d_pooled
 
-    columns = (pooled_BxFxD, batch.dense_BxN, batch.label_B, batch.weight_B)
-    if num_micro_batches == 1:
-        value, d_params, d_pooled_BxFxD = part_gradients(columns)
-    else:
-        # Part g takes examples g, g + G, ...: so each device finds a G-th of every part among its own.
+    def gradients(shared: Any, columns: tuple[jax.Array, ...]) -> tuple[tuple[jax.Array, Any], jax.Array]:
+        if num_micro_batches == 1:
+            return part_gradients(shared, columns)
         parts = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, num_micro_batches, *x.shape[1:]), 1, 0), columns)
 
-        def add(carry: tuple[jax.Array, Any], part: tuple[jax.Array, ...]) -> tuple[tuple[jax.Array, Any], jax.Array]:
-            value, d_params, d_pooled = part_gradients(part)
-            return jax.tree.map(jnp.add, carry, (value, d_params)), d_pooled
+        def add(sums: tuple[jax.Array, Any], part: tuple[jax.Array, ...]) -> tuple[tuple[jax.Array, Any], jax.Array]:
+            more, d_pooled = part_gradients(shared, part)
+            return jax.tree.map(jnp.add, sums, more), d_pooled
 
-        zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, dense_params))
-        (value, d_params), d_pooled = jax.lax.scan(add, zeros, parts)
-        d_pooled_BxFxD = jnp.moveaxis(d_pooled, 0, 1).reshape(pooled_BxFxD.shape)
+        sums, d_pooled = jax.lax.scan(add, (jnp.zeros(()), jax.tree.map(jnp.zeros_like, shared[0])), parts)
+        return sums, jnp.moveaxis(d_pooled, 0, 1).reshape(columns[0].shape)
+
+    columns = (pooled_BxFxD, batch.dense_BxN, batch.label_B, batch.weight_B)
+    (value, d_params), d_pooled_BxFxD = ops.on_each(gradients, (dense_params, total_weight), columns)
     finite = jnp.isfinite(value)
     for leaf in jax.tree.leaves((d_params, d_pooled_BxFxD)):
         finite &= jnp.isfinite(leaf).all()

@@ -13,17 +13,24 @@ from dlrm_jax.sparse_optimizer import make_sparse_optimizer
 Arrays = dict[str, Any]
 
 
+def _on_one_device(function: Callable[[Any, Any], tuple[Any, Any]], shared: Any, columns: Any) -> tuple[Any, Any]:
+    return function(shared, columns)
+
+
 class TableOps(NamedTuple):
-    """Three pure functions of global arrays.
+    """Three pure functions of global arrays, and how the devices that they lie on share a batch.
 
     route: (ids_BxK, id_weights_BxK or None) -> routes. Reads no table.
     lookup: (tables, routes) -> (pooled_BxFxD, routes), the routes with what the way back needs.
     update: (tables, opt_state, routes, d_pooled_BxFxD, learning_rate) -> (tables, opt_state, counters).
+    on_each: (function, shared, columns) -> function(shared, columns) = (sums, columns) of each device's own examples,
+      the sums added over the devices, once.
     """
 
     route: Callable[[jax.Array, jax.Array | None], Arrays]
     lookup: Callable[[Arrays, Arrays], tuple[jax.Array, Arrays]]
     update: Callable[[Arrays, Arrays, Arrays, jax.Array, jax.Array], tuple[Arrays, Arrays, Arrays]]
+    on_each: Callable[[Callable[[Any, Any], tuple[Any, Any]], Any, Any], tuple[Any, Any]] = _on_one_device
 
 
 def local_ops(model: ModelConfig, optimizer: OptimizerConfig | None = None) -> TableOps:

@@ -108,9 +108,7 @@ def test_a_best_of_a_run_that_went_back_takes_the_place_of_those_beyond_it(tmp_p
 def test_what_is_not_saved_is_an_error(tmp_path):
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(LATEST, at_step(5), PLACED, {})
-        with pytest.raises(
-            ConfigError, match=r"that of step 3 was left out beside those there \(latest: 5;"
-        ):
+        with pytest.raises(ConfigError, match=r"that of step 3 was left out beside those there \(latest: 5;"):
             checkpoints.save(LATEST, at_step(3), PLACED, {})
 
 

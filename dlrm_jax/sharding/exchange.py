@@ -12,7 +12,7 @@ gradients and weights to it, and, in float64, everything to a plain dense model.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -25,7 +25,7 @@ from dlrm_jax.config import ModelConfig, OptimizerConfig
 from dlrm_jax.embedding import POOLING_WEIGHTS, slot_scale
 from dlrm_jax.sharding import columns, owned, replicated, routed
 from dlrm_jax.sharding.collective import sum_over_shards
-from dlrm_jax.sharding.mesh import BATCH_SPEC
+from dlrm_jax.sharding.mesh import BATCH_SPEC, DATA, MODEL
 from dlrm_jax.sharding.storage import COLUMNS, ROUTED, PlacedStack
 from dlrm_jax.table_ops import TableOps
 
@@ -77,7 +77,15 @@ def sharded_ops(
         more = [routes[stack.name]["more"] for stack in stacks if stack.form == ROUTED]
         return tables, opt_state, {OVERFLOWS: sum(jnp.max(x) for x in more)} if more else {}
 
-    return TableOps(route, lookup, update)
+    def on_each(function: Callable[[Any, Any], tuple[Any, Any]], shared: Any, columns: Any) -> tuple[Any, Any]:
+        def own(shared: Any, columns: Any) -> tuple[Any, Any]:
+            sums, columns = function(shared, columns)
+            return jax.lax.psum(sums, (DATA, MODEL)), columns
+
+        everywhere = PartitionSpec()
+        return over_mesh(own, (everywhere, BATCH_SPEC), (everywhere, BATCH_SPEC))(shared, columns)
+
+    return TableOps(route, lookup, update, on_each)
 
 
 def array_specs(model: ModelConfig, stacks: tuple[PlacedStack, ...]) -> dict[str, PartitionSpec]:
