@@ -1,11 +1,11 @@
 """What a plan costs a step: bytes sent, memory held, work done, on one device. Predicted from shapes alone.
 
 Bytes sent are exact: the exchange's buffers are static, and the compiled step's collectives (hlo.py) must add up to the
-same numbers. Memory is exact for tables, optimizer state and dense parameters, estimated for what a step needs besides.
+same numbers. Memory is exact for tables, optimizer state and dense parameters; what a step needs besides is estimated
+(step_memory.py), so that all together is within a tenth of what XLA's compiled steps hold on a CPU.
 """
 
 import dataclasses
-import itertools
 import math
 from collections.abc import Mapping
 
@@ -13,6 +13,7 @@ import numpy as np
 
 from dlrm_jax.config import ModelConfig, OptimizerConfig, TableConfig
 from dlrm_jax.rows import LANES
+from dlrm_jax.sharding.dense_shapes import cross_parameters, dense_parameters, interaction_width, layers
 from dlrm_jax.sharding.exchange import ExchangeOptions
 from dlrm_jax.sharding.hardware import Hardware
 from dlrm_jax.sharding.hlo import CONTROL_BYTES
@@ -20,6 +21,7 @@ from dlrm_jax.sharding.owned import parcels
 from dlrm_jax.sharding.plan import Plan
 from dlrm_jax.sharding.replicated import sent_rows
 from dlrm_jax.sharding.skew import expected_distinct
+from dlrm_jax.sharding.step_memory import Rows, step_floats
 from dlrm_jax.sharding.storage import COLUMNS, OWNED, REPLICATED, ROUTED, PlacedStack, place_stacks
 
 FLOAT = INT = 4
@@ -32,12 +34,18 @@ _COPIES = 2
 
 @dataclasses.dataclass(frozen=True)
 class Load:
-    """What is common to all plans: examples a step, and how ids fall off in each table, as rank^-skew."""
+    """What is common to all plans: how a step takes its examples, and how ids fall off in each table, as rank^-skew.
+
+    `exchange_capacity` 0: as many rows as these ids should need (routed_capacity).
+    """
 
     batch_size: int
     skew: float = 1.05
     skew_of: Mapping[str, float] = dataclasses.field(default_factory=dict)
     weighted_ids: bool = False
+    num_micro_batches: int = 1
+    exchange_dtype: str = ""
+    exchange_capacity: int = 0
 
     def distinct(self, table: TableConfig, draws: float) -> float:
         """Expected distinct ids of `draws` from a table."""
@@ -57,8 +65,9 @@ def routed_capacity(stack: PlacedStack, load: Load) -> int:
 
 
 def capacities(stacks: tuple[PlacedStack, ...], load: Load) -> dict[str, int]:
-    """`routed_capacity` of each row-wise stack."""
-    return {stack.name: routed_capacity(stack, load) for stack in stacks if stack.form == ROUTED}
+    """Rows that a device may ask of one peer, for each row-wise stack."""
+    routed = [stack for stack in stacks if stack.form == ROUTED]
+    return {stack.name: load.exchange_capacity or routed_capacity(stack, load) for stack in routed}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,30 +139,6 @@ def exchanged(
     return found
 
 
-def dense_parameters(model: ModelConfig) -> int:
-    """Floats of the MLPs and the interaction."""
-    return sum((i + 1) * o for i, o in _layers(model)) + _cross_parameters(model)
-
-
-def _layers(model: ModelConfig) -> list[tuple[int, int]]:
-    bottom = [model.num_dense, *model.bottom_mlp]
-    top = [interaction_width(model), *model.top_mlp]
-    return [*itertools.pairwise(bottom), *itertools.pairwise(top)]
-
-
-def interaction_width(model: ModelConfig) -> int:
-    """Inputs of the top MLP."""
-    vectors, dim = len(model.features) + 1, model.embedding_dim
-    if model.interaction == "dot":
-        return dim + vectors * (vectors - 1) // 2 + (vectors if model.self_interaction else 0)
-    return vectors * dim
-
-
-def _cross_parameters(model: ModelConfig) -> int:
-    width = interaction_width(model)
-    return model.cross_layers * (2 * width * model.cross_rank + width) if model.interaction == "cross" else 0
-
-
 @dataclasses.dataclass(frozen=True)
 class Cost:
     """A plan's costs a step on the device that has most to do; bytes, floating point operations, seconds."""
@@ -192,9 +177,11 @@ def estimate(
     options: ExchangeOptions | None = None,
     packed: bool = False,
 ) -> Cost:
-    """The costs of a plan. Without `options` the exchange's buffers are sized for `load`."""
+    """The costs of a plan. Without `options` the exchange's are those of `load`."""
+    multiple = plan.mesh.size * load.num_micro_batches  # Of which batches are padded to a multiple.
+    load = dataclasses.replace(load, batch_size=-(-load.batch_size // multiple) * multiple)
     stacks = place_stacks(model, plan, packed)
-    options = options or ExchangeOptions(capacity=capacities(stacks, load))
+    options = options or ExchangeOptions(load.exchange_dtype, capacities(stacks, load))
     pieces = [piece for stack in stacks for piece in exchanged(model, optimizer, stack, load, options)]
     if plan.mesh.size > 1:
         pieces.append(("all-reduce", (dense_parameters(model) + 1) * FLOAT))  # The loss travels with the gradients.
@@ -211,7 +198,7 @@ def estimate(
         "network": sent.total * peers / hardware.link_rate + sent.count * hardware.latency,
         "launch": _KERNELS * hardware.launch,
     }
-    memory = _memory(model, optimizer, stacks, load, sent, hardware.on_chip_bytes)
+    memory = _memory(model, optimizer, stacks, load, sent, options, hardware.on_chip_bytes)
     return Cost(plan, stacks, options, memory, sent, flops, traffic + row_traffic, seconds)
 
 
@@ -220,7 +207,7 @@ def forward_work(
 ) -> tuple[float, float, dict[str, float]]:
     """(operations, bytes read and written, seconds of each) of scoring a batch, on one device."""
     b = -(-load.batch_size // (stacks[0].num_shards * stacks[0].num_copies))
-    outputs = sum(o for _, o in _layers(model)) + interaction_width(model)
+    outputs = sum(o for _, o in layers(model)) + interaction_width(model)
     rows = float(sum(_slots_looked_up(stack, load) * stack.width for stack in stacks)) * FLOAT
     # An activation is written and read once, a pooled vector too; weights are read once.
     streams = 2.0 * FLOAT * b * (outputs + len(model.features) * model.embedding_dim) + FLOAT * dense_parameters(model)
@@ -231,9 +218,9 @@ def forward_work(
 
 def _forward_flops(model: ModelConfig) -> float:
     vectors = len(model.features) + 1
-    cross = 2 * _cross_parameters(model)
+    cross = 2 * cross_parameters(model)
     dot = 2 * vectors * vectors * model.embedding_dim if model.interaction == "dot" else 0
-    return 2 * sum(i * o for i, o in _layers(model)) + dot + cross
+    return 2 * sum(i * o for i, o in layers(model)) + dot + cross
 
 
 def _slots_looked_up(stack: PlacedStack, load: Load) -> int:
@@ -264,7 +251,7 @@ def _traffic(
     """(bytes of streams, bytes of single rows) that one device reads and writes."""
     devices = stacks[0].num_shards * stacks[0].num_copies
     b = -(-load.batch_size // devices)
-    outputs = sum(o for _, o in _layers(model)) + interaction_width(model)
+    outputs = sum(o for _, o in layers(model)) + interaction_width(model)
     # An activation is written, read by the next layer and by its weight's gradient, and so is its gradient.
     streams = 7.0 * FLOAT * b * outputs + 5 * FLOAT * dense_parameters(model)
     rows = 0.0
@@ -284,6 +271,7 @@ def _memory(
     stacks: tuple[PlacedStack, ...],
     load: Load,
     sent: Sent,
+    options: ExchangeOptions,
     on_chip_bytes: int,
 ) -> dict[str, int]:
     devices = stacks[0].num_shards * stacks[0].num_copies
@@ -297,16 +285,13 @@ def _memory(
         tables += (rows + learned) * FLOAT
         states += {"sgd": 0, "adagrad": rows + learned, "rowwise_adagrad": per_row + learned}[optimizer.table] * FLOAT
     dense = dense_parameters(model) * FLOAT
-    # Where rows share a line, an id slot takes a whole one.
-    widths = [stack.width if stack.pack == 1 else _COPIES * (LANES + stack.width) for stack in stacks]
-    looked_up = [_slots_looked_up(stack, load) for stack in stacks]
-    slots = int(sum(count * (width + 4) for count, width in zip(looked_up, widths, strict=True))) * FLOAT
-    outputs = sum(o for _, o in _layers(model)) + 3 * interaction_width(model)
     batch = b * (model.num_dense + model.num_slots + 2) * FLOAT
-    activations = 2 * b * outputs * FLOAT + slots + dense
-    exchange = sent.total
-    if devices > 1:  # When the dense gradients are summed, in one array and out of another, the slots' are gone.
-        exchange = max(exchange - dense - FLOAT, 2 * dense - activations)
+    if any(stack.pack > 1 for stack in stacks):
+        activations, exchange = _packed_step(model, stacks, load, sent)
+    else:
+        needed = [Rows(stack, _slots_looked_up(stack, load), _rows_received(stack, b, options)) for stack in stacks]
+        floats = step_floats(model, optimizer, needed, b, load.num_micro_batches)
+        activations, exchange = (count * FLOAT for count in (floats if devices > 1 else (sum(floats), 0)))
     on_chip = min(on_chip_bytes, activations + exchange)
     activations, exchange = activations - min(on_chip, activations), exchange - max(0, on_chip - activations)
     return {
@@ -316,3 +301,27 @@ def _memory(
         "activations": batch + activations,
         "exchange buffers": exchange,
     }
+
+
+def _rows_received(stack: PlacedStack, examples: int, options: ExchangeOptions) -> int:
+    """Rows that a device takes in of all others at once, each of `examples` of its own."""
+    slots = examples * len(stack.slots)
+    if stack.form == ROUTED:
+        return stack.num_copies * stack.num_shards * min(options.capacity.get(stack.name, slots), slots)
+    return min(sent_rows(stack, examples), slots) * stack.num_shards * stack.num_copies
+
+
+def _packed_step(model: ModelConfig, stacks: tuple[PlacedStack, ...], load: Load, sent: Sent) -> tuple[int, int]:
+    """(bytes of activations, bytes of the exchange) where rows share lines: an id slot takes a whole one."""
+    devices = stacks[0].num_shards * stacks[0].num_copies
+    b = -(-load.batch_size // devices)
+    dense = dense_parameters(model) * FLOAT
+    widths = [stack.width if stack.pack == 1 else _COPIES * (LANES + stack.width) for stack in stacks]
+    looked_up = [_slots_looked_up(stack, load) for stack in stacks]
+    slots = int(sum(count * (width + 4) for count, width in zip(looked_up, widths, strict=True))) * FLOAT
+    outputs = sum(o for _, o in layers(model)) + 3 * interaction_width(model)
+    activations = 2 * b // load.num_micro_batches * outputs * FLOAT + slots + dense
+    if devices == 1:
+        return activations, sent.total
+    # When the dense gradients are summed, in one array and out of another, the slots' are gone.
+    return activations, max(sent.total - dense - FLOAT, 2 * dense - activations)
