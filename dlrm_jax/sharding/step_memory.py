@@ -89,7 +89,8 @@ def _held(model: ModelConfig, optimizer: OptimizerConfig, rows: Rows) -> int:
         case "routed":
             return slots * (width + 2) + rows.received * width
         case "owned":
-            return merged * (4 if sgd else width + _INTS)
+            squares = width if optimizer.table == "adagrad" else 0
+            return merged * (4 if sgd else width + squares + _INTS)
         case "columns":
             return merged * (2 if sgd else width + _INTS_OF_COLUMNS)
     if stack.num_shards * stack.num_copies > 1:
