@@ -298,7 +298,7 @@ def model_from_dict(values: Mapping[str, Any]) -> ModelConfig:
 class LossConfig:
     """`bce` on logits, `wbce` (class weights for label 0 and 1) or `mse` on probabilities.
 
-    `threshold` t > 0 clips probabilities to [t, 1 - t], in training and in scoring.
+    `threshold` t > 0 clips probabilities to [t, 1 - t]: those that the loss, every metric and every prediction are of.
     """
 
     name: str = "bce"

@@ -15,6 +15,7 @@ from dlrm_jax.data.read.pipeline import rows_and_labels
 from dlrm_jax.host import files, heap
 from dlrm_jax.host.memory import TRY_ANYWAY_HELP
 from dlrm_jax.training import reporting
+from dlrm_jax.training.checkpoint import BEST, LATEST, Checkpoints
 from dlrm_jax.training.evaluation import Evaluator, evaluate_splits
 from dlrm_jax.training.monitor import Speed
 
@@ -42,8 +43,17 @@ def write_predictions(path: pathlib.Path, split: Rows, probabilities: list[float
 
 
 def renew_result(workdir: pathlib.Path, result: dict[str, Any]) -> None:
-    """Write result.json, unless a training is running there, which will, or nobody may: then say so."""
+    """Write result.json with what is of the best checkpoint (of the latest where none was validated).
+
+    Where a training is running, which will, or nobody may, that is said instead.
+    """
     path = workdir / "result.json"
+    with Checkpoints(workdir, read_only=True) as checkpoints:
+        kinds = [kind for kind in (BEST, LATEST) if checkpoints.step(kind) is not None]
+        best = checkpoints.step(kinds[0]) if kinds else result["step"]
+    if result["step"] != best:
+        _LOG.info("%s is left as it is: it is of the %s checkpoint, of step %d", path.name, kinds[0], best)
+        return
     if files.is_held(workdir / files.LOCK):
         _LOG.warning("a training is running in %s: %s is left to it", workdir, path.name)
         return
@@ -62,7 +72,7 @@ def main() -> None:
     dataset, state = run.dataset, run.state
     evaluate = Evaluator(run.config, run.placed, dataset.expander)
     result = evaluate_splits(run.config, dataset, evaluate, state) | Speed().summary()
-    result = reporting.with_earlier_speed(result, reporting.earlier_result(workdir))
+    result = reporting.with_earlier_speed(result, reporting.earlier(workdir, "result.json"))
     split = dataset.splits[FLAGS.split]
     shown = result[FLAGS.split] if FLAGS.split in result else evaluate(state, split)
     print(reporting.format_table({FLAGS.split: shown}, result.get("optimum") if FLAGS.split == "test" else None))

@@ -14,15 +14,13 @@ from dlrm_jax.cli.commands import run_command
 from dlrm_jax.cli.flags import config_from_flags, define_run_flags
 from dlrm_jax.config import ConfigError, ModelConfig
 from dlrm_jax.data.read.load import load_dataset
-from dlrm_jax.data.read.prepared import is_prepared, read_json
 from dlrm_jax.host import files
 from dlrm_jax.host.mesh import parse_mesh
 from dlrm_jax.planning import hardware, planner, report
 from dlrm_jax.planning.calibrate import calibrate
-from dlrm_jax.planning.cost import Load
-from dlrm_jax.planning.skew import skews
 from dlrm_jax.training import reporting
 from dlrm_jax.training.options import choose_plan
+from dlrm_jax.training.placement import load_of
 from dlrm_jax.training.run_config import RunConfig
 from dlrm_jax.training.topology import compile_report, parse_topology
 
@@ -45,13 +43,6 @@ def model_of(config: RunConfig) -> ModelConfig:
     if data.multi_hot != "none":  # Both ways give bags of the same sizes, and this one holds nothing in memory.
         data = dataclasses.replace(data, multi_hot="virtual")
     return config.model.build(load_dataset(data))
-
-
-def load_of(config: RunConfig) -> Load:
-    """Batch size, and how ids fall off: from a prepared dataset's statistics, else by --id_skew."""
-    directory = pathlib.Path(config.data.data_dir)
-    of_tables = skews(read_json(directory / "statistics.json")) if is_prepared(directory) else {}
-    return Load(config.batch_size, config.data.id_skew, of_tables)
 
 
 def hardware_of() -> hardware.Hardware:

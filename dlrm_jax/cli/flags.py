@@ -164,7 +164,7 @@ def _define_option(option: interactions.Option) -> None:
 def _define_optimizer_flags() -> None:
     flags.DEFINE_enum("loss", "bce", LOSSES, "Training loss.")
     flags.DEFINE_list("class_weights", ["1.0", "1.0"], "Weights of label 0 and label 1 for loss=wbce.")
-    flags.DEFINE_float("loss_threshold", 0.0, "Clip probabilities to [t, 1-t], in training and scoring; 0: no.")
+    flags.DEFINE_float("loss_threshold", 0.0, "Clip probabilities to [t, 1-t] in loss, metrics and predictions; 0: no.")
     flags.DEFINE_enum(
         "dense_optimizer", LEARNING_DEFAULTS["dense_optimizer"], DENSE_OPTIMIZERS, "Optimizer of the MLPs."
     )

@@ -1,6 +1,7 @@
 """Batch: what flows from the data to the step, and the host-side checks it must pass first."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
@@ -23,6 +24,23 @@ class Batch(struct.PyTreeNode):
     label_B: jax.Array
     weight_B: jax.Array
     id_weights_BxK: jax.Array | None = None
+
+
+def without_unweighted(batch: Batch) -> Batch:
+    """The batch with all inputs of rows of weight 0 empty, for use inside a jitted step.
+
+    A NaN there would else reach every gradient, as 0 times NaN; and no row of a table is updated for their sake.
+    """
+
+    def kept(column: jax.Array, filler: int) -> jax.Array:
+        return jnp.where((batch.weight_B > 0).reshape(-1, *[1] * (column.ndim - 1)), column, filler)
+
+    return batch.replace(
+        dense_BxN=kept(batch.dense_BxN, 0),
+        ids_BxK=kept(batch.ids_BxK, EMPTY_SLOT),
+        label_B=kept(batch.label_B, 0),
+        id_weights_BxK=None if batch.id_weights_BxK is None else kept(batch.id_weights_BxK, 0),
+    )
 
 
 def check_ids(

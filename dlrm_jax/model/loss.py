@@ -14,6 +14,16 @@ def probability(logits_B: jax.Array, threshold: float = 0.0) -> jax.Array:
     return jnp.clip(prob_B, threshold, 1 - threshold) if threshold > 0 else prob_B
 
 
+def clipped(logits_B: jax.Array, threshold: float) -> jax.Array:
+    """The logits whose probabilities are clipped to [threshold, 1 - threshold]; as they are where threshold is 0."""
+    if threshold <= 0:
+        return logits_B
+    # Of the logit, as float32 has no number between 1 - 6e-8 and 1: log(1 - p) of a probability there is rounding, or
+    # infinite.
+    limit = math.log((1 - threshold) / threshold)
+    return jnp.clip(logits_B, -limit, limit)
+
+
 def binary_cross_entropy(logits_B: jax.Array, label_B: jax.Array) -> jax.Array:
     """-label log p - (1 - label) log(1 - p), without overflow or cancellation for any logit; labels in [0, 1]."""
     # Not by maximum and abs: at a logit of exactly 0, which a fresh model gives an empty row, their slopes add up to 0
@@ -36,11 +46,7 @@ def example_losses(config: LossConfig, logits_B: jax.Array, label_B: jax.Array) 
 
     `wbce` weighs with class_weights[int(label)], so that a fractional label counts as class 0, as in the reference.
     """
-    if config.threshold > 0:
-        # The logit in place of the probability: float32 has no number between 1 - 6e-8 and 1, and log(1 - p) there is
-        # rounding, or infinite.
-        limit = math.log((1 - config.threshold) / config.threshold)
-        logits_B = jnp.clip(logits_B, -limit, limit)
+    logits_B = clipped(logits_B, config.threshold)
     if config.name == "mse":
         return squared_error(logits_B, label_B)
     losses_B = binary_cross_entropy(logits_B, label_B)

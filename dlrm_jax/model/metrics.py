@@ -28,13 +28,20 @@ class BatchSums(struct.PyTreeNode):
 def batch_sums(
     loss_B: jax.Array, logits_B: jax.Array, prob_B: jax.Array, label_B: jax.Array, weight_B: jax.Array
 ) -> BatchSums:
-    """The sums of one batch, for use inside a jitted step. A probability of exactly 0.5 rounds to 0, as in NumPy."""
+    """The sums of one batch, for use inside a jitted step. A probability of exactly 0.5 rounds to 0, as in NumPy.
+
+    A row of weight 0 adds nothing, even where its loss, logit or label is not a number.
+    """
+
+    def weighted(values_B: jax.Array) -> jax.Array:
+        return jnp.where(weight_B > 0, values_B * weight_B, 0).sum()
+
     return BatchSums(
-        loss=(loss_B * weight_B).sum(),
-        log_loss=(binary_cross_entropy(logits_B, label_B) * weight_B).sum(),
-        correct=((jnp.round(prob_B) == label_B) * weight_B).sum(),
-        prob=(prob_B * weight_B).sum(),
-        label=(label_B * weight_B).sum(),
+        loss=weighted(loss_B),
+        log_loss=weighted(binary_cross_entropy(logits_B, label_B)),
+        correct=weighted(jnp.round(prob_B) == label_B),
+        prob=weighted(prob_B),
+        label=weighted(label_B),
         weight=weight_B.sum(),
         logits_B=logits_B,
         prob_B=prob_B,

@@ -1,7 +1,8 @@
 """What a plan costs a step: bytes sent, memory held, work done, on one device. Predicted from shapes alone.
 
 Bytes sent are exact: the exchange's buffers are static, and the compiled step's collectives (hlo.py) must add up to the
-same numbers. Memory is exact for tables, optimizer state and dense parameters, estimated for what a step needs besides.
+same numbers. Memory is exact for tables, optimizer state and dense parameters; what a step needs besides is estimated
+(step_memory.py), so that all together is within a tenth of what XLA's compiled steps hold on a CPU.
 """
 
 import dataclasses
@@ -15,9 +16,11 @@ from dlrm_jax.planning.dense_work import dense_work
 from dlrm_jax.planning.hardware import Hardware
 from dlrm_jax.planning.hlo import CONTROL_BYTES
 from dlrm_jax.planning.skew import expected_distinct
+from dlrm_jax.planning.step_memory import Rows, pooled_floats, step_floats
 from dlrm_jax.tables.collective import ExchangeOptions
 from dlrm_jax.tables.exchange import stack_rule
 from dlrm_jax.tables.forms import FORMS
+from dlrm_jax.tables.forms.data_parallel import sent_rows
 from dlrm_jax.tables.forms.table_wise import parcels
 from dlrm_jax.tables.layout import COLUMNS, OWNED, REPLICATED, ROUTED, Stack, place_stacks
 from dlrm_jax.tables.plan import Plan
@@ -34,12 +37,18 @@ _COPIES = 2
 
 @dataclasses.dataclass(frozen=True)
 class Load:
-    """What is common to all plans: examples a step, and how ids fall off in each table, as rank^-skew."""
+    """What is common to all plans: how a step takes its examples, and how ids fall off in each table, as rank^-skew.
+
+    `exchange_capacity` 0: as many rows as these ids should need (routed_capacity).
+    """
 
     batch_size: int
     skew: float = 1.05
     skew_of: Mapping[str, float] = dataclasses.field(default_factory=dict)
     weighted_ids: bool = False
+    num_micro_batches: int = 1
+    exchange_dtype: str = ""
+    exchange_capacity: int = 0
 
     def distinct(self, table: TableConfig, draws: float) -> float:
         """Expected distinct ids of `draws` from a table."""
@@ -59,8 +68,9 @@ def routed_capacity(stack: Stack, load: Load) -> int:
 
 
 def capacities(stacks: tuple[Stack, ...], load: Load) -> dict[str, int]:
-    """`routed_capacity` of each row-wise stack."""
-    return {stack.name: routed_capacity(stack, load) for stack in stacks if stack.form == ROUTED}
+    """Rows that a device may ask of one peer, for each row-wise stack."""
+    routed = [stack for stack in stacks if stack.form == ROUTED]
+    return {stack.name: load.exchange_capacity or routed_capacity(stack, load) for stack in routed}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,9 +145,11 @@ def estimate(
     options: ExchangeOptions | None = None,
     packed: bool = False,
 ) -> Cost:
-    """The costs of a plan. Without `options` the exchange's buffers are sized for `load`."""
+    """The costs of a plan. Without `options` the exchange's are those of `load`."""
+    multiple = plan.mesh.size * load.num_micro_batches  # Of which batches are padded to a multiple.
+    load = dataclasses.replace(load, batch_size=-(-load.batch_size // multiple) * multiple)
     stacks = place_stacks(model, plan, packed)
-    options = options or ExchangeOptions(capacity=capacities(stacks, load))
+    options = options or ExchangeOptions(load.exchange_dtype, capacities(stacks, load))
     pieces = [piece for stack in stacks for piece in exchanged(model, optimizer, stack, load, options)]
     if plan.mesh.size > 1:
         pieces.append(("all-reduce", (dense_parameters(model) + 1) * FLOAT))  # The loss travels with the gradients.
@@ -154,7 +166,7 @@ def estimate(
         "network": sent.total * peers / hardware.link_rate + sent.count * hardware.latency,
         "launch": _KERNELS * hardware.launch,
     }
-    memory = _memory(model, optimizer, stacks, load, sent, hardware.on_chip_bytes)
+    memory = _memory(model, optimizer, stacks, load, sent, options, hardware.on_chip_bytes)
     return Cost(plan, stacks, options, memory, sent, flops, traffic + row_traffic, seconds)
 
 
@@ -166,7 +178,7 @@ def forward_work(
     outputs = dense_work(model).outputs + dense_work(model).interaction_width
     rows = float(sum(_slots_looked_up(stack, load) * stack.width for stack in stacks)) * FLOAT
     # An activation is written and read once, a pooled vector too; weights are read once.
-    streams = 2.0 * FLOAT * b * (outputs + len(model.features) * model.embedding_dim) + FLOAT * dense_parameters(model)
+    streams = 2.0 * FLOAT * b * (outputs + pooled_floats(model)) + FLOAT * dense_parameters(model)
     flops = _forward_flops(model) * b
     memory = streams / hardware.memory_rate + rows / (hardware.memory_rate * hardware.row_efficiency)
     return flops, streams + rows, {"compute": flops / hardware.flops, "memory": memory}
@@ -224,6 +236,7 @@ def _memory(
     stacks: tuple[Stack, ...],
     load: Load,
     sent: Sent,
+    options: ExchangeOptions,
     on_chip_bytes: int,
 ) -> dict[str, int]:
     devices = stacks[0].num_shards * stacks[0].num_copies
@@ -238,16 +251,13 @@ def _memory(
         for slot in stack_rule(optimizer, stack).slots:
             states += ((rows if slot.per == WEIGHT else per_row) + learned) * FLOAT
     dense = dense_parameters(model) * FLOAT
-    # Where rows share a line, an id slot takes a whole one.
-    widths = [stack.width if stack.pack == 1 else _COPIES * (LANES + stack.width) for stack in stacks]
-    looked_up = [_slots_looked_up(stack, load) for stack in stacks]
-    slots = int(sum(count * (width + 4) for count, width in zip(looked_up, widths, strict=True))) * FLOAT
-    outputs = dense_work(model).outputs + 3 * dense_work(model).interaction_width
     batch = b * (model.num_dense + model.num_slots + 2) * FLOAT
-    activations = 2 * b * outputs * FLOAT + slots + dense
-    exchange = sent.total
-    if devices > 1:  # When the dense gradients are summed, in one array and out of another, the slots' are gone.
-        exchange = max(exchange - dense - FLOAT, 2 * dense - activations)
+    if any(stack.pack > 1 for stack in stacks):
+        activations, exchange = _packed_step(model, stacks, load, sent)
+    else:
+        needed = [Rows(stack, _slots_looked_up(stack, load), _rows_received(stack, b, options)) for stack in stacks]
+        floats = step_floats(model, optimizer, needed, b, load.num_micro_batches)
+        activations, exchange = (count * FLOAT for count in (floats if devices > 1 else (sum(floats), 0)))
     on_chip = min(on_chip_bytes, activations + exchange)
     activations, exchange = activations - min(on_chip, activations), exchange - max(0, on_chip - activations)
     return {
@@ -257,3 +267,27 @@ def _memory(
         "activations": batch + activations,
         "exchange buffers": exchange,
     }
+
+
+def _rows_received(stack: Stack, examples: int, options: ExchangeOptions) -> int:
+    """Rows that a device takes in of all others at once, each of `examples` of its own."""
+    slots = examples * len(stack.slots)
+    if stack.form == ROUTED:
+        return stack.num_copies * stack.num_shards * min(options.capacity.get(stack.name, slots), slots)
+    return min(sent_rows(stack, examples), slots) * stack.num_shards * stack.num_copies
+
+
+def _packed_step(model: ModelConfig, stacks: tuple[Stack, ...], load: Load, sent: Sent) -> tuple[int, int]:
+    """(bytes of activations, bytes of the exchange) where rows share lines: an id slot takes a whole one."""
+    devices = stacks[0].num_shards * stacks[0].num_copies
+    b = -(-load.batch_size // devices)
+    dense = dense_parameters(model) * FLOAT
+    widths = [stack.width if stack.pack == 1 else _COPIES * (LANES + stack.width) for stack in stacks]
+    looked_up = [_slots_looked_up(stack, load) for stack in stacks]
+    slots = int(sum(count * (width + 4) for count, width in zip(looked_up, widths, strict=True))) * FLOAT
+    outputs = dense_work(model).outputs + 3 * dense_work(model).interaction_width
+    activations = 2 * b // load.num_micro_batches * outputs * FLOAT + slots + dense
+    if devices == 1:
+        return activations, sent.total
+    # When the dense gradients are summed, in one array and out of another, the slots' are gone.
+    return activations, max(sent.total - dense - FLOAT, 2 * dense - activations)

@@ -22,7 +22,7 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
 from dlrm_jax.config import Lookup, ModelConfig, OptimizerConfig
-from dlrm_jax.host.mesh import BATCH_SPEC
+from dlrm_jax.host.mesh import BATCH_SPEC, DATA, MODEL
 from dlrm_jax.tables.collective import ExchangeOptions, sum_over_shards
 from dlrm_jax.tables.forms import FORMS
 from dlrm_jax.tables.forms.bags import Updates, slot_scale
@@ -44,18 +44,25 @@ TakeOf = Callable[[int], Take]
 """What reads the rows of a dim as float32 from however they are stored."""
 
 
+def _on_one_device(function: Callable[[Any, Any], tuple[Any, Any]], shared: Any, columns: Any) -> tuple[Any, Any]:
+    return function(shared, columns)
+
+
 class TableOps(NamedTuple):
-    """Three pure functions of global arrays.
+    """Three pure functions of global arrays, and how the devices that they lie on share a batch.
 
     route: (ids_BxK, id_weights_BxK or None) -> routes. Reads no table.
     lookup: (tables, routes) -> (pooled, routes), the routes with what the way back needs.
     update: (tables, states, routes, d_pooled, learning_rate, count) -> (tables, states, counters). `count` is the
       number of the update, from 1 on.
+    on_each: (function, shared, columns) -> function(shared, columns) = (sums, columns) of each device's own examples,
+      the sums added over the devices, once.
     """
 
     route: Callable[[jax.Array, jax.Array | None], Arrays]
     lookup: Callable[[Arrays, Arrays], tuple[Pooled, Arrays]]
     update: Callable[[Arrays, Arrays, Arrays, Pooled, jax.Array, jax.Array], tuple[Arrays, Arrays, Arrays]]
+    on_each: Callable[[Callable[[Any, Any], tuple[Any, Any]], Any, Any], tuple[Any, Any]] = _on_one_device
 
 
 def pooled_shapes(model: ModelConfig, batch_size: int) -> Any:
@@ -98,7 +105,15 @@ def placed_ops(
         more = [routes[stack.name]["more"] for stack in stacks if stack.form == ROUTED]
         return tables, states, {OVERFLOWS: sum(jnp.max(x) for x in more)} if more else {}
 
-    return TableOps(route, lookup, update)
+    def on_each(function: Callable[[Any, Any], tuple[Any, Any]], shared: Any, columns: Any) -> tuple[Any, Any]:
+        def own(shared: Any, columns: Any) -> tuple[Any, Any]:
+            sums, columns = function(shared, columns)
+            return jax.lax.psum(sums, (DATA, MODEL)), columns
+
+        everywhere = PartitionSpec()
+        return over_mesh(own, (everywhere, BATCH_SPEC), (everywhere, BATCH_SPEC))(shared, columns)
+
+    return TableOps(route, lookup, update, on_each)
 
 
 def array_specs(model: ModelConfig, stacks: tuple[Stack, ...]) -> dict[str, PartitionSpec]:

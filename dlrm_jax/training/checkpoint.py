@@ -93,9 +93,7 @@ class Checkpoints:
 
     def save(self, kind: str, state: TrainState, placed: Placed, record: dict[str, Any]) -> None:
         """Start writing `state`; returns when the arrays are copied, so that the caller may donate them."""
-        step = int(state.step)
-        if step in self._managers[kind].all_steps():
-            return  # A resumed run reaches the same bits again.
+        step, manager = int(state.step), self._managers[kind]
         if kind == LATEST:
             # Its record names the best step so far, which must be on disk first, whenever the process is killed.
             self.wait()
@@ -117,9 +115,16 @@ class Checkpoints:
             checksums=ocp.args.JsonSave(sums),
         )
         try:
-            self._managers[kind].save(step, args=items)
+            if kind == BEST:
+                # Where a run went back to an earlier step, those beyond it are no longer its own, and Orbax saves
+                # nothing below them.
+                for beyond in [other for other in self._steps(BEST) if other >= step]:
+                    manager.delete(beyond)
+            saved = manager.save(step, args=items)
         except (ValueError, OSError) as error:
             raise self._cannot_write(error) from error
+        if not saved:
+            raise self._cannot_write(f"that of step {step} was left out beside those there ({self._listing()})")
 
     def _check_space(self, num_bytes: int) -> None:
         """Refuse to begin what cannot fit: a write that fails half-way is reported late and at length."""
@@ -154,7 +159,7 @@ class Checkpoints:
         except (ValueError, OSError) as error:
             raise self._cannot_write(error) from error
 
-    def _cannot_write(self, error: Exception) -> ConfigError:
+    def _cannot_write(self, error: Exception | str) -> ConfigError:
         reason = str(error).splitlines()[0][:300]
         return ConfigError(f"cannot write a checkpoint in {self.directory}: {reason}; the last complete one is kept")
 

@@ -37,7 +37,9 @@ class Progress:
     evals_since_best: int = 0
     stopped: str | None = None
     target_metric: str | None = None
-    """What `best_value` is of; None in checkpoints of before it was noted."""
+    """What `best_value` is of; None in checkpoints of before it was noted, where config.json says it."""
+    losses: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Losses since the last line of the log (monitor.LossWindow)."""
     earlier_schedules: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     """Where the run went on with another learning rate: the settings it had before, and `until_step`."""
 
@@ -168,7 +170,7 @@ def _train_and_evaluate(
         result = final_result(run, state, progress, checkpoints, speed)
         result["step_cost"] = predicted_and_measured(run, speed, memory)
         if resumed_at:
-            result = reporting.with_earlier_speed(result, reporting.earlier_result(workdir))
+            result = reporting.with_earlier_speed(result, reporting.earlier(workdir, "result.json"))
     if run.writes:
         optimum = run.dataset.optimum
         try:
@@ -188,8 +190,12 @@ def restore_or_init(run: Run, checkpoints: checkpoint.Checkpoints) -> tuple[Trai
     require_the_same_run(run, record, checkpoints.step(checkpoint.LATEST) or 0, progress)
     state = checkpoints.restore(checkpoint.LATEST, run.placed)
     huge_pages.collapse(state)
-    if progress.best_step is not None and checkpoints.step(checkpoint.BEST) is None:
-        _LOG.warning("the best checkpoint, of step %d, is missing: the best from here on is kept", progress.best_step)
+    if progress.best_step not in (None, there := checkpoints.step(checkpoint.BEST)):
+        # Where a run went back to an earlier step, the one that is there comes from beyond it.
+        instead = "" if there is None else f" (one of step {there} is there)"
+        _LOG.warning(
+            "the best checkpoint, of step %d, is missing%s: the best from here on is kept", progress.best_step, instead
+        )
         progress.best_value = progress.best_step = None
     progress.stopped = stopping(run.config, progress)
     _LOG.info("resumed at step %d of %d", int(state.step), run.num_steps)
@@ -213,10 +219,11 @@ def require_the_same_run(run: Run, record: dict[str, Any], step: int, progress: 
             f"{run.workdir} is at step {step} already, beyond the {run.num_steps} asked for; nothing was changed. "
             "Ask for more --num_steps or --num_epochs, or choose another --workdir"
         )
-    if progress.best_value is not None and progress.target_metric not in (None, config.target_metric):
+    metric = progress.target_metric or reporting.earlier(run.workdir, "config.json").get("target_metric")
+    if progress.best_value is not None and metric not in (None, config.target_metric):
         raise ConfigError(
-            f"{run.workdir} chose its best checkpoint by {progress.target_metric}, not by --target_metric="
-            f"{config.target_metric}; choose another --workdir or the same metric"
+            f"{run.workdir} chose its best checkpoint by {metric}, not by --target_metric={config.target_metric}; "
+            "choose another --workdir or the same metric"
         )
     if changed:
         progress.earlier_schedules.append({"until_step": step, **then["optimizer"]["schedule"]})
@@ -241,7 +248,7 @@ def train(
     """Steps until the end, a stopping rule or a signal, with evaluations and checkpoints on their steps."""
     heap.keep_freed_temporaries()
     config, step, speed = run.config, int(state.step), Speed()
-    losses = LossWindow(run.workdir, run.dataset.dense_names)
+    losses = LossWindow(run.workdir, run.dataset.dense_names, progress.losses)
     with (
         Prefetcher(run.batches(step), expander=run.dataset.expander, put=run.placed.put) as batches,
         reporting.Progress(run.num_steps, step, config.batch_size, silent=not run.writes) as bar,
@@ -266,6 +273,7 @@ def train(
                 values = {"loss": losses.mean(), "learning_rate": rate, "input_wait_fraction": wait}
                 rounds = {} if losses.overflows is None else {EXCHANGE_OVERFLOWS: losses.overflows}
                 log.write(step, "train", values | rounds)
+            progress.losses = losses.held()
             if at_eval:
                 evaluate_progress(run, state, step, progress, checkpoints, log)
             if at_checkpoint or signum or progress.stopped:

@@ -5,9 +5,10 @@ import logging
 import pathlib
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 import jax
 import numpy as np
@@ -25,15 +26,22 @@ Taken = list[tuple[Batch, dict[str, jax.Array]]]
 
 
 class LossWindow:
-    """Losses of the last steps. Each is read one dispatch late, so that the device never waits for the host."""
+    """Losses of the last steps. Each is read one dispatch late, so that the device never waits for the host.
 
-    def __init__(self, workdir: pathlib.Path, dense_names: tuple[str, ...]) -> None:
+    `carried` is what the window of an earlier process held where this one goes on (`held`).
+    """
+
+    def __init__(self, workdir: pathlib.Path, dense_names: tuple[str, ...], carried: Mapping[str, Any]) -> None:
         self._workdir, self._dense_names = workdir, dense_names
         self._pending: tuple[int, Taken] = (0, [])
-        self._losses: list[float] = []
+        self._sum, self._steps = carried.get("sum", 0.0), carried.get("steps", 0)
         self.last = float("nan")
-        self.overflows: int | None = None
+        self.overflows: int | None = carried.get(EXCHANGE_OVERFLOWS)
         """Steps so far whose exchange took further rounds; None where there is no such exchange."""
+
+    def held(self) -> dict[str, Any]:
+        """What a window that goes on from here must know, as JSON values; nothing may be left to flush."""
+        return {"sum": self._sum, "steps": self._steps, EXCHANGE_OVERFLOWS: self.overflows}
 
     def push(self, step: int, taken: Taken) -> None:
         """Note a dispatch whose first step was `step`, and read the one before it."""
@@ -46,8 +54,8 @@ class LossWindow:
 
     def mean(self) -> float:
         """The mean loss since the last call."""
-        mean = float(np.mean(self._losses)) if self._losses else float("nan")
-        self._losses = []
+        mean = self._sum / self._steps if self._steps else float("nan")
+        self._sum, self._steps = 0.0, 0
         return mean
 
     def _read(self, first_step: int, taken: Taken) -> None:
@@ -57,7 +65,7 @@ class LossWindow:
                 self._stop(step, batch, loss)
             if EXCHANGE_OVERFLOWS in step_metrics:
                 self.overflows = (self.overflows or 0) + int(step_metrics[EXCHANGE_OVERFLOWS] > 0)
-            self._losses.append(loss)
+            self._sum, self._steps = self._sum + loss, self._steps + 1
             self.last = loss
 
     def _stop(self, step: int, batch: Batch, loss: float) -> None:

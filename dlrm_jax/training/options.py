@@ -43,6 +43,11 @@ class ShardingOptions:
         for name in ("group_size", "exchange_capacity"):
             require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; it must not be negative")
 
+    @property
+    def travelling_dtype(self) -> str:
+        """As exchange.ExchangeOptions has it."""
+        return "" if self.exchange_dtype == "float32" else self.exchange_dtype
+
 
 def choose_plan(model: ModelConfig, options: ShardingOptions, mesh: MeshShape, auto: Plan | None) -> Plan:
     """The plan of `options`; `auto` is what sharding=auto gives."""
@@ -104,8 +109,8 @@ def place(
     plan = choose_plan(model, options, shape, auto)
     stacks = place_stacks(model, plan)
     capacity = exchange_capacity(stacks, shape.size, sample, options.exchange_capacity)
-    dtype = options.exchange_dtype if options.exchange_dtype != "float32" else ""
-    return Placed(model, optimizer, plan, make_mesh(shape, devices), ExchangeOptions(dtype, capacity), kernels=kernels)
+    exchange = ExchangeOptions(options.travelling_dtype, capacity)
+    return Placed(model, optimizer, plan, make_mesh(shape, devices), exchange, kernels=kernels)
 
 
 def exchange_capacity(

@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from dlrm_jax.config import NATIVE, XLA, ModelConfig, OptimizerConfig, require
-from dlrm_jax.data.batch import Batch
+from dlrm_jax.data.batch import Batch, without_unweighted
 from dlrm_jax.host import huge_pages
 from dlrm_jax.host.mesh import MeshShape, batch_sharding, make_mesh, replicated
 from dlrm_jax.tables.collective import ExchangeOptions
@@ -141,7 +141,11 @@ class Placed:
     def jit_route(self) -> Any:
         """`batch -> routes`, compiled."""
         split = self.batch_sharding
-        route = lambda batch: self.ops.route(batch.ids_BxK, batch.id_weights_BxK)  # noqa: E731
+
+        def route(batch: Batch) -> Any:
+            batch = without_unweighted(batch)
+            return self.ops.route(batch.ids_BxK, batch.id_weights_BxK)
+
         return jax.jit(route, in_shardings=(split,), out_shardings=split)
 
     def jit_pipelined_step(self, step: Callable[..., Any]) -> Any:

@@ -64,8 +64,6 @@ def _say_unused(given: list[str], where: str) -> None:
 def require_room(config: RunConfig, setting: Setting, plan: Plan, copies: float) -> None:
     """ConfigError, in one line, where a plan, or `copies` of the state, do not fit into what devices and host have."""
     devices, processes = jax.local_devices(), jax.process_count()
-    load = dataclasses.replace(setting.load, batch_size=config.batch_size // config.num_micro_batches)
-    setting = dataclasses.replace(setting, load=load)
     cost, local = setting.cost_of(plan), max(1, setting.mesh.size // processes)
     once = dataclasses.replace(setting, mesh=MeshShape(1, 1), group_size=0).cost(DATA_PARALLEL).memory
     saved = copies * sum(once[part] for part in ("tables", "optimizer state", "dense parameters")) / processes
@@ -91,16 +89,27 @@ def failing_in_one_line(config: RunConfig, placed: Placed) -> contextlib.Abstrac
 
 
 def setting_of(config: RunConfig, model: ModelConfig, shape: MeshShape) -> Setting:
-    """What the planner plans for here: the devices at hand, and ids as the dataset's statistics have them."""
-    directory = pathlib.Path(config.data.data_dir)
-    of_tables = skews(read_json(directory / "statistics.json")) if is_prepared(directory) else {}
+    """What the planner plans for here: the devices at hand."""
     return Setting(
         model=model,
         optimizer=config.optimizer,
         mesh=shape,
-        load=Load(config.batch_size, config.data.id_skew, of_tables),
+        load=load_of(config),
         hardware=of_device(jax.devices()[0], jax.local_device_count()),
         group_size=config.sharding.group_size,
+    )
+
+
+def load_of(config: RunConfig) -> Load:
+    """How a step takes its batch; ids fall off as a prepared dataset's statistics have them, else by --id_skew."""
+    directory, sharding = pathlib.Path(config.data.data_dir), config.sharding
+    return Load(
+        config.batch_size,
+        config.data.id_skew,
+        skews(read_json(directory / "statistics.json")) if is_prepared(directory) else {},
+        num_micro_batches=config.num_micro_batches,
+        exchange_dtype=sharding.travelling_dtype,
+        exchange_capacity=sharding.exchange_capacity,
     )
 
 

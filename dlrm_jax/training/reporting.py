@@ -196,13 +196,13 @@ def format_cost(cost: dict[str, dict[str, Any]]) -> str:
     )
 
 
-def earlier_result(workdir: pathlib.Path) -> dict[str, Any]:
-    """What `result.json` says so far; nothing where there is none that can be read."""
+def earlier(workdir: pathlib.Path, name: str) -> dict[str, Any]:
+    """What a JSON file of a run, as `result.json`, says so far; nothing where there is none that can be read."""
     try:
-        result = json.loads((workdir / "result.json").read_text())
+        values = json.loads((workdir / name).read_text())
     except (OSError, ValueError):
         return {}
-    return result if isinstance(result, dict) else {}
+    return values if isinstance(values, dict) else {}
 
 
 def with_earlier_speed(result: dict[str, Any], earlier: dict[str, Any]) -> dict[str, Any]:

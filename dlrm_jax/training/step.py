@@ -12,11 +12,11 @@ import jax.numpy as jnp
 import optax
 
 from dlrm_jax.config import LossConfig, ModelConfig, OptimizerConfig
-from dlrm_jax.data.batch import Batch
+from dlrm_jax.data.batch import Batch, without_unweighted
 from dlrm_jax.model import metrics
 from dlrm_jax.model.dense_optimizer import make_dense_optimizer
 from dlrm_jax.model.dlrm import DLRM
-from dlrm_jax.model.loss import example_losses, probability
+from dlrm_jax.model.loss import clipped, example_losses, probability
 from dlrm_jax.model.schedule import make_schedule
 from dlrm_jax.tables.exchange import Pooled, TableOps, local_ops
 from dlrm_jax.training.state import TrainState
@@ -51,6 +51,7 @@ def make_train_step(
     finish = make_routed_step(model, loss, optimizer, num_micro_batches, ops)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
+        batch = without_unweighted(batch)
         with jax.named_scope("route"):
             routes = ops.route(batch.ids_BxK, batch.id_weights_BxK)
         return finish(state, batch, routes)
@@ -71,8 +72,9 @@ def make_pipelined_step(
     def train_step(
         state: TrainState, batch: Batch, routes: Any, next_batch: Batch
     ) -> tuple[TrainState, dict[str, jax.Array], Any]:
+        next_batch = without_unweighted(next_batch)
         next_routes = ops.route(next_batch.ids_BxK, next_batch.id_weights_BxK)
-        return *finish(state, batch, routes), next_routes
+        return *finish(state, without_unweighted(batch), routes), next_routes
 
     return train_step
 
@@ -103,7 +105,7 @@ def make_routed_step(
         with jax.named_scope("lookup"):
             pooled_BxFxD, routes = ops.lookup(state.tables, routes)
         loss_value, d_params, d_pooled_BxFxD, finite = dense_gradients(
-            model, loss, state.dense_params, batch, pooled_BxFxD, num_micro_batches
+            model, loss, state.dense_params, batch, pooled_BxFxD, num_micro_batches, ops
         )
         rate = schedule(state.step)
         with jax.named_scope("dense_update"):
@@ -132,35 +134,44 @@ def dense_gradients(
     dense_params: Any,
     batch: Batch,
     pooled_BxFxD: Pooled,
-    num_micro_batches: int = 1,
+    num_micro_batches: int,
+    ops: TableOps,
 ) -> tuple[jax.Array, Any, Pooled, jax.Array]:
-    """(mean loss, gradient of the dense parameters, d_pooled_BxFxD, whether all are finite)."""
+    """(mean loss, gradient of the dense parameters, d_pooled_BxFxD, whether all are finite).
+
+    Each device adds the gradients of its own examples, part after part; only their sum is sent.
+    """
     total_weight = jnp.maximum(batch.weight_B.sum(), 1e-30)
 
-    def part_loss(params: Any, pooled: jax.Array, dense: jax.Array, label: jax.Array, weight: jax.Array) -> jax.Array:
+    def part_loss(
+        params: Any, pooled: jax.Array, total_weight: jax.Array, dense: jax.Array, label: jax.Array, weight: jax.Array
+    ) -> jax.Array:
         logits = DLRM(model).apply({"params": params}, dense, pooled)
         return (example_losses(loss, logits, label) * weight).sum() / total_weight
 
-    def part_gradients(part: tuple[Any, ...]) -> tuple[jax.Array, Any, jax.Array]:
-        value, (d_params, d_pooled) = jax.value_and_grad(part_loss, argnums=(0, 1))(dense_params, *part)
-        return value, d_params, d_pooled
+    def part_gradients(shared: Any, part: tuple[Any, ...]) -> tuple[tuple[jax.Array, Any], jax.Array]:
+        (params, total_weight), (pooled, *others) = shared, part
+        value, (d_params, d_pooled) = jax.value_and_grad(part_loss, argnums=(0, 1))(
+            params, pooled, total_weight, *others
+        )
+        return (value, d_params), d_pooled
 
-    columns = (pooled_BxFxD, batch.dense_BxN, batch.label_B, batch.weight_B)
-    if num_micro_batches == 1:
-        value, d_params, d_pooled_BxFxD = part_gradients(columns)
-    else:
-        # Part g takes examples g, g + G, ...: so each device finds a G-th of every part among its own.
-        split = (len(batch.label_B) // num_micro_batches, num_micro_batches)
+    def gradients(shared: Any, columns: tuple[Any, ...]) -> tuple[tuple[jax.Array, Any], jax.Array]:
+        if num_micro_batches == 1:
+            return part_gradients(shared, columns)
+        split = (len(columns[-1]) // num_micro_batches, num_micro_batches)
         parts = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(*split, *x.shape[1:]), 1, 0), columns)
 
-        def add(carry: tuple[jax.Array, Any], part: tuple[jax.Array, ...]) -> tuple[tuple[jax.Array, Any], jax.Array]:
-            value, d_params, d_pooled = part_gradients(part)
-            return jax.tree.map(jnp.add, carry, (value, d_params)), d_pooled
+        def add(sums: tuple[jax.Array, Any], part: tuple[jax.Array, ...]) -> tuple[tuple[jax.Array, Any], jax.Array]:
+            more, d_pooled = part_gradients(shared, part)
+            return jax.tree.map(jnp.add, sums, more), d_pooled
 
-        zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, dense_params))
-        (value, d_params), d_pooled = jax.lax.scan(add, zeros, parts)
+        sums, d_pooled = jax.lax.scan(add, (jnp.zeros(()), jax.tree.map(jnp.zeros_like, shared[0])), parts)
         whole = lambda d, pooled: jnp.moveaxis(d, 0, 1).reshape(pooled.shape)  # noqa: E731
-        d_pooled_BxFxD = jax.tree.map(whole, d_pooled, pooled_BxFxD)
+        return sums, jax.tree.map(whole, d_pooled, columns[0])
+
+    columns = (pooled_BxFxD, batch.dense_BxN, batch.label_B, batch.weight_B)
+    (value, d_params), d_pooled_BxFxD = ops.on_each(gradients, (dense_params, total_weight), columns)
     finite = jnp.isfinite(value)
     for leaf in jax.tree.leaves((d_params, d_pooled_BxFxD)):
         finite &= jnp.isfinite(leaf).all()
@@ -176,7 +187,7 @@ def make_eval_step(
         logits_B = logits(model, state, batch, ops)
         return metrics.batch_sums(
             loss_B=example_losses(loss, logits_B, batch.label_B),
-            logits_B=logits_B,
+            logits_B=clipped(logits_B, loss.threshold),
             prob_B=probability(logits_B, loss.threshold),
             label_B=batch.label_B,
             weight_B=batch.weight_B,

@@ -146,8 +146,10 @@ def compile_report(setting: Setting, loss: LossConfig, cost: Cost, topology: Top
     """Compile the training step of a plan for a pod."""
     mesh = make_mesh(setting.mesh, devices(topology))
     placed = Placed(setting.model, setting.optimizer, cost.plan, mesh, cost.options, packed=True)
-    step = placed.jit_step(make_train_step(setting.model, loss, setting.optimizer, 1, placed.ops))
-    batch_size = -(-setting.load.batch_size // mesh.size) * mesh.size
+    parts = setting.load.num_micro_batches
+    step = placed.jit_step(make_train_step(setting.model, loss, setting.optimizer, parts, placed.ops))
+    multiple = mesh.size * parts
+    batch_size = -(-setting.load.batch_size // multiple) * multiple
     start = time.perf_counter()
     with _by_own_libtpu():
         compiled = step.lower(placed.abstract_state, placed.abstract_batch(batch_size)).compile()

@@ -10,12 +10,12 @@ from dlrm_jax.config import ConfigError, LossConfig
 from dlrm_jax.data.read.load import DataConfig, load_dataset
 from dlrm_jax.data.schema.schema import Dense, Label, Schema, Sparse, Split
 from dlrm_jax.host.mesh import parse_mesh
-from dlrm_jax.plan import load_of, model_of
+from dlrm_jax.plan import model_of
 from dlrm_jax.planning import planner, report
 from dlrm_jax.planning.hardware import HARDWARE
 from dlrm_jax.tables.plan import SHARDINGS
 from dlrm_jax.training.options import ShardingOptions, choose_plan
-from dlrm_jax.training.placement import place_run
+from dlrm_jax.training.placement import load_of, place_run, prediction, setting_of
 from dlrm_jax.training.reporting import write_json_atomically
 from dlrm_jax.training.run_config import ModelOptions, RunConfig
 from tests.data.criteo_test import ROWS, write_txt
@@ -116,6 +116,24 @@ def test_a_plan_of_many_unknown_tables_is_one_short_line(tmp_path):
     with pytest.raises(ConfigError) as error:
         place_run(config, MODEL.build(dataset), dataset)
     assert len(str(error.value)) < 300
+
+
+def test_what_is_planned_is_what_a_run_predicts_for_itself():
+    flags = {"sharding": "row_wise", "mesh": "model:4"}
+    exchange = {"exchange_dtype": "bfloat16", "exchange_capacity": 8}
+    costs = []
+    for given, parts in (({}, 1), (exchange, 1), ({}, 4), (exchange, 4)):
+        config = dataclasses.replace(run_of(SYNTHETIC, **flags, **given), batch_size=256, num_micro_batches=parts)
+        dataset = load_dataset(config.data)
+        setting = setting_of(config, model_of(config), parse_mesh("model:4", 4))
+        costs.append(setting.cost_of(choose_plan(setting.model, config.sharding, setting.mesh, None)))
+        if given:
+            told = prediction(config, place_run(config, setting.model, dataset))
+            assert (told.sent, told.memory, told.options) == (costs[-1].sent, costs[-1].memory, costs[-1].options)
+    plain, narrow, cut, both = costs
+    assert narrow.sent.total < plain.sent.total == cut.sent.total and both.sent == narrow.sent
+    assert cut.memory["activations"] < plain.memory["activations"]
+    assert both.memory["activations"] < narrow.memory["activations"]
 
 
 GIVEN = {"group_size": 2, "exchange_dtype": "bfloat16", "exchange_capacity": 64}

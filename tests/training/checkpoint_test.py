@@ -94,6 +94,24 @@ def test_two_latest_and_one_best_are_kept(tmp_path):
             checkpoints.find("1")
 
 
+def test_a_best_of_a_run_that_went_back_takes_the_place_of_those_beyond_it(tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        for step, value in ((5, 1.0), (3, 2.0), (3, 3.0)):
+            state = at_step(step)
+            tables = jax.tree.map(lambda x, value=value: 0 * x + value, state.tables)
+            checkpoints.save(BEST, state.replace(tables=tables), PLACED, {})
+            checkpoints.wait()
+            assert checkpoints.find("best") == (BEST, step)
+            assert set(np.unique(checkpoints.restore(BEST, PLACED).tables["stack_0"])) == {value}
+
+
+def test_what_is_not_saved_is_an_error(tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(LATEST, at_step(5), PLACED, {})
+        with pytest.raises(ConfigError, match=r"that of step 3 was left out beside those there \(latest: 5;"):
+            checkpoints.save(LATEST, at_step(3), PLACED, {})
+
+
 def test_the_latest_checkpoint_never_names_a_best_one_that_is_not_written(tmp_path, monkeypatch):
     """Whoever is killed right after LATEST appeared must find the BEST that its record speaks of."""
     rename = os.rename

@@ -2,11 +2,13 @@
 
 import dataclasses
 import json
+import shutil
 
 import jax
 import numpy as np
 import pytest
 
+from dlrm_jax import evaluate
 from dlrm_jax.cli import trained
 from dlrm_jax.config import ConfigError
 from dlrm_jax.training import loop
@@ -17,6 +19,9 @@ SLOW = dataclasses.replace(CONFIG.optimizer.schedule, learning_rate=1e-30)
 STILL = dataclasses.replace(CONFIG, optimizer=dataclasses.replace(CONFIG.optimizer, schedule=SLOW))
 LOWER = dataclasses.replace(CONFIG.optimizer.schedule, learning_rate=0.001)
 LOWERED = dataclasses.replace(CONFIG, optimizer=dataclasses.replace(CONFIG.optimizer, schedule=LOWER))
+
+
+OLD_PROGRESS = {"best_value": 0.5, "best_step": 20, "evals_since_best": 0, "stopped": None}
 
 
 def evaluated_at(workdir) -> list[int]:
@@ -90,6 +95,39 @@ def test_another_metric_is_not_compared_with_the_best_of_the_first(finished):
     other = dataclasses.replace(CONFIG, target_metric="log_loss", num_steps=80)
     with pytest.raises(ConfigError, match="chose its best checkpoint by auc, not by --target_metric=log_loss"):
         loop.train_and_evaluate(other, finished[0])
+
+
+def test_so_it_is_where_a_checkpoint_does_not_name_its_metric(tmp_path, monkeypatch):
+    """As those of before it was noted: config.json has it."""
+    with monkeypatch.context() as then:
+        record_of = loop.record_of
+        then.setattr(loop, "record_of", lambda run, progress: {**record_of(run, progress), "progress": OLD_PROGRESS})
+        loop.train_and_evaluate(dataclasses.replace(CONFIG, num_steps=20), tmp_path)
+    with pytest.raises(ConfigError, match="chose its best checkpoint by auc, not by --target_metric=accuracy"):
+        loop.train_and_evaluate(dataclasses.replace(CONFIG, target_metric="accuracy"), tmp_path)
+    loop.train_and_evaluate(CONFIG, tmp_path)
+
+
+def test_a_run_that_went_back_keeps_its_own_best(finished, caplog):
+    """As after a damaged latest checkpoint: best/ then holds a step that this run never came to."""
+    workdir, _ = finished
+    shutil.rmtree(workdir / "checkpoints" / "latest" / "60")
+    with caplog.at_level("WARNING", logger="dlrm_jax"):
+        still = dataclasses.replace(STILL, allow_schedule_change=True, eval_every=4)
+        result = loop.train_and_evaluate(still, workdir)
+    assert "best checkpoint, of step 40, is missing (one of step 60 is there): the best from here on" in caplog.text
+    assert result["step"] == 52, "nothing is learned from step 50 on, so that the first evaluation is the best"
+    assert int(trained.restore(workdir, "best").state.step) == 52
+
+
+def test_only_what_is_of_the_best_checkpoint_renews_the_result(tmp_path):
+    result = loop.train_and_evaluate(dataclasses.replace(STILL, num_steps=60), tmp_path)
+    assert result["step"] == 20
+    before = contents(tmp_path)
+    evaluate.renew_result(tmp_path, {"step": 60})
+    assert contents(tmp_path) == before
+    evaluate.renew_result(tmp_path, {"step": 20, "test": None})
+    assert json.loads((tmp_path / "result.json").read_text()) == {"step": 20, "test": None}
 
 
 def test_another_learning_rate_needs_its_flag_and_is_written_down(tmp_path):

@@ -1,11 +1,12 @@
 """Tests `dlrm_jax/training/monitor.py`: one clock, that of the steps alone, for the progress and for the result."""
 
+import json
 from types import SimpleNamespace
 
 import pytest
 
 from dlrm_jax.training import loop, monitor, reporting
-from dlrm_jax.training.monitor import Clock, Speed
+from dlrm_jax.training.monitor import Clock, LossWindow, Speed
 from tests.training.resume_test import CONFIG
 
 
@@ -47,3 +48,20 @@ def test_the_last_progress_line_says_the_speed_of_the_result_and_what_takes_long
     assert messages[0] == "loading planted" and "compiling the training step" in messages
     text = reporting.format_cost(result["step_cost"])
     assert "at the rates listed for cpu" in text
+
+
+def test_a_window_that_goes_on_says_what_one_that_never_stopped_says(tmp_path):
+    def steps(losses: list[float]) -> monitor.Taken:
+        one = {"finite": True, monitor.EXCHANGE_OVERFLOWS: 1}
+        return [(None, one | {"loss": loss}) for loss in losses]
+
+    through, before = (LossWindow(tmp_path, (), {}) for _ in range(2))
+    for window in (through, before):
+        window.push(1, steps([0.1, 0.7]))
+        window.flush()
+    after = LossWindow(tmp_path, (), json.loads(json.dumps(before.held())))
+    for window in (through, after):
+        window.push(3, steps([0.2, 0.3, 0.4]))
+        window.flush()
+    assert after.overflows == through.overflows == 5
+    assert after.mean() == through.mean() == pytest.approx(0.34)

@@ -18,6 +18,7 @@ from dlrm_jax.data.read.load import DataConfig, load_dataset
 from dlrm_jax.training import checkpoint, loop
 from dlrm_jax.training.options import ShardingOptions
 from dlrm_jax.training.placed import on_one_device
+from dlrm_jax.training.reporting import read_metrics
 from dlrm_jax.training.run_config import ModelOptions, RunConfig
 from tests.helpers import ROOT, optimizer
 
@@ -59,6 +60,11 @@ def test_stopping_and_going_on_equals_going_through(tmp_path, undisturbed, stop_
     result = loop.train_and_evaluate(CONFIG, tmp_path)
     assert_same_bits(final_state(tmp_path), undisturbed[1])
     assert result["test"]["num_samples"] == 200
+    losses = [
+        [(line["step"], line["loss"]) for line in read_metrics(workdir) if line["split"] == "train"]
+        for workdir in (tmp_path, undisturbed[0])
+    ]
+    assert losses[0] == losses[1] and len(losses[0]) == 6
 
 
 def test_a_finished_run_trains_no_further_and_says_the_same(tmp_path, undisturbed):

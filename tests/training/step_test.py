@@ -6,14 +6,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from sklearn import metrics as sk
 
 from dlrm_jax.config import LossConfig, ModelConfig, OptimizerConfig, TableConfig
 from dlrm_jax.model.dlrm import DLRM
 from dlrm_jax.model.loss import example_losses
+from dlrm_jax.model.metrics import Metrics
 from dlrm_jax.tables.exchange import local_ops
 from dlrm_jax.training.placed import on_one_device
 from dlrm_jax.training.state import TrainState, init_state
-from dlrm_jax.training.step import logits, make_eval_step, make_scanned_step, make_train_step
+from dlrm_jax.training.step import logits, make_eval_step, make_pipelined_step, make_scanned_step, make_train_step
 from tests.helpers import optimizer, random_batch, tiny_model
 
 
@@ -89,6 +91,51 @@ def test_padding_rows_change_nothing():
     step = make_train_step(model, LossConfig(), config)
     short, long = step(init_state(model, config, 0), batch), step(init_state(model, config, 0), padded)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), short, long)
+
+
+def test_what_is_not_a_number_in_a_row_of_weight_zero_reaches_nothing():
+    model, config = tiny_model(learned_pooling=True), optimizer("rowwise_adagrad")
+    placed = on_one_device(model, config)
+    state, batch = placed.init_state(0), random_batch(model, 8, weighted_ids=True)
+    batch = batch.replace(weight_B=np.float32([1, 1, 1, 0, 1, 1, 1, 1]))
+    columns = {name: np.array(getattr(batch, name)) for name in ("dense_BxN", "label_B", "id_weights_BxK")}
+    for column in columns.values():
+        column[3] = np.nan
+    spoilt = batch.replace(**columns)
+    step = jax.jit(make_train_step(model, LossConfig(), config))
+    ahead = jax.jit(make_pipelined_step(model, LossConfig(), config, 1, placed.ops))
+    route, score = placed.jit_route(), jax.jit(make_eval_step(model, LossConfig()))
+    jax.tree.map(np.testing.assert_array_equal, step(state, spoilt), step(state, batch))
+    pipelined = [ahead(state, b, route(b), b) for b in (spoilt, batch)]
+    jax.tree.map(np.testing.assert_array_equal, *pipelined)
+    assert np.isfinite(pipelined[0][1]["loss"])
+    sums = [Metrics(), Metrics()]
+    sums[0].append(score(state, spoilt))
+    sums[1].append(score(state, batch))
+    assert sums[0].compute() == sums[1].compute()
+
+
+@pytest.mark.parametrize("loss", ["bce", "mse"])
+def test_with_a_threshold_every_metric_is_of_the_probabilities_that_are_predicted(loss):
+    model, config = tiny_model(), LossConfig(loss, threshold=0.4)
+    state = init_state(model, optimizer(), 0)
+    state = state.replace(dense_params=jax.tree.map(lambda x: 3 * x, state.dense_params))
+    batch, collected = random_batch(model, 64), Metrics()
+    sums = make_eval_step(model, config)(state, batch)
+    collected.append(sums)
+    values, p, t = collected.compute(), np.float64(sums.prob_B), batch.label_B
+    assert ((p < 0.4001) | (p > 0.5999)).sum() > 10
+    log_loss = sk.log_loss(t, p)
+    wanted = {
+        "loss": log_loss if loss == "bce" else ((p - t) ** 2).mean(),
+        "auc": sk.roc_auc_score(t, p),
+        "log_loss": log_loss,
+        "normalized_entropy": log_loss / sk.log_loss(t, np.full(64, t.mean())),
+        "calibration": p.sum() / t.sum(),
+        "accuracy": sk.accuracy_score(t, p > 0.5),
+        "num_samples": 64,
+    }
+    assert values == pytest.approx(wanted, rel=1e-5)
 
 
 @pytest.mark.parametrize("interaction", ["dot", "cross"])

@@ -1,0 +1,128 @@
+"""What a step holds besides the state: the most of its temporaries that live at one time, on one device.
+
+Counted from how XLA orders a step on a CPU: a layer's outputs are kept, before and after its ReLU, until the backward
+pass has come to it, and what the tables' update needs of the ids is there before it. So the most is at one layer, at
+the interaction, or at the tables, whatever else the step does.
+"""
+
+import dataclasses
+import itertools
+
+from dlrm_jax.config import ModelConfig, OptimizerConfig
+from dlrm_jax.model import interactions
+from dlrm_jax.planning.dense_work import dense_work
+from dlrm_jax.tables.exchange import stack_rule
+from dlrm_jax.tables.layout import COLUMNS, REPLICATED, ROUTED, Stack
+from dlrm_jax.tables.rules import WEIGHT
+
+_INTS, _INTS_OF_COLUMNS = 7, 9
+"""Numbers an id slot where rows are sorted: keys of 64 bits, places before and after, counts; and its id, gathered."""
+_OF_A_GRADIENT = 2.25
+"""Arrays of a kernel's size where its gradient is made: it, what becomes of the kernel, and whether it is finite."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """Of a stack on one device, how many id slots are looked up, and rows received of all others in the exchange."""
+
+    stack: Stack
+    slots: int
+    received: int
+
+
+def pooled_floats(model: ModelConfig) -> int:
+    """Floats of an example's pooled vectors."""
+    return sum(model.table(lookup.part.table).embedding_dim for lookup in model.lookups)
+
+
+def step_floats(
+    model: ModelConfig, optimizer: OptimizerConfig, rows: list[Rows], examples: int, num_micro_batches: int
+) -> tuple[int, int]:
+    """(floats of the dense model, floats of the tables) that live together when most are alive.
+
+    `examples` are a device's own in a step.
+    """
+    pooled = examples * pooled_floats(model)
+    dense = _dense(model, examples // num_micro_batches, pooled)
+    unfinished = examples * _saved_of_bottom(model)  # When the tables are updated, which may be before it is through.
+    if num_micro_batches > 1:  # The parts of the pooled vectors, their gradients, and sums of the gradients.
+        dense, unfinished = dense + 2 * pooled + dense_work(model).parameters, 0
+    if any(one.stack.num_shards * one.stack.num_copies > 1 for one in rows):
+        # The gradients that are summed over devices, in one array and out of another.
+        dense = max(dense, 2 * dense_work(model).parameters + pooled)
+    held = [_held(model, optimizer, one) for one in rows]
+    moments = [(dense, sum(held))]
+    for one, own in zip(rows, held, strict=True):
+        late = unfinished if one.stack.form in (ROUTED, REPLICATED) else 0
+        moments.append((pooled + late, sum(held) - own + _at_its_most(model, optimizer, one)))
+    return max(moments, key=sum)
+
+
+def _dense(model: ModelConfig, examples: int, pooled: int) -> int:
+    """The most that the dense model's passes hold at once, in floats."""
+    interaction = model.interaction
+    top, bottom, width = model.top_mlp, model.bottom_mlp, dense_work(model).interaction_width
+    vectors, saved = len(model.features) + 1, _saved_of_bottom(model)
+    joined = vectors * model.embedding_dim
+    below_top = saved + joined + (width if interaction.name == "dot" else 0)
+    options = interactions.complete(interaction).options
+    crosses = options.get("cross_layers", 0)
+    below_top += crosses * (2 * width + options.get("cross_rank", 0))
+    widths = [*([(model.num_dense, *bottom)] if bottom else []), (width, *top)]
+    kernels = [i * o for mlp in widths for i, o in itertools.pairwise(mlp)]
+    of_bottom, of_top = kernels[: len(bottom)], kernels[len(bottom) :]
+    moments = []
+    for j, (output, below) in enumerate(zip(top, (width, *top[:-1]), strict=True)):
+        arriving = below if output > 1 else 0  # Of one output the gradient is multiplied out where it is read.
+        moments.append(examples * (below_top + 2 * sum(top[:j]) + output + arriving) + sum(kernels))
+        kept = below_top + 2 * sum(top[: max(j - 1, 0)]) + (below if j else 0)
+        others = sum(of_bottom[1:]) + sum(of_top[:j])
+        moments.append(examples * kept + others + int(_OF_A_GRADIENT * of_top[j]))
+    if interaction.name == "dot":
+        moments.append(examples * (saved + 2 * joined + vectors**2 + width) + sum(kernels))
+    elif crosses:
+        moments.append(examples * (below_top + 2 * joined) + sum(kernels))
+    for j, output in enumerate(bottom):
+        kept = 2 * sum(bottom[:j]) + output + (bottom[j - 1] if j else 0)
+        moments.append(examples * kept + pooled + sum(of_bottom[1:j]) + int(_OF_A_GRADIENT * of_bottom[j]))
+    return max(moments)
+
+
+def _saved_of_bottom(model: ModelConfig) -> int:
+    """Floats an example that the bottom MLP keeps; its last layer's output goes on to the interaction."""
+    return 2 * sum(model.bottom_mlp) - sum(model.bottom_mlp[-1:])
+
+
+def _held(model: ModelConfig, optimizer: OptimizerConfig, rows: Rows) -> int:
+    """Floats that are there for a stack throughout the dense model's passes."""
+    stack, slots, width, rule = rows.stack, rows.slots, rows.stack.width, stack_rule(optimizer, rows.stack)
+    linear = rule.linear
+    merged = slots * stack.num_copies
+    match stack.form:
+        case "routed":
+            return slots * (width + 2) + rows.received * width
+        case "owned":
+            squares = width * sum(slot.per == WEIGHT for slot in rule.slots)
+            return merged * (4 if linear else width + squares + _INTS)
+        case "columns":
+            return merged * (2 if linear else width + _INTS_OF_COLUMNS)
+    if stack.num_shards * stack.num_copies > 1:
+        return slots * (width + 1) if linear else slots * (width + 2) + rows.received * (width + 5)
+    if model.num_slots > len(model.features) and not model.learned_pooling:  # Updated by bags.
+        return slots * (1 if linear else 3)
+    return slots * (width * model.learned_pooling if linear else width + _INTS)
+
+
+def _at_its_most(model: ModelConfig, optimizer: OptimizerConfig, rows: Rows) -> int:
+    """Floats that a stack needs where it is looked up or updated."""
+    stack, slots, width, rule = rows.stack, rows.slots, rows.stack.width, stack_rule(optimizer, rows.stack)
+    linear = rule.linear
+    if model.learned_pooling:
+        return slots * (5 * width + 12)
+    if stack.form == COLUMNS:
+        return slots * ((2 if linear else 3) * width + 4)
+    if stack.form == ROUTED:
+        return slots * (3 * width + 4) + rows.received * width
+    if stack.form == REPLICATED and stack.num_shards * stack.num_copies > 1:
+        return slots * (3 * width + 4) + (0 if linear else rows.received * (width + 5))
+    return _held(model, optimizer, rows)
