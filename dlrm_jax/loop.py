@@ -109,6 +109,7 @@ def train_and_evaluate(
     open, are told once nothing forbids the run. ConfigError if another training is running there, ResultNotWritten if
     all is done but the files at the end.
     """
+    checkpoint.require_name(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     with the_only_training(workdir):
         return _train_and_evaluate(config, workdir, flagfile, defaults)
