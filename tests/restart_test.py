@@ -236,6 +236,26 @@ def test_two_preparations_in_one_directory(tmp_path):
     prepare((log,), tmp_path / "out", LOG)
 
 
+@pytest.mark.parametrize("same", [True, False])
+def test_a_dataset_that_another_finishes_after_the_first_look_is_left_as_it_is(tmp_path, monkeypatch, same):
+    mine, theirs = write_log(tmp_path / "mine.csv", 3000), write_log(tmp_path / "theirs.csv", 4000)
+    look, out = preparation._require_usable, tmp_path / "out"
+
+    def look_and_be_overtaken(output):
+        look(output)
+        monkeypatch.undo()
+        prepare((theirs,), output, LOG)
+
+    monkeypatch.setattr(preparation, "_require_usable", look_and_be_overtaken)
+    if same:
+        assert prepare((theirs,), out, LOG)["splits"]
+    else:
+        with pytest.raises(ConfigError, match="holds a dataset prepared from something else"):
+            prepare((mine,), out, LOG)
+    prepare((theirs,), tmp_path / "whole", LOG)
+    assert digest(out) == digest(tmp_path / "whole")
+
+
 def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path, monkeypatch):
     log = write_log(tmp_path / "log.csv")
     with monkeypatch.context() as patch:
