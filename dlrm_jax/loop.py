@@ -143,6 +143,7 @@ def _train_and_evaluate(
     config: RunConfig, workdir: pathlib.Path, flagfile: str | None, defaults: str
 ) -> dict[str, Any]:
     run = Run(config, workdir)
+    processes.agree("data", run.identity["data"] | {"plan": run.placed.plan.to_dict()})
     for split, counts in run.ids_out_of_range.items():
         for feature, count in counts.items():
             _LOG.warning("%s, feature %r: %d ids out of range (%s)", split, feature, count, config.ids_out_of_range)

@@ -11,7 +11,7 @@ from dlrm_jax import flags as run_flags
 from dlrm_jax.commands import run_command
 from dlrm_jax.config import ConfigError
 from dlrm_jax.data.prepared import is_prepared, read_schema
-from dlrm_jax.flags import config_from_flags, defaults_taken, define_run_flags, flagfile_text
+from dlrm_jax.flags import config_from_flags, defaults_taken, define_run_flags, flagfile_text, settings_text
 from dlrm_jax.loop import ResultNotWritten, train_and_evaluate
 from dlrm_jax.monitor import Interrupted
 from dlrm_jax.reporting import format_cost, format_table
@@ -30,7 +30,7 @@ def define_process_flags() -> None:
 
 def main() -> None:
     """Flags to config, config to result, result to the screen."""
-    processes.join(FLAGS.coordinator_address, FLAGS.num_processes, FLAGS.process_id)
+    processes.join(FLAGS.coordinator_address, FLAGS.num_processes, FLAGS.process_id, settings_text())
     if not processes.is_first():
         logging.getLogger("dlrm_jax").setLevel(logging.WARNING)  # Said once is enough.
     config = config_from_flags()
