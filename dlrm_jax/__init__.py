@@ -1,6 +1,12 @@
 """DLRM in JAX. Read in this order: config, batch, model, step, embedding, sparse_optimizer, loop."""
 
+import os as _os
+import resource as _resource
+
 from dlrm_jax import interrupts as _interrupts
 
 if _interrupts.runs_a_command():  # Its modules take seconds to load, in which Ctrl-C would leave a traceback.
     _interrupts.end_at_once()
+    if _resource.getrlimit(_resource.RLIMIT_AS)[0] != _resource.RLIM_INFINITY:
+        # Arrow's usual allocator begins by reserving 1 GB of addresses; it looks here when it is imported.
+        _os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")

@@ -16,7 +16,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from dlrm_jax import files
+from dlrm_jax import files, memory
 from dlrm_jax.config import ConfigError, differences, require, tell
 from dlrm_jax.data import blocks
 from dlrm_jax.data.first_pass import FirstPass
@@ -107,6 +107,7 @@ def _run(
     negative = _check_columns(paths, schema, staging, metas)
     splitter = make_splitter(schema.split, staging, num_files, paths)
     num_rows = splitter.num_rows
+    memory.require_threads()  # The first shard starts array_record's, beside what the vocabularies take.
     second = SecondPass(schema, output, staging, num_files, splitter, options.compression)
     progress(Progress("counting", num_rows, 0.0))
     statistics = second.run(lambda rows: progress(Progress("writing", rows, rows / num_rows)))
