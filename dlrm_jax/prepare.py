@@ -28,7 +28,11 @@ _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 def define_flags() -> None:
     """Define this command's flags."""
     presets = "; ".join(f"{name}: {text}" for name, (text, _) in PRESETS.items())
-    flags.DEFINE_string("input", "", "Files or globs, separated by commas; plain, gzip, zstd or bz2.")
+    flags.DEFINE_string(
+        "input",
+        "",
+        "Files or globs, separated by commas; a name that is there is taken as it is. Plain, gzip, zstd or bz2.",
+    )
     flags.DEFINE_string("output", "", "The new dataset's directory; the same command goes on in it after a stop.")
     flags.DEFINE_string(
         "schema",

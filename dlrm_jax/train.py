@@ -15,6 +15,11 @@ from dlrm_jax.host import files, processes
 from dlrm_jax.training.loop import ResultNotWritten, train_and_evaluate
 from dlrm_jax.training.monitor import Interrupted
 from dlrm_jax.training.reporting import format_cost, format_table
+from dlrm_jax.data.read.prepared import is_prepared, read_schema
+from dlrm_jax.cli.flags import config_from_flags, defaults_taken, define_run_flags, flagfile_text, settings_text
+from dlrm_jax.training.loop import ResultNotWritten, train_and_evaluate
+from dlrm_jax.training.monitor import Interrupted
+from dlrm_jax.training.reporting import format_cost, format_table
 
 FLAGS = flags.FLAGS
 
@@ -30,7 +35,7 @@ def define_process_flags() -> None:
 
 def main() -> None:
     """Flags to config, config to result, result to the screen."""
-    processes.join(FLAGS.coordinator_address, FLAGS.num_processes, FLAGS.process_id)
+    processes.join(FLAGS.coordinator_address, FLAGS.num_processes, FLAGS.process_id, settings_text())
     if not processes.is_first():
         logging.getLogger("dlrm_jax").setLevel(logging.WARNING)  # Said once is enough.
     config = config_from_flags()

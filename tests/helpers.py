@@ -1,7 +1,12 @@
 """Small models, batches and paths that several tests share."""
 
 import dataclasses
+import json
 import pathlib
+import subprocess
+import time
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -18,6 +23,24 @@ from dlrm_jax.model import interactions
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
+
+
+def until(condition: Callable[[], Any], *processes: subprocess.Popen) -> Any:
+    """What `condition` gives once it holds; waits as long as those live who bring it about, however busy the machine.
+
+    What hangs is ended by pytest-timeout.
+    """
+    while not (value := condition()):
+        assert all(process.poll() is None for process in processes), "ended before"
+        time.sleep(0.01)
+    return value
+
+
+def has_logged(workdir: pathlib.Path, step: int) -> bool:
+    """Whether a training has written whole lines up to `step`."""
+    metrics = workdir / "metrics.jsonl"
+    lines = metrics.read_text().splitlines() if metrics.exists() else []
+    return len(lines) > 1 and json.loads(lines[-2])["step"] >= step
 
 
 def tiny_model(**changes) -> ModelConfig:

@@ -63,7 +63,7 @@ def test_loading_a_model_imports_no_training_code():
         "heavy = {'flax', 'optax', 'orbax', 'tensorflow_datasets', 'pyarrow', 'absl', 'yaml'}\n"
         "assert not heavy & set(sys.modules), heavy & set(sys.modules)"
     )
-    subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True)
 
 
 def test_preparation_imports_no_jax():
@@ -71,7 +71,7 @@ def test_preparation_imports_no_jax():
     script = (
         "import sys, dlrm_jax.prepare\nassert 'jax' not in sys.modules and 'tensorflow_datasets' not in sys.modules"
     )
-    subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True)
 
 
 def test_import_starts_no_device_and_no_tensorflow():
@@ -82,4 +82,4 @@ def test_import_starts_no_device_and_no_tensorflow():
         "assert not xla_bridge.backends_are_initialized(), 'a device was touched'\n"
         "assert 'tensorflow' not in sys.modules, 'tensorflow was imported'\n"
     )
-    subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True)

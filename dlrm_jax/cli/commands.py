@@ -28,6 +28,7 @@ def run_command(main: Callable[[], None]) -> None:
             gpu_atomics.use_hardware_additions()
             memory.end_in_one_line()
             try:
+                memory.require_threads()
                 if len(argv) > 1:
                     raise ConfigError(f"unexpected argument {argv[1]!r}; flags look like --name=value")
                 main()

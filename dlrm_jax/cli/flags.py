@@ -365,9 +365,25 @@ def _numbers(name: str, kind: type) -> tuple:
         raise ConfigError(f"--{name}={','.join(FLAGS[name].value)} is not a list of numbers, as 64,32,1") from None
 
 
+def settings_text() -> dict[str, str]:
+    """Our flags as texts, but for files that are read: where these lie may differ between machines."""
+    return {
+        flag.name: _text(flag.name) for flag in _ours() if flag.name not in ("data_dir", "id_trace", "sharding_plan")
+    }
+
+
+def _ours() -> list[flags.Flag]:
+    return sorted(FLAGS.flags_by_module_dict()[__name__], key=lambda flag: flag.name)
+
+
 def flagfile_text() -> str:
-    """Our flags as they stand, one a line, in the form that --flagfile reads."""
-    ours = FLAGS.flags_by_module_dict()[__name__]
-    return "".join(
-        f"{flag.serialize()}\n" for flag in sorted(ours, key=lambda flag: flag.name) if flag.value is not None
-    )
+    """Our flags as they stand, one a line, as --flagfile reads them; ConfigError for one that no file can hold."""
+    lines = [flag.serialize() for flag in _ours() if flag.value is not None]
+    for line in lines:
+        # absl reads a file line by line and takes the spaces around each away.
+        if line != line.strip() or set(line) & set("\r\n") or line.encode("utf8", "replace").decode() != line:
+            raise ConfigError(
+                f"{line!r} cannot be kept in flags.txt: a line break, a space at the end, or bytes that are no UTF-8; "
+                "name it otherwise"
+            )
+    return "".join(f"{line}\n" for line in lines)

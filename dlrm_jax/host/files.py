@@ -29,15 +29,26 @@ def alone(path: pathlib.Path, what: str) -> Iterator[None]:
 
     `what` says what the other one is, as "another training is running in DIR".
     """
-    with path.open("a+") as file:
-        if _lock(file.fileno(), _LOCK_SECONDS) is False:
-            file.seek(0)
-            who = file.read().strip()
-            raise ConfigError(f"{what}{f' ({who})' if who else ''}; wait for its end, or stop it")
+    with contextlib.ExitStack() as stack:
+        while True:
+            file = stack.enter_context(path.open("a+"))
+            if _lock(file.fileno(), _LOCK_SECONDS) is False:
+                file.seek(0)
+                who = file.read().strip()
+                raise ConfigError(f"{what}{f' ({who})' if who else ''}; wait for its end, or stop it")
+            if _is_still(path, file.fileno()):
+                break  # Else who held it has deleted it meanwhile, and others lock a new one.
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()
         yield
+
+
+def _is_still(path: pathlib.Path, descriptor: int) -> bool:
+    try:
+        return os.path.samestat(path.stat(), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
 
 
 def is_held(path: pathlib.Path) -> bool:

@@ -5,6 +5,7 @@ import sys
 from typing import Any
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -2, -3, -4
+_M_ARENA_MAX = -8
 _CHUNKS = ((_M_MMAP_THRESHOLD, 32 << 20), (_M_TRIM_THRESHOLD, 256 << 20), (_M_TOP_PAD, 4 << 20))
 _STEPS = ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, 1 << 30), (_M_TOP_PAD, 4 << 20))
 
@@ -23,6 +24,11 @@ def keep_freed_temporaries() -> bool:
     For after the tables are made: what is freed below something that stays is only used again, never given back.
     """
     return _tell(_STEPS)
+
+
+def share_one() -> bool:
+    """Tell glibc's allocator that all threads share one heap, where each reserves 64 MB of addresses for itself."""
+    return _tell(((_M_ARENA_MAX, 1),))
 
 
 def give_back() -> None:

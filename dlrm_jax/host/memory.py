@@ -4,12 +4,14 @@ A process that asks for more than there is dies without a word (Linux ends it), 
 so what a command needs is held against what there is before anything is made.
 """
 
+import _thread
 import contextlib
 import ctypes
 import errno
 import os
 import pathlib
 import resource
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -42,11 +44,49 @@ def host_available(root: pathlib.Path = _ROOT) -> int | None:
     if (free := _meminfo(root).get("MemAvailable")) is not None:
         found.append(free + _meminfo(root).get("SwapFree", 0))
     status = _numbers(root / "proc/self/status")
-    for limit, used in ((resource.RLIMIT_AS, "VmSize"), (resource.RLIMIT_DATA, "VmData")):
-        most = resource.getrlimit(limit)[0]
-        if most != resource.RLIM_INFINITY and used in status:
+    for used, most in _own_limits().items():
+        if used in status:
             found.append(max(0, most - status[used] + heap.kept_bytes()))
     return min(found, default=None)
+
+
+def _own_limits() -> dict[str, int]:
+    """The process's own limits (ulimit -v, -d) that are set, in bytes, under the kernel's name of what counts."""
+    limits = {"VmSize": resource.RLIMIT_AS, "VmData": resource.RLIMIT_DATA}
+    found = {used: resource.getrlimit(limit)[0] for used, limit in limits.items()}
+    return {used: most for used, most in found.items() if most != resource.RLIM_INFINITY}
+
+
+def require_threads() -> None:
+    """ConfigError where the libraries' threads cannot all start: some of them wait for these for ever, or abort.
+
+    A thread needs addresses for its stack, so that `ulimit -v` is a limit to threads, as are `ulimit -u` and a
+    container's.
+    """
+    if _own_limits():
+        heap.share_one()
+    # Each waits in C for the lock, which takes no memory: Python's own threads are waited for until they are under way.
+    lock, started = _thread.allocate_lock(), 0
+    lock.acquire()
+    needed = _THREADS + _THREADS_OF_A_CORE * (os.cpu_count() or 1)
+    try:
+        for _ in range(needed):
+            _thread.start_new_thread(lock.acquire, ())
+            started += 1
+        room = host_available()
+    except (RuntimeError, MemoryError):
+        room = 0
+    end = time.monotonic() + 1
+    for _ in range(started):
+        if lock.locked():
+            lock.release()
+        while not lock.locked() and time.monotonic() < end:  # Until the next one has it, if that is alive.
+            time.sleep(0)
+    if room is not None and room < _ROOM_BESIDE_THREADS:
+        raise ConfigError(
+            f"no room for the {needed} threads that the libraries start, and {gigabytes(_ROOM_BESIDE_THREADS)} beside "
+            "them; raise the limit of this process (ulimit -v, -d, -u) or container"
+        )
 
 
 def device_available(device: Any) -> int | None:
@@ -165,10 +205,14 @@ def named(largest: str, remedy: str) -> Iterator[None]:
         _said.pop()
 
 
+_THREADS, _THREADS_OF_A_CORE = 64, 8
+"""What array_record starts at the first file, on any machine; and what XLA, Orbax and TensorStore do, measured."""
+_ROOM_BESIDE_THREADS = 256 << 20
+
 _said = [b"error: memory ran out; a smaller model, batch or data set would fit\n"]
 """What is said, the last of it, of an allocation that fails in a thread of a library's."""
 _kept: list[Any] = []
-_BAD_ALLOC = b"St9bad_alloc"
+_BAD_ALLOC, _NO_THREAD = b"St9bad_alloc", b"St12system_error"
 _RESERVE_BYTES = 1 << 20
 
 
@@ -192,7 +236,7 @@ def end_in_one_line() -> None:
             type_info = kind()
             # Its second word is the address of its name.
             name = ctypes.string_at(ctypes.c_void_p.from_address(type_info + 8).value or 0) if type_info else b""
-            exhausted = name == _BAD_ALLOC
+            exhausted = name in (_BAD_ALLOC, _NO_THREAD)
         except MemoryError:
             exhausted = True
         if not exhausted:

@@ -2,26 +2,42 @@
 
 import contextlib
 import faulthandler
+import hashlib
+import json
 import os
 import sys
-from collections.abc import Iterator
-from typing import Any
+import threading
+from collections.abc import Iterator, Mapping
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
+from jax._src import distributed
 from jax.experimental import multihost_utils
 
-from dlrm_jax.config import ConfigError, require
+from dlrm_jax.config import ConfigError, differences, require, tell
+
+JOIN_SECONDS = 120
+"""How long a process waits for the others."""
+
+_DAY = 24 * 3600 * 1000
+"""Milliseconds that those who have met wait for each other, as for one with a slow disk; one that dies is noticed."""
 
 HEARTBEAT_SECONDS = 15
 """A process that is silent for so long is taken for dead, and the others end."""
 
 
-def join(coordinator_address: str, num_processes: int, process_id: int) -> None:
+class Disagreement(ConfigError):
+    """What all processes raise together, since their settings differ."""
+
+
+def join(
+    coordinator_address: str, num_processes: int, process_id: int, settings: Mapping[str, Any] | None = None
+) -> None:
     """Make this process one of several, by the flags or by the cluster's environment; alone if neither says so.
 
-    Must run before anything touches a device. ConfigError for flags that do not go together or a coordinator that
-    cannot be reached.
+    Must run before anything touches a device. ConfigError for flags that do not go together, Disagreement where the
+    processes' `settings` differ; where others do not come the process ends, in one line.
     """
     given = (bool(coordinator_address), num_processes > 0, process_id >= 0)
     if any(given):
@@ -34,6 +50,40 @@ def join(coordinator_address: str, num_processes: int, process_id: int) -> None:
         _initialize(coordinator_address=coordinator_address, num_processes=num_processes, process_id=process_id)
     elif _in_a_cluster():
         _initialize()
+    agree(
+        "flags", {**(settings or {}), "num_processes": distributed.global_state.num_processes, "jax": jax.__version__}
+    )
+
+
+def agree(what: str, settings: Mapping[str, Any]) -> None:
+    """Disagreement, in all processes, unless all have the same `settings`; every process must ask, once for a `what`.
+
+    They meet in the coordinator's store: where they differ, a collective of the devices would hang or abort.
+    """
+    state = distributed.global_state
+    if state.client is None:
+        return
+    text = json.dumps(settings, sort_keys=True)
+    try:
+        state.client.key_value_set(f"{what}/digest/{state.process_id}", hashlib.sha256(text.encode()).hexdigest())
+        state.client.key_value_set(f"{what}/text/{state.process_id}", text)
+        state.client.wait_at_barrier(f"{what} are there", _DAY)
+        found = state.client.key_value_dir_get(f"{what}/digest/")
+        digests = {int(key.rpartition("/")[2]): digest for key, digest in found}
+        other = next((number for number in sorted(digests) if digests[number] != digests[0]), None)
+        if other is None:
+            return
+        first, second = (
+            json.loads(state.client.blocking_key_value_get(f"{what}/text/{number}", _DAY)) for number in (0, other)
+        )
+    except RuntimeError as error:
+        raise ConfigError(
+            f"the processes could not compare their {what}: {' '.join(str(error).split())[:300]}"
+        ) from error
+    raise Disagreement(
+        f"the processes have different {what} (process 0 != process {other}): {tell(differences(first, second))}; "
+        "start all with the same"
+    )
 
 
 def _in_a_cluster() -> bool:
@@ -45,10 +95,27 @@ def _in_a_cluster() -> bool:
 def _initialize(**who: Any) -> None:
     # When another process dies JAX says so and aborts; what Python would add is where this one was, at length.
     faulthandler.disable()
-    try:
-        jax.distributed.initialize(**who, initialization_timeout=120, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
-    except (RuntimeError, ValueError) as error:
-        raise ConfigError(f"the processes did not find each other ({who or 'by the cluster'}): {error}") from error
+    errors: list[Exception] = []
+
+    def meet() -> None:
+        try:
+            jax.distributed.initialize(
+                **who, initialization_timeout=10 * JOIN_SECONDS, heartbeat_timeout_seconds=HEARTBEAT_SECONDS
+            )
+        except Exception as error:
+            errors.append(error)
+
+    # In a thread, since JAX aborts when its own wait is over, and hears no signal meanwhile.
+    thread = threading.Thread(target=meet, daemon=True, name="meet")
+    thread.start()
+    thread.join(JOIN_SECONDS)
+    reason = f"not all came within {JOIN_SECONDS} s" if thread.is_alive() else str(*errors)
+    if reason:
+        flags = " ".join(f"--{name}={value}" for name, value in who.items()) or "by the cluster"
+        _end(
+            f"the processes did not find each other ({flags}): {reason}; start each, with the same "
+            "--coordinator_address and --num_processes, and a --process_id of its own"
+        )
 
 
 def is_first() -> bool:
@@ -72,7 +139,12 @@ def ending_together(but_for: type[Exception]) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if jax.process_count() == 1 or isinstance(error, but_for):
+        if jax.process_count() == 1 or isinstance(error, but_for | Disagreement):
             raise
-        print(f"error: process {jax.process_index()}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
-        os._exit(1)
+        _end(f"process {jax.process_index()}: {error}")
+
+
+def _end(reason: str) -> NoReturn:
+    """End this process in one line; a tidy exit would wait for the others, or add JAX's own words."""
+    print(f"error: {' '.join(reason.split())}", file=sys.stderr, flush=True)
+    os._exit(1)

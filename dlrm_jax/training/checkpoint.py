@@ -11,8 +11,10 @@ of every array and of the record, and nothing that was read is handed out before
 
 import logging
 import math
+import os
 import pathlib
 import shutil
+from collections.abc import Iterator
 from types import TracebackType
 from typing import Any
 
@@ -20,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 import tensorstore
+from etils import epath
 from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
@@ -47,6 +50,31 @@ TABLES = ("tables", "table_opt_state")
 _CHUNK_BYTES = 2**24
 """What is read at least of a stored array: small beside a table, so that another plan can read it in pieces."""
 
+_LONGEST_NAME = 3500
+"""Bytes of a directory's name: systems take 4,095, and what is written below it has names of up to 300."""
+
+
+class _Directory(type(epath.Path())):  # type: ignore[misc]
+    """etils takes all of a path for a pattern, not only what is looked for in it: nothing is found below `runs[1]`."""
+
+    def glob(self, pattern: str) -> Iterator[Any]:
+        """What is there by a name like `pattern`."""
+        return map(type(self), pathlib.Path(self).glob(pattern))
+
+
+def require_name(directory: pathlib.Path) -> None:
+    """ConfigError for a directory that TensorStore, which writes the arrays, takes for another, or for none."""
+    name = os.fsencode(directory.resolve())
+    kinds = {
+        "a backslash": b"\\" in name,
+        "bytes that are no UTF-8": name.decode("utf8", "replace").encode() != name,
+        f"{len(name):,} bytes, of which {_LONGEST_NAME:,} are possible": len(name) > _LONGEST_NAME,
+        "a part that ends in .__lock": b".__lock/" in name + b"/",
+    }
+    for kind, there in kinds.items():
+        if there:
+            raise ConfigError(f"no checkpoint can be kept in {directory}: its name has {kind}; choose another")
+
 
 class Checkpoints:
     """The checkpoints of one workdir. Use as a context manager: leaving it waits for pending writes.
@@ -55,7 +83,8 @@ class Checkpoints:
     """
 
     def __init__(self, workdir: pathlib.Path, keep: int = 2, read_only: bool = False) -> None:
-        self.directory = (workdir / "checkpoints").absolute()
+        self.directory = (workdir / "checkpoints").resolve()  # TensorStore knows no "..".
+        require_name(workdir)
         self._read_only = read_only
         if jax.process_index() == 0 and not read_only:
             for kind in (LATEST, BEST):
@@ -69,7 +98,7 @@ class Checkpoints:
             options = ocp.CheckpointManagerOptions(read_only=True, create=False, save_interval_steps=0)
         else:
             options = ocp.CheckpointManagerOptions(preservation_policy=checkpoint_managers.LatestN(keep))
-        return ocp.CheckpointManager(self.directory / kind, options=options)
+        return ocp.CheckpointManager(_Directory(self.directory / kind), options=options)
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -254,7 +283,10 @@ class Checkpoints:
 
     def _rows(self, kind: str, step: int | None, saved: tuple[Stack, ...], noted: dict[str, Any] | None) -> Source:
         """Rows of the tables of a checkpoint that was made under the plan of `saved`, checked as they are read."""
-        base = f"file://{self.directory / kind / str(step) / 'tables'}/"
+        base = {
+            "driver": "file",
+            "path": f"{self.directory / kind / str(step) / 'tables'}/",
+        }
         context = tensorstore.Context({"cache_pool": {"total_bytes_limit": 16 * _CHUNK_BYTES}})
 
         def open_array(group: str, name: str) -> Any:

@@ -112,6 +112,7 @@ def train_and_evaluate(
     open, are told once nothing forbids the run. ConfigError if another training is running there, ResultNotWritten if
     all is done but the files at the end.
     """
+    checkpoint.require_name(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     with the_only_training(workdir):
         return _train_and_evaluate(config, workdir, flagfile, defaults)
@@ -145,6 +146,7 @@ def _train_and_evaluate(
     config: RunConfig, workdir: pathlib.Path, flagfile: str | None, defaults: str
 ) -> dict[str, Any]:
     run = Run(config, workdir)
+    processes.agree("data", run.identity["data"] | {"plan": run.placed.plan.to_dict()})
     for split, counts in run.ids_out_of_range.items():
         for feature, count in counts.items():
             _LOG.warning("%s, feature %r: %d ids out of range (%s)", split, feature, count, config.ids_out_of_range)

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.end_to_end
 def run(module: str, *flags: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", f"dlrm_jax.{module}", *flags]
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, env=environment)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
 
 
 def result_of(workdir: pathlib.Path) -> dict:

@@ -12,7 +12,7 @@ from dlrm_jax.data.batch import EMPTY_SLOT
 from dlrm_jax.data.read.dataset import Split
 from dlrm_jax.data.read.pipeline import Prefetcher, eval_batches, steps_per_epoch, train_batches
 
-pytestmark = pytest.mark.timeout(20)  # A broken prefetcher waits for ever.
+pytestmark = pytest.mark.timeout(300)  # A broken prefetcher waits for ever.
 
 
 def numbered(rows: int) -> Split:

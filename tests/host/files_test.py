@@ -44,6 +44,21 @@ def test_a_second_process_is_refused_and_the_lock_goes_with_the_first(tmp_path, 
     assert not files.is_held(path)
 
 
+def test_a_lock_file_that_is_deleted_while_one_waits_for_it_holds_nobody(tmp_path, monkeypatch):
+    path, lock, taken = tmp_path / files.LOCK, files._lock, []
+
+    def after_the_holder_tidied_up(descriptor, seconds):
+        if not taken:
+            path.unlink()
+        taken.append(descriptor)
+        return lock(descriptor, seconds)
+
+    monkeypatch.setattr(files, "_lock", after_the_holder_tidied_up)
+    with files.alone(path, "another"):
+        monkeypatch.undo()
+        assert len(taken) == 2 and files.is_held(path)
+
+
 def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch, caplog):
     def refuse(descriptor, kind):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))

@@ -114,14 +114,25 @@ def test_an_allocation_that_fails_names_the_largest_holder(error, exhausted):
         assert str(raised.value).endswith("most of it is table 'a'; what would fit: fewer rows")
 
 
+def test_threads_that_would_not_start_are_one_line():
+    """A library that waits for its threads hangs, another aborts: so all are started once, to see whether they do."""
+    script = (
+        "import resource\nfrom dlrm_jax import memory\nmemory.require_threads()\n"
+        f"resource.setrlimit(resource.RLIMIT_AS, ({GB // 2}, resource.RLIM_INFINITY))\n"
+        "try:\n    memory.require_threads()\nexcept memory.ConfigError as error:\n    print(error)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("no room for the ") and done.stdout.count("\n") == 1
+    assert not done.stderr
+
+
 SCRIPT = """
 import ctypes, threading
 from dlrm_jax import memory
 memory.end_in_one_line()
 library = ctypes.CDLL("libstdc++.so.6")
-throw = library["_ZSt17__throw_bad_allocv" if {bad_alloc} else "_ZSt20__throw_length_errorPKc"]
 with memory.named("table 'a'", "fewer rows"):
-    thread = threading.Thread(target=throw, args=() if {bad_alloc} else (b"too long",))
+    thread = threading.Thread(target=library["{function}"], args=({argument},))
     thread.start()
     thread.join()
 """
@@ -129,12 +140,13 @@ with memory.named("table 'a'", "fewer rows"):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the C++ library that is told is GNU's")
 def test_no_memory_in_a_librarys_thread_is_one_line_and_no_abort():
-    def run(bad_alloc: bool) -> subprocess.CompletedProcess:
-        command = [sys.executable, "-c", SCRIPT.format(bad_alloc=bad_alloc)]
+    def run(function: str, argument: object) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-c", SCRIPT.format(function=function, argument=argument)]
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
-    done = run(bad_alloc=True)
-    assert done.returncode == 1
-    assert done.stderr == "error: memory ran out; most of it is table 'a'; what would fit: fewer rows\n"
-    other = run(bad_alloc=False)
+    for function in ("_ZSt17__throw_bad_allocv", "_ZSt20__throw_system_errori"):  # The latter: no thread could start.
+        done = run(function, 11)
+        assert done.returncode == 1
+        assert done.stderr == "error: memory ran out; most of it is table 'a'; what would fit: fewer rows\n"
+    other = run("_ZSt20__throw_length_errorPKc", b"too long")
     assert other.returncode < 0 and "too long" in other.stderr, "whatever else ends a process does so as ever"

@@ -1,6 +1,9 @@
 """Runs that do not fit into the memory at hand: one line before anything is made, and those that fit go on."""
 
 import dataclasses
+import os
+import subprocess
+import sys
 import types
 
 import jax
@@ -23,6 +26,20 @@ from dlrm_jax.training.run_config import ModelOptions, RunConfig
 from dlrm_jax.training.state import init_state
 from tests.cli.commands_test import run
 from tests.helpers import optimizer, tiny_model
+from dlrm_jax.data.read import load
+from dlrm_jax.data.read.load import DataConfig, load_dataset
+from dlrm_jax.training.placement import place_run, require_room, setting_of
+from dlrm_jax.training.run_config import ModelOptions, RunConfig
+from dlrm_jax.serving.artifact import loaded
+from dlrm_jax.serving.artifact.placed import engine_maker
+from dlrm_jax.serving.artifact.store import open_version
+from dlrm_jax.host.mesh import MeshShape
+from dlrm_jax.training.options import ShardingOptions
+from dlrm_jax.tables.plan import make_plan
+from dlrm_jax.training.state import init_state
+from tests.cli.commands_test import run
+from tests.helpers import ROOT, optimizer, tiny_model
+from tests.training.resume_test import CONFIG
 from tests.serving_helpers import export_tiny
 from tests.training.resume_test import CONFIG
 
@@ -193,3 +210,25 @@ def test_the_best_state_takes_the_last_ones_place():
     run, checkpoints = types.SimpleNamespace(placed=None), types.SimpleNamespace(restore=restore)
     with pytest.raises(Restored):
         loop.final_result(run, state, loop.Progress(best_step=3), checkpoints, None)
+
+
+LIMITED = [("prepare", 2.0), ("prepare", 1.0), ("train", 1.2), pytest.param("train", 2.0, marks=pytest.mark.slow)]
+
+
+@pytest.mark.end_to_end
+@pytest.mark.parametrize(("command", "gigabytes"), LIMITED)
+def test_under_a_limit_of_addresses_a_command_ends_well_or_in_one_line(tmp_path, command, gigabytes):
+    """How much threads reserve depends on the cores; what must not be is that one which cannot start is waited for."""
+    (tmp_path / "log.csv").write_text("click,kind\n" + "".join(f"{i % 2},k{i % 7}\n" for i in range(1000)))
+    flags = {
+        "prepare": (f"--input={tmp_path}/log.csv", f"--output={tmp_path}/data"),
+        "train": ("--num_examples=1000", "--num_steps=2", f"--workdir={tmp_path}/run"),
+    }
+    limit = f'ulimit -v {int(gigabytes * 1e6)}; exec "$@"'
+    start = ["bash", "-c", limit, "bash", sys.executable, "-m", f"dlrm_jax.{command}", *flags[command]]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(start, cwd=ROOT, capture_output=True, text=True, env=environment)
+    if done.returncode:
+        assert done.returncode == 1 and done.stderr.count("error: ") == 1, done.stderr
+        assert "no room for the" in done.stderr or "memory ran out" in done.stderr
+    assert "Traceback" not in done.stderr and "Fatal" not in done.stderr

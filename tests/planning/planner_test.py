@@ -173,7 +173,7 @@ def test_meshes_topologies_and_hardware_as_text():
 
 def run(*arguments: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "dlrm_jax.plan", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 
 KAGGLE = "--flagfile=experiments/shape_kaggle.flags"

@@ -2,25 +2,16 @@
 
 import json
 import shutil
-import time
 
 import pytest
 from selenium import webdriver
 
-from tests.helpers import tiny_model
+from tests.helpers import tiny_model, until
 from tests.server_process import running
 from tests.serving_helpers import export_tiny
 
 pytestmark = pytest.mark.end_to_end
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
-
-
-def until(condition, seconds=20):
-    end = time.monotonic() + seconds
-    while not (value := condition()):
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.05)
-    return value
 
 
 @pytest.fixture

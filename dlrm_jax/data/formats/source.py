@@ -2,13 +2,15 @@
 
 import dataclasses
 import glob
-import pathlib
+import os
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn, Protocol
 
 import pyarrow as pa
 
 from dlrm_jax.config import ConfigError
+
+_LONGEST_PATH = 4096
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,16 +84,39 @@ class Source(Protocol):
 
 
 def expand(patterns: str, what: str = "--input") -> tuple[str, ...]:
-    """The files that comma-separated globs name, each pattern's in natural order (day_2 before day_10)."""
+    """The files that comma-separated globs name, each pattern's in natural order (day_2 before day_10).
+
+    What is there is named by its name, whatever that holds: a comma, `[1]`, `*`.
+    """
     paths: list[str] = []
-    for pattern in filter(None, patterns.split(",")):
-        found = sorted(glob.glob(pattern, recursive=True), key=_natural) if glob.has_magic(pattern) else [pattern]
-        if not found or not pathlib.Path(found[0]).exists():
+    parts = [patterns] if os.path.exists(patterns) else patterns.split(",")
+    while parts:
+        pattern = name = parts.pop(0)
+        found = _matching(name)
+        for count, further in enumerate(parts if pattern and not found else (), start=1):
+            name += f",{further}"
+            if len(name) > _LONGEST_PATH:
+                break
+            found = _matching(name)
+            if found:
+                del parts[:count]
+                break
+        if pattern and not found:
             raise ConfigError(f"{what}={pattern} matches no file")
         paths += found
     if not paths:
         raise ConfigError(f"{what} is missing; it names the log's files")
     return tuple(dict.fromkeys(paths))
+
+
+def _matching(name: str) -> list[str]:
+    """The file of that name, else those that it matches as a glob; of that the directory that is there is no part."""
+    if os.path.exists(name) or not glob.has_magic(name):
+        return [name] if os.path.exists(name) else []
+    there = os.path.dirname(name)
+    while there and not os.path.isdir(there):
+        there = os.path.dirname(there)
+    return sorted(glob.glob(glob.escape(there) + name[len(there) :], recursive=True), key=_natural)
 
 
 def _natural(path: str) -> list[Any]:

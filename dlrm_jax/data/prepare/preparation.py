@@ -16,6 +16,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from dlrm_jax.host import files, memory
 from dlrm_jax.config import ConfigError, differences, require, tell
 from dlrm_jax.data.formats.open_log import open_log
 from dlrm_jax.data.formats.source import list_names
@@ -72,12 +73,16 @@ def prepare(
     """
     options = options or Options()
     job = _job(paths, schema, options)
-    if is_prepared(output):
+    if not is_prepared(output):
+        _require_usable(output)
+    elif not (output / "staging").exists() and not (output / files.LOCK).exists():
         return _finished(output, job)
-    _require_usable(output)
     staging = Staging(output)
     times = {"modified": [pathlib.Path(path).stat().st_mtime_ns for path in paths]}
     with _alone(output):
+        if is_prepared(output):  # By another since the first look, or by a run that was killed at the very end.
+            shutil.rmtree(staging.directory, ignore_errors=True)
+            return _finished(output, job)
         staging.begin(json.loads(json.dumps(job | times)))
         statistics = _run(paths, output, schema, options, staging, progress, job)
         shutil.rmtree(staging.directory)
@@ -103,6 +108,7 @@ def _run(
     negative = _check_columns(paths, schema, staging, metas)
     splitter = make_splitter(schema.split, staging, num_files, paths)
     num_rows = splitter.num_rows
+    memory.require_threads()  # The first shard starts array_record's, beside what the vocabularies take.
     second = SecondPass(schema, output, staging, num_files, splitter, options.compression)
     progress(Progress("counting", num_rows, 0.0))
     statistics = second.run(lambda rows: progress(Progress("writing", rows, rows / num_rows)))
@@ -136,9 +142,6 @@ def _finished(output: pathlib.Path, job: dict[str, Any]) -> dict[str, Any]:
             f"{output} holds a dataset prepared from something else (now != then): {tell(different)}; "
             "choose another --output or delete it"
         )
-    # A run that was killed at the very end left these.
-    shutil.rmtree(output / "staging", ignore_errors=True)
-    (output / ".lock").unlink(missing_ok=True)
     return read_json(output / "statistics.json")
 
 
@@ -156,8 +159,10 @@ def _alone(output: pathlib.Path) -> Iterator[None]:
     output.mkdir(parents=True, exist_ok=True)
     path = output / files.LOCK
     with files.alone(path, f"another preparation is running in {output}"):
-        yield
-        path.unlink()
+        try:
+            yield
+        finally:
+            path.unlink()
 
 
 def _require_one_kind_of_time(column: str, metas: list[dict[str, Any]]) -> None:

@@ -64,7 +64,8 @@ def _begin(model_dir: pathlib.Path) -> tuple[pathlib.Path, int | None]:
             if descriptor is not None:  # By an export that was killed: nobody holds it.
                 shutil.rmtree(left, ignore_errors=True)
                 os.close(descriptor)
-        new = pathlib.Path(tempfile.mkdtemp(prefix=".new-", dir=model_dir))
+        # Resolved, as mkdtemp itself takes `link/..` away by its text.
+        new = pathlib.Path(tempfile.mkdtemp(prefix=".new-", dir=model_dir.resolve()))
         return new, try_lock_directory(new)
 
 
