@@ -59,6 +59,7 @@ LAYERS = (
     {"serving.asgi"},
     {"serving.front"},
     {"serving.app"},
+    {"serving.connection"},
     {"serving.server"},
     {"data.bags", "data.array_source", "data.table_source", "data.text_source", "data.splits", "data.blocks"},
     {"metrics", "model", "embedding", "data.dataset", "data.text", "data.statistics", "data.numbering"},
