@@ -27,8 +27,8 @@ from dlrm_jax.serving.store import Version, newest_whole
 from dlrm_jax.serving.telemetry import Telemetry, log, log_to_stderr
 
 _SWITCH_SECONDS = 5e-4
-_RESERVE = 64
-"""Descriptors that no connection gets: listening, logs, a version's files."""
+_RESERVE = 256
+"""Open files that no connection gets, for logs and versions; a quarter of all where there are few, 64 at least."""
 _WRITE_SECONDS = 10.0
 _LAST_SECONDS = 1.0
 """After SIGTERM, how long connections that are kept may ask once more."""
@@ -132,7 +132,7 @@ def _room_for(max_connections: int) -> int:
     if soft != resource.RLIM_INFINITY and soft < wanted:
         soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-        max_connections = min(max_connections, max(1, soft - _RESERVE))
+        max_connections = min(max_connections, max(1, soft - max(64, min(_RESERVE, soft // 4))))
         if soft < wanted:
             log("fewer_connections", level=30, max_connections=max_connections, open_files=soft)
     return max_connections
