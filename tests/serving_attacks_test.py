@@ -226,8 +226,9 @@ def test_what_bodies_hold_together_is_bounded():
         last(64 << 10)
         with pytest.raises(Busy, match="holds"):
             last(4 << 20)
-    with held.one_body() as holds:
-        holds(1 << 20)
+    for _ in range(3):
+        with held.one_body() as holds:
+            holds(1 << 20)
 
 
 def test_values_are_counted_before_they_are_made(monkeypatch):

@@ -64,6 +64,7 @@ def with_connections(work, count=1, **bounds):
             while more:
                 message = await receive()
                 body, more = body + message.get("body", b""), message.get("more_body")
+            assert b"authorization" not in dict(scope["headers"])
             asked.append(body)
         await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"0")]})
         await send({"type": "http.response.body"})
@@ -203,7 +204,6 @@ def test_trailers_become_nobodys_headers():
         protocol.data_received(CHUNKED.replace(b"nothing", b"read") + b"0\r\nauthorization: mine\r\n\r\n" + GET)
         await settled()
         assert transport.written.count(b" 200 OK") == 2
-        assert all(name != b"authorization" for name, _ in protocol.headers)
 
     with_protocol(work)
 
