@@ -36,8 +36,12 @@ def define_flags() -> None:
     )
     flags.DEFINE_integer("max_rows", 4096, "Rows of one request.")
     flags.DEFINE_integer("max_bag", 1000, "Values of one bag in a raw row.")
-    flags.DEFINE_integer("max_body_bytes", 16 << 20, "Bytes of one request's body.")
-    flags.DEFINE_integer("max_connections", 2000, "Connections; one beyond is answered 503.")
+    flags.DEFINE_integer("max_body_bytes", 4 << 20, "Bytes of one request's body.")
+    flags.DEFINE_integer(
+        "max_connections",
+        2000,
+        "Connections; one beyond takes the place of the one that is idle the longest, or gets 503.",
+    )
     flags.DEFINE_float("request_seconds", 1.0, "A request that is not scored by then is answered 503.")
     flags.DEFINE_float("body_seconds", 10.0, "A request whose body has not come by then is answered 408.")
     flags.DEFINE_float("poll_seconds", 5.0, "How often to look for a newer version; SIGHUP looks at once.")

@@ -8,15 +8,10 @@ from absl import flags
 
 from dlrm_jax.cli import flags as run_flags
 from dlrm_jax.cli.commands import run_command
-from dlrm_jax.cli.flags import config_from_flags, defaults_taken, define_run_flags, flagfile_text
+from dlrm_jax.cli.flags import config_from_flags, defaults_taken, define_run_flags, flagfile_text, settings_text
 from dlrm_jax.config import ConfigError
 from dlrm_jax.data.read.prepared import is_prepared, read_schema
 from dlrm_jax.host import files, processes
-from dlrm_jax.training.loop import ResultNotWritten, train_and_evaluate
-from dlrm_jax.training.monitor import Interrupted
-from dlrm_jax.training.reporting import format_cost, format_table
-from dlrm_jax.data.read.prepared import is_prepared, read_schema
-from dlrm_jax.cli.flags import config_from_flags, defaults_taken, define_run_flags, flagfile_text, settings_text
 from dlrm_jax.training.loop import ResultNotWritten, train_and_evaluate
 from dlrm_jax.training.monitor import Interrupted
 from dlrm_jax.training.reporting import format_cost, format_table

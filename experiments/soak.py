@@ -1,10 +1,11 @@
-"""Soak and overload: `python experiments/soak.py --model=DIR [--qps=RATE] [--seconds=600] [--part=soak|overload]`.
+"""Soak, overload, attack: `python experiments/soak.py --model=DIR [--qps=RATE] [--part=soak|overload|attack]`.
 
 RATE is found first if it is not given: the highest, of requests of --candidates rows, that are all served with a p99 of
 --p99_ms at most. soak: a server on a copy of DIR, 0.8 x RATE requests a second with a reload (the latest version once
 more, as the next number) every --reload_seconds, while other clients vanish in mid-request and send malformed ones.
 Every valid request must be answered 200, and the scores be the offline ones; memory is sampled. overload: RATE, three
-times of it for a while, then RATE again.
+times of it for a while, then RATE again. attack: a steady client of 0.2 x RATE, alone and beside hostile ones
+(hostile.py), each for a tenth of --seconds; then --hostile_requests more that are refused, while memory is sampled.
 """
 
 import argparse
@@ -20,7 +21,9 @@ import sys
 import tempfile
 import threading
 import time
+import urllib.request
 
+import hostile
 import numpy as np
 from measure import ROOT, replace_section, where_and_when
 from serving_comparison import free_port, start
@@ -197,21 +200,60 @@ def overload(flags: argparse.Namespace) -> str:
     return "\n".join(lines)
 
 
+def attack(flags: argparse.Namespace) -> str:
+    """Markdown of an attack."""
+    port = free_port()
+    process, target = start([sys.executable, "-m", "dlrm_jax.serve", f"--model={flags.model}", f"--port={port}"], port)
+    bodies = generator.make_requests(target, flags.candidates, True, 0)
+    rate, seconds = 0.2 * flags.qps, flags.seconds / 10
+
+    def steady() -> dict:
+        return generator.run(target, bodies, rate, seconds, 8).summary()
+
+    steady()  # Its first requests, which are slower, are nobody's.
+    alone = steady()
+    command = [sys.executable, str(pathlib.Path(hostile.__file__)), target.host, str(port), target.name]
+    others = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    time.sleep(5)
+    beside = steady()
+    had = json.loads(others.communicate()[0])
+    status: dict[str, int] = {}
+    samples = []
+    with urllib.request.urlopen(f"http://{target.host}:{port}/status.json") as response:
+        row = json.loads(response.read())["example"]
+    for _ in range(10):
+        hostile.send_small((target.host, port), row, flags.hostile_requests // 10, status)
+        samples.append(memory(process))
+    alive = process.poll() is None
+    process.terminate()
+    lines = ["| steady client | requests | refused | failed | p50 | p99 |", "|---|---|---|---|---|---|"]
+    for name, s in (("alone", alone), ("beside hostile ones", beside)):
+        numbers = f"{s['requests']} | {s['refused']} | {s['failed']} | {s['p50_ms']:.1f} ms | {s['p99_ms']:.1f} ms"
+        lines.append(f"| {name}, {rate:,.0f}/s, {seconds:g} s | {numbers} |")
+    return "\n".join(lines) + (
+        f"\n\nBeside: {hostile.IDLE} idle and {hostile.HELD} held connections ({had['connections']} were opened), and "
+        f"stalling requests, one after the other (answers by status: {had['stalling']}). Then {sum(status.values()):,} "
+        f"hostile requests (answers: {status}): memory {samples[0]:,.0f} MB after a tenth, {samples[-1]:,.0f} MB at "
+        f"the end; alive at the end: {alive}, exit status {process.wait(30)}."
+    )
+
+
 def main() -> None:
     """Run one part and write its section."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=pathlib.Path, required=True)
     parser.add_argument("--qps", type=float)
     parser.add_argument("--p99_ms", type=float, default=25.0)
-    parser.add_argument("--part", choices=("soak", "overload"), default="soak")
+    parser.add_argument("--part", choices=("soak", "overload", "attack"), default="soak")
     parser.add_argument("--candidates", type=int, default=8)
     parser.add_argument("--seconds", type=float, default=600.0)
+    parser.add_argument("--hostile_requests", type=int, default=200_000)
     parser.add_argument("--reload_seconds", type=float, default=20.0)
     parser.add_argument("--overload_seconds", type=float, default=10.0)
     parser.add_argument("--max_wait_ms", type=float, help="default: the server's own to soak, 6 for overload")
     flags = parser.parse_args()
     flags.qps = flags.qps or highest_rate(flags)
-    text = soak(flags) if flags.part == "soak" else overload(flags)
+    text = {"soak": soak, "overload": overload, "attack": attack}[flags.part](flags)
     command = f"python experiments/soak.py --part={flags.part} --candidates={flags.candidates}"
     text += f"\n\nMeasured {where_and_when(versions())}; `{command}`."
     print(text)

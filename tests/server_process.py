@@ -19,12 +19,17 @@ from tests.helpers import ROOT
 class RunningServer:
     """`python -m dlrm_jax.serve` and what it logs."""
 
-    def __init__(self, model_dir: pathlib.Path, *flags: str) -> None:
+    def __init__(self, model_dir: pathlib.Path, *flags: str, open_files: int | None = None) -> None:
         command = [sys.executable, "-m", "dlrm_jax.serve", f"--model={model_dir}", "--port=0"]
         command += ["--max_wait_ms=20000", *flags]  # Tests share the machine with each other.
+        if open_files is not None:
+            command = ["bash", "-c", f'ulimit -n {open_files}; exec "$@"', "-", *command]
         environment = os.environ | {"JAX_PLATFORMS": "cpu"}
         self.process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, env=environment)
         self.lines: list[str] = []
+        self.reads = threading.Event()
+        """While it is not set nobody reads the log."""
+        self.reads.set()
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
         self.port = int(self.event("listening")["port"])
@@ -33,6 +38,7 @@ class RunningServer:
         assert self.process.stderr is not None
         for line in self.process.stderr:
             self.lines.append(line)
+            self.reads.wait()
 
     def event(self, name: str, seconds: float = 90, **fields: Any) -> dict[str, Any]:
         """The first log line of this event with these fields, once it is there."""
@@ -74,9 +80,11 @@ class RunningServer:
 
 
 @contextlib.contextmanager
-def running(model_dir: pathlib.Path, *flags: str, ready: bool = True) -> Iterator[RunningServer]:
+def running(
+    model_dir: pathlib.Path, *flags: str, ready: bool = True, open_files: int | None = None
+) -> Iterator[RunningServer]:
     """A server for the length of a block."""
-    server = RunningServer(model_dir, *flags)
+    server = RunningServer(model_dir, *flags, open_files=open_files)
     try:
         if ready:
             server.event("model_ready")

@@ -15,12 +15,6 @@ from dlrm_jax.data.prepare import preparation, staging
 from dlrm_jax.data.prepare.preparation import Options, prepare
 from dlrm_jax.data.read.prepared import is_prepared
 from dlrm_jax.data.schema.schema import Dense, Sparse, Split
-from tests.helpers import ROOT
-from dlrm_jax.data.prepare import preparation, staging
-from dlrm_jax.data.formats import text_source
-from dlrm_jax.data.prepare.preparation import Options, prepare
-from dlrm_jax.data.read.prepared import is_prepared
-from dlrm_jax.data.schema.schema import Dense, Sparse, Split
 from tests.helpers import ROOT, until
 from tests.prepared_helpers import digest, schema
 

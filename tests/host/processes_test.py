@@ -13,10 +13,8 @@ import pytest
 
 from dlrm_jax.config import ConfigError
 from dlrm_jax.host.processes import join
-from tests.helpers import ROOT
-from dlrm_jax.host.processes import join
-from tests.helpers import ROOT, has_logged, until
 from tests.data.preparation_test import kaggle_text
+from tests.helpers import ROOT, has_logged, until
 
 FLAGS = {
     **{"num_examples": 2000, "embedding_dim": 4, "bottom_mlp": "8,4", "top_mlp": "8,1", "batch_size": 64},

@@ -25,21 +25,7 @@ from dlrm_jax.training.placement import place_run, require_room, setting_of
 from dlrm_jax.training.run_config import ModelOptions, RunConfig
 from dlrm_jax.training.state import init_state
 from tests.cli.commands_test import run
-from tests.helpers import optimizer, tiny_model
-from dlrm_jax.data.read import load
-from dlrm_jax.data.read.load import DataConfig, load_dataset
-from dlrm_jax.training.placement import place_run, require_room, setting_of
-from dlrm_jax.training.run_config import ModelOptions, RunConfig
-from dlrm_jax.serving.artifact import loaded
-from dlrm_jax.serving.artifact.placed import engine_maker
-from dlrm_jax.serving.artifact.store import open_version
-from dlrm_jax.host.mesh import MeshShape
-from dlrm_jax.training.options import ShardingOptions
-from dlrm_jax.tables.plan import make_plan
-from dlrm_jax.training.state import init_state
-from tests.cli.commands_test import run
 from tests.helpers import ROOT, optimizer, tiny_model
-from tests.training.resume_test import CONFIG
 from tests.serving_helpers import export_tiny
 from tests.training.resume_test import CONFIG
 

@@ -19,11 +19,6 @@ from dlrm_jax.training.options import ShardingOptions
 from dlrm_jax.training.placed import on_one_device
 from dlrm_jax.training.reporting import read_metrics
 from dlrm_jax.training.run_config import ModelOptions, RunConfig
-from tests.helpers import ROOT, optimizer
-from dlrm_jax.data.read.load import DataConfig, load_dataset
-from dlrm_jax.training.run_config import ModelOptions, RunConfig
-from dlrm_jax.training.options import ShardingOptions
-from dlrm_jax.training.placed import on_one_device
 from tests.helpers import ROOT, has_logged, optimizer, until
 
 CONFIG = RunConfig(

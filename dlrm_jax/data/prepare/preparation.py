@@ -16,7 +16,6 @@ import shutil
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from dlrm_jax.host import files, memory
 from dlrm_jax.config import ConfigError, differences, require, tell
 from dlrm_jax.data.formats.open_log import open_log
 from dlrm_jax.data.formats.source import list_names
@@ -29,7 +28,7 @@ from dlrm_jax.data.read.prepared import is_prepared, read_json
 from dlrm_jax.data.schema.schema import Schema
 from dlrm_jax.data.schema.schema_io import dump_yaml, to_dict
 from dlrm_jax.data.values.label_values import check_label
-from dlrm_jax.host import files
+from dlrm_jax.host import files, memory
 
 BAD_ROW_POLICIES = ("error", "skip_and_count")
 _FIXED_BYTES = 700 << 20

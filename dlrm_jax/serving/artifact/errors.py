@@ -1,4 +1,8 @@
-"""What a request can get wrong, or come at a bad time for; the server turns each into a status (server.py)."""
+"""What a request can get wrong, or come at a bad time for; the server turns each into a status (app.py)."""
+
+import itertools
+import reprlib
+from typing import Any
 
 
 class BadRequest(ValueError):
@@ -17,7 +21,22 @@ class TooLate(RuntimeError):
     """A request whose time ran out before it was scored."""
 
 
+class _Short(reprlib.Repr):
+    """A `repr` whose work is bounded too, whatever the value's size and depth."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel, self.maxlist, self.maxdict, self.maxstring, self.maxother = 3, 8, 4, 76, 76
+
+    def repr_dict(self, x: dict[Any, Any], level: int) -> str:
+        """Without the sorting of all keys."""
+        return super().repr_dict(dict(itertools.islice(x.items(), self.maxdict + 1)), level)
+
+
+_SHORT = _Short()
+
+
 def shown(value: object) -> str:
     """A value for an error text, cut to a length that fits one line."""
-    text = repr(value)
+    text = _SHORT.repr(value)
     return text if len(text) <= 80 else text[:77] + "..."

@@ -5,8 +5,10 @@ few rows at a time, so that values are taken one by one, in plain Python. The ru
 together. What preparation calls a bad row is a BadRequest; so is what is ambiguous outside of a typed column.
 """
 
+import itertools
 import math
 import re
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -17,12 +19,16 @@ from dlrm_jax.data.schema.schema_io import from_dict as schema_from_dict
 from dlrm_jax.data.values.dense import LARGEST, DenseStatistics, finish_dense, transform
 from dlrm_jax.data.values.hashing import hash_integer, hash_text
 from dlrm_jax.data.values.vocabulary import Vocabulary
-from dlrm_jax.serving.artifact.errors import BadRequest, shown
+from dlrm_jax.serving.artifact.errors import BadRequest, TooLate, shown
 from dlrm_jax.serving.artifact.signature import EMPTY_SLOT, Signature
 
 _HEX = re.compile(r"[0-9a-fA-F]{1,16}")
 _REMEMBERED = 1 << 16
-"""Values of a feature whose ids are kept at hand."""
+"""Values of a feature whose ids are kept at hand,"""
+_SHORT = 64
+"""of so many characters at most, so that what is kept is bounded in bytes."""
+_MAX_TEXT = 1 << 16
+"""Characters of one field: hashing takes half a microsecond for each."""
 
 UNKNOWN = -2
 """An id that says: a value that the training log did not have."""
@@ -36,11 +42,11 @@ class Reader:
     """Turns rows into (dense_BxN float32, ids_BxK int32, unknown values by feature)."""
 
     def __init__(self, signature: Signature, vocabularies: Mapping[str, Vocabulary], max_bag: int = 1000) -> None:
-        self._signature, self._max_bag = signature, max_bag
+        self._signature = signature
         self._schema = schema_from_dict(dict(signature.schema)) if signature.schema is not None else None
         if self._schema is None:
-            self._dense = [(name, _number_of(name)) for name in signature.dense_names]
-            self._bags = [(f.name, _ids_of(f.name, f.rows), -1) for f in signature.features]
+            self._dense: list[tuple[str, Column]] = [(name, _number) for name in signature.dense_names]
+            self._bags = [(f.name, _ids_of(f.rows, f.hotness), -1) for f in signature.features]
             self._allowed: frozenset[str] = frozenset()
         else:
             nulls = frozenset(self._schema.null_values)
@@ -48,7 +54,7 @@ class Reader:
             self._dense = [(d.source, _with_points(_dense_of(d, nulls), decimal, nulls)) for d in self._schema.dense]
             rows = {feature.table: feature.rows for feature in signature.features}
             self._bags = [
-                (s.source, *_bag_of(s, nulls, vocabularies.get(s.table_name), rows[s.table_name]))
+                (s.source, *_bag_of(s, nulls, vocabularies.get(s.table_name), rows[s.table_name], max_bag))
                 for s in self._schema.sparse
             ]
             self._allowed = frozenset(_unused_columns(self._schema))
@@ -63,27 +69,26 @@ class Reader:
     def _schema_dense(self) -> Sequence[Dense]:
         return self._schema.dense if self._schema is not None else ()
 
-    def read(self, rows: Sequence[Row], shared: Row | None = None) -> Inputs:
+    def read(self, rows: Sequence[Row], shared: Row | None = None, deadline: float | None = None) -> Inputs:
         """The inputs of `rows`; what `shared` gives is the same for all of them, and must not be in a row.
 
-        Raises BadRequest naming the row and the field.
+        Raises BadRequest naming the row and the field, TooLate at `deadline` (time.monotonic()).
         """
         shared = shared or {}
         self._check_names(rows, shared)
         num_rows = len(rows)
         dense_BxN = np.ones((num_rows, len(self._signature.dense_names)), np.float32)
         for i, (name, read) in enumerate(self._dense):
-            numbers = self._column(rows, shared, name, read)
+            numbers = self._column(rows, shared, name, read, deadline)
             dense_BxN[:, i] = self._finish_dense(i, name, np.array(numbers, np.float64), shared)
         ids_BxK = np.full((num_rows, self._signature.num_slots), EMPTY_SLOT, np.int32)
         unknown: dict[str, int] = {}
         start = 0
         for (name, read, when_unknown), feature in zip(self._bags, self._signature.features, strict=True):
             hotness = feature.hotness
-            for row, bag in enumerate(self._column(rows, shared, name, read)):
+            for row, bag in enumerate(self._column(rows, shared, name, read, deadline)):
                 if bag:
-                    self._check_bag(name, bag, row)
-                    ids_BxK[row, start : start + min(len(bag), hotness)] = bag[:hotness]
+                    ids_BxK[row, start : start + len(bag)] = bag
             slots = ids_BxK[:, start : start + hotness]
             missed = slots == UNKNOWN
             if missed.any():
@@ -109,7 +114,7 @@ class Reader:
                     raise BadRequest(f"row {i}: feature {shown(min(twice))} is given here and in shared")
                 raise BadRequest(f"row {i}: unknown feature {shown(min(extra))}; known are {', '.join(self.columns)}")
 
-    def _column(self, rows: Sequence[Row], shared: Row, name: str, read: Column) -> list[Any]:
+    def _column(self, rows: Sequence[Row], shared: Row, name: str, read: Column, deadline: float | None) -> list[Any]:
         if name in shared:
             try:
                 return [read(shared[name])] * len(rows)
@@ -121,6 +126,8 @@ class Reader:
                 out.append(read(row[name]))
             except _Refused as refused:
                 raise BadRequest(f"row {i}, feature {name!r}: {refused}") from None
+            if deadline is not None and time.monotonic() > deadline:
+                raise TooLate("not read in time; send fewer rows or shorter values")
         return out
 
     def _finish_dense(self, i: int, name: str, numbers_B: np.ndarray, shared: Row) -> np.ndarray:
@@ -142,16 +149,6 @@ class Reader:
             raise BadRequest(f"{where}, feature {name!r}: {numbers_B[bad[0]]:g} has no finite float32{rule}")
         return values_B
 
-    def _check_bag(self, name: str, bag: list[int], row: int) -> None:
-        if len(bag) > self._max_bag:
-            raise BadRequest(f"row {row}, feature {name!r}: {len(bag)} values in one bag; at most {self._max_bag}")
-        if self._schema is None:
-            hotness = next(feature.hotness for feature in self._signature.features if feature.name == name)
-            if len(bag) > hotness:
-                raise BadRequest(
-                    f"row {row}, feature {name!r}: {len(bag)} ids in one bag, but its hotness is {hotness}"
-                )
-
 
 class _Refused(ValueError):
     """Why a value cannot be used; the caller knows row and field."""
@@ -162,14 +159,10 @@ def _unused_columns(schema: Schema) -> list[str]:
     return [name for name in (schema.label.column, schema.weight, schema.timestamp, schema.split.column) if name]
 
 
-def _number_of(name: str) -> Column:
-    def read(value: Any) -> float:
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise _Refused(f"{shown(value)} is not a number")
-        return _finite(float(value) if abs(value) < 1e300 else math.inf, value)
-
-    del name
-    return read
+def _number(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise _Refused(f"{shown(value)} is not a number")
+    return _finite(float(value) if abs(value) < 1e300 else math.inf, value)
 
 
 def _finite(number: float, value: Any) -> float:
@@ -178,7 +171,17 @@ def _finite(number: float, value: Any) -> float:
     return number
 
 
-def _ids_of(name: str, rows: int) -> Column:
+def _require_short(text: str) -> None:
+    if len(text) > _MAX_TEXT:
+        raise _Refused(f"{shown(text)} has {len(text)} characters; at most {_MAX_TEXT}")
+
+
+def _require_small(count: int, max_bag: int) -> None:
+    if count > max_bag:
+        raise _Refused(f"{count} values in one bag; at most {max_bag}")
+
+
+def _ids_of(rows: int, hotness: int) -> Column:
     def one(value: Any) -> int:
         if isinstance(value, bool) or not isinstance(value, int):
             raise _Refused(f"{shown(value)} is not an id (a whole number)")
@@ -189,9 +192,12 @@ def _ids_of(name: str, rows: int) -> Column:
     def read(value: Any) -> list[int]:
         if value is None:
             return []
-        return [one(item) for item in value] if isinstance(value, list) else [one(value)]
+        if not isinstance(value, list):
+            return [one(value)]
+        if len(value) > hotness:
+            raise _Refused(f"{len(value)} ids in one bag, but its hotness is {hotness}")
+        return [one(item) for item in value]
 
-    del name
     return read
 
 
@@ -200,6 +206,7 @@ def _dense_of(dense: Dense, nulls: frozenset[str]) -> Column:
 
     def read(value: Any) -> float:
         if isinstance(value, str):
+            _require_short(value)
             number = math.nan if value in nulls else _parse_number(value)
         elif value is None:
             number = math.nan
@@ -240,8 +247,13 @@ def _parse_number(text: str) -> float:
     raise _Refused(f"{shown(text)} is not a number")
 
 
-def _bag_of(sparse: Sparse, nulls: frozenset[str], vocabulary: Vocabulary | None, rows: int) -> tuple[Column, int]:
-    """(a value to the ids of its bag, the id that stands for unknown values)."""
+def _bag_of(
+    sparse: Sparse, nulls: frozenset[str], vocabulary: Vocabulary | None, rows: int, max_bag: int
+) -> tuple[Column, int]:
+    """(a value to the ids of its bag, the id that stands for unknown values).
+
+    Of a longer bag only the first `hotness` values are looked at, as in preparation.
+    """
     id_of = _remembering(_id_of(sparse, vocabulary, rows))
     fill = [id_of(sparse.fill)] if sparse.missing == "fill" else []
 
@@ -249,10 +261,17 @@ def _bag_of(sparse: Sparse, nulls: frozenset[str], vocabulary: Vocabulary | None
         return value is not None and not (isinstance(value, str) and value in nulls)
 
     def read(value: Any) -> list[int]:
-        if isinstance(value, str) and sparse.separator and value not in nulls:
-            value = value.split(sparse.separator)
+        if isinstance(value, str):
+            _require_short(value)
+            if sparse.separator and value not in nulls:
+                _require_small(value.count(sparse.separator) + 1, max_bag)
+                value = value.split(sparse.separator)
         if isinstance(value, list):
-            bag = [id_of(item) for item in value if present(item)]
+            _require_small(len(value), max_bag)
+            # Preparation has a list's values in one column of texts, and cuts bags before it looks at them.
+            first = list(itertools.islice(filter(present, value), sparse.hotness))
+            _require_short("".join(item for item in first if isinstance(item, str)))
+            bag = [id_of(item) for item in first]
         else:
             bag = [id_of(value)] if present(value) else []
         if not bag and sparse.missing == "error":
@@ -271,7 +290,7 @@ def _remembering(id_of: Callable[[Any], int]) -> Callable[[Any], int]:
         found = known.get(value)
         if found is None:
             found = id_of(value)
-            if len(known) < _REMEMBERED:
+            if len(known) < _REMEMBERED and len(value) <= _SHORT:
                 known[value] = found
         return found
 

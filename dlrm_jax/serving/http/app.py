@@ -1,17 +1,21 @@
 """The server's HTTP surface: the Open Inference Protocol v2, /v1/score, metrics and a page; on Starlette.
 
-A request is read, parsed, checked and transformed on the event loop, and scored in a batch with others (batching.py).
+A request is read, parsed, checked and transformed on the event loop, or, if it is long, one after the other in a thread
+beside it, and scored in a batch with others (batching.py).
 Bad input is the client's error and names the field; nothing of one request outlives it.
 """
 
+import asyncio
+import concurrent.futures
 import contextlib
 import dataclasses
 import logging
 import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
 import orjson
 from starlette.applications import Starlette
 from starlette.datastructures import Headers
@@ -22,8 +26,9 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from dlrm_jax.serving.artifact.errors import BadRequest, Busy, TooLate, shown
 from dlrm_jax.serving.artifact.loaded import Scores, Servable
+from dlrm_jax.serving.artifact.transform import Inputs
 from dlrm_jax.serving.http import page
-from dlrm_jax.serving.http.asgi import JSON, HttpError, Limits, read_body, require_type, send_whole
+from dlrm_jax.serving.http.asgi import JSON, Held, HttpError, Limits, read_body, require_type, send_whole
 from dlrm_jax.serving.http.batching import Batcher
 from dlrm_jax.serving.http.front import Guard, Shortcut
 from dlrm_jax.serving.http.openapi import describe_api
@@ -40,9 +45,16 @@ from dlrm_jax.serving.http.telemetry import Telemetry, log
 
 ARRIVED = "arrived"
 """Key of the scope's state: when the head of a request was read, in seconds of time.monotonic()."""
+Parsed = TypeVar("Parsed")
 REFUSE = "refuse"
 """Key of the lifespan's state: Service.refusal, behind the token, for the protocol to ask before there is a scope."""
 _SERVER = "dlrm_jax"
+_SHORT_BYTES = 16 << 10
+"""A body of so many bytes is parsed on the event loop: that takes milliseconds at most, and a thread's turn as long."""
+_FEW_VALUES = 1 << 18
+"""A request may always have so many; one of a large model as many as all its rows have, and as many again."""
+_MAX_LOGGED = 256
+"""Characters of a path in the log."""
 
 
 class Refusal(NamedTuple):
@@ -64,11 +76,16 @@ class Service:
     access_log: bool = False
     draining: bool = False
 
+    def __post_init__(self) -> None:
+        self.held = Held(self.limits)
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="parse")
+        self._turn = asyncio.Lock()
+
     def servable(self) -> Servable:
-        """The version that answers; Busy while there is none yet, or no more."""
+        """The version that answers; Busy while there is none yet."""
         current = self.repository.current
-        if current is None or self.draining:
-            raise Busy("the model is loading" if current is None else "the server is stopping", 1.0)
+        if current is None:
+            raise Busy("the model is loading", 1.0)
         return current
 
     def refusal(self, method: bytes, path: bytes, client: tuple[str, int] | None) -> Refusal | None:
@@ -101,11 +118,30 @@ class Service:
             raise HttpError(404, f"version {shown(path['version'])} is not loaded; {servable.version.number} is")
         return servable
 
-    async def score(self, servable: Servable, dense: Any, ids: Any, start: float) -> Scores:
+    def max_values(self, servable: Servable) -> int:
+        """How many values a request may have."""
+        signature = servable.signature
+        return max(_FEW_VALUES, 2 * self.limits.max_rows * (len(signature.dense_names) + signature.num_slots))
+
+    async def parsed(self, size: int, deadline: float, parse: Callable[[], Parsed]) -> Parsed:
+        """What `parse` makes of a body of `size` bytes; TooLate at `deadline` (time.monotonic())."""
+        if size <= _SHORT_BYTES:
+            return parse()
+        loop = asyncio.get_running_loop()
+        try:
+            async with asyncio.timeout(deadline - time.monotonic()):
+                await self._turn.acquire()
+                parsing = loop.run_in_executor(self._thread, parse)
+                parsing.add_done_callback(lambda _: self._turn.release())
+                return await asyncio.shield(parsing)  # A thread cannot be stopped: the next waits until it is done.
+        except TimeoutError:
+            raise TooLate(f"not read within {self.limits.request_seconds:g} s") from None
+
+    async def score(self, servable: Servable, dense: Any, ids: Any, deadline: float) -> Scores:
         """Scores within the request's time."""
         if len(dense) > self.limits.max_rows:
             raise BadRequest(f"{len(dense)} rows in one request; at most {self.limits.max_rows}")
-        return await self.batcher.score(servable, dense, ids, start + self.limits.request_seconds)
+        return await self.batcher.score(servable, dense, ids, deadline)
 
 
 Handler = Callable[[Service, Scope, Receive, Send], Awaitable[int]]
@@ -132,7 +168,7 @@ class _Endpoint:
 
 def _log_request(method: str, path: str, status: int, arrived: float, client: tuple[str, int] | None) -> None:
     ms = round((time.monotonic() - arrived) * 1e3, 3)
-    log("request", method=method, path=path, status=status, ms=ms, client=(client or ("",))[0])
+    log("request", method=method, path=path[:_MAX_LOGGED], status=status, ms=ms, client=(client or ("",))[0])
 
 
 def refusal_of(service: Service, path: str, error: Exception) -> Refusal:
@@ -155,7 +191,7 @@ def refusal_of(service: Service, path: str, error: Exception) -> Refusal:
             logging.getLogger("dlrm_jax.serving").debug("traceback", exc_info=error)
     service.telemetry.rejected(reason)
     if reason == "bad_request":
-        log("bad_request", level=logging.DEBUG, path=path, status=status, error=str(error))
+        log("bad_request", level=logging.DEBUG, path=path[:_MAX_LOGGED], status=status, error=str(error))
     text = str(error) if status != 500 else "internal error; the server's log has it"
     return Refusal(status, orjson.dumps({"error": text.encode("utf8", "replace").decode()}), more)
 
@@ -174,19 +210,25 @@ async def _score(service: Service, scope: Scope, receive: Receive, send: Send) -
     servable = service.servable()
     service.batcher.admit(waited=start - arrived)  # Before the work of reading it.
     require_type(scope, ("application/json",))
-    body = await read_body(scope, receive, service.limits)
-    read = time.monotonic()
-    rows, shared = _rows_of(parse_json(body), service.limits)
-    dense, ids, unknown = servable.reader.read(rows, shared)
+    with service.held.one_body() as holds:
+        body = await read_body(scope, receive, service.limits, holds)
+        read = time.monotonic()
+        deadline = arrived + (read - start) + service.limits.request_seconds
+
+        def parse() -> tuple[int, Inputs]:
+            rows, shared = _rows_of(parse_json(body, service.max_values(servable)), service.limits)
+            return len(rows), servable.reader.read(rows, shared, deadline if len(body) > _SHORT_BYTES else None)
+
+        num_rows, (dense, ids, unknown) = await service.parsed(len(body), deadline, parse)
     service.telemetry.stage("read", read - start)
     service.telemetry.stage("parse", time.monotonic() - read)
-    scores = await service.score(servable, dense, ids, arrived)
+    scores = await service.score(servable, dense, ids, deadline)
     answer: dict[str, Any] = {"probability": scores.probability, "model_version": str(servable.version.number)}
     if unknown:
         answer["unknown"] = unknown
         service.telemetry.unknown(unknown)
     await send_whole(send, 200, orjson.dumps(answer, option=orjson.OPT_SERIALIZE_NUMPY))
-    service.telemetry.scored(len(rows), time.monotonic() - arrived)
+    service.telemetry.scored(num_rows, time.monotonic() - arrived)
     return 200
 
 
@@ -213,22 +255,27 @@ async def _infer(service: Service, scope: Scope, receive: Receive, send: Send) -
     servable = service.named(scope)
     service.batcher.admit(waited=start - arrived)
     require_type(scope, ("application/json", "application/octet-stream"))
-    body = await read_body(scope, receive, service.limits)
-    read = time.monotonic()
-    request, dense, ids = parse_infer(
-        body, Headers(scope=scope).get(HEADER_LENGTH), has_numbers=bool(servable.signature.dense_names)
-    )
-    wanted = wanted_outputs(request)
-    dense, ids = servable.checked(dense, ids)
+    with service.held.one_body() as holds:
+        body = await read_body(scope, receive, service.limits, holds)
+        read = time.monotonic()
+        deadline = arrived + (read - start) + service.limits.request_seconds
+        length = Headers(scope=scope).get(HEADER_LENGTH)
+
+        def parse() -> tuple[dict[str, Any], list[tuple[str, bool]], np.ndarray, np.ndarray]:
+            request, dense, ids = parse_infer(
+                body, length, service.max_values(servable), bool(servable.signature.dense_names)
+            )
+            return request, wanted_outputs(request), *servable.checked(dense, ids)
+
+        request, wanted, dense, ids = await service.parsed(len(body), deadline, parse)
     service.telemetry.stage("read", read - start)
     service.telemetry.stage("parse", time.monotonic() - read)
-    scores = await service.score(servable, dense, ids, arrived)
+    scores = await service.score(servable, dense, ids, deadline)
     answer, head = infer_response(request, wanted, servable, scores)
     if head is None:
         await send_whole(send, 200, answer)
     else:
-        length = (HEADER_LENGTH.encode(), str(head).encode())
-        await send_whole(send, 200, answer, b"application/octet-stream", length)
+        await send_whole(send, 200, answer, b"application/octet-stream", (HEADER_LENGTH.encode(), str(head).encode()))
     service.telemetry.scored(len(dense), time.monotonic() - arrived)
     return 200
 

@@ -1,13 +1,15 @@
 """Reading a request's body and answering it, on bare ASGI: bounded in size and time, every refusal with its status."""
 
 import asyncio
+import contextlib
 import dataclasses
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from starlette.datastructures import Headers
 from starlette.types import Receive, Scope, Send
 
-from dlrm_jax.serving.artifact.errors import shown
+from dlrm_jax.serving.artifact.errors import Busy, shown
 
 JSON = b"application/json"
 
@@ -16,10 +18,40 @@ JSON = b"application/json"
 class Limits:
     """Bounds of a request."""
 
-    max_body_bytes: int = 16 << 20
+    max_body_bytes: int = 4 << 20
     max_rows: int = 4096
     request_seconds: float = 1.0
     body_seconds: float = 10.0
+
+
+_SMALL = 64 << 10
+"""Bytes of a body that count for nothing: of so many a connection holds as many before anybody reads them."""
+_BODIES = 32
+"""So many of the largest bodies may be held at once."""
+
+
+class Held:
+    """Bytes of bodies that a server holds for all its clients together."""
+
+    def __init__(self, limits: Limits) -> None:
+        self._most, self._held = _BODIES * limits.max_body_bytes, 0
+
+    @contextlib.contextmanager
+    def one_body(self) -> Iterator[Callable[[int], None]]:
+        """Within it, one request may say how many bytes of its body it holds by now; Busy if all hold too many."""
+        own = 0
+
+        def holds(count: int) -> None:
+            nonlocal own
+            more = max(0, count - _SMALL) - own
+            if self._held + more > self._most:
+                raise Busy(f"the server holds {self._held} bytes of others' requests", 1.0)
+            self._held, own = self._held + more, own + more
+
+        try:
+            yield holds
+        finally:
+            self._held -= own
 
 
 class HttpError(Exception):
@@ -30,8 +62,8 @@ class HttpError(Exception):
         self.status = status
 
 
-async def read_body(scope: Scope, receive: Receive, limits: Limits) -> bytes:
-    """The request's body; HttpError for one that is too large, too slow, encoded or cut off."""
+async def read_body(scope: Scope, receive: Receive, limits: Limits, holds: Callable[[int], None]) -> bytes:
+    """The request's body; HttpError for one that is too large, too slow, encoded or cut off. See Held for `holds`."""
     headers = Headers(scope=scope)
     if headers.get("content-encoding", "identity") != "identity":
         raise HttpError(415, f"Content-Encoding is {shown(headers['content-encoding'])}; send the body as it is")
@@ -43,22 +75,22 @@ async def read_body(scope: Scope, receive: Receive, limits: Limits) -> bytes:
         return message["body"]  # Mostly it comes whole.
     try:
         async with asyncio.timeout(limits.body_seconds):
-            return await _gather(message, receive, limits)
+            return await _gather(message, receive, limits, holds)
     except TimeoutError:
         raise HttpError(408, f"the body did not arrive within {limits.body_seconds:g} s") from None
 
 
-async def _gather(message: Any, receive: Receive, limits: Limits) -> bytes:
-    parts, size = [], 0
+async def _gather(message: Any, receive: Receive, limits: Limits, holds: Callable[[int], None]) -> bytes:
+    body = bytearray()
     while True:
         if message["type"] == "http.disconnect":
             raise HttpError(400, "the connection ended before the body did")
-        parts.append(message.get("body", b""))
-        size += len(parts[-1])
-        if size > limits.max_body_bytes:
+        body += message.get("body", b"")
+        if len(body) > limits.max_body_bytes:
             raise HttpError(413, f"the body has more than {limits.max_body_bytes} bytes")
+        holds(len(body))
         if not message.get("more_body"):
-            return b"".join(parts)
+            return bytes(body)
         message = await receive()
 
 

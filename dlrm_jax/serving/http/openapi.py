@@ -88,6 +88,7 @@ def _post(
         "400": "names the field",
         "408": "the body did not arrive in time",
         "413": "the body is too large",
+        "431": "the headers are too long",
         "415": "wrong content type",
         "429": "the queue is full; Retry-After says when to come back",
         "503": "not ready, stopping, or not scored in time",

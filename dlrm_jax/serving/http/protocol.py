@@ -15,6 +15,7 @@ from dlrm_jax.serving.artifact.loaded import Scores, Servable
 from dlrm_jax.serving.artifact.signature import OUTPUTS
 
 HEADER_LENGTH = "inference-header-content-length"
+_MAX_ID = 1024
 _TYPES: dict[str, dict[str, np.dtype[Any]]] = {
     "dense": {"FP32": np.dtype("<f4"), "FP64": np.dtype("<f8")},
     "ids": {"INT32": np.dtype("<i4"), "INT64": np.dtype("<i8")},
@@ -22,8 +23,15 @@ _TYPES: dict[str, dict[str, np.dtype[Any]]] = {
 _PYTHON_TYPES: dict[str, set[type]] = {"dense": {int, float}, "ids": {int}}
 
 
-def parse_json(body: bytes) -> dict[str, Any]:
-    """A JSON object; NaN, infinities, broken UTF-8 and what is nested too deeply are no JSON."""
+def parse_json(body: bytes, max_values: int) -> dict[str, Any]:
+    """A JSON object; NaN, infinities, broken UTF-8 and what is nested too deeply are no JSON.
+
+    Values are counted before any is made: parsing takes the interpreter for itself. A text's commas count too.
+    """
+    letters = np.frombuffer(body, np.uint8)
+    values = sum(int(np.count_nonzero(letters == letter)) for letter in b",[{") if len(body) > max_values else 0
+    if values > max_values:
+        raise BadRequest(f"the body has about {values} values; at most {max_values}: send fewer rows or shorter bags")
     try:
         value = orjson.loads(body)
     except orjson.JSONDecodeError as error:
@@ -34,17 +42,18 @@ def parse_json(body: bytes) -> dict[str, Any]:
 
 
 def parse_infer(
-    body: bytes, header_length: str | None, has_numbers: bool = True
+    body: bytes, header_length: str | None, max_values: int, has_numbers: bool = True
 ) -> tuple[dict[str, Any], np.ndarray, np.ndarray]:
     """(the request's JSON, its dense and ids arrays with the shape that it says); dense may lack without numbers."""
     tail = b""
     if header_length is not None:
-        if not header_length.isascii() or not header_length.isdecimal() or int(header_length[:12]) > len(body):
+        digits = header_length if header_length.isascii() and header_length.isdecimal() else "9" * 13
+        if len(digits) > 12 or int(digits) > len(body):
             raise BadRequest(
                 f"header Inference-Header-Content-Length is {shown(header_length)}; the body has {len(body)}"
             )
         body, tail = body[: int(header_length)], body[int(header_length) :]
-    request = parse_json(body)
+    request = parse_json(body, max_values)
     inputs = request.get("inputs")
     if not isinstance(inputs, list) or not all(isinstance(tensor, dict) for tensor in inputs):
         raise BadRequest(f"inputs is {shown(inputs)}; expected a list of tensors")
@@ -126,13 +135,15 @@ def wanted_outputs(request: dict[str, Any]) -> list[tuple[str, bool]]:
         return [(name, by_default) for name in OUTPUTS]
     if not isinstance(outputs, list) or not all(isinstance(output, dict) for output in outputs):
         raise BadRequest(f"outputs is {shown(outputs)}; expected a list of objects")
-    wanted = []
+    wanted: list[tuple[str, bool]] = []
     for output in outputs:
         name, options = output.get("name"), output.get("parameters", {})
         if not isinstance(name, str) or name not in OUTPUTS:
             raise BadRequest(f"outputs: unknown tensor {shown(name)}; known are {', '.join(OUTPUTS)}")
         if not isinstance(options, dict):
             raise BadRequest(f"output {name!r}: parameters is {shown(options)}; expected an object")
+        if any(name == known for known, _ in wanted):
+            raise BadRequest(f"outputs: tensor {name!r} is asked for twice")
         wanted.append((name, options.get("binary_data", by_default) is True))
     return wanted
 
@@ -157,7 +168,7 @@ def infer_response(
         "outputs": outputs,
     }
     if isinstance(request.get("id"), str):
-        answer["id"] = request["id"]
+        answer["id"] = request["id"][:_MAX_ID]
     head = orjson.dumps(answer, option=orjson.OPT_SERIALIZE_NUMPY)
     return head + b"".join(tails), len(head) if tails else None
 

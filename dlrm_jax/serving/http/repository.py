@@ -58,7 +58,10 @@ class Repository:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._look.wait(), self._poll)
             self._look.clear()
-            await self._reload()
+            try:
+                await self._reload()
+            except Exception as error:  # As a directory that is gone, or no more open files: look again later.
+                log("look_failed", level=logging.WARNING, error=repr(error))
 
     async def _reload(self) -> None:
         current = self.current

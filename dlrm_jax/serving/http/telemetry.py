@@ -1,8 +1,13 @@
 """What a server tells of itself: Prometheus metrics, JSON lines, and the last seconds for the status page."""
 
 import collections
+import contextlib
 import json
 import logging
+import os
+import queue
+import sys
+import threading
 import time
 from typing import Any
 
@@ -12,6 +17,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 _LATENCY_BUCKETS = (0.0005, 0.001, 0.002, 0.004, 0.006, 0.01, 0.015, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
 _ROW_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 _RECENT = 50_000
+_WAITING_LINES = 10_000
+_FLUSH_SECONDS = 2.0
 STAGES = ("accept", "read", "parse", "queue", "compute", "total")
 """From its head's arrival to the server's turn, its body, its numbers, the wait for a batch, the batch; and all."""
 
@@ -122,3 +129,49 @@ class JsonLines(logging.Formatter):
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
         return json.dumps(line, default=str)
+
+
+class Unhindered(logging.Handler):
+    """Writes lines in a thread of its own: who reads them may stall. Lines beyond a bound are dropped and counted."""
+
+    def __init__(self, descriptor: int) -> None:
+        super().__init__()
+        self._descriptor, self._dropped = descriptor, 0
+        self._lines: queue.Queue[str] = queue.Queue(_WAITING_LINES)
+        self.setFormatter(JsonLines())
+        threading.Thread(target=self._write_all, name="log", daemon=True).start()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Take a line; never wait."""
+        try:
+            self._lines.put_nowait(self.format(record))
+        except queue.Full:
+            self._dropped += 1
+
+    def _write_all(self) -> None:
+        while True:
+            self._write(self._lines.get())
+            if self._dropped:
+                dropped, self._dropped = self._dropped, 0
+                self._write(json.dumps({"level": "warning", "event": "lines_dropped", "lines": dropped}))
+            self._lines.task_done()
+
+    def _write(self, line: str) -> None:
+        # Past Python's own buffer, whose lock a stalled write would hold when the process ends.
+        rest = line.encode("utf8", "replace") + b"\n"
+        with contextlib.suppress(OSError):  # Nobody reads any more.
+            while rest:
+                rest = rest[os.write(self._descriptor, rest) :]
+
+    def flush(self) -> None:
+        """Wait until all lines are written, but not for a reader that stalls."""
+        with self._lines.all_tasks_done:
+            self._lines.all_tasks_done.wait_for(lambda: not self._lines.unfinished_tasks, _FLUSH_SECONDS)
+
+
+def log_to_stderr(level: str) -> Unhindered:
+    """Send the server's events there from now on, as JSON lines."""
+    handler = Unhindered(sys.stderr.fileno())
+    LOG.handlers, LOG.propagate = [handler], False
+    LOG.setLevel(level.upper())
+    return handler
