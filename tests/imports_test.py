@@ -52,6 +52,7 @@ LAYERS = (
         "data.final_ids",
     },
     {"serving.transform", "data.decimals"},
+    {"serving.weights"},
     {"serving.loaded"},
     {"serving.telemetry", "serving.protocol", "serving.page", "serving.openapi", "serving.load_generator"},
     {"serving.native"},

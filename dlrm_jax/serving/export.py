@@ -34,10 +34,11 @@ from dlrm_jax.data.schema_io import from_dict as schema_from_dict
 from dlrm_jax.embedding import POOLING_WEIGHTS
 from dlrm_jax.loss import example_losses, probability
 from dlrm_jax.model import DLRM
-from dlrm_jax.serving.loaded import MakeEngine, read_weights
+from dlrm_jax.serving.loaded import MakeEngine
 from dlrm_jax.serving.quantise import TABLE_TYPES, stored_table, take_stored
 from dlrm_jax.serving.signature import ServedFeature, Signature
 from dlrm_jax.serving.store import Version, write_version
+from dlrm_jax.serving.weights import read_weights
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 _CHECKED_ROWS = 16

@@ -18,9 +18,10 @@ from dlrm_jax.config import ModelConfig, OptimizerConfig, ScheduleConfig
 from dlrm_jax.loss import probability
 from dlrm_jax.model import DLRM
 from dlrm_jax.serving.export import nested
-from dlrm_jax.serving.loaded import Engine, TableFiles, read_dense, read_model
+from dlrm_jax.serving.loaded import Engine
 from dlrm_jax.serving.quantise import BITS, dequantise_rows
 from dlrm_jax.serving.store import Version
+from dlrm_jax.serving.weights import TableFiles, read_dense, read_model
 from dlrm_jax.sharding import reshard
 from dlrm_jax.sharding.cost import Load
 from dlrm_jax.sharding.exchange import array_specs
@@ -136,7 +137,7 @@ class _Rows:
         """(count, columns) float32: rows first, first + step, ... of a table."""
         files = self._files
         array = files.pooling_weights(table) if kind.weights else files.stored(table)
-        rows = np.asarray(array[first : first + step * (count - 1) + 1 : step])
+        rows = array.rows(first, first + step * (count - 1) + 1, step)
         if files.kind in BITS and not kind.weights:
             return np.asarray(dequantise_rows(jnp.asarray(rows), BITS[files.kind], files.embedding_dim))
         return rows.astype(np.float32, copy=False)
