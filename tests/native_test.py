@@ -153,6 +153,34 @@ def test_a_library_is_compiled_once(tmp_path, monkeypatch):
     assert build.built(build.SCORE, ()) != path
 
 
+@needs_compiler
+def test_what_is_loaded_is_what_this_user_compiled(tmp_path, monkeypatch):
+    """Under a umask of 0 nobody else may write there either; what is cut, changed or planted is compiled anew."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(build, "_OPTIONS", ("-O0", *build._OPTIONS[1:]))
+    before = os.umask(0)
+    try:
+        path = build.built(build.SCORE, ())
+    finally:
+        os.umask(before)
+    for made in (path, path.parent, path.parent.parent):
+        assert made.stat().st_mode & 0o077 == 0, made
+    whole = path.read_bytes()
+    for other in (whole[: len(whole) // 2], b"", whole[:5000] + b"x" + whole[5001:]):
+        path.write_bytes(other)
+        assert build.built(build.SCORE, ()).read_bytes() == whole
+    path.chmod(0o722)  # Anybody may have written it, and its name says nothing: they choose that too.
+    inode = path.stat().st_ino
+    assert build.built(build.SCORE, ()).stat().st_ino != inode
+
+    path.parent.chmod(0o777)
+    build.built(build.SCORE, ())
+    assert path.parent.stat().st_mode & 0o777 == 0o700
+    monkeypatch.setattr(build, "_trusted", lambda: (path.stat().st_uid + 1, path.stat().st_uid + 2))
+    with pytest.raises(ConfigError, match=r"is another user's.*set XDG_CACHE_HOME to a directory of your own"):
+        build.built(build.SCORE, ())
+
+
 def test_without_a_compiler_the_error_says_what_to_do(monkeypatch):
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CXX", raising=False)
