@@ -61,6 +61,7 @@ LAYERS = (
     {"serving.front"},
     {"serving.app"},
     {"serving.server"},
+    {"data.hashes"},
     {"data.bags", "data.array_source", "data.table_source", "data.text_source", "data.splits", "data.blocks"},
     {"metrics", "model", "embedding", "data.dataset", "data.text", "data.statistics", "data.numbering"},
     {"data.windows", "data.trace", "data.time_column", "data.multi_hot", "data.first_pass", "data.second_pass"},

@@ -27,6 +27,7 @@ from dlrm_jax.batch import EMPTY_SLOT, Batch
 from dlrm_jax.config import ConfigError, LossConfig, ModelConfig, how_to_install, require_choice
 from dlrm_jax.data.dataset import Dataset, Rows
 from dlrm_jax.data.file_names import existing_file, file_names
+from dlrm_jax.data.hashes import checked
 from dlrm_jax.data.pipeline import Prefetcher, eval_batches, padded
 from dlrm_jax.data.prepared import is_prepared, read_json
 from dlrm_jax.data.schema import Sparse
@@ -265,6 +266,7 @@ def _write_vocabularies(directory: pathlib.Path, signature: Signature, data_dir:
         if rule.ids != "vocabulary":
             continue
         path = existing_file(data_dir / "vocabularies", table, names_of[table], ".parquet")
+        checked(data_dir, f"vocabularies/{path.name}")
         try:
             values = pq.read_table(path, columns=["value"])["value"].combine_chunks()
         except (OSError, ValueError, KeyError) as error:
