@@ -145,7 +145,8 @@ class Fuzz:
         """The array in another type, shape or order."""
         way = self.rng.integers(7)
         if way == 0:
-            return array.astype(self.pick(*TYPES), casting="unsafe") if array.dtype.kind == "i" else array.astype("f8")
+            with np.errstate(over="ignore", invalid="ignore"):
+                return array.astype(self.pick(*TYPES) if array.dtype.kind == "i" else "f8", casting="unsafe")
         if way == 1:
             return np.lib.stride_tricks.as_strided(array, strides=(0, array.itemsize))
         if way == 2:
@@ -191,7 +192,8 @@ class Fuzz:
         )
         top = (native._Layer * copy.num_top).from_buffer_copy((native._Layer * copy.num_top).from_address(copy.top))
         copy.features, copy.top = ctypes.addressof(features), ctypes.addressof(top)
-        numbers = [name for name, kind in native._Model._fields_ if kind is native._INT]
+        lengths = ("num_bottom", "num_cross", "num_top")  # Of arrays: nothing else says where these end.
+        numbers = [name for name, kind in native._Model._fields_ if kind is native._INT and name not in lengths]
         target, name = self.pick(
             (copy, self.pick(*numbers)),
             (features[0], self.pick("hotness", "mean")),

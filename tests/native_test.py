@@ -121,6 +121,25 @@ def test_native_is_the_same_bits_with_any_number_of_threads():
 
 
 @needs_compiler
+@pytest.mark.parametrize("hotness", [(2, 3), (2, 1), (-1, 5), (2**40,)])
+@pytest.mark.parametrize("target", build.TARGETS)
+def test_bags_that_do_not_fit_the_ids_are_not_read(target, hotness):
+    """As native_ops never passes them: XLA knows the arrays' sizes, and C++ compares."""
+    build.register()
+    table, ids = jnp.ones((7, 4)), jnp.zeros((5, 4), jnp.int32)
+    bags, attributes = jnp.ones((5, len(hotness), 4)), {"hotness": np.array(hotness, np.int64)}
+    if target == "dlrm_lookup":
+        inputs, outputs = (table, ids, jnp.zeros((0, 0))), [bags]
+    else:
+        held = (table,) if target.endswith("sgd") else (table, jnp.ones((7, 1 if "rowwise" in target else 4)))
+        inputs, outputs = (*held, ids, jnp.zeros((0, 0)), bags, jnp.float32(1)), held
+        attributes |= {} if target.endswith("sgd") else {"eps": np.float32(1)}
+    call = jax.ffi.ffi_call(target, [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in outputs])
+    with pytest.raises(jax.errors.JaxRuntimeError, match="do not fit"):
+        jax.block_until_ready(call(*inputs, **attributes))
+
+
+@needs_compiler
 def test_native_keeps_one_copy_of_a_table():
     model = model_of(16, (3, 2, 5))
     ops = native_ops(model, settings_of("adagrad"))

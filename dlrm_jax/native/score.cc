@@ -150,6 +150,7 @@ const char* Wrong(const Model& model) {
   const auto* feature_of_slot = static_cast<const int64_t*>(model.feature_of_slot.data);
   int64_t slot = 0;
   for (int64_t f = 0; f < model.num_features; ++f) {
+    if (slot == model.num_slots || feature_of_slot[slot] != f) return "its slots";  // There may be no such feature.
     const Feature& feature = model.features[f];
     if (!Within(feature.hotness, 1, model.num_slots - slot)) return "its slots";
     for (const int64_t end = slot + feature.hotness; slot < end; ++slot) {
