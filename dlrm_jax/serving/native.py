@@ -83,7 +83,7 @@ class NativeCpu:
         self._num_dense, self._num_slots = model.num_dense, model.num_slots
         try:
             self._model = self._describe(version, model, threshold)
-        except (KeyError, ValueError, TypeError) as error:
+        except (LookupError, ValueError, TypeError) as error:
             raise ConfigError(
                 f"{version.directory}: model.json and the weights do not fit together: {error}; export anew"
             ) from error
