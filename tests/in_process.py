@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from absl import flags
 
-from dlrm_jax import flags as run_flags
+from dlrm_jax.cli import flags as run_flags
 
 _DEFINE = {
     "train": ("define_process_flags",),

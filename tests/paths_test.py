@@ -5,10 +5,11 @@ import os
 import pathlib
 
 import pytest
-from dlrm_jax.data.source import expand
 
-from dlrm_jax import checkpoint, flags
+from dlrm_jax.cli import flags
 from dlrm_jax.config import ConfigError
+from dlrm_jax.data.formats.source import expand
+from dlrm_jax.training import checkpoint
 from tests.in_process import call, defined
 from tests.server_process import running
 

@@ -19,8 +19,10 @@ from tests.helpers import ROOT
 class RunningServer:
     """`python -m dlrm_jax.serve` and what it logs."""
 
+    START = ("-m", "dlrm_jax.serve")
+
     def __init__(self, model_dir: pathlib.Path, *flags: str, open_files: int | None = None) -> None:
-        command = [sys.executable, "-m", "dlrm_jax.serve", f"--model={model_dir}", "--port=0"]
+        command = [sys.executable, *self.START, f"--model={model_dir}", "--port=0"]
         command += ["--max_wait_ms=20000", *flags]  # Tests share the machine with each other.
         if open_files is not None:
             command = ["bash", "-c", f'ulimit -n {open_files}; exec "$@"', "-", *command]

@@ -310,7 +310,7 @@ class Checkpoints:
         return found
 
     def _cannot_read(self, kind: str, step: int | None, error: Exception | str) -> ConfigError:
-        reason = " ".join(str(error).split())[:300] or repr(error)
+        reason = " ".join(str(error).partition(" See full TensorStore details")[0].split())[:300] or repr(error)
         where = self.directory / kind / str(step)
         return ConfigError(f"cannot read checkpoint {where}: {reason}; {self._instead(kind, step)}")
 

@@ -1,6 +1,7 @@
 """Tests `dlrm_jax/data/infer/infer.py`, `describe.py`, `schema_io.py` and `builder.py`."""
 
 import dataclasses
+import itertools
 import json
 
 import numpy as np
@@ -181,6 +182,32 @@ def test_schema_files_that_are_wrong(tmp_path, text, words):
     with pytest.raises(ConfigError) as error:
         load(tmp_path / "schema.yaml")
     assert (words in str(error.value) and "schema.yaml" in str(error.value)) or words.startswith("type is")
+
+
+BOMB = "a: &a [x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{b}: &{b} [{', '.join([f'*{a}'] * 8)}]\n" for a, b in itertools.pairwise("abcdefghi")
+)
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("aliases.yaml", BOMB, r"has an alias \(\*name\)"),
+        ("deep.yaml", "name: " + "[" * 50_000, "nested deeper than 8 levels"),
+        ("deeper.yaml", "".join(f"{' ' * i}- \n" for i in range(300)) + "x", "nested deeper than 8 levels"),
+        ("deep.json", "[" * 500 + "]" * 500, "nested deeper than 8 levels"),
+        ("deeper.json", "[" * 100_000, "recursion"),
+        ("large.yaml", "#" * (17 << 20), "more than 16 MB"),
+        ("long.yaml", f"name: x\nlabel: {{column: y, threshold: {'x' * 10**6}}}\nsparse: [c]", "expected a number"),
+        ("names.yaml", f"name: x\nlabel: y\nsparse: [c]\n{'x' * 1000}: 1", "unknown x"),
+    ],
+)
+def test_a_schema_that_would_fill_the_memory_or_the_stack_is_one_line(tmp_path, name, text, words):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ConfigError, match=words) as error:
+        load(tmp_path / name)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 1000
 
 
 def test_describe_shows_tables_and_draws(tmp_path):

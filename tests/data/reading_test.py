@@ -147,7 +147,7 @@ def test_a_damaged_block_is_named(prepared, tmp_path):
     with pytest.raises(ConfigError, match="is missing; prepare the dataset anew"):
         open_prepared(copy)
     (copy / "statistics.json").write_text("{")
-    with pytest.raises(ConfigError, match=r"statistics\.json cannot be read"):
+    with pytest.raises(ConfigError, match=r"statistics\.json was changed"):
         open_prepared(copy)
 
 

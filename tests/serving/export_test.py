@@ -18,7 +18,7 @@ from dlrm_jax.cli.trained import open_stored
 from dlrm_jax.config import ConfigError, LossConfig
 from dlrm_jax.data.read.load import DataConfig
 from dlrm_jax.serving import load
-from dlrm_jax.serving.artifact import loaded
+from dlrm_jax.serving.artifact import weights
 from dlrm_jax.serving.artifact.errors import BadRequest
 from dlrm_jax.serving.artifact.export import export_model, of_arrays
 from dlrm_jax.serving.artifact.placed import engine_maker
@@ -144,7 +144,7 @@ def test_a_changed_a_short_and_a_missing_file_are_named(copied):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("{", "is not a manifest"),
+        ("{", "is not a whole file of JSON"),
         ("[]", "is not a manifest"),
         ('{"format_version": 9, "files": {}}', "has format version 9; this program reads 1"),
         ('{"format_version": 1, "files": {}}', "names no files"),
@@ -239,10 +239,10 @@ def test_a_table_is_written_piece_by_piece(tmp_path, kind):
 def test_large_arrays_reach_the_device_in_pieces_unchanged(tmp_path, monkeypatch):
     model = tiny_model()
     version = export_tiny(tmp_path, model)
-    want = loaded.read_weights(version)
+    want = weights.read_weights(version)
     for num_bytes in (16, 48, 80):
-        monkeypatch.setattr(loaded, "_PIECE_BYTES", num_bytes)
-        jax.tree.map(np.testing.assert_array_equal, loaded.read_weights(version), want)
+        monkeypatch.setattr(weights, "_PIECE_BYTES", num_bytes)
+        jax.tree.map(np.testing.assert_array_equal, weights.read_weights(version), want)
 
 
 def test_a_row_that_is_not_finite_is_named_and_nothing_is_left(tmp_path):

@@ -253,7 +253,7 @@ def test_bounds_come_before_any_value_is_read(prepared, change, words, monkeypat
     reader = load_once(model_dir).reader
     row = without_label(rows)[1] | change
     for module_function in ("hash_text", "integer", "_parse_number"):
-        monkeypatch.setattr(f"dlrm_jax.serving.transform.{module_function}", read)
+        monkeypatch.setattr(f"dlrm_jax.serving.artifact.transform.{module_function}", read)
     row = {name: value if name in change else None for name, value in row.items()}
     with pytest.raises(BadRequest, match=words):
         reader.read([row])

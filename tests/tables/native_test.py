@@ -126,6 +126,25 @@ def test_native_is_the_same_bits_with_any_number_of_threads():
 
 
 @needs_compiler
+@pytest.mark.parametrize("hotness", [(2, 3), (2, 1), (-1, 5), (2**40,)])
+@pytest.mark.parametrize("target", build.TARGETS)
+def test_bags_that_do_not_fit_the_ids_are_not_read(target, hotness):
+    """As native_ops never passes them: XLA knows the arrays' sizes, and C++ compares."""
+    build.register()
+    table, ids = jnp.ones((7, 4)), jnp.zeros((5, 4), jnp.int32)
+    bags, attributes = jnp.ones((5, len(hotness), 4)), {"hotness": np.array(hotness, np.int64)}
+    if target == "dlrm_lookup":
+        inputs, outputs = (table, ids, jnp.zeros((0, 0))), [bags]
+    else:
+        held = (table,) if target.endswith("sgd") else (table, jnp.ones((7, 1 if "rowwise" in target else 4)))
+        inputs, outputs = (*held, ids, jnp.zeros((0, 0)), bags, jnp.float32(1)), held
+        attributes |= {} if target.endswith("sgd") else {"eps": np.float32(1)}
+    call = jax.ffi.ffi_call(target, [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in outputs])
+    with pytest.raises(jax.errors.JaxRuntimeError, match="do not fit"):
+        jax.block_until_ready(call(*inputs, **attributes))
+
+
+@needs_compiler
 def test_native_keeps_one_copy_of_a_table():
     model = model_of(16, (3, 2, 5))
     made = native_ops(model, settings_of("adagrad"))
@@ -156,6 +175,34 @@ def test_a_library_is_compiled_once(tmp_path, monkeypatch):
     (tmp_path / "changed.h").write_text("")
     monkeypatch.setattr(build, "_INCLUDED", tmp_path / "changed.h")
     assert build.built(build.SCORE, ()) != path
+
+
+@needs_compiler
+def test_what_is_loaded_is_what_this_user_compiled(tmp_path, monkeypatch):
+    """Under a umask of 0 nobody else may write there either; what is cut, changed or planted is compiled anew."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(build, "_OPTIONS", ("-O0", *build._OPTIONS[1:]))
+    before = os.umask(0)
+    try:
+        path = build.built(build.SCORE, ())
+    finally:
+        os.umask(before)
+    for made in (path, path.parent, path.parent.parent):
+        assert made.stat().st_mode & 0o077 == 0, made
+    whole = path.read_bytes()
+    for other in (whole[: len(whole) // 2], b"", whole[:5000] + b"x" + whole[5001:]):
+        path.write_bytes(other)
+        assert build.built(build.SCORE, ()).read_bytes() == whole
+    path.chmod(0o722)  # Anybody may have written it, and its name says nothing: they choose that too.
+    inode = path.stat().st_ino
+    assert build.built(build.SCORE, ()).stat().st_ino != inode
+
+    path.parent.chmod(0o777)
+    build.built(build.SCORE, ())
+    assert path.parent.stat().st_mode & 0o777 == 0o700
+    monkeypatch.setattr(build, "_trusted", lambda: (path.stat().st_uid + 1, path.stat().st_uid + 2))
+    with pytest.raises(ConfigError, match=r"is another user's.*set XDG_CACHE_HOME to a directory of your own"):
+        build.built(build.SCORE, ())
 
 
 def test_without_a_compiler_the_error_says_what_to_do(monkeypatch):

@@ -227,6 +227,21 @@ def test_a_flipped_byte_is_seen_under_every_plan(saved, tmp_path):
     assert found.count("refused") >= 8
 
 
+def test_a_zeroed_sector_is_seen_or_changes_nothing(saved, tmp_path):
+    directory, placements, good = saved
+    files = sorted(path for path in (directory / "checkpoints" / BEST / "0").rglob("*") if path.is_file())
+    files = sorted(files, key=lambda path: path.stat().st_size)[-8:]
+    found = []
+    for trial, file in enumerate(files):
+        copy = shutil.copytree(directory, tmp_path / str(trial))
+        path = copy / file.relative_to(directory)
+        with path.open("r+b") as opened:
+            opened.seek(trial % 2 * 512)
+            opened.write(bytes(min(512, path.stat().st_size - opened.tell())))
+        found.append(require_equal_or_refused(copy, placements[trial % 2], good[trial % 2]))
+    assert found.count("refused") >= 5, found
+
+
 def flip(path, offset: int, bit: int) -> None:
     content = bytearray(path.read_bytes())
     content[offset] ^= 1 << bit

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from dlrm_jax.data.prepare.hashes import write_hashes
 from dlrm_jax.data.prepare.staging import write_whole, writing
 
 VERSION = "1.0.0"
@@ -121,11 +122,12 @@ def num_records(path: pathlib.Path) -> int:
 def write_metadata(
     output: pathlib.Path, name: str, widths: tuple[int, int], weighted: bool, shard_lengths: dict[str, list[int]]
 ) -> None:
-    """TFDS' features.json and dataset_info.json; the latter last, because it makes the dataset count as finished.
+    """TFDS' features.json, our hashes.json, and TFDS' dataset_info.json last: it makes the dataset count as finished.
 
     `widths` are those of dense and ids. The bytes are those that TFDS itself writes, which takes long to import.
     """
     write_whole(output / "features.json", _features_json(*widths, weighted).encode())
+    write_hashes(output, shard_lengths)
     write_whole(output / "dataset_info.json", _info_json(output, name, shard_lengths).encode())
 
 

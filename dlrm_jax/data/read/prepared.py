@@ -12,6 +12,7 @@ import numpy as np
 
 from dlrm_jax.config import ConfigError
 from dlrm_jax.data.prepare.blocks import BLOCK_ROWS
+from dlrm_jax.data.prepare.hashes import checked, require_lengths
 from dlrm_jax.data.read.dataset import SPLITS, Dataset, Split
 from dlrm_jax.data.read.windows import blocked_windows
 from dlrm_jax.data.schema.schema import Schema
@@ -107,10 +108,12 @@ def read_schema(directory: pathlib.Path) -> Schema:
 
 
 def read_json(path: pathlib.Path) -> Any:
-    """A JSON file; ConfigError if it is none."""
+    """A JSON file of a prepared dataset; ConfigError if it is none, or was changed."""
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        return json.loads(checked(path.parent, path.name).read_text())
+    except ConfigError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path} cannot be read: {' '.join(str(error).split())}; prepare the dataset anew") from error
 
 
@@ -119,23 +122,27 @@ def open_prepared(directory: pathlib.Path) -> Dataset:
     import tensorflow_datasets as tfds  # Half a second to import.
 
     schema, statistics = read_schema(directory), read_json(directory / "statistics.json")
+    checked(directory, "features.json")
     try:
         builder = tfds.builder_from_directory(directory)
+        shards = {
+            name: list(zip(map(pathlib.Path, info.filepaths), info.shard_lengths, strict=True))
+            for name, info in builder.info.splits.items()
+        }
     except Exception as error:  # TFDS raises many kinds for damaged metadata.
         reason = " ".join(str(error).split())[:200]
         raise ConfigError(f"{directory} is not a whole dataset: {reason}; prepare it anew") from error
+    require_lengths(directory, {name: [length for _, length in of_split] for name, of_split in shards.items()})
     features = schema.features()
     sizes = {name: statistics["tables"][name]["rows"] for name in schema.tables()}
     limit_K = np.repeat([sizes[f.table] for f in features], [f.hotness for f in features])
     splits = {}
     for name in SPLITS:
-        info = builder.info.splits.get(name)
-        paths = [pathlib.Path(path) for path in info.filepaths] if info else []
-        lengths = list(info.shard_lengths) if info else []
+        paths = [path for path, _ in shards.get(name, ())]
         for path in paths:
             if not path.is_file():
                 raise ConfigError(f"{path} is missing; prepare the dataset anew")
-        blocks = _Blocks(paths, lengths, builder.info.features)
+        blocks = _Blocks(paths, [length for _, length in shards.get(name, ())], builder.info.features)
         counts = statistics["splits"][name]
         only = only_label(counts["rows"], counts.get("positives"), counts["positive_rate"])
         splits[name] = PreparedSplit(name, blocks, counts["rows"], limit_K, only)

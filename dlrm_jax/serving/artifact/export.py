@@ -25,6 +25,7 @@ from jax import export as jax_export
 
 from dlrm_jax.config import ConfigError, LossConfig, ModelConfig, how_to_install, require_choice
 from dlrm_jax.data.batch import EMPTY_SLOT, Batch
+from dlrm_jax.data.prepare.hashes import checked
 from dlrm_jax.data.read.dataset import Dataset, Rows
 from dlrm_jax.data.read.pipeline import Prefetcher, eval_batches, padded
 from dlrm_jax.data.read.prepared import is_prepared, read_json
@@ -34,10 +35,11 @@ from dlrm_jax.data.values.file_names import existing_file, file_names
 from dlrm_jax.model import metrics
 from dlrm_jax.model.dlrm import DLRM
 from dlrm_jax.model.loss import example_losses, probability
-from dlrm_jax.serving.artifact.loaded import MakeEngine, read_weights
+from dlrm_jax.serving.artifact.loaded import MakeEngine
 from dlrm_jax.serving.artifact.quantise import TABLE_TYPES, stored_table, take_stored
 from dlrm_jax.serving.artifact.signature import ServedFeature, Signature
 from dlrm_jax.serving.artifact.store import Version, write_version
+from dlrm_jax.serving.artifact.weights import read_weights
 from dlrm_jax.tables.exchange import local_ops
 from dlrm_jax.tables.layout import POOLING_WEIGHTS, local_stacks
 from dlrm_jax.training import reporting
@@ -264,6 +266,7 @@ def _write_vocabularies(directory: pathlib.Path, signature: Signature, data_dir:
         if rule.ids != "vocabulary":
             continue
         path = existing_file(data_dir / "vocabularies", table, names_of[table], ".parquet")
+        checked(data_dir, f"vocabularies/{path.name}")
         try:
             values = pq.read_table(path, columns=["value"])["value"].combine_chunks()
         except (OSError, ValueError, KeyError) as error:

@@ -1,19 +1,18 @@
 """An exported model in a process of its own: jax and numpy, no training code, no flags."""
 
 import dataclasses
-import functools
 import pathlib
+import re
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
-import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 from jax import export as jax_export
 
-from dlrm_jax.config import ConfigError, ModelConfig, how_to_install, model_from_dict
+from dlrm_jax.config import ConfigError, how_to_install, require
+from dlrm_jax.data.schema.schema_io import from_dict as schema_from_dict
 from dlrm_jax.data.values.vocabulary import Vocabulary
 from dlrm_jax.host import memory
 from dlrm_jax.serving.artifact import signature as signatures
@@ -21,15 +20,10 @@ from dlrm_jax.serving.artifact.errors import BadRequest
 from dlrm_jax.serving.artifact.signature import EMPTY_SLOT, Signature
 from dlrm_jax.serving.artifact.store import Version, open_version
 from dlrm_jax.serving.artifact.transform import Reader
+from dlrm_jax.serving.artifact.weights import ArrayFile, read_index, read_weights, require_fitting_files
 
 BATCH_SIZES = (1, 4, 16, 64, 128, 256, 512, 1024, 2048)
 """Batches are filled up to the next of these; larger ones are cut."""
-
-_PIECE_BYTES = 1 << 26
-"""What is read of a table's files at a time."""
-
-_POOLING_WEIGHTS = "/pooling_weights"
-"""Suffix of such an array's name (layout.py, which serving does not import)."""
 
 SELF_CHECK_TOLERANCE = 1e-4
 """Probabilities of another device may differ so much from those at export; on the same kind it is about 1e-7."""
@@ -43,6 +37,7 @@ class Program:
             exported = jax_export.deserialize(bytearray(serialized))
         except ImportError:
             raise ConfigError(f"reading StableHLO needs flatbuffers: {how_to_install('serve')}") from None
+        _require_harmless(exported.mlir_module())
         self.serialized, self._call = serialized, jax.jit(exported.call)
         self._compiled: dict[int, Any] = {}
         self._lock = threading.Lock()
@@ -55,6 +50,19 @@ class Program:
                 ids = jax.ShapeDtypeStruct((size, num_slots), np.int32)
                 self._compiled[size] = self._call.lower(weights, dense, ids).compile()
             return self._compiled[size]
+
+
+_HARMFUL = re.compile(
+    r"(?:stablehlo|mhlo)\.(?:infeed|outfeed|send|recv)\b|custom_call(?! @shape_assertion\()[^(]{0,60}"
+)
+"""What no export contains: what waits for others, and functions of this process, given any pointer."""
+
+
+def _require_harmless(module: str) -> None:
+    found = _HARMFUL.search(module)
+    require(
+        found is None, f"program.stablehlo has {found[0] if found else ''!r}, which no export contains; export anew"
+    )
 
 
 class Engine(Protocol):
@@ -80,7 +88,7 @@ class OneDevice:
     def __init__(self, version: Version, like: Engine | None = None) -> None:
         """Read a version's weights; the compiled program of `like` is kept where it is the same."""
         self._weights = read_weights(version)
-        program = (version.directory / "program.stablehlo").read_bytes()
+        program = version.path("program.stablehlo").read_bytes()
         self._shapes = {name: (value.shape, value.dtype) for name, value in self._weights.items()}
         known = like if isinstance(like, OneDevice) and like._shapes == self._shapes else None
         same = known is not None and known._program.serialized == program
@@ -119,6 +127,7 @@ class Servable:
         """Read a version. What was compiled for `like`, another version's Servable, is kept where it is the same."""
         self.version = version
         self.signature: Signature = signatures.from_dict(version.read_json("signature.json"))
+        require_fitting_files(version, self.signature)
         self.metrics: dict[str, Any] = version.read_json("metrics.json")
         self._limit_K = np.repeat(
             [f.rows for f in self.signature.features], [f.hotness for f in self.signature.features]
@@ -126,7 +135,8 @@ class Servable:
         self._engine = make_engine(version, like._engine if like is not None else None)
         multiple = self._engine.batch_multiple
         self.batch_sizes = tuple(sorted({-(-size // multiple) * multiple for size in batch_sizes}))
-        self.reader = Reader(self.signature, _read_vocabularies(version), max_bag)
+        self.reader = Reader(self.signature, _read_vocabularies(version, self.signature), max_bag)
+        version.require_unchanged()
 
     def warm_up(self) -> None:
         """Compile every batch size and run it once, so that nothing is compiled later."""
@@ -138,7 +148,7 @@ class Servable:
 
     def self_check(self) -> float:
         """The largest difference from the probabilities noted at export; ConfigError beyond the tolerance."""
-        with np.load(self.version.directory / "self_check.npz") as noted:
+        with np.load(self.version.path("self_check.npz")) as noted:
             got = self.score(noted["dense"], noted["ids"]).probability
             difference = float(np.abs(got - noted["probability"]).max(initial=0.0))
         if not difference <= SELF_CHECK_TOLERANCE:
@@ -159,7 +169,10 @@ class Servable:
 
     def checked(self, dense_BxN: Any, ids_BxK: Any) -> tuple[np.ndarray, np.ndarray]:
         """Inputs as float32 and int32 arrays, every number usable."""
-        dense_BxN, ids_BxK = np.asarray(dense_BxN), np.asarray(ids_BxK)
+        try:
+            dense_BxN, ids_BxK = np.asarray(dense_BxN), np.asarray(ids_BxK)
+        except ValueError as error:  # Lists of several lengths.
+            raise BadRequest(f"dense and ids must be arrays: {error}") from None
         num_dense, num_slots = len(self.signature.dense_names), self.signature.num_slots
         if dense_BxN.ndim != 2 or dense_BxN.shape[1] != num_dense:
             raise BadRequest(f"dense has shape {list(dense_BxN.shape)}; expected [rows, {num_dense}]")
@@ -169,6 +182,8 @@ class Servable:
             raise BadRequest(f"dense has {len(dense_BxN)} rows, ids {len(ids_BxK)}")
         if not np.issubdtype(ids_BxK.dtype, np.integer):
             raise BadRequest(f"ids are {ids_BxK.dtype}; they must be integers")
+        if dense_BxN.dtype.kind not in "fiu":
+            raise BadRequest(f"dense is {dense_BxN.dtype}; it must be numbers")
         if dense_BxN.dtype != np.float32:
             with np.errstate(over="ignore"):
                 dense_BxN = dense_BxN.astype(np.float32)
@@ -223,43 +238,6 @@ def load(
     return Servable(open_version(pathlib.Path(model_dir), version), batch_sizes, make_engine=make_engine)
 
 
-def read_weights(version: Version) -> dict[str, jax.Array]:
-    """All arrays of `weights.json` on the first device; large ones go there piece by piece."""
-    weights = {}
-    for name, facts in version.read_json("weights.json").items():
-        shapes = [read_array(version, file, facts["dtype"]).shape for file in facts["files"]]
-        rows, row_shape = sum(shape[0] for shape in shapes), shapes[0][1:]
-        piece = max(1, _PIECE_BYTES // max(1, np.dtype(facts["dtype"]).itemsize * int(np.prod(row_shape))))
-        if rows <= piece:
-            weights[name] = jax.device_put(_rows_of(version, facts, shapes, 0, rows))
-            continue
-        array = jnp.zeros((rows, *row_shape), facts["dtype"])
-        for start in range(0, rows, piece):
-            start = min(start, rows - piece)  # The last piece is as long as the others: they share a program.
-            # One at a time, or all that are waiting would be in memory.
-            array = jax.block_until_ready(_put(array, _rows_of(version, facts, shapes, start, piece), start))
-        weights[name] = array
-    return weights
-
-
-def _rows_of(
-    version: Version, facts: dict[str, Any], shapes: list[tuple[int, ...]], start: int, count: int
-) -> np.ndarray:
-    """Rows of an array whose files lie one below the other. Each is mapped for so long only."""
-    parts, first = [], 0
-    for file, shape in zip(facts["files"], shapes, strict=True):
-        inside = slice(max(0, start - first), max(0, start + count - first))
-        if inside.start < shape[0] and inside.stop > 0:
-            parts.append(np.array(read_array(version, file, facts["dtype"])[inside]))
-        first += shape[0]
-    return parts[0] if len(parts) == 1 else np.concatenate(parts)
-
-
-@functools.partial(jax.jit, donate_argnums=0)
-def _put(array: jax.Array, piece: jax.Array, start: jax.Array) -> jax.Array:
-    return jax.lax.dynamic_update_slice_in_dim(array, piece, start, axis=0)
-
-
 def require_room(version: Version, on_host: bool | None, oversubscribe: bool) -> tuple[str, str]:
     """ConfigError where a version's files are more than the memory holds that they are read into.
 
@@ -267,13 +245,10 @@ def require_room(version: Version, on_host: bool | None, oversubscribe: bool) ->
     """
     on_host = jax.devices()[0].platform == "cpu" if on_host is None else on_host
     sizes = {}
-    for facts in version.read_json("weights.json").values():
-        for i, file in enumerate(facts["files"]):
-            sizes[f"table {facts['tables'][i]!r}" if "tables" in facts else file] = _bytes(version, file)
-    words = 0
-    if (version.directory / "vocabularies.json").is_file():
-        files = [file for names in version.read_json("vocabularies.json").values() for file in names]
-        words = sum(_bytes(version, file) for file in files)
+    for stored in read_index(version).values():
+        for i, file in enumerate(stored.files):
+            sizes[f"table {stored.tables[i]!r}" if stored.tables else file] = version.path(file).stat().st_size
+    words = sum(version.path(file).stat().st_size for files in _vocabulary_files(version).values() for file in files)
     largest, weights = max(sizes, key=lambda name: sizes[name]), sum(sizes.values())
     holder = f"{largest} ({memory.gigabytes(sizes[largest])})"
     what, remedy = f"serving {version.directory}", "an export with --tables=bfloat16, int8 or int4"
@@ -288,61 +263,40 @@ def require_room(version: Version, on_host: bool | None, oversubscribe: bool) ->
     return f"{largest} ({memory.gigabytes(sizes[largest])})", remedy
 
 
-def _bytes(version: Version, file: str) -> int:
-    return (version.directory / file).stat().st_size
+def _vocabulary_files(version: Version) -> dict[str, list[str]]:
+    """The files of each table's vocabulary: keys, and where they are hashes a second one."""
+    index = version.read_json("vocabularies.json") if version.has("vocabularies.json") else {}
+    lists = isinstance(index, dict) and all(
+        isinstance(files, list) and len(files) in (1, 2) for files in index.values()
+    )
+    require(lists, f"{version.directory}/vocabularies.json names no files; export anew")
+    return index
 
 
-def read_model(version: Version) -> tuple[ModelConfig, float]:
-    """The model's configuration, and the threshold of its probabilities."""
-    try:
-        values = version.read_json("model.json")
-        return model_from_dict(values["model"]), values["loss_threshold"]
-    except FileNotFoundError:
-        raise ConfigError(
-            f"{version.directory} has no model.json, which --mesh and native kernels need; export it anew"
-        ) from None
-
-
-def read_dense(version: Version) -> dict[str, np.ndarray]:
-    """Weights that are no table's, by name."""
-    arrays = version.read_json("weights.json")
-    dense = {name: facts for name, facts in arrays.items() if "tables" not in facts}
-    return {name: read_array(version, facts["files"][0], facts["dtype"]) for name, facts in dense.items()}
-
-
-class TableFiles:
-    """Where an export's tables lie, how they are stored (`kind`, quantise.TABLE_TYPES) and how wide they are."""
-
-    def __init__(self, version: Version) -> None:
-        self._version = version
-        signature = version.read_json("signature.json")
-        self.kind, self.embedding_dim = signature["kind"], signature["embedding_dim"]
-        self._file_of: dict[str, tuple[str, str]] = {}
-        for facts in version.read_json("weights.json").values():
-            for table, file in zip(facts.get("tables", ()), facts["files"], strict=False):
-                self._file_of[table] = (file, facts["dtype"])
-
-    def stored(self, table: str) -> np.ndarray:
-        """A table's rows as they are stored, mapped and not read."""
-        return read_array(self._version, *self._file_of[table])
-
-    def pooling_weights(self, table: str) -> np.ndarray:
-        """(rows, 1) float32: what each row is multiplied with, where that was learned."""
-        return self.stored(table + _POOLING_WEIGHTS)
-
-
-def read_array(version: Version, file: str, dtype: str) -> np.ndarray:
-    """An array of a version, mapped and not read."""
-    array = np.load(version.directory / file, mmap_mode="r", allow_pickle=False)
-    return array.view(ml_dtypes.bfloat16) if dtype == "bfloat16" else array
-
-
-def _read_vocabularies(version: Version) -> dict[str, Vocabulary]:
-    if not (version.directory / "vocabularies.json").is_file():
-        return {}
+def _read_vocabularies(version: Version, signature: Signature) -> dict[str, Vocabulary]:
+    rows = {feature.table: feature.rows for feature in signature.features}
     out = {}
-    for table, files in version.read_json("vocabularies.json").items():
-        columns = [np.load(version.directory / file, allow_pickle=False) for file in files]
-        out[table] = Vocabulary(table, checked=len(columns) == 2)
-        out[table].extend(*columns)
+    for table, files in _vocabulary_files(version).items():
+        stored = [ArrayFile(version, file, "uint64") for file in files]
+        sizes = {column.shape for column in stored}
+        fits = sizes == {stored[0].shape[:1]} and stored[0].shape[0] <= rows.get(table, -1)
+        require(fits, f"{version.directory}: the vocabulary of table {table!r} does not fit its rows; export anew")
+        out[table] = Vocabulary(table, checked=len(stored) == 2)
+        out[table].extend(*(column.rows(0, column.shape[0]) for column in stored))
+    _require_fitting_schema(version, signature, out)
     return out
+
+
+def _require_fitting_schema(version: Version, signature: Signature, vocabularies: Mapping[str, Vocabulary]) -> None:
+    """ConfigError where the rules of raw values make other inputs than the model takes."""
+    if signature.schema is None:
+        return
+    schema = schema_from_dict(dict(signature.schema), f"{version.directory}/signature.json")
+    ours = [(feature.name, feature.table, feature.hotness) for feature in signature.features]
+    statistics = signature.dense_statistics or {}
+    whole = ours == [(sparse.name, sparse.table_name, sparse.hotness) for sparse in schema.sparse]
+    dense = tuple(dense.name for dense in schema.dense)
+    whole &= signature.dense_names in (dense, dense or ("constant",))  # Without numbers there was a constant once.
+    whole &= all(dense.name in statistics for dense in schema.dense if dense.needs_statistics)
+    whole &= all(sparse.table_name in vocabularies for sparse in schema.sparse if sparse.ids == "vocabulary")
+    require(whole, f"{version.directory}: signature.json's schema is not of its inputs; export anew")

@@ -15,11 +15,12 @@ import jax
 import numpy as np
 
 from dlrm_jax.config import ConfigError, ModelConfig
-from dlrm_jax.serving.artifact.loaded import Engine, TableFiles, read_dense, read_model
+from dlrm_jax.serving.artifact.loaded import Engine
+from dlrm_jax.serving.artifact.signature import TABLE_TYPES
 from dlrm_jax.serving.artifact.store import Version
+from dlrm_jax.serving.artifact.weights import ArrayFile, TableFiles, read_dense, read_model
 from dlrm_jax.tables.kernels import build
 
-_KINDS = ("float32", "bfloat16", "int8", "int4")
 _INTERACTIONS = ("dot", "cat", "cross")
 _OPTIONS = ("-ffp-contract=fast", "-pthread")
 _ALIGNMENT = 64
@@ -27,19 +28,27 @@ _CPU_QUOTA = pathlib.Path("/sys/fs/cgroup/cpu.max")
 _POINTER, _INT = ctypes.c_void_p, ctypes.c_int64
 
 
+class _Array(ctypes.Structure):
+    _fields_ = (
+        ("data", _POINTER),
+        *((name, _INT) for name in ("type", "rows", "columns", "row_stride", "column_stride")),
+    )
+
+
 class _Layer(ctypes.Structure):
-    _fields_ = (("panels", _POINTER), ("bias", _POINTER), ("inputs", _INT), ("outputs", _INT), ("relu", _INT))
+    _fields_ = (("panels", _Array), ("bias", _Array), ("inputs", _INT), ("outputs", _INT), ("relu", _INT))
 
 
 class _Feature(ctypes.Structure):
-    _fields_ = (("rows", _POINTER), ("weights", _POINTER), ("num_rows", _INT), ("hotness", _INT), ("mean", _INT))
+    _fields_ = (("rows", _Array), ("weights", _Array), ("hotness", _INT), ("mean", _INT))
 
 
 class _Model(ctypes.Structure):
     _fields_ = (
-        *((name, _INT) for name in ("num_dense", "num_slots", "width", "kind", "row_bytes", "interaction")),
-        *((name, _INT) for name in ("self_interaction", "num_features", "num_bottom", "num_cross", "num_top")),
-        *((name, _POINTER) for name in ("features", "feature_of_slot", "bottom", "cross", "top")),
+        *((name, _INT) for name in ("num_dense", "num_slots", "width", "kind", "interaction", "self_interaction")),
+        *((name, _INT) for name in ("num_features", "num_bottom", "num_cross", "num_top")),
+        ("feature_of_slot", _Array),
+        *((name, _POINTER) for name in ("features", "bottom", "cross", "top")),
         ("threshold", ctypes.c_float),
     )
 
@@ -48,8 +57,9 @@ class _Model(ctypes.Structure):
 def _library() -> ctypes.CDLL:
     library = ctypes.CDLL(str(build.built(build.SCORE, _OPTIONS)))
     library.dlrm_panel.restype = _INT
-    library.dlrm_score.argtypes = (*[_POINTER] * 3, *[_INT] * 2, *[_POINTER] * 2)
-    library.dlrm_score.restype = None
+    library.dlrm_wrong.argtypes, library.dlrm_wrong.restype = (_POINTER,), ctypes.c_char_p
+    library.dlrm_score.argtypes = (_POINTER, *[ctypes.POINTER(_Array)] * 3, _INT)
+    library.dlrm_score.restype = ctypes.c_char_p
     return library
 
 
@@ -80,32 +90,43 @@ class NativeCpu:
         self._threads = threads or _num_cores()
         self._kept: list[Any] = []
         self._num_dense, self._num_slots = model.num_dense, model.num_slots
-        self._model = self._describe(version, model, threshold)
+        try:
+            self._model = self._describe(version, model, threshold)
+        except (LookupError, ValueError, TypeError) as error:
+            raise ConfigError(
+                f"{version.directory}: model.json and the weights do not fit together: {error}; export anew"
+            ) from error
 
     def run(self, dense_BxN: np.ndarray, ids_BxK: np.ndarray) -> Sequence[np.ndarray]:
         """(probability_B, logit_B) of float32 and int32 arrays. TypeError for others, or of other shapes."""
-        rows = len(dense_BxN)
-        dense = _usable("dense", dense_BxN, np.float32, (rows, self._num_dense))
-        ids = _usable("ids", ids_BxK, np.int32, (rows, self._num_slots))
+        arrays = {"dense": _in_one_piece(dense_BxN), "ids": _in_one_piece(ids_BxK)}
+        rows = len(arrays["dense"])
         out_2xB = np.empty((2, rows), np.float32)
-        out = _address(out_2xB)
-        self._score(self._model, _address(dense), _address(ids), rows, self._threads, out, out + out_2xB.strides[0])
-        return out_2xB[0], out_2xB[1]
+        described = [_described(array) for array in (*arrays.values(), out_2xB)]
+        wrong = self._score(self._model, *described, self._threads)
+        if wrong is None:
+            return out_2xB[0], out_2xB[1]
+        if wrong == b"memory":
+            raise MemoryError("no memory for a batch's activations")
+        name = wrong.decode()
+        array, dtype = arrays[name], {"dense": "float32", "ids": "int32"}[name]
+        expected = [rows, {"dense": self._num_dense, "ids": self._num_slots}[name]]
+        raise TypeError(f"{name}: {array.dtype}{list(array.shape)}; expected {dtype}{expected}")
 
     def _describe(self, version: Version, model: ModelConfig, threshold: float) -> int:
         """The address of what score.cc calls a Model; all that it points to is kept."""
         files, dense = TableFiles(version), read_dense(version)
-        features, row_bytes = self._features(files, model)
+        features = self._features(files, model)
         bottom = self._mlp(dense, "bottom_mlp", len(model.bottom_mlp), final_relu=True)
         top = self._mlp(dense, "top_mlp", len(model.top_mlp), final_relu=False)
         cross = self._cross(dense, model.interaction.options.get("cross_layers", 0))
         hotness = [feature.hotness for feature in model.features]
+        feature_of_slot = np.repeat(np.arange(len(hotness), dtype=np.int64), hotness)
         described = _Model(
             num_dense=model.num_dense,
             num_slots=model.num_slots,
             width=model.embedding_dim,
-            kind=_KINDS.index(files.kind),
-            row_bytes=row_bytes,
+            kind=TABLE_TYPES.index(files.kind),
             interaction=_INTERACTIONS.index(model.interaction.name),
             self_interaction=model.interaction.options.get("self_interaction", False),
             num_features=len(features),
@@ -113,32 +134,33 @@ class NativeCpu:
             num_cross=len(cross),
             num_top=len(top),
             features=self._address_of(features),
-            feature_of_slot=_address(self._keep(np.repeat(np.arange(len(hotness), dtype=np.int64), hotness))),
+            feature_of_slot=_described(self._keep(feature_of_slot[None])),
             bottom=self._address_of(bottom),
             cross=self._address_of(cross),
             top=self._address_of(top),
             threshold=threshold,
         )
-        return self._address_of(described)
+        address = self._address_of(described)
+        wrong = _library().dlrm_wrong(address)
+        if wrong is not None:
+            raise ValueError(f"{wrong.decode()}, of which a size or a type is another")
+        return address
 
-    def _features(self, files: TableFiles, model: ModelConfig) -> tuple[ctypes.Array[_Feature], int]:
-        """What score.cc calls Features, and the bytes of a row."""
+    def _features(self, files: TableFiles, model: ModelConfig) -> ctypes.Array[_Feature]:
         rows = {table.name: self._keep(files.stored(table.name)) for table in model.tables}
         weights = {}
         if model.learned_pooling:
             weights = {table.name: self._keep(files.pooling_weights(table.name)) for table in model.tables}
         features = [
             _Feature(
-                rows=_address(rows[feature.table]),
-                weights=_address(weights[feature.table]) if weights else None,
-                num_rows=len(rows[feature.table]),
+                rows=_described(rows[feature.table]),
+                weights=_described(weights[feature.table]) if weights else _Array(),
                 hotness=feature.hotness,
                 mean=feature.pooling == "mean",
             )
             for feature in model.features
         ]
-        table = rows[model.tables[0].name]
-        return (_Feature * len(features))(*features), table.shape[1] * table.itemsize
+        return (_Feature * len(features))(*features)
 
     def _mlp(self, dense: dict[str, np.ndarray], name: str, depth: int, final_relu: bool) -> ctypes.Array[_Layer]:
         layers = []
@@ -159,16 +181,20 @@ class NativeCpu:
         inputs, outputs = kernel.shape
         padding = -outputs % panel
         columns = np.pad(kernel, ((0, 0), (0, padding))).reshape(inputs, -1, panel)
-        panels = self._keep(columns.transpose(1, 0, 2))
-        padded_bias = self._keep(np.pad(bias, (0, padding)))
-        return _Layer(_address(panels), _address(padded_bias), inputs, outputs, relu)
+        panels = self._keep(columns.transpose(1, 0, 2).reshape(-1, panel))
+        padded_bias = self._keep(np.pad(bias, (0, -bias.size % panel))[None])
+        return _Layer(_described(panels), _described(padded_bias), inputs, outputs, relu)
 
-    def _keep(self, array: np.ndarray) -> np.ndarray:
+    def _keep(self, array: np.ndarray | ArrayFile) -> np.ndarray:
         """A copy at the start of a cache line, which this object holds; NumPy puts large ones on huge pages."""
-        memory = np.empty(array.nbytes + _ALIGNMENT, np.uint8)
+        size = math.prod(array.shape) * array.dtype.itemsize
+        memory = np.empty(size + _ALIGNMENT, np.uint8)
         first = -_address(memory) % _ALIGNMENT
-        copy = memory[first : first + array.nbytes].view(array.dtype).reshape(array.shape)
-        copy[...] = array
+        copy = memory[first : first + size].view(array.dtype).reshape(array.shape)
+        if isinstance(array, ArrayFile):
+            array.read_into(copy)
+        else:
+            copy[...] = array
         self._kept.append(copy)
         return copy
 
@@ -178,11 +204,16 @@ class NativeCpu:
         return ctypes.addressof(value)
 
 
-def _usable(name: str, array: np.ndarray, dtype: Any, shape: tuple[int, int]) -> np.ndarray:
-    """The array in one piece; its memory is read unseen."""
-    if array.dtype != dtype or array.shape != shape:
-        raise TypeError(f"{name}: {array.dtype}{list(array.shape)}; expected {np.dtype(dtype)}{list(shape)}")
+def _in_one_piece(array: Any) -> np.ndarray:
+    array = np.asarray(array)
     return array if array.flags.c_contiguous and array.flags.aligned else array.copy(order="C")
+
+
+def _described(array: np.ndarray) -> _Array:
+    """An array as score.cc is told of it, which decides whether to read it; who calls holds it."""
+    bits = array.view(np.uint16) if array.dtype.name == "bfloat16" else array
+    sizes = (*bits.shape, *bits.strides) if bits.ndim == 2 else (-1, -1, 0, 0)
+    return _Array(_address(bits), int.from_bytes(bits.dtype.str.encode()[:7], "little"), *sizes)
 
 
 def _address(array: np.ndarray) -> int:

@@ -22,9 +22,10 @@ from dlrm_jax.planning.cost import Load
 from dlrm_jax.planning.hardware import of_device
 from dlrm_jax.planning.planner import Setting, auto_plan
 from dlrm_jax.serving.artifact.export import nested
-from dlrm_jax.serving.artifact.loaded import Engine, TableFiles, read_dense, read_model
+from dlrm_jax.serving.artifact.loaded import Engine
 from dlrm_jax.serving.artifact.quantise import BITS, dequantise_rows
 from dlrm_jax.serving.artifact.store import Version
+from dlrm_jax.serving.artifact.weights import TableFiles, read_dense, read_model
 from dlrm_jax.tables import reshard
 from dlrm_jax.tables.exchange import array_specs
 from dlrm_jax.training.options import AUTO, ShardingOptions, place
@@ -136,7 +137,7 @@ class _Rows:
         """(count, columns) float32: rows first, first + step, ... of a table."""
         files = self._files
         array = files.pooling_weights(table) if kind.weights else files.stored(table)
-        rows = np.asarray(array[first : first + step * (count - 1) + 1 : step])
+        rows = array.rows(first, first + step * (count - 1) + 1, step)
         if files.kind in BITS and not kind.weights:
             return np.asarray(
                 dequantise_rows(jnp.asarray(rows), BITS[files.kind], self._model.table(table).embedding_dim)

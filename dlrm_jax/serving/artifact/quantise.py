@@ -19,9 +19,10 @@ import ml_dtypes
 import numpy as np
 
 from dlrm_jax.config import ConfigError
+from dlrm_jax.serving.artifact import signature
 from dlrm_jax.tables.pooling import read_rows
 
-TABLE_TYPES = ("float32", "bfloat16", "int8", "int4")
+TABLE_TYPES = signature.TABLE_TYPES
 BITS = {"int8": 8, "int4": 4}
 HEADERS = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 

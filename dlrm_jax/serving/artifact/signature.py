@@ -3,7 +3,10 @@
 import dataclasses
 from typing import Any
 
-from dlrm_jax.config import ConfigError
+from dlrm_jax.config import ConfigError, require, require_choice, require_unique
+
+TABLE_TYPES = ("float32", "bfloat16", "int8", "int4")
+"""How tables are stored (quantise.py)."""
 
 OUTPUTS = ("probability", "logit")
 EMPTY_SLOT = -1
@@ -51,10 +54,30 @@ class Signature:
         return dataclasses.asdict(self)
 
 
-def from_dict(values: dict[str, Any]) -> Signature:
-    """The inverse of `to_dict`, through JSON."""
+def from_dict(values: Any) -> Signature:
+    """The inverse of `to_dict`, through JSON; ConfigError for what no export would write."""
     try:
         features = tuple(ServedFeature(**feature) for feature in values["features"])
-        return Signature(**{**values, "features": features, "dense_names": tuple(values["dense_names"])})
+        signature = Signature(**{**values, "features": features, "dense_names": tuple(values["dense_names"])})
     except (KeyError, TypeError) as error:
         raise ConfigError(f"signature.json is not a model's: {error}; export anew") from error
+    _check("embedding_dim", signature.embedding_dim, 1, 2**31)
+    for feature in features:
+        for name, most in (("hotness", 2**31), ("rows", 2**31)):
+            _check(f"feature {feature.name!r}: {name}", getattr(feature, name), 1, most)
+    texts = [signature.name, signature.kind, *signature.dense_names]
+    texts += [text for feature in features for text in (feature.name, feature.table, feature.pooling)]
+    for text in texts:
+        require(isinstance(text, str), f"signature.json is not a model's: {text!r} is no name; export anew")
+    for field in ("schema", "dense_statistics"):
+        fits = getattr(signature, field) is None or isinstance(getattr(signature, field), dict)
+        require(fits, f"signature.json is not a model's: {field} has no names; export anew")
+    require_choice("signature.json: kind", signature.kind, TABLE_TYPES)
+    require_unique("signature.json: dense", list(signature.dense_names))
+    require_unique("signature.json: feature", [feature.name for feature in features])
+    return signature
+
+
+def _check(what: str, value: Any, least: int, most: int) -> None:
+    whole = isinstance(value, int) and not isinstance(value, bool) and least <= value < most
+    require(whole, f"signature.json is not a model's: {what} is {value!r:.40}; export anew")

@@ -2,11 +2,13 @@
 
 import dataclasses
 import hashlib
+import io
 import json
 import logging
 import os
 import pathlib
 import shutil
+import stat
 import tempfile
 from collections.abc import Callable
 from typing import Any
@@ -19,17 +21,45 @@ FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 
 
+_MOST_JSON_BYTES = 256 << 20
+
+
 @dataclasses.dataclass(frozen=True)
 class Version:
-    """A version whose files are as its manifest says."""
+    """A version whose files are as its manifest says, at the time when it was opened."""
 
     number: int
     directory: pathlib.Path
     manifest: dict[str, Any]
+    seen: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    """What tells of each checked file that it was changed since."""
+
+    def has(self, name: str) -> bool:
+        """Whether there is such a file; of one that is still being written there is no manifest yet."""
+        files = self.manifest.get("files")
+        return (files is None or name in files) and (self.directory / name).is_file()
+
+    def path(self, name: str) -> pathlib.Path:
+        """Where a file lies; ConfigError for one that the manifest does not name, and that nobody checked."""
+        path = self.directory / name
+        if not self.has(name):
+            raise ConfigError(f"{path} is not in the manifest, or missing; export the model anew")
+        return path
 
     def read_json(self, name: str) -> Any:
         """A JSON file of the version."""
-        return json.loads((self.directory / name).read_text())
+        return _read_json(self.path(name))
+
+    def require_unchanged(self) -> None:
+        """ConfigError for a file that was changed since its hash was taken: what was read of it is not known."""
+        for name, then in self.seen.items():
+            path = self.directory / name
+            try:
+                now = _identity(path.stat())
+            except OSError:
+                now = ()
+            if now != then:
+                raise ConfigError(f"{path} was changed while it was read; export the model anew")
 
 
 def write_version(model_dir: pathlib.Path, write: Callable[[pathlib.Path], None], facts: dict[str, Any]) -> Version:
@@ -101,7 +131,7 @@ def newest_whole(model_dir: pathlib.Path, below: int | None = None) -> tuple[Ver
             continue
         try:
             return open_version(model_dir, number), refused
-        except (ConfigError, OSError) as error:
+        except (ValueError, OSError) as error:
             refused[number] = " ".join(str(error).split())
     if not refused:
         raise ConfigError(f"{model_dir} holds no model version; python -m dlrm_jax.export --out={model_dir} writes one")
@@ -122,25 +152,26 @@ def open_version(model_dir: pathlib.Path, number: int | None = None) -> Version:
     if number not in known:
         raise ConfigError(f"{model_dir} has no version {number}; it has {', '.join(map(str, known))}")
     directory = model_dir / str(number)
-    manifest = _read_manifest(directory / MANIFEST)
+    manifest, seen = _read_manifest(directory / MANIFEST), {}
     for name, facts in manifest["files"].items():
         path = directory / name
         if not path.is_file():
             raise ConfigError(f"{path} is missing; export the model anew")
+        seen[name] = _identity(path.stat())
         if path.stat().st_size != facts["bytes"]:
             raise ConfigError(f"{path} has {path.stat().st_size} bytes, not {facts['bytes']}; export the model anew")
         if _sha256(path) != facts["sha256"]:
             raise ConfigError(f"{path} was changed: its SHA-256 is not the manifest's; export the model anew")
-    return Version(number, directory, manifest)
+    version = Version(number, directory, manifest, seen)
+    version.require_unchanged()
+    return version
 
 
 def _read_manifest(path: pathlib.Path) -> dict[str, Any]:
+    manifest = _read_json(path)
     try:
-        manifest = json.loads(path.read_text())
         found = manifest["format_version"]
         files = {str(name): (facts["bytes"], facts["sha256"]) for name, facts in manifest["files"].items()}
-    except FileNotFoundError:
-        raise ConfigError(f"{path} is missing; export the model anew") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{path} is not a manifest: {' '.join(str(error).split())}; export the model anew") from error
     if found != FORMAT_VERSION:
@@ -150,8 +181,36 @@ def _read_manifest(path: pathlib.Path) -> dict[str, Any]:
     return manifest
 
 
+def _read_json(path: pathlib.Path) -> Any:
+    try:
+        with open_regular(path) as file:
+            text = file.read(_MOST_JSON_BYTES + 1)
+        if len(text) > _MOST_JSON_BYTES:
+            raise ConfigError(f"{path} has more than {_MOST_JSON_BYTES} bytes; export the model anew")
+        return json.loads(text)
+    except FileNotFoundError:
+        raise ConfigError(f"{path} is missing; export the model anew") from None
+    except (OSError, ValueError, RecursionError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"{path} is not a whole file of JSON: {' '.join(str(error).split())}; export anew") from error
+
+
+def open_regular(path: pathlib.Path) -> io.BufferedReader:
+    """A file for reading; ConfigError for a pipe or a device, whose end might never come."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise ConfigError(f"{path} is not a regular file; export the model anew")
+    return os.fdopen(descriptor, "rb")
+
+
+def _identity(facts: os.stat_result) -> tuple[int, ...]:
+    return facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns
+
+
 def _sha256(path: pathlib.Path) -> str:
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -4,8 +4,9 @@ import asyncio
 import contextlib
 import logging
 import pathlib
+import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 from dlrm_jax.config import ConfigError, differences, tell
 from dlrm_jax.serving.artifact.loaded import Servable
@@ -13,6 +14,11 @@ from dlrm_jax.serving.artifact.store import Version, newest_whole, open_version,
 from dlrm_jax.serving.http.telemetry import Telemetry, log
 
 Loader = Callable[[Version, Servable | None], Servable]
+Result = TypeVar("Result")
+
+_LOAD_SECONDS = 300.0
+_LOAD_BYTES_PER_SECOND = 20e6
+"""A version that is not ready by then never will be: what the slowest disk and the slowest compilation take."""
 
 
 class Repository:
@@ -60,8 +66,8 @@ class Repository:
             self._look.clear()
             try:
                 await self._reload()
-            except Exception as error:  # As a directory that is gone, or no more open files: look again later.
-                log("look_failed", level=logging.WARNING, error=repr(error))
+            except Exception as error:  # As a directory that goes while it is read: the present version goes on.
+                log("look_failed", level=logging.WARNING, reason=" ".join(str(error).split()) or repr(error))
 
     async def _reload(self) -> None:
         current = self.current
@@ -72,7 +78,7 @@ class Repository:
             if self._tried.get(number) == state:
                 continue
             try:
-                self._take(await asyncio.to_thread(self._open, number, current))
+                self._take(await _in_time(self._model_dir / str(number), self._open, number, current))
                 self.refused = {refused: why for refused, why in self.refused.items() if refused > number}
                 return
             except Exception as error:  # Whatever is wrong with a new version, the present one goes on.
@@ -91,7 +97,7 @@ class Repository:
         while True:
             state = _state(first.directory)
             try:
-                return await asyncio.to_thread(self._ready, first, None)
+                return await _in_time(first.directory, self._ready, first, None)
             except Exception as error:
                 failure = failure or error
                 try:
@@ -120,6 +126,33 @@ class Repository:
         self.current = servable
         self._telemetry.loaded(servable.version.number)
         log("model_ready", model=servable.signature.name, version=servable.version.number)
+
+
+async def _in_time(directory: pathlib.Path, work: Callable[..., Result], *args: Any) -> Result:
+    """What `work` gives, on a thread that nobody waits for once its time, or this process, is over."""
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[Result] = loop.create_future()
+
+    def tell(take: Callable[[Any], None], what: Any) -> None:
+        def told() -> None:
+            if not future.done():
+                take(what)
+
+        with contextlib.suppress(RuntimeError):  # The loop is closed: nobody asks any more.
+            loop.call_soon_threadsafe(told)
+
+    def run() -> None:
+        try:
+            tell(future.set_result, work(*args))
+        except BaseException as error:
+            tell(future.set_exception, error)
+
+    threading.Thread(target=run, daemon=True, name=f"load {directory.name}").start()
+    seconds = _LOAD_SECONDS + sum(size for _, size, _ in _state(directory)) / _LOAD_BYTES_PER_SECOND
+    try:
+        return await asyncio.wait_for(future, seconds)
+    except TimeoutError:
+        raise ConfigError(f"{directory} was not ready after {seconds:.0f} s; export the model anew") from None
 
 
 def _state(directory: pathlib.Path) -> list[tuple[str, int, int]]:

@@ -6,6 +6,7 @@
 #include <atomic>
 #include <condition_variable>
 #include <cstdint>
+#include <exception>
 #include <memory>
 #include <mutex>
 #include <thread>
@@ -29,7 +30,10 @@ void InParallel(Pool& pool, int64_t threads, int64_t n, const Work& work) {
       if (++progress->done == n) progress->finished.notify_all();
     }
   };
-  for (int64_t i = 1; i < std::min(n, threads); ++i) pool.Schedule(decltype(run)(run));
+  try {
+    for (int64_t i = 1; i < std::min(n, threads); ++i) pool.Schedule(decltype(run)(run));
+  } catch (const std::exception&) {  // No memory for a task: those that are scheduled must still find `work`.
+  }
   run();
   // The rest is a part's time away at most, which is often less than sleeping and waking would take.
   for (int i = 0; i < kYields && progress->done < n; ++i) std::this_thread::yield();

@@ -8,11 +8,13 @@
 #include <pthread.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <condition_variable>
 #include <cstdint>
 #include <cstring>
 #include <deque>
+#include <exception>
 #include <functional>
 #include <mutex>
 #include <system_error>
@@ -51,25 +53,30 @@ enum Interaction : int64_t { kDot, kCat, kCross };
 // As serving/artifact/native.py has them.
 extern "C" {
 
+// What NumPy says of an array: where it lies, its dtype's `str` as a number (Type), numbers, and bytes between numbers.
+struct Array {
+  const void* data;
+  int64_t type, rows, columns, row_stride, column_stride;
+};
+
 // y = x W + b, W (in, out) in panels of kPanel columns, (in, kPanel) each; columns beyond `out`, and of the bias, are 0.
 struct Layer {
-  const float* panels;
-  const float* bias;
+  Array panels, bias;
   int64_t in, out, relu;
 };
 
 struct Feature {
-  const uint8_t* rows;   // row_bytes each, as quantise.py stores them
-  const float* weights;  // one a row, or null
-  int64_t num_rows, hotness, mean;
+  Array rows;     // as quantise.py stores them
+  Array weights;  // one a row, or without data
+  int64_t hotness, mean;
 };
 
 // `cross` has two layers, v and w, for each cross layer; num_cross counts both.
 struct Model {
-  int64_t num_dense, num_slots, width, kind, row_bytes, interaction, self_interaction;
+  int64_t num_dense, num_slots, width, kind, interaction, self_interaction;
   int64_t num_features, num_bottom, num_cross, num_top;
+  Array feature_of_slot;
   const Feature* features;
-  const int64_t* feature_of_slot;
   const Layer *bottom, *cross, *top;
   float threshold;
 };
@@ -80,17 +87,101 @@ namespace {
 
 inline int64_t Padded(int64_t columns) { return (columns + kPanel - 1) / kPanel * kPanel; }
 
+inline const float* Floats(const Array& array) { return static_cast<const float*>(array.data); }
+
+inline int64_t VectorsWidth(const Model& model) { return (model.num_features + 1) * model.width; }
+
+// Numbers of the top MLP's input.
+inline int64_t InteractionWidth(const Model& model) {
+  if (model.interaction != kDot) return VectorsWidth(model);
+  const int64_t vectors = model.num_features + 1;
+  return model.width + vectors * (vectors - 1) / 2 + (model.self_interaction ? vectors : 0);
+}
+
+// Numbers of a stored row, and bytes of each.
+inline int64_t RowColumns(const Model& model) {
+  return model.kind == kInt8 ? model.width + 4 : model.kind == kInt4 ? (model.width + 1) / 2 + 4 : model.width;
+}
+inline int64_t RowBytes(const Model& model) {
+  return RowColumns(model) * (model.kind == kFloat32 ? 4 : model.kind == kBfloat16 ? 2 : 1);
+}
+
+// What follows decides what may be read: whoever calls is not believed.
+
+constexpr int64_t Type(char order, char kind, char bytes) { return order | kind << 8 | bytes << 16; }
+constexpr int64_t kFloats = Type('<', 'f', '4'), kInts = Type('<', 'i', '4'), kLongs = Type('<', 'i', '8');
+constexpr int64_t kRowTypes[] = {kFloats, Type('<', 'u', '2'), Type('|', 'u', '1'), Type('|', 'u', '1')};
+constexpr int64_t kWidest = 1 << 20;  // So that no product of widths overflows.
+
+inline bool Within(int64_t value, int64_t least, int64_t most) { return least <= value && value <= most; }
+
+// Whether an array has so many numbers of that type, one behind the other.
+bool Holds(const Array& array, int64_t type, int64_t rows, int64_t columns) {
+  const int64_t bytes = (type >> 16) - '0';
+  if (array.type != type || array.rows != rows || array.columns != columns || rows < 0 || columns < 0) return false;
+  if (rows == 0 || columns == 0) return true;
+  return array.data != nullptr && reinterpret_cast<uintptr_t>(array.data) % bytes == 0 &&
+         (columns == 1 || array.column_stride == bytes) && (rows == 1 || array.row_stride == columns * bytes);
+}
+
+// Whether the layers take `in` numbers and give `out`.
+bool Chained(const Layer* layers, int64_t count, int64_t in, int64_t out) {
+  for (int64_t i = 0; i < count; in = layers[i++].out) {
+    const Layer& layer = layers[i];
+    if (layer.in != in || !Within(layer.out, 1, kWidest)) return false;
+    const int64_t columns = Padded(layer.out);
+    if (!Holds(layer.panels, kFloats, columns / kPanel * in, kPanel)) return false;
+    if (!Holds(layer.bias, kFloats, 1, columns)) return false;
+  }
+  return in == out;
+}
+
+// What is wrong with a model, or null.
+const char* Wrong(const Model& model) {
+  for (const int64_t count : {model.num_dense, model.width, model.num_features, model.num_bottom, model.num_top}) {
+    if (!Within(count, 1, kWidest)) return "its sizes";
+  }
+  if (!Within(model.num_cross, 0, kWidest) || model.num_cross % 2) return "its sizes";
+  if (!Within(model.kind, kFloat32, kInt4)) return "how its tables are stored";
+  if (!Within(model.interaction, kDot, kCross)) return "its interaction";
+  if (!(model.threshold >= 0 && model.threshold < 1)) return "its threshold";
+  if (!model.features || !model.bottom || !model.top || (model.num_cross && !model.cross)) return "its parts";
+  if (!Holds(model.feature_of_slot, kLongs, 1, model.num_slots)) return "its slots";
+  const auto* feature_of_slot = static_cast<const int64_t*>(model.feature_of_slot.data);
+  int64_t slot = 0;
+  for (int64_t f = 0; f < model.num_features; ++f) {
+    if (slot == model.num_slots || feature_of_slot[slot] != f) return "its slots";  // There may be no such feature.
+    const Feature& feature = model.features[f];
+    if (!Within(feature.hotness, 1, model.num_slots - slot)) return "its slots";
+    for (const int64_t end = slot + feature.hotness; slot < end; ++slot) {
+      if (feature_of_slot[slot] != f) return "its slots";
+    }
+    const int64_t rows = feature.rows.rows;
+    if (!Within(rows, 1, INT32_MAX) || !Holds(feature.rows, kRowTypes[model.kind], rows, RowColumns(model))) {
+      return "a table's rows";
+    }
+    if (feature.weights.data != nullptr && !Holds(feature.weights, kFloats, rows, 1)) return "a table's weights";
+  }
+  if (slot != model.num_slots) return "its slots";
+  if (!Chained(model.bottom, model.num_bottom, model.num_dense, model.width)) return "its bottom MLP";
+  for (int64_t i = 0; i < model.num_cross; i += 2) {
+    if (!Chained(model.cross + i, 2, VectorsWidth(model), VectorsWidth(model))) return "its cross layers";
+  }
+  if (!Chained(model.top, model.num_top, InteractionWidth(model), 1)) return "its top MLP";
+  return nullptr;
+}
+
 // R rows of x times P panels of the layer, from `panel` on.
 template <int R, int P>
 void Tile(const float* x, int64_t x_stride, const Layer& layer, int64_t panel, float* y, int64_t y_stride) {
   constexpr int kSums = 2 * P;
-  const float* weights = layer.panels + panel * layer.in * kPanel;
+  const float* weights = Floats(layer.panels) + panel * layer.in * kPanel;
   Lanes sums[R][kSums];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 8
     for (int j = 0; j < kSums; ++j) {
-      sums[r][j] = *reinterpret_cast<const Lanes*>(layer.bias + panel * kPanel + j * kLanes);
+      sums[r][j] = *reinterpret_cast<const Lanes*>(Floats(layer.bias) + panel * kPanel + j * kLanes);
     }
   }
   for (int64_t k = 0; k < layer.in; ++k) {
@@ -171,9 +262,10 @@ struct Scratch {
 class Block {
  public:
   Block(const Model& model, const float* dense, const int32_t* ids, int64_t rows)
-      : model_(model), dense_(dense), ids_(ids), rows_(rows), num_vectors_(model.num_features + 1),
-        vectors_width_(num_vectors_ * model.width) {
-    stride_ = Padded(InteractionWidth());  // And of layers: a tile writes whole panels.
+      : model_(model), feature_of_slot_(static_cast<const int64_t*>(model.feature_of_slot.data)), dense_(dense),
+        ids_(ids), rows_(rows), num_vectors_(model.num_features + 1), vectors_width_(VectorsWidth(model)),
+        row_bytes_(RowBytes(model)) {
+    stride_ = Padded(InteractionWidth(model));  // And of layers: a tile writes whole panels.
     for (int64_t i = 0; i < model.num_bottom; ++i) stride_ = std::max(stride_, Padded(model.bottom[i].out));
     for (int64_t i = 0; i < model.num_cross; ++i) stride_ = std::max(stride_, Padded(model.cross[i].out));
     for (int64_t i = 0; i < model.num_top; ++i) stride_ = std::max(stride_, Padded(model.top[i].out));
@@ -203,12 +295,6 @@ class Block {
     if (static_cast<int64_t>(buffer.size()) < size) buffer.resize(size);
   }
 
-  int64_t InteractionWidth() const {
-    if (model_.interaction != kDot) return vectors_width_;
-    const int64_t pairs = num_vectors_ * (num_vectors_ - 1) / 2;
-    return model_.width + pairs + (model_.self_interaction ? num_vectors_ : 0);
-  }
-
   // The buffer of the two that `x` is not.
   float* Other(const float* x) { return x == scratch_.first.data() ? scratch_.second.data() : scratch_.first.data(); }
 
@@ -223,15 +309,15 @@ class Block {
 
   const uint8_t* RowOf(const Feature& feature, int64_t slot) const {
     const int32_t id = ids_[slot];
-    const bool held = static_cast<uint32_t>(id) < static_cast<uint64_t>(feature.num_rows);
-    return held ? feature.rows + id * model_.row_bytes : nullptr;
+    const bool held = static_cast<uint32_t>(id) < static_cast<uint64_t>(feature.rows.rows);
+    return held ? static_cast<const uint8_t*>(feature.rows.data) + id * row_bytes_ : nullptr;
   }
 
   void AskFor(int64_t slot) const {
-    const uint8_t* row = RowOf(model_.features[model_.feature_of_slot[slot % model_.num_slots]], slot);
+    const uint8_t* row = RowOf(model_.features[feature_of_slot_[slot % model_.num_slots]], slot);
     if (row == nullptr) return;
-    for (int64_t byte = 0; byte < model_.row_bytes; byte += kLine) __builtin_prefetch(row + byte);
-    __builtin_prefetch(row + model_.row_bytes - 1);  // A row need not begin with a line.
+    for (int64_t byte = 0; byte < row_bytes_; byte += kLine) __builtin_prefetch(row + byte);
+    __builtin_prefetch(row + row_bytes_ - 1);  // A row need not begin with a line.
   }
 
   // Each bag's rows into its vector of the example, behind the bottom MLP's.
@@ -251,7 +337,7 @@ class Block {
           if (slot + kAhead < end_of_slots) AskFor(slot + kAhead);
           const uint8_t* row = RowOf(feature, slot);
           if (row == nullptr) continue;
-          const float weight = feature.weights == nullptr ? scale : scale * feature.weights[ids_[slot]];
+          const float weight = feature.weights.data == nullptr ? scale : scale * Floats(feature.weights)[ids_[slot]];
           AddRow(model_.kind, row, model_.width, weight, sum);
         }
       }
@@ -278,7 +364,7 @@ class Block {
       float* column = panels.data() + v / kPanel * width * kPanel + v % kPanel;
       for (int64_t d = 0; d < width; ++d) column[d * kPanel] = v < num_vectors_ ? vectors[v * width + d] : 0.0f;
     }
-    const Layer all{panels.data(), scratch_.zeros.data(), width, num_vectors_, 0};
+    const Layer all{{panels.data()}, {scratch_.zeros.data()}, width, num_vectors_, 0};
     Apply(all, vectors, width, num_vectors_, scratch_.products.data(), columns);
     out = std::copy_n(vectors, width, out);
     for (int64_t v = 0; v < num_vectors_; ++v) {
@@ -304,9 +390,10 @@ class Block {
   }
 
   const Model& model_;
+  const int64_t* feature_of_slot_;
   const float* dense_;
   const int32_t* ids_;
-  const int64_t rows_, num_vectors_, vectors_width_;
+  const int64_t rows_, num_vectors_, vectors_width_, row_bytes_;
   int64_t stride_;
   static thread_local Scratch scratch_;
 };
@@ -362,11 +449,12 @@ Helpers* helpers = [] {
 }();
 
 // What a row's score takes, in products of weights.
-int64_t ProductsOfRow(const Model& model) {
-  int64_t products = model.num_slots * model.width * kProductsOfNumber;
-  if (model.interaction == kDot) products += (model.num_features + 1) * (model.num_features + 1) * model.width;
+double ProductsOfRow(const Model& model) {
+  double products = static_cast<double>(model.num_slots) * model.width * kProductsOfNumber;
+  const double vectors = model.num_features + 1;
+  if (model.interaction == kDot) products += vectors * vectors * model.width;
   const auto add = [&](const Layer* layers, int64_t count) {
-    for (int64_t i = 0; i < count; ++i) products += layers[i].in * layers[i].out;
+    for (int64_t i = 0; i < count; ++i) products += static_cast<double>(layers[i].in) * layers[i].out;
   };
   add(model.bottom, model.num_bottom);
   add(model.cross, model.num_cross);
@@ -381,17 +469,34 @@ extern "C" {
 // Columns of a panel of weights.
 int64_t dlrm_panel() { return kPanel; }
 
-// dense (rows, num_dense), ids (rows, num_slots) to (rows,) each.
-void dlrm_score(const Model* model, const float* dense, const int32_t* ids, int64_t rows, int64_t threads,
-                float* probability, float* logit) {
-  const int64_t worth = rows * ProductsOfRow(*model) / kLeastProducts;
+// What of a model does not fit the rest of it, or null. Static text, as that of dlrm_score.
+const char* dlrm_wrong(const Model* model) { return Wrong(*model); }
+
+// dense (rows, num_dense), ids (rows, num_slots) to probability and logit, (2, rows). Returns null, or the name of what
+// cannot be used, and nothing was read of it.
+const char* dlrm_score(const Model* model, const Array* dense, const Array* ids, const Array* out, int64_t threads) {
+  if (const char* wrong = Wrong(*model)) return wrong;
+  const int64_t rows = dense->rows;
+  if (!Within(rows, 0, INT32_MAX) || !Holds(*dense, kFloats, rows, model->num_dense)) return "dense";
+  if (!Holds(*ids, kInts, rows, model->num_slots)) return "ids";
+  if (!Holds(*out, kFloats, 2, rows)) return "out";
+  auto* const probability = static_cast<float*>(const_cast<void*>(out->data));
+  const int64_t worth = static_cast<int64_t>(std::min(rows * ProductsOfRow(*model) / kLeastProducts, 1e9));
   const int64_t most = std::max<int64_t>(1, std::min({threads, rows, worth}));
   const int64_t parts = ((rows + kBlockRows - 1) / kBlockRows + most - 1) / most * most;
   const int64_t helping = most > 1 ? std::min(most - 1, helpers->Start(most - 1)) : 0;
+  std::atomic<bool> full{false};
   InParallel(*helpers, 1 + helping, parts, [&](int64_t part) {
     const int64_t first = rows * part / parts, count = rows * (part + 1) / parts - first;
-    Block(*model, dense + first * model->num_dense, ids + first * model->num_slots, count).Score(probability + first, logit + first);
+    try {
+      Block(*model, Floats(*dense) + first * model->num_dense,
+            static_cast<const int32_t*>(ids->data) + first * model->num_slots, count)
+          .Score(probability + first, probability + rows + first);
+    } catch (const std::exception&) {  // Scratch memory: nothing else here throws.
+      full = true;
+    }
   });
+  return full ? "memory" : nullptr;
 }
 
 }  // extern "C"

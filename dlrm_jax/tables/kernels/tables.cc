@@ -57,6 +57,23 @@ struct Slots {
   bool Holds(int32_t id) const { return static_cast<uint32_t>(id) < static_cast<uint64_t>(num_rows); }
 };
 
+// Whether the slots, and what there is one of for each bag, (B, F, width), fit each other.
+bool Fits(const Ids& ids, const Floats& scale, ffi::Span<const int64_t> hotness, ffi::Span<const int64_t> bags,
+          int64_t width) {
+  if (ids.dimensions().size() != 2) return false;
+  const int64_t batch = ids.dimensions()[0], num_features = hotness.size();
+  int64_t left = ids.dimensions()[1];
+  for (const int64_t h : hotness) {
+    if (h < 0 || h > left) return false;
+    left -= h;
+  }
+  const int64_t scales = scale.element_count();
+  return left == 0 && (scales == 0 || scales == static_cast<int64_t>(ids.element_count())) && bags.size() == 3 &&
+         bags[0] == batch && bags[1] == num_features && bags[2] == width;
+}
+
+ffi::Error Misfit() { return ffi::Error::InvalidArgument("dlrm_jax: ids, hotness, scales and bags do not fit"); }
+
 // Sums the bags of one feature of examples `start` to `stop`. Its slots are the `h` from `first` on in each example.
 // kGroups: the row's groups of 8 floats where that is known now, which keeps the sum in registers; else 0.
 template <int kGroups>
@@ -96,6 +113,7 @@ void SumBags(const float* table, const Slots& slots, int64_t first, int64_t h, i
 ffi::Error LookUp(ffi::ThreadPool pool, Floats table, Ids ids_BxK, Floats scale_BxK, OutFloats pooled_BxFxD,
                   ffi::Span<const int64_t> hotness) {
   const int64_t width = table.dimensions()[1];
+  if (!Fits(ids_BxK, scale_BxK, hotness, pooled_BxFxD->dimensions(), width)) return Misfit();
   const Slots slots(ids_BxK, scale_BxK, hotness, table.dimensions()[0]);
   const auto sum_bags = width == 16    ? SumBags<2>
                         : width == 32  ? SumBags<4>
@@ -191,6 +209,7 @@ void UpdateRows(ffi::ThreadPool pool, const Slots& slots, const float* d_pooled,
 
 ffi::Error UpdateSgd(ffi::ThreadPool pool, Floats, Ids ids_BxK, Floats scale_BxK, Floats d_pooled_BxFxD, Floats rate,
                      OutFloats table, ffi::Span<const int64_t> hotness) {
+  if (!Fits(ids_BxK, scale_BxK, hotness, d_pooled_BxFxD.dimensions(), table->dimensions()[1])) return Misfit();
   UpdateRows<Rule::kSgd>(pool, Slots(ids_BxK, scale_BxK, hotness, table->dimensions()[0]), d_pooled_BxFxD.typed_data(),
                          *rate.typed_data(), 0.0f, table->dimensions()[1], table->typed_data(), nullptr);
   return ffi::Error::Success();
@@ -200,6 +219,10 @@ template <Rule rule>
 ffi::Error UpdateAdaptively(ffi::ThreadPool pool, Floats, Floats, Ids ids_BxK, Floats scale_BxK, Floats d_pooled_BxFxD,
                             Floats rate, OutFloats table, OutFloats accumulator, ffi::Span<const int64_t> hotness,
                             float eps) {
+  const int64_t rows = table->dimensions()[0], width = table->dimensions()[1];
+  const size_t sums = rows * (rule == Rule::kAdagrad ? width : 1);
+  const bool fits = Fits(ids_BxK, scale_BxK, hotness, d_pooled_BxFxD.dimensions(), width);
+  if (!fits || accumulator->element_count() != sums) return Misfit();
   UpdateRows<rule>(pool, Slots(ids_BxK, scale_BxK, hotness, table->dimensions()[0]), d_pooled_BxFxD.typed_data(),
                    *rate.typed_data(), eps, table->dimensions()[1], table->typed_data(), accumulator->typed_data());
   return ffi::Error::Success();
