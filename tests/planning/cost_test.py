@@ -60,7 +60,8 @@ def held(compiled) -> int:
 def step_of(num_tables: int, dim: int, hotness: int, bottom: tuple, top: tuple, **changes) -> ModelConfig:
     tables = tuple(TableConfig(f"t{i}", 1000, dim) for i in range(num_tables))
     features = tuple(FeatureConfig(f"f{i}", f"t{i}", hotness) for i in range(num_tables))
-    return ModelConfig(13, tables, features, (*bottom, dim), top, **changes)
+    fields = {"num_dense": 13, "tables": tables, "features": features, "bottom_mlp": (*bottom, dim), "top_mlp": top}
+    return ModelConfig(**meeting(fields | changes))
 
 
 KAGGLE = ((512, 256), (512, 256, 1))

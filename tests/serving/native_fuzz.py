@@ -29,7 +29,7 @@ from dlrm_jax.serving.artifact.quantise import TABLE_TYPES
 from dlrm_jax.serving.artifact.signature import ServedFeature, Signature
 from dlrm_jax.serving.artifact.store import Version
 from dlrm_jax.training.state import init_dense
-from tests.helpers import tiny_model
+from tests.helpers import meeting, tiny_model
 from tests.serving_helpers import export_tiny
 
 NUMBERS = (-(2**63), -(2**31), -5, -1, 0, 1, 2, 3, 16, 17, 65536, 2**20, 2**31 - 1, 2**31, 2**40, 2**63 - 1)
@@ -89,7 +89,7 @@ class Fuzz:
             dataclasses.replace(feature, table=tables[i].name) if i < len(tables) else feature
             for i, feature in enumerate(features)
         )
-        return ModelConfig(
+        fields = dict(
             num_dense=int(self.rng.integers(1, 20)),
             tables=tables,
             features=features,
@@ -101,6 +101,7 @@ class Fuzz:
             cross_rank=int(self.rng.integers(1, 40)),
             learned_pooling=self.pick(True, False),
         )
+        return ModelConfig(**meeting(fields))
 
     def write(self, directory: pathlib.Path, model: ModelConfig, kind: str) -> Version:
         """A version's weights, without a program."""
