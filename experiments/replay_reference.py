@@ -23,7 +23,7 @@ def replay_file(path: pathlib.Path) -> bool:
     except (ConfigError, OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
         print(f"{path.stem} error: {error}", file=sys.stderr)
         return False
-    verdict = "" if result.passed else f" FAIL (tolerances {compat.LOSS_TOLERANCE:g}, {result.weight_tolerance:g})"
+    verdict = "" if result.passed else f" FAIL (tolerances {result.loss_tolerance:g}, {result.weight_tolerance:g})"
     print(f"{path.stem} loss_diff={result.loss_diff:.2e} weight_diff={result.weight_diff:.2e}{verdict}")
     return result.passed
 

@@ -93,7 +93,7 @@ def random_batch(model: ModelConfig, size: int, seed: int = 0, weighted_ids: boo
     rng = np.random.default_rng(seed)
     columns = []
     for feature in model.features:
-        rows = model.table(feature.table).num_embeddings
+        rows = model.num_ids(feature)
         columns.append(rng.integers(0, rows, (size, feature.hotness)))
     ids_BxK = np.concatenate(columns, axis=1)
     ids_BxK = np.where(rng.random(ids_BxK.shape) < 0.2, EMPTY_SLOT, ids_BxK).astype(np.int32)

@@ -89,18 +89,18 @@ class Fuzz:
             dataclasses.replace(feature, table=tables[i].name) if i < len(tables) else feature
             for i, feature in enumerate(features)
         )
-        fields = dict(
-            num_dense=int(self.rng.integers(1, 20)),
-            tables=tables,
-            features=features,
-            bottom_mlp=(*self.rng.integers(1, 70, self.rng.integers(0, 2)).tolist(), width),
-            top_mlp=(*self.rng.integers(1, 130, self.rng.integers(0, 3)).tolist(), 1),
-            interaction=self.pick("dot", "cat", "cross"),
-            self_interaction=self.pick(True, False),
-            cross_layers=int(self.rng.integers(1, 3)),
-            cross_rank=int(self.rng.integers(1, 40)),
-            learned_pooling=self.pick(True, False),
-        )
+        fields = {
+            "num_dense": int(self.rng.integers(1, 20)),
+            "tables": tables,
+            "features": features,
+            "bottom_mlp": (*self.rng.integers(1, 70, self.rng.integers(0, 2)).tolist(), width),
+            "top_mlp": (*self.rng.integers(1, 130, self.rng.integers(0, 3)).tolist(), 1),
+            "interaction": self.pick("dot", "cat", "cross"),
+            "self_interaction": self.pick(True, False),
+            "cross_layers": int(self.rng.integers(1, 3)),
+            "cross_rank": int(self.rng.integers(1, 40)),
+            "learned_pooling": self.pick(True, False),
+        }
         return ModelConfig(**meeting(fields))
 
     def write(self, directory: pathlib.Path, model: ModelConfig, kind: str) -> Version:
