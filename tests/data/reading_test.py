@@ -25,7 +25,7 @@ NUM_ROWS = 1003
 def prepared(tmp_path_factory):
     """1,003 rows in blocks of 64, windows of 3 blocks; row i holds i in every column."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in ("blocks", "prepared"):
+        for module in ("prepare.blocks", "read.prepared"):
             patch.setattr(f"dlrm_jax.data.{module}.BLOCK_ROWS", 64)
         patch.setattr("dlrm_jax.data.read.prepared.WINDOW_BLOCKS", 3)
         folder = tmp_path_factory.mktemp("prepared")
@@ -191,7 +191,7 @@ def test_records_are_those_of_tfds_own_serializer(rows):
 def test_few_shards_are_open_at_a_time(tmp_path, monkeypatch):
     """A dataset of a thousand shards is read where a process may have fewer files open."""
     monkeypatch.setattr("dlrm_jax.data.prepare.second_pass._BLOCKS_PER_SHARD", 1)
-    for module in ("blocks", "prepared"):
+    for module in ("prepare.blocks", "read.prepared"):
         monkeypatch.setattr(f"dlrm_jax.data.{module}.BLOCK_ROWS", 10)
     monkeypatch.setattr("dlrm_jax.data.read.prepared.OPEN_SHARDS", 4)
     output = prepare_text(tmp_path, csv_rows([(i % 2, i, f"v{i}") for i in range(600)]), schema())
