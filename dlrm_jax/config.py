@@ -8,6 +8,7 @@ from typing import Any
 
 POOLINGS = ("sum", "mean")
 COMBINES = ("sum", "mul", "concat")
+TABLE_DTYPES = ("float32", "bfloat16", "float16")
 DENSE_INITS = ("dlrm", "torch", "flax")
 TABLE_INITS = ("dlrm", "flax")
 COMPUTE_DTYPES = ("float32", "bfloat16")
@@ -55,7 +56,7 @@ def require_finite(config: Any) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class TableConfig:
-    """One embedding table of `num_embeddings` rows of `embedding_dim` floats.
+    """One embedding table of `num_embeddings` rows of `embedding_dim` floats of a `dtype`.
 
     `optimizer` is its own (tables/rules.py), the run's where empty; its learning rate is the run's times `rate`.
     `init_range` are the bounds of its uniform initial weights, by the model's `table_init` where empty.
@@ -67,6 +68,7 @@ class TableConfig:
     optimizer: str = ""
     rate: float = 1.0
     init_range: tuple[float, ...] = ()
+    dtype: str = "float32"
 
     def __post_init__(self) -> None:
         for field in ("num_embeddings", "embedding_dim"):
@@ -78,6 +80,7 @@ class TableConfig:
         )
         require(self.rate > 0 and math.isfinite(self.rate), f"table {self.name!r}: rate is {self.rate}; give above 0")
 
+        require_choice(f"table {self.name!r}: dtype", self.dtype, TABLE_DTYPES)
         require(
             len(self.init_range) in (0, 2), f"table {self.name!r}: init_range is {self.init_range}; give two bounds"
         )
@@ -85,7 +88,7 @@ class TableConfig:
     @property
     def kind(self) -> tuple[Any, ...]:
         """What tables must share to be stored in one array."""
-        return self.embedding_dim, self.optimizer, self.rate
+        return self.embedding_dim, self.dtype, self.optimizer, self.rate
 
 
 @dataclasses.dataclass(frozen=True)

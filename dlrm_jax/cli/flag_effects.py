@@ -78,6 +78,7 @@ EFFECTS: dict[str, Effect] = {
     "learned_pooling": _ALWAYS,
     "tables": _ALWAYS,
     "compress_tables": _ALWAYS,
+    "table_dtype": _ALWAYS,
     "dense_init": _ALWAYS,
     "table_init": _ALWAYS,
     "compute_dtype": _ALWAYS,

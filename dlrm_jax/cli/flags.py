@@ -15,6 +15,7 @@ from dlrm_jax.config import (
     LOSSES,
     OUT_OF_RANGE_POLICIES,
     SCHEDULE_COMPAT,
+    TABLE_DTYPES,
     TABLE_INITS,
     XLA,
     ConfigError,
@@ -111,6 +112,12 @@ def _define_model_flags() -> None:
         "",
         'JSON file of settings of single tables: {"tables": {"NAME": {"dim": 8, "optimizer": "adam,b1=0.8", "rate": '
         "0.1}}}; the rate is times the run's.",
+    )
+    flags.DEFINE_enum(
+        "table_dtype",
+        "float32",
+        TABLE_DTYPES,
+        "What tables are stored as; in two bytes they are rounded up or down at random, right on average.",
     )
     flags.DEFINE_string(
         "compress_tables",
@@ -286,7 +293,7 @@ def unchecked_config() -> RunConfig:
             top_mlp=_numbers("top_mlp", int),
             interaction=_interaction(),
             **_values("embedding_dim", "learned_pooling", "dense_init", "table_init", "compute_dtype"),
-            **_values("tables", "compress_tables"),
+            **_values("tables", "compress_tables", "table_dtype"),
         ),
         loss=LossConfig(FLAGS.loss, _numbers("class_weights", float), FLAGS.loss_threshold),
         optimizer=OptimizerConfig(

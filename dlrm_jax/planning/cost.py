@@ -9,6 +9,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 
+import jax.numpy as jnp
 import numpy as np
 
 from dlrm_jax.config import ModelConfig, OptimizerConfig, TableConfig
@@ -221,13 +222,18 @@ def _traffic(
     streams = 7.0 * FLOAT * b * outputs + 5 * FLOAT * dense_parameters(model)
     rows = 0.0
     for stack in stacks:
-        looked_up, width = _slots_looked_up(stack, load), stack.width * FLOAT
+        looked_up, width = _slots_looked_up(stack, load), stack.width * itemsize(stack)
         rule = stack_rule(optimizer, stack)
         slots = 2 * FLOAT * sum(slot.width(stack.width) for slot in rule.slots)  # Read and written.
         rows += looked_up * width + _rows_updated(stack, load) * (2 * width + slots)
         merged = looked_up * (stack.num_copies if stack.form == COLUMNS else 1)
         streams += 4 * merged * width + (0 if rule.linear else 64 * merged)
     return streams, rows
+
+
+def itemsize(stack: Stack) -> int:
+    """Bytes of a stored weight."""
+    return np.dtype(jnp.dtype(stack.dtype)).itemsize
 
 
 def _memory(
@@ -247,7 +253,7 @@ def _memory(
         rows = math.prod(stack.local_shape)
         per_row = math.prod(stack.row_shape()) // shards
         learned = per_row if model.learned_pooling else 0
-        tables += (rows + learned) * FLOAT
+        tables += rows * itemsize(stack) + learned * FLOAT
         for slot in stack_rule(optimizer, stack).slots:
             states += ((rows if slot.per == WEIGHT else per_row) + learned) * FLOAT
     dense = dense_parameters(model) * FLOAT

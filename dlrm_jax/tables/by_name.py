@@ -25,7 +25,8 @@ def stack_tables(model: ModelConfig, named: dict[str, np.ndarray]) -> dict[str, 
     arrays = {}
     for stack in local_stacks(model):
         for suffix, filler in (("", 0), (POOLING_WEIGHTS, 1)) if model.learned_pooling else (("", 0),):
-            rows = jnp.concatenate([jnp.asarray(named[table.name + suffix]) for table in stack.tables])
+            dtype = "float32" if suffix else stack.dtype
+            rows = jnp.concatenate([jnp.asarray(named[table.name + suffix], dtype) for table in stack.tables])
             padding = ((0, stack.rows - len(rows)), (0, 0))
             arrays[stack.name + suffix] = jnp.pad(rows, padding, constant_values=filler)
     return arrays

@@ -23,10 +23,11 @@ from jax.sharding import Mesh, PartitionSpec
 
 from dlrm_jax.config import Lookup, ModelConfig, OptimizerConfig
 from dlrm_jax.host.mesh import BATCH_SPEC, DATA, MODEL
-from dlrm_jax.tables.collective import ExchangeOptions, sum_over_shards
+from dlrm_jax.tables.collective import ExchangeOptions, shard_index, sum_over_shards
 from dlrm_jax.tables.forms import FORMS
 from dlrm_jax.tables.forms.bags import Updates, slot_scale
-from dlrm_jax.tables.layout import COLUMNS, POOLING_WEIGHTS, ROUTED, Stack, local_stacks
+from dlrm_jax.tables.hashing import mix, table_keys
+from dlrm_jax.tables.layout import COLUMNS, POOLING_WEIGHTS, REPLICATED, ROUTED, Stack, local_stacks
 from dlrm_jax.tables.pooling import Take
 from dlrm_jax.tables.rules import ROW, WEIGHT, Rule, make_rule
 from dlrm_jax.tables.updates import Update
@@ -221,14 +222,32 @@ class _Parts:
         if self._optimizer is None:
             raise ValueError("update needs an optimizer")
         rule, own = stack_rule(self._optimizer, stack), stack.tables[0].rate
-        update = Update(rule, rate if own == 1 else rate * own, count)
+        weights = Update(rule, rate if own == 1 else rate * own, count)
+        update = weights if stack.dtype == "float32" else dataclasses.replace(weights, noise=_noise(stack, count))
         if stack.form == COLUMNS:
 
             def row_mean(rows_MxD: jax.Array) -> jax.Array:
                 return sum_over_shards(rows_MxD.sum(axis=1, keepdims=True), stack.num_shards) / stack.dim
 
-            return Updates(dataclasses.replace(update, row_mean=row_mean, dim=stack.dim), update)
-        return Updates(update, update)
+            return Updates(dataclasses.replace(update, row_mean=row_mean, dim=stack.dim), weights)
+        return Updates(update, weights)
+
+
+def _noise(stack: Stack, count: jax.Array) -> Callable[[jax.Array, int], jax.Array]:
+    """Random bits of (table name, row, column, number of the update), the same wherever a row lies."""
+
+    def noise(rows_M: jax.Array, width: int) -> jax.Array:
+        shard = shard_index(stack.num_shards) if stack.form != REPLICATED else jnp.int32(0)
+        table_M, row_M = stack.owners(rows_M, shard)
+        key_Mx2 = jnp.asarray(table_keys(stack.tables, 0))[table_M]
+        first = shard * stack.width if stack.form == COLUMNS else 0
+        column_w = (first + jnp.arange(width, dtype=jnp.int32)).astype(jnp.uint32)
+        of_row_M = mix(
+            mix(row_M.astype(jnp.uint32) * jnp.uint32(0x9E3779B1) + key_Mx2[:, 0]) + count.astype(jnp.uint32)
+        )
+        return mix(of_row_M[:, None] ^ (column_w * jnp.uint32(0x85EBCA77))[None] + key_Mx2[:, 1:])
+
+    return noise
 
 
 def _of(stack: Stack, arrays: Arrays) -> Arrays:

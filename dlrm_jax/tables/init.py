@@ -4,7 +4,6 @@ A weight is a hash of (seed, table name, row, column): the same under every plac
 """
 
 import functools
-import hashlib
 import math
 
 import jax
@@ -14,7 +13,8 @@ from jax.sharding import Mesh
 
 from dlrm_jax.config import ModelConfig, TableConfig
 from dlrm_jax.tables.collective import shard_index
-from dlrm_jax.tables.layout import COLUMNS, OWNED, POOLING_WEIGHTS, ROUTED, Stack, local_stacks, tables_on_shard
+from dlrm_jax.tables.hashing import mix, table_keys
+from dlrm_jax.tables.layout import COLUMNS, POOLING_WEIGHTS, Stack, local_stacks
 
 FILL_FLOATS = 2**23
 """Floats drawn at a time."""
@@ -48,20 +48,14 @@ def init_stack(model: ModelConfig, stack: Stack, mesh: Mesh | None, seed: int) -
 
 def draw(row: jax.Array, column: jax.Array, key: jax.Array, scale: jax.Array, normal: bool) -> jax.Array:
     """Initial weights at (row, column) of the tables whose `table_keys` and scales are given; uint32, any one shape."""
-    bits = _mix(row * jnp.uint32(0x9E3779B1) + key[..., 0])
-    bits = _mix(bits ^ (column * jnp.uint32(0x85EBCA77) + key[..., 1]))
+    bits = mix(row * jnp.uint32(0x9E3779B1) + key[..., 0])
+    bits = mix(bits ^ (column * jnp.uint32(0x85EBCA77) + key[..., 1]))
     # (k + 1/2) / 2^23 for a signed 24-bit k is exact in float32, symmetric around 0 and never +-1.
     signed = jax.lax.bitcast_convert_type(bits, jnp.int32) >> 8
     unit = (signed.astype(jnp.float32) + 0.5) * jnp.float32(2**-23)
     if normal:
         unit = jax.lax.erf_inv(unit) * jnp.float32(2**0.5)
     return unit * scale
-
-
-def table_keys(tables: tuple[TableConfig, ...], seed: int) -> np.ndarray:
-    """(T, 2) uint32: what stands for (seed, table name) in `draw`."""
-    digests = [hashlib.blake2b(f"{seed}/{table.name}".encode(), digest_size=8).digest() for table in tables]
-    return np.array([np.frombuffer(digest, np.uint32) for digest in digests])
 
 
 def table_scales(model: ModelConfig, tables: tuple[TableConfig, ...]) -> tuple[np.ndarray, np.ndarray]:
@@ -78,37 +72,19 @@ def table_scales(model: ModelConfig, tables: tuple[TableConfig, ...]) -> tuple[n
     return np.array(scales, np.float32), np.array(shifts, np.float32)
 
 
-def _mix(x: jax.Array) -> jax.Array:
-    """The 32-bit finalizer of MurmurHash3: every input bit flips every output bit with probability one half."""
-    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
-    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
-    return x ^ (x >> 16)
-
-
 def _fill_shard(stack: Stack, key_Tx2: jax.Array, scale_T: jax.Array, shift_T: jax.Array, normal: bool) -> jax.Array:
     lines, lanes = stack.local_shape
     piece = min(max(1, FILL_FLOATS // lanes), lines)
     shard = shard_index(stack.num_shards)
-    constants = _table_constants(stack)
 
     def fill(i: jax.Array, rows: jax.Array) -> jax.Array:
         # In pieces, because the compiler keeps a handful of numbers per row beside the rows that it fills.
         start = jnp.minimum(i * piece, lines - piece)
-        drawn = _draw_lines(stack, start, piece, shard, constants, key_Tx2, scale_T, shift_T, normal)
-        return jax.lax.dynamic_update_slice(rows, drawn, (start, jnp.int32(0)))
+        drawn = _draw_lines(stack, start, piece, shard, key_Tx2, scale_T, shift_T, normal)
+        return jax.lax.dynamic_update_slice(rows, drawn.astype(stack.dtype), (start, jnp.int32(0)))
 
-    rows = jnp.zeros((lines, lanes), jnp.float32)
+    rows = jnp.zeros((lines, lanes), stack.dtype)
     return jax.lax.fori_loop(0, -(-lines // piece), fill, rows)
-
-
-def _table_constants(stack: Stack) -> dict[str, np.ndarray]:
-    """For each shard, its tables in the order of their rows: first row, number, and residue of the rows it holds."""
-    shards = [tables_on_shard(stack, s) for s in range(stack.num_shards)]
-    most = max(map(len, shards))
-    none = 2**31 - 1
-    starts = [[stack.offset_T[t] for t in tables] + [none] * (most - len(tables)) for tables in shards]
-    numbers = [tables + [0] * (most - len(tables)) for tables in shards]
-    return {"start": np.array(starts, np.int32), "table": np.array(numbers, np.int32)}
 
 
 def _draw_lines(
@@ -116,7 +92,6 @@ def _draw_lines(
     start: jax.Array,
     num_lines: int,
     shard: jax.Array,
-    constants: dict[str, np.ndarray],
     key_Tx2: jax.Array,
     scale_T: jax.Array,
     shift_T: jax.Array,
@@ -125,16 +100,9 @@ def _draw_lines(
     """The lines from `start` on of shard `shard`."""
     shape = (num_lines, stack.pack * stack.width)
     local_P = start * stack.pack + jnp.arange(num_lines * stack.pack, dtype=jnp.int32)
-    start_X = jnp.asarray(constants["start"])[shard]
-    place_P = jnp.searchsorted(start_X, local_P, side="right") - 1
-    place_P = jnp.maximum(place_P, 0)
-    table_P = jnp.asarray(constants["table"])[shard][place_P]
-    first_T, count_T = np.array(stack.first_T, np.int32), np.array(stack.count_T, np.int32)
-    split_rows = stack.form in (OWNED, ROUTED)
-    residue_P = shard - jnp.asarray(first_T)[table_P] if split_rows else jnp.zeros_like(table_P)
-    row_P = (local_P - start_X[place_P]) * jnp.asarray(count_T)[table_P] + residue_P
-    size_T = np.array([table.num_embeddings for table in stack.tables], np.int64)
-    valid_P = (row_P < jnp.asarray(size_T, jnp.int32)[table_P]) & (local_P >= start_X[0]) & (row_P >= 0)
+    table_P, row_P = stack.owners(local_P, shard)
+    size_T = np.array([table.num_embeddings for table in stack.tables], np.int32)
+    valid_P = (row_P < jnp.asarray(size_T)[table_P]) & (row_P >= 0)
     first_column = shard * stack.width if stack.form == COLUMNS else 0
     column_1xw = first_column + jnp.arange(stack.width, dtype=jnp.int32)[None]
     drawn = draw(

@@ -17,6 +17,7 @@ import dataclasses
 import functools
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
@@ -91,6 +92,27 @@ class Stack:
             for part, start, stop in zip(self.parts, starts, starts[1:], strict=False)
         ]
         return (np if isinstance(ids, np.ndarray) else jnp).concatenate(columns, axis=1)
+
+    @property
+    def dtype(self) -> str:
+        """What the weights are stored as; slots of optimizers have their own."""
+        return self.tables[0].dtype
+
+    def owners(self, rows_M: jax.Array, shard: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """(which of the stack's tables each local row of a shard belongs to, its number in that table).
+
+        A row of padding has a number outside of its table.
+        """
+        places = [tables_on_shard(self, s) for s in range(self.num_shards)]
+        most, none = max(map(len, places)), 2**31 - 1
+        starts = [[self.offset_T[t] for t in tables] + [none] * (most - len(tables)) for tables in places]
+        numbers = [tables + [0] * (most - len(tables)) for tables in places]
+        start_X = jnp.asarray(np.array(starts, np.int32))[shard]
+        place_M = jnp.maximum(jnp.searchsorted(start_X, rows_M, side="right") - 1, 0)
+        table_M = jnp.asarray(np.array(numbers, np.int32))[shard][place_M]
+        first_M, count_M = (jnp.asarray(np.array(of_T, np.int32))[table_M] for of_T in (self.first_T, self.count_T))
+        residue_M = shard - first_M if self.form in (OWNED, ROUTED) else jnp.zeros_like(table_M)
+        return table_M, (rows_M - start_X[place_M]) * count_M + residue_M
 
     @property
     def layout(self) -> tuple[Any, ...]:

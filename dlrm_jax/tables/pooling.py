@@ -17,8 +17,14 @@ Take = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 def read_rows(table_RxD: jax.Array, row_ids: jax.Array) -> jax.Array:
-    """The rows of these numbers, whose shape (..., D) they give; an empty slot reads row 0, and counts for nothing."""
+    """The rows of these numbers, (..., D), as they are stored; an empty slot reads row 0, and counts for nothing."""
     return table_RxD.at[jnp.maximum(row_ids, 0)].get(mode="promise_in_bounds")
+
+
+def read_floats(table_RxD: jax.Array, row_ids: jax.Array) -> jax.Array:
+    """`read_rows` as float32, from whichever type of float they are stored in."""
+    rows = read_rows(table_RxD, row_ids)
+    return rows if rows.dtype.itemsize == 4 or rows.dtype == jnp.float64 else rows.astype(jnp.float32)
 
 
 def pool(take: Take, table: jax.Array, ids_BxGxh: jax.Array, scale_BxGxh: jax.Array | None) -> jax.Array:

@@ -20,7 +20,15 @@ import numpy as np
 from flax import struct
 
 from dlrm_jax.host.formulations import sort_ids
-from dlrm_jax.tables.rows import add_rows, add_unique_rows, num_rows, set_unique_rows, take_rows
+from dlrm_jax.tables.rows import (
+    add_rows,
+    add_unique_rows,
+    num_rows,
+    rounded,
+    set_unique_rows,
+    take_floats,
+    take_rows,
+)
 from dlrm_jax.tables.rules import Arrays, Rows, Rule
 
 PIECE = 4096
@@ -60,7 +68,8 @@ def _mean(rows_MxD: jax.Array) -> jax.Array:
 class Update:
     """One update of a table: its rule, the rate, the number of the update (from 1 on).
 
-    `row_mean`, (M, D) to (M, 1), and `dim` are given where a row's columns lie on several devices.
+    `row_mean`, (M, D) to (M, 1), and `dim` are given where a row's columns lie on several devices. `noise`, (row
+    numbers, columns) to (M, D) random bits, decides the rounding of weights that are stored in two bytes.
     """
 
     rule: Rule
@@ -68,17 +77,18 @@ class Update:
     count: jax.Array
     row_mean: Callable[[jax.Array], jax.Array] = _mean
     dim: int = 0
+    noise: Callable[[jax.Array, int], jax.Array] | None = None
 
     def by_rows(self, grad: SparseGrad, stored: Stored) -> Stored:
         """The table after the gradient of its slots, in place if donated."""
-        if self.rule.linear:
+        if self.rule.linear and self.noise is None:
             added_MxD, _ = self.rule.step(self._seen(grad.rows_MxD, grad.rows_MxD, {}))
             return Stored(add_rows(stored.weights, grad.ids_M, added_MxD), stored.slots)
         return self._merged(merge_duplicates(grad, num_rows(stored.weights, grad.rows_MxD.shape[1])), stored)
 
     def by_bags(self, bags: tuple[BagGrad, ...], stored: Stored) -> Stored:
         """`by_rows` by the bags of one or more hotnesses, together one gradient."""
-        if self.rule.linear:
+        if self.rule.linear and self.noise is None:
             return Stored(self._add_bags(bags, stored.weights), stored.slots)
         return self._in_pieces(bags, stored)
 
@@ -90,7 +100,7 @@ class Update:
         # A slot that merging emptied has id V: it reads row V - 1 (clamped), adds nothing, and its writes are dropped.
         ids_M, width = merged.ids_M, merged.rows_MxD.shape[1]
         old = {s.name: take_rows(stored.slots[s.name], ids_M, s.width(width)) for s in self.rule.slots}
-        weights_MxD = take_rows(stored.weights, ids_M, width)  # Compiled away where the rule does not look at them.
+        weights_MxD = take_floats(stored.weights, ids_M, width)  # Compiled away where nobody looks at them.
         added_MxD, new = self.rule.step(self._seen(merged.rows_MxD, weights_MxD, old))
         slots = {}
         for slot in self.rule.slots:
@@ -99,7 +109,10 @@ class Update:
                 slots[name] = add_unique_rows(array, ids_M, old[name], new[name])
             else:
                 slots[name] = set_unique_rows(array, ids_M, new[name])
-        return Stored(add_rows(stored.weights, ids_M, added_MxD), slots)
+        if self.noise is None:
+            return Stored(add_rows(stored.weights, ids_M, added_MxD), slots)
+        new_MxD = rounded(weights_MxD + added_MxD, stored.weights.dtype, self.noise(ids_M, width))
+        return Stored(set_unique_rows(stored.weights, ids_M, new_MxD), slots)
 
     def _add_bags(self, bags: tuple[BagGrad, ...], table: jax.Array) -> jax.Array:
         for grad in bags:

@@ -264,7 +264,7 @@ class Checkpoints:
         def read(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
             group, key, *inner = path
             stack, weights = arrays[key.key]
-            stored = Kind(group.key, weights, weights, first=1.0 if weights else 0.0)
+            stored = Kind(group.key, weights, weights, first=1.0 if weights else 0.0, dtype=str(leaf.dtype))
             if inner:
                 slot = {slot.name: slot for slot in stack_rule(placed.optimizer, stack).slots}[inner[0].key]
                 stored = Kind(group.key, weights, weights or slot.per == ROW, slot.name, slot.first, slot.dtype)

@@ -54,6 +54,7 @@ class ModelOptions:
     compute_dtype: str = "float32"
     tables: str = ""
     compress_tables: str = ""
+    table_dtype: str = "float32"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "interaction", interactions.complete(self.interaction))
@@ -61,12 +62,13 @@ class ModelOptions:
     def build(self, dataset: Dataset) -> ModelConfig:
         """The model for a dataset's columns; without numbers there is no bottom MLP."""
         options = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        dim, path, way = (options.pop(name) for name in ("embedding_dim", "tables", "compress_tables"))
+        dim, dtype = options.pop("embedding_dim"), options.pop("table_dtype")
+        path, way = options.pop("tables"), options.pop("compress_tables")
         num_dense = len(dataset.dense_names)
         options["bottom_mlp"] = self.bottom_mlp if num_dense else ()
         own = read_table_settings(pathlib.Path(path), set(dataset.table_sizes)) if path else {}
         tables = tuple(
-            TableConfig(name, rows, **{"embedding_dim": dim, **own.get(name, {})})
+            TableConfig(name, rows, **{"embedding_dim": dim, "dtype": dtype, **own.get(name, {})})
             for name, rows in dataset.table_sizes.items()
         )
         model = ModelConfig(num_dense=num_dense, tables=tables, features=dataset.features, **options)

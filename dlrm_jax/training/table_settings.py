@@ -9,6 +9,7 @@ from dlrm_jax.tables.rules import check_rule
 
 _KEYS: dict[str, tuple[str, Any]] = {
     "dim": ("embedding_dim", int),
+    "dtype": ("dtype", str),
     "optimizer": ("optimizer", str),
     "rate": ("rate", (int, float)),
 }
@@ -16,7 +17,7 @@ _KEYS: dict[str, tuple[str, Any]] = {
 
 
 def read_table_settings(path: pathlib.Path, known: set[str]) -> dict[str, dict[str, Any]]:
-    """Fields of TableConfig by table, from {"tables": {NAME: {"dim": 8, "optimizer": "adam,b1=0.8", "rate": 0.1}}}.
+    """Fields of TableConfig by table, from {"tables": {NAME: {"dim": 8, "dtype": "bfloat16", "optimizer": "adam"}}}.
 
     `rate` is times the run's learning rate. ConfigError for a table that is not `known`, and for another key or value.
     """

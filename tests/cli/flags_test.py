@@ -48,6 +48,7 @@ SETTINGS = {
     "tower_mlp": ("9,3", "model.interaction.options.tower_mlp", (9, 3)),
     "learned_pooling": ("true", "model.learned_pooling", True),
     "compress_tables": ("qr,collisions=8", "model.compress_tables", "qr,collisions=8"),
+    "table_dtype": ("bfloat16", "model.table_dtype", "bfloat16"),
     "tables": ("tables.json", "model.tables", "tables.json"),
     "dense_init": ("torch", "model.dense_init", "torch"),
     "compute_dtype": ("bfloat16", "model.compute_dtype", "bfloat16"),

@@ -19,7 +19,7 @@ from dlrm_jax.host.formulations import by_platform
 from dlrm_jax.tables import pooling
 from dlrm_jax.tables.layout import POOLING_WEIGHTS, Stack
 from dlrm_jax.tables.pooling import Take
-from dlrm_jax.tables.rows import take_rows
+from dlrm_jax.tables.rows import take_floats, take_rows
 from dlrm_jax.tables.rules import Arrays, row_means
 from dlrm_jax.tables.updates import BagGrad, SparseGrad, Stored, Update
 
@@ -80,7 +80,7 @@ def read_rows(stack: Stack, tables: Arrays, row_ids: jax.Array) -> jax.Array:
     With learned pooling weights a row carries its weight in one more column: W is the width + 1.
     """
     flat = row_ids.reshape(-1)
-    rows = take_rows(tables[stack.name], flat, stack.width)
+    rows = take_floats(tables[stack.name], flat, stack.width)
     if learns_weights(stack, tables):
         rows = jnp.concatenate([rows, take_rows(tables[stack.name + POOLING_WEIGHTS], flat, 1)], axis=1)
     return rows.reshape(*row_ids.shape, -1)
@@ -118,8 +118,8 @@ def pool_bags(
 
 def _take_of(stack: Stack) -> Take:
     if stack.pack == 1:
-        return pooling.read_rows
-    return lambda table, ids: take_rows(table, ids.reshape(-1), stack.width).reshape(*ids.shape, stack.width)
+        return pooling.read_floats
+    return lambda table, ids: take_floats(table, ids.reshape(-1), stack.width).reshape(*ids.shape, stack.width)
 
 
 def _weights(stack: Stack, tables: Arrays, rows_Nxk: jax.Array) -> jax.Array:

@@ -43,8 +43,10 @@ def native_ops(
     unknown = sorted({type(rule).__name__ for rule in _rules(optimizer, stacks) if type(rule) not in _CALLS})
     if unknown:
         _LOG.info("--cpu_kernels=native: tables.cc has no %s, so XLA updates the tables", ", ".join(unknown))
-    if len(model.dims) > 1:
-        _LOG.info("--cpu_kernels=native: tables.cc has tables of one dim only, so XLA looks up and updates these")
+    if len(model.dims) > 1 or any(table.dtype != "float32" for table in model.tables):
+        _LOG.info(
+            "--cpu_kernels=native: tables.cc has float32 of one dim only, so XLA looks up and updates these tables"
+        )
         return plain
     has_bags = model.num_slots > len(model.features)
     is_sgd = all(isinstance(rule, Sgd) for rule in _rules(optimizer, stacks))
