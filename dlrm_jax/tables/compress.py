@@ -16,25 +16,17 @@ from typing import Any
 import numpy as np
 
 from dlrm_jax.config import ConfigError, FeatureConfig, ModelConfig, Part, TableConfig, require, require_choice
+from dlrm_jax.host.registry import Registry
 
 Way = Callable[..., ModelConfig]
-_WAYS: dict[str, Way] = {}
-
-
-def register(name: str) -> Callable[[Way], Way]:
-    """Decorator: make a way known as `--compress_tables=name,option=value`."""
-
-    def known(way: Way) -> Way:
-        _WAYS[name] = way
-        return way
-
-    return known
+WAYS: Registry[Way] = Registry("compress_tables", "dlrm_jax.table_compressions")
+register = WAYS.register
 
 
 def help_text() -> str:
     """The ways there are, with their options and defaults."""
     return "; ".join(
-        f"{name} ({', '.join(f'{k}={v}' for k, v in _options(way).items())})" for name, way in _WAYS.items()
+        f"{name} ({', '.join(f'{k}={v}' for k, v in _options(way).items())})" for name, way in WAYS.all().items()
     )
 
 
@@ -47,8 +39,8 @@ def compressed(model: ModelConfig, described: str) -> ModelConfig:
     if not described:
         return model
     name, *options = described.split(",")
-    require_choice("compress_tables", name, tuple(_WAYS))
-    defaults, values = _options(_WAYS[name]), {}
+    way = WAYS.get(name)
+    defaults, values = _options(way), {}
     for option in options:
         key, _, text = option.partition("=")
         known = ", ".join(defaults)
@@ -59,7 +51,7 @@ def compressed(model: ModelConfig, described: str) -> ModelConfig:
             raise ConfigError(f"compress_tables={described}: {key} is {text!r}; it must be a number") from None
         positive = not isinstance(values[key], int | float) or 0 <= values[key] < float("inf")
         require(positive, f"compress_tables={described}: {key} is {text}; it must not be negative")
-    return _WAYS[name](model, **values)
+    return way(model, **values)
 
 
 @register("qr")

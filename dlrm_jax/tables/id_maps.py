@@ -12,20 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from dlrm_jax.config import ConfigError, Part
+from dlrm_jax.config import Part
+from dlrm_jax.host.registry import Registry
 
 IdMap = Callable[[Any, int, int], Any]
-_MAPS: dict[str, IdMap] = {}
-
-
-def register(name: str) -> Callable[[IdMap], IdMap]:
-    """Decorator: make an id map known as `Part(table, name, number)`."""
-
-    def known(id_map: IdMap) -> IdMap:
-        _MAPS[name] = id_map
-        return id_map
-
-    return known
+ID_MAPS: Registry[IdMap] = Registry("id_map", "dlrm_jax.id_maps")
+register = ID_MAPS.register
 
 
 @register("same")
@@ -60,9 +52,7 @@ def hashed(ids: Any, number: int, rows: int) -> Any:
 
 def row_numbers(part: Part, rows: int, ids: Any) -> Any:
     """The rows of a part's table that ids mean; empty slots stay negative. ConfigError for an unknown id map."""
-    if part.id_map not in _MAPS:
-        raise ConfigError(f"table {part.table!r}: id_map is {part.id_map!r}; choose one of {', '.join(_MAPS)}")
     if part.id_map == "same":
         return ids
     filled = (ids >= 0).astype(ids.dtype)
-    return _MAPS[part.id_map](ids * filled, part.number, rows) * filled - (1 - filled)
+    return ID_MAPS.get(part.id_map)(ids * filled, part.number, rows) * filled - (1 - filled)

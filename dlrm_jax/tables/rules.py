@@ -18,12 +18,13 @@ Its fields are its options: `--table_optimizer=NAME,field=value`.
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
 from dlrm_jax.config import ConfigError, OptimizerConfig, require
+from dlrm_jax.host.registry import Registry
 
 Arrays = dict[str, jax.Array]
 
@@ -87,23 +88,18 @@ def _require_below_one(rule: Rule, *names: str) -> None:
         require(getattr(rule, name) < 1, f"table_optimizer's {name} is {getattr(rule, name)}; it must be below 1")
 
 
-_RULES: dict[str, type[Rule]] = {}
-R = TypeVar("R", bound=type[Rule])
-
-
-def register(name: str) -> Callable[[R], R]:
-    """Class decorator: make a rule known as `--table_optimizer=name`."""
-
-    def known(rule: R) -> R:
-        _RULES[name] = rule
-        return rule
-
-    return known
+RULES: Registry[type[Rule]] = Registry(
+    "table_optimizer",
+    "dlrm_jax.table_optimizers",
+    lambda rule: isinstance(rule, type) and issubclass(rule, Rule),
+    "class of Rule",
+)
+register = RULES.register
 
 
 def help_text() -> str:
     """The rules there are, each with its options."""
-    options = {name: ", ".join(field.name for field in dataclasses.fields(rule)) for name, rule in _RULES.items()}
+    options = {name: ", ".join(field.name for field in dataclasses.fields(rule)) for name, rule in RULES.all().items()}
     return "; ".join(f"{name} ({text})" if text else name for name, text in options.items())
 
 
@@ -336,9 +332,7 @@ def row_means(rule: Rule) -> int:
 
 def rule_type(described: str) -> type[Rule]:
     """The rule that `NAME,option=value,...` names; ConfigError for a name that is not known."""
-    name = described.partition(",")[0]
-    require(name in _RULES, f"table_optimizer is {name!r}; choose one of {', '.join(_RULES)}")
-    return _RULES[name]
+    return RULES.get(described.partition(",")[0])
 
 
 def make_rule(config: OptimizerConfig, described: str = "") -> Rule:

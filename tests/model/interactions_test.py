@@ -23,6 +23,7 @@ from dlrm_jax.config import (
     model_from_dict,
     to_dict,
 )
+from dlrm_jax.host import registry
 from dlrm_jax.host.mesh import MeshShape
 from dlrm_jax.model import interactions
 from dlrm_jax.model.interactions import base
@@ -288,10 +289,10 @@ def outside(tmp_path, monkeypatch):
     points = installed / "theirs-1.dist-info" / "entry_points.txt"
     points.write_text("[dlrm_jax.interactions]\nscaled = theirs:Scaled\n")
     monkeypatch.syspath_prepend(str(installed))
-    monkeypatch.setattr(base, "_REGISTERED", dict(base._REGISTERED))
-    base._entry_points.cache_clear()
+    monkeypatch.setattr(base.INTERACTIONS, "_known", base.registered())
+    registry._entry_points.cache_clear()
     yield points
-    base._entry_points.cache_clear()
+    registry._entry_points.cache_clear()
     sys.modules.pop("theirs", None)
 
 
@@ -312,7 +313,7 @@ def test_an_interaction_from_outside_trains_and_exports(outside, tmp_path):
 
 def test_an_interaction_from_outside_that_is_broken_is_one_line(outside, capsys):
     outside.write_text("[dlrm_jax.interactions]\nscaled = theirs:Missing\n")
-    base._entry_points.cache_clear()
+    registry._entry_points.cache_clear()
     with pytest.raises(SystemExit), flags_of():
         pass
     said = capsys.readouterr().err
@@ -324,7 +325,7 @@ def test_an_option_with_the_name_of_a_flag_is_refused(capsys, monkeypatch):
     class Clash(interactions.Interaction):
         seed: int = 3
 
-    monkeypatch.setattr(base, "_REGISTERED", base._REGISTERED | {"clash": Clash})
+    monkeypatch.setattr(base.INTERACTIONS, "_known", base.registered() | {"clash": Clash})
     with pytest.raises(SystemExit), flags_of():
         pass
     assert "interaction 'clash': its option 'seed' has the name of another flag or another default; rename it" in (

@@ -234,7 +234,7 @@ def test_work_in_a_loop_is_counted_as_often_as_it_is_done(monkeypatch):
             matrix = jnp.ones((16, 16))
             return jax.lax.scan(lambda x, _: (x @ matrix, None), bottom_BxD, None, length=3)[0]
 
-    monkeypatch.setattr(base, "_REGISTERED", base._REGISTERED | {"twice": Twice})
+    monkeypatch.setattr(base.INTERACTIONS, "_known", base.registered() | {"twice": Twice})
     work = dense_work(model("twice"))
     assert work.flops == 2 * (13 * 64 + 64 * 16 + 3 * 16 * 16 + 16 * 64 + 64)
 

@@ -17,9 +17,10 @@ from dlrm_jax.config import ConfigError, LossConfig
 from dlrm_jax.data.batch import Batch
 from dlrm_jax.data.read.load import DataConfig
 from dlrm_jax.data.read.prepared import open_prepared
-from dlrm_jax.data.schema.schema import TRANSFORMS, Dense, Schema, Sparse, Split
+from dlrm_jax.data.schema.schema import Dense, Schema, Sparse, Split
 from dlrm_jax.data.values.bags import read_bags
 from dlrm_jax.data.values.columns import read_dense
+from dlrm_jax.data.values.transforms import TRANSFORMS
 from dlrm_jax.serving import load
 from dlrm_jax.serving.artifact.errors import BadRequest, TooLate, shown
 from dlrm_jax.serving.artifact.export import export_model, of_arrays
@@ -317,7 +318,7 @@ NUMBERS = st.one_of(
 )
 
 
-@hypothesis.given(NUMBERS, st.sampled_from([t for t in TRANSFORMS if not Dense("x", transform=t).needs_statistics]))
+@hypothesis.given(NUMBERS, st.sampled_from(list(TRANSFORMS.all())))
 @hypothesis.settings(max_examples=150, deadline=None)
 def test_any_text_of_a_dense_column_is_read_alike(text, transform):
     hypothesis.assume("\x00" not in text)

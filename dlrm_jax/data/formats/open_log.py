@@ -5,6 +5,7 @@ import pathlib
 from dlrm_jax.config import ConfigError, require
 from dlrm_jax.data.formats.array_source import ArraySource
 from dlrm_jax.data.formats.encoding import is_utf8
+from dlrm_jax.data.formats.readers import READERS
 from dlrm_jax.data.formats.records import read_head
 from dlrm_jax.data.formats.source import Source
 from dlrm_jax.data.formats.table_source import ParquetSource, TableSource
@@ -37,6 +38,8 @@ def guess_format(path: str) -> str:
 def open_log(paths: tuple[str, ...], schema: Schema) -> Source:
     """The reader of a log; ConfigError for a path that is no file."""
     kind = schema.format or guess_format(paths[0])
+    if kind in READERS.all():
+        return READERS.get(kind)(paths, schema)
     where = f"schema: {paths[0]} has format {kind}"
     require(is_utf8(schema.encoding) or kind in ("text", "jsonl"), f"{where}; encoding is for text and JSON lines")
     require(schema.decimal == "." or kind in ("text", "parquet"), f"{where}; decimal is for texts in delimited files")

@@ -6,9 +6,10 @@ from typing import Any
 
 from dlrm_jax.config import POOLINGS, FeatureConfig, require, require_choice, require_unique
 from dlrm_jax.data.formats.encoding import UTF8, require_encoding
+from dlrm_jax.data.formats.readers import READERS
+from dlrm_jax.data.values import transforms
 
 FORMATS = ("text", "parquet", "jsonl", "dlrm_npz", "mlperf_bin", "torchrec_npy", "mlperf_multi_hot", "movielens")
-TRANSFORMS = ("none", "log1p", "torchrec_log", "nvidia_log", "standardise")
 TYPES = ("string", "int", "hex")
 ID_RULES = ("vocabulary", "hash", "raw")
 ORDERS = ("first", "frequency")
@@ -43,7 +44,7 @@ class Label:
 
 @dataclasses.dataclass(frozen=True)
 class Dense:
-    """A number. Transforms, x being the number:
+    """A number. Transforms, x being the number (values/transforms.py has the registry):
 
     none; log1p: log(max(x, 0) + 1), as the reference; nvidia_log: log(x + 3), as DeepLearningExamples, where missing is
     -2 (say fill: -2); torchrec_log: log(x - m + 2), m the least value of all torchrec_log columns (TorchRec takes it
@@ -58,10 +59,10 @@ class Dense:
     fill: float = 0.0
 
     def __post_init__(self) -> None:
-        require_choice(f"dense column {self.name!r}: transform", self.transform, TRANSFORMS)
+        require_choice(f"dense column {self.name!r}: transform", self.transform, transforms.names())
         require_choice(f"dense column {self.name!r}: missing", self.missing, DENSE_MISSING)
         require(
-            self.missing != "mean" or self.transform in ("none", "log1p", "standardise"),
+            self.missing != "mean" or self.transform not in ("torchrec_log", "nvidia_log"),
             f"dense column {self.name!r}: missing: mean does not go with transform: {self.transform}",
         )
 
@@ -214,7 +215,7 @@ class Schema:
             f"schema name {self.name!r} is longer than {MAX_NAME_BYTES} bytes; files are named after it",
         )
         if self.format:
-            require_choice("schema: format", self.format, FORMATS)
+            require_choice("schema: format", self.format, (*FORMATS, *READERS.all()))
         require(len(self.delimiter) <= 1, f"schema: delimiter is {self.delimiter!r}; one character")
         require_encoding(self.encoding)
         require(self.decimal in (".", ","), f'schema: decimal is {self.decimal!r}; write "." or ","')

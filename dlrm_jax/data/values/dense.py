@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 
 from dlrm_jax.data.schema.schema import Dense
+from dlrm_jax.data.values.transforms import TRANSFORMS
 
 LARGEST = 1e30
 """Numbers whose mean is taken must stay squarable, and fit into float32."""
@@ -55,10 +56,7 @@ class DenseStatistics:
 def transform(name: str, numbers: np.ndarray) -> np.ndarray:
     """The transforms that need nothing but the number, as float32; not finite where they are not defined."""
     with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
-        if name == "log1p":
-            # float32 before the logarithm, as the reference computes it.
-            return np.log(np.maximum(numbers, 0).astype(np.float32) + 1)
-        return (np.log(numbers + 3) if name == "nvidia_log" else numbers).astype(np.float32)
+        return TRANSFORMS.get(name)(numbers).astype(np.float32)
 
 
 def finish_dense(dense: Dense, values: np.ndarray, own: DenseStatistics, least: float) -> np.ndarray:
@@ -68,8 +66,8 @@ def finish_dense(dense: Dense, values: np.ndarray, own: DenseStatistics, least: 
         values = np.log(values - least + 2)
     elif dense.transform == "standardise":
         values = (values - own.centre) / own.deviation
-    elif dense.transform == "log1p":
-        values = transform("log1p", values)
+    else:
+        values = transform(dense.transform, values)
     return values.astype(np.float32)
 
 

@@ -1,19 +1,14 @@
 """What an interaction is, and the registry in which everything else finds it by name."""
 
 import dataclasses
-import functools
-import importlib.metadata
-from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from dlrm_jax.config import ConfigError, InteractionConfig, ModelConfig, require, require_choice
-
-ENTRY_POINTS = "dlrm_jax.interactions"
-"""Group of entry points under which an installed package names its interactions."""
+from dlrm_jax.host.registry import Registry
 
 
 class Interaction(nn.Module):
@@ -37,52 +32,19 @@ class Option:
     help: str
 
 
-C = TypeVar("C", bound=type[Interaction])
-
-_REGISTERED: dict[str, type[Interaction]] = {}
-
-
-def register(name: str) -> Callable[[C], C]:
-    """A decorator that makes an Interaction known as `name`."""
-
-    def add(kind: C) -> C:
-        _REGISTERED[name] = kind
-        return kind
-
-    return add
+INTERACTIONS: Registry[type[Interaction]] = Registry(
+    "interaction",
+    "dlrm_jax.interactions",
+    lambda kind: isinstance(kind, type) and issubclass(kind, Interaction),
+    "class of Interaction",
+)
+register = INTERACTIONS.register
+registered = INTERACTIONS.all
 
 
 def option(default: Any, help_text: str) -> Any:
     """A field of an interaction with the text that --help shows."""
     return dataclasses.field(default=default, metadata={"help": help_text})
-
-
-@functools.cache
-def _entry_points() -> dict[str, importlib.metadata.EntryPoint]:
-    return {point.name: point for point in importlib.metadata.entry_points(group=ENTRY_POINTS)}
-
-
-def registered() -> dict[str, type[Interaction]]:
-    """Every interaction by name: those of this package, those that a program registered, those of entry points.
-
-    ConfigError for an entry point that cannot be imported.
-    """
-    for name, point in _entry_points().items():
-        if name not in _REGISTERED:
-            _REGISTERED[name] = _load(point)
-    return dict(_REGISTERED)
-
-
-def _load(point: importlib.metadata.EntryPoint) -> type[Interaction]:
-    what = f"interaction {point.name!r}, which an installed package names as {point.value},"
-    try:
-        kind = point.load()
-    except Exception as error:  # Whatever another's module does.
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise ConfigError(f"{what} cannot be imported: {reason}; mend or uninstall that package") from error
-    require(isinstance(kind, type) and issubclass(kind, Interaction), f"{what} is not a class of Interaction")
-    checked: type[Interaction] = kind
-    return checked
 
 
 def options_of(name: str) -> list[Option]:
