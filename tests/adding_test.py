@@ -99,8 +99,9 @@ def test_a_dense_transform_means_the_same_in_preparation_and_serving(added, tmp_
     np.testing.assert_array_equal(served[:, 0], prepared)
     with pytest.raises(BadRequest, match="row 0, feature 'x': -1 has no finite float32 under sqrt"):
         Reader(signature, {}).read([{"x": -1, "c": "a"}])
+    (tmp_path / "bad").mkdir()
     with pytest.raises(ConfigError, match="column x: '-1'"):
-        prepare_text(tmp_path, "label,x,c\n1,-1,a\n", dataclasses.replace(log, name="other"), name="bad.csv")
+        prepare_text(tmp_path / "bad", "label,x,c\n1,-1,a\n", log)
 
 
 def test_an_input_format_is_read(added, tmp_path):
