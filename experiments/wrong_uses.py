@@ -191,7 +191,7 @@ CASES: dict[str, tuple[Case, ...]] = {
         Case("train --data_dir=data --workdir=w --embedding_dim=8", "bottom_mlp ends in 16"),
         Case("train --data_dir=data --workdir=w --top_mlp=64,2", "the last width must be 1"),
         Case("train --data_dir=data --workdir=w --loss_threshold=0.5", "it must lie in [0, 0.5)"),
-        Case("train --data_dir=data --workdir=w --table_optimizer=adamm", "value should be one of"),
+        Case("train --data_dir=data --workdir=w --table_optimizer=adamm", "choose one of sgd, momentum"),
         Case("train --data_dir=data --workdir=w --lerning_rate=0.1", "Unknown command line flag"),
         Case("train --data_dir=data --workdir=w --seed=9223372036854775808", "must be below 2^63"),
         Case("train --data_dir=data --workdir=w --mesh=data:2,model:4", "JAX_NUM_CPU_DEVICES=8"),

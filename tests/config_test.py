@@ -48,7 +48,7 @@ def run_config(**changes) -> RunConfig:
             lambda: tiny_model(
                 tables=(TableConfig("user", 11, 4), TableConfig("item", 7, 8), TableConfig("flag", 1, 4))
             ),
-            "'item' has embedding_dim 8",
+            "bottom_mlp ends in 4 but embedding_dim is 8",
         ),
         (lambda: LossConfig(threshold=0.5), "loss_threshold is 0.5"),
         (lambda: LossConfig("wbce", (1.0, -1.0)), "weights are not negative"),

@@ -212,22 +212,25 @@ class Checkpoints:
         """The state saved last (or at `step`), placed as `placed` says, whatever it was placed as."""
         step = self.step(kind) if step is None else step
         tables, rest = _split(placed.abstract_state)
-        saved = saved_stacks(placed, self.record(kind, step)["placement"])
+        how = self.record(kind, step)["placement"]
+        saved, by_slot = saved_stacks(placed, how), how.get("slots", False)
         noted = self._noted(kind, step)
         if noted is None:
             where = self.directory / kind / str(step)
             _LOG.warning("checkpoint %s has no checksums, as those of older versions: it is not checked", where)
         if [stack.layout for stack in saved] == [stack.layout for stack in placed.stacks]:
+            stored = tables if by_slot else _without_slots(tables)
             found = self._restore(
-                kind, step, dense=ocp.args.StandardRestore(rest), tables=ocp.args.StandardRestore(tables)
+                kind, step, dense=ocp.args.StandardRestore(rest), tables=ocp.args.StandardRestore(stored)
             )
             self._require_whole(kind, step, found.dense, noted, "dense")
             self._require_whole(kind, step, found.tables, noted, "tables")
-            return _complete(TrainState(**found.dense, **found.tables), placed)
+            found_tables = found.tables if by_slot else _with_slots(found.tables, tables)
+            return _complete(TrainState(**found.dense, **found_tables), placed)
         dense = self._restore(kind, step, dense=ocp.args.StandardRestore(rest)).dense
         self._require_whole(kind, step, dense, noted, "dense")
         try:
-            read = self._read_tables(kind, step, placed, tables, saved, noted)
+            read = self._read_tables(kind, step, placed, tables, saved, noted, by_slot)
             return _complete(TrainState(**dense, **read), placed)
         except ConfigError:
             raise
@@ -254,6 +257,7 @@ class Checkpoints:
         tables: dict[str, Any],
         saved: tuple[Stack, ...],
         noted: dict[str, Any] | None,
+        by_slot: bool,
     ) -> dict[str, Any]:
         """The placed parts of a state, from a checkpoint made under the plan of `saved`."""
         source = self._rows(kind, step, saved, noted)
@@ -267,7 +271,8 @@ class Checkpoints:
             stored = Kind(group.key, weights, weights, first=1.0 if weights else 0.0, dtype=str(leaf.dtype))
             if inner:
                 slot = {slot.name: slot for slot in stack_rule(placed.optimizer, stack).slots}[inner[0].key]
-                stored = Kind(group.key, weights, weights or slot.per == ROW, slot.name, slot.first, slot.dtype)
+                name = slot.name if by_slot else ""
+                stored = Kind(group.key, weights, weights or slot.per == ROW, name, slot.first, slot.dtype)
             return read_array(source, stored, stack, leaf.shape, leaf.sharding)
 
         return jax.tree_util.tree_map_with_path(read, tables)
@@ -393,6 +398,18 @@ def _in_range(array: jax.Array, least: float) -> jax.Array:
     return (jnp.isfinite(array) & (array >= least)).all()
 
 
+def _without_slots(tables: dict[str, Any]) -> dict[str, Any]:
+    """Of what a plan places, the tree that the first checkpoints have: a table's only slot without its name."""
+    states = {name: next(iter(slots.values()), ()) for name, slots in tables[TABLES[1]].items()}
+    return tables | {TABLES[1]: states}
+
+
+def _with_slots(found: dict[str, Any], tables: dict[str, Any]) -> dict[str, Any]:
+    """The inverse."""
+    states = {name: dict.fromkeys(slots, found[TABLES[1]][name]) for name, slots in tables[TABLES[1]].items()}
+    return found | {TABLES[1]: states}
+
+
 def _split(state: TrainState) -> tuple[dict[str, Any], dict[str, Any]]:
     """(what a plan places, the rest), by field."""
     fields = dict(vars(state))
@@ -401,7 +418,7 @@ def _split(state: TrainState) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def placement(placed: Placed) -> dict[str, Any]:
     """What must be known to read a checkpoint's tables, as JSON values."""
-    return {"plan": placed.plan.to_dict(), "packed": placed.packed, "divisible": True}
+    return {"plan": placed.plan.to_dict(), "packed": placed.packed, "divisible": True, "slots": True}
 
 
 def saved_stacks(placed: Placed, saved: dict[str, Any]) -> tuple[Stack, ...]:

@@ -1,6 +1,7 @@
 """RunConfig: everything that decides a training run, as a value that is saved beside its results."""
 
 import dataclasses
+import json
 import math
 import pathlib
 from collections.abc import Mapping
@@ -18,6 +19,7 @@ from dlrm_jax.config import (
     OptimizerConfig,
     ScheduleConfig,
     TableConfig,
+    model_from_dict,
     nested_interaction,
     require_finite,
 )
@@ -169,9 +171,12 @@ class RunConfig:
 
 def identity_of(record: Mapping[str, Any]) -> dict[str, Any]:
     """The `identity` that a checkpoint's record holds, as it would be written today."""
-    model = nested_interaction(record["identity"]["model"])
-    model["interaction"] = dataclasses.asdict(interactions.complete(InteractionConfig(**model["interaction"])))
-    return {**record["identity"], "model": model}
+    identity = record["identity"]
+    model = model_from_dict(identity["model"])
+    model = dataclasses.replace(model, interaction=interactions.complete(model.interaction))
+    fields = [field for field in dataclasses.fields(OptimizerConfig) if field.default is not dataclasses.MISSING]
+    optimizer = {field.name: field.default for field in fields} | identity["optimizer"]
+    return {**identity, "model": json.loads(json.dumps(dataclasses.asdict(model))), "optimizer": optimizer}
 
 
 def without_schedule(identity: dict[str, Any]) -> dict[str, Any]:

@@ -62,7 +62,7 @@ def test_without_a_kernel_that_says_nothing_is_refused(tmp_path):
 
 def test_a_limit_of_this_process_counts():
     script = (
-        "import resource\nfrom dlrm_jax import memory\n"
+        "import resource\nfrom dlrm_jax.host import memory\n"
         f"resource.setrlimit(resource.RLIMIT_AS, ({2 * GB}, resource.RLIM_INFINITY))\n"
         "print(memory.host_available())"
     )
@@ -117,7 +117,7 @@ def test_an_allocation_that_fails_names_the_largest_holder(error, exhausted):
 def test_threads_that_would_not_start_are_one_line():
     """A library that waits for its threads hangs, another aborts: so all are started once, to see whether they do."""
     script = (
-        "import resource\nfrom dlrm_jax import memory\nmemory.require_threads()\n"
+        "import resource\nfrom dlrm_jax.host import memory\nmemory.require_threads()\n"
         f"resource.setrlimit(resource.RLIMIT_AS, ({GB // 2}, resource.RLIM_INFINITY))\n"
         "try:\n    memory.require_threads()\nexcept memory.ConfigError as error:\n    print(error)"
     )
@@ -128,7 +128,7 @@ def test_threads_that_would_not_start_are_one_line():
 
 SCRIPT = """
 import ctypes, threading
-from dlrm_jax import memory
+from dlrm_jax.host import memory
 memory.end_in_one_line()
 library = ctypes.CDLL("libstdc++.so.6")
 with memory.named("table 'a'", "fewer rows"):

@@ -136,7 +136,7 @@ def test_flags_that_do_not_go_together(flags, message):
 
 JOIN = """
 import sys
-from dlrm_jax import processes
+from dlrm_jax.host import processes
 processes.JOIN_SECONDS = int(sys.argv[4])
 try:
     processes.join(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), {"batch_size": 64})

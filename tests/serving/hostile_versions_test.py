@@ -80,8 +80,8 @@ def other_array(directory):
 LIES = {
     "negative rows": (says("signature.json", "features", 0, "rows", value=-5), "rows is -5"),
     "rows in words": (says("signature.json", "features", 0, "rows", value="x"), "rows is 'x'"),
-    "other rows": (says("signature.json", "features", 0, "rows", value=4), r"has \[11, 4\] float32, not the \[4, 4\]"),
-    "wide": (says("signature.json", "embedding_dim", value=65536), r"not the \[11, 65536\] float32"),
+    "other rows": (says("signature.json", "features", 0, "rows", value=4), "are not of one model"),
+    "wide": (says("signature.json", "embedding_dim", value=65536), "are not of one model"),
     "no kind": (says("signature.json", "kind", value="int2"), "kind is 'int2'"),
     "no list": (says("signature.json", "features", value=3), "is not a model's"),
     "a deep file": (lambda directory: (directory / "signature.json").write_text("[" * 10**5), "is not a whole file"),
@@ -122,7 +122,7 @@ def test_a_model_of_other_sizes_is_refused(copied, change, engine):
     "change",
     [
         says("model.json", "model", "interaction", value="cross"),
-        says("model.json", "model", "self_interaction", value=True),
+        says("model.json", "model", "interaction", "options", value={"self_interaction": True}),
         says("model.json", "model", "learned_pooling", value=True),
         lambda directory: [
             np.save(p, np.load(p).astype(np.float64)) for p in (directory / "weights").glob("*_kernel.npy")
@@ -212,7 +212,9 @@ def test_a_program_that_never_ends_holds_up_neither_a_later_version_nor_the_end(
         program = export_program(forward, shapes, model.num_dense, model.num_slots)
         (directory / "program.stablehlo").write_bytes(program)
 
-    start = "import sys; sys.argv[0] = 'serve'; from dlrm_jax import serve; from dlrm_jax.serving import repository;"
+    start = (
+        "import sys; sys.argv[0] = 'serve'; from dlrm_jax import serve; from dlrm_jax.serving.http import repository;"
+    )
     start += "repository._LOAD_SECONDS = 3; serve.define_flags(); serve.run_command(serve.main)"
     monkeypatch.setattr(RunningServer, "START", ("-c", start))
     with running(copied, "--batch_sizes=1", "--poll_seconds=0.1") as server:

@@ -135,10 +135,10 @@ def test_a_log_without_numbers_is_prepared_trained_exported_and_served(tmp_path)
         {"name": "dense", "datatype": "FP32", "shape": [len(ids), 0], "data": []},
     ]
     for inputs in (tensors, tensors[:1]):
-        _, *arrays = protocol.parse_infer(json.dumps({"inputs": inputs}).encode(), None, has_numbers=False)
+        _, *arrays = protocol.parse_infer(json.dumps({"inputs": inputs}).encode(), None, 100, has_numbers=False)
         np.testing.assert_array_equal(served.predict(*served.checked(*arrays)), want)
     with pytest.raises(BadRequest, match="tensor 'dense' is missing"):
-        protocol.parse_infer(json.dumps({"inputs": tensors[:1]}).encode(), None)
+        protocol.parse_infer(json.dumps({"inputs": tensors[:1]}).encode(), None, 100)
     with pytest.raises(ConfigError, match="native scores dot, cat, cross of models with numbers, this one has none"):
         NativeCpu(version)
 

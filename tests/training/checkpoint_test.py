@@ -72,15 +72,19 @@ def test_a_checkpoint_of_before_rows_had_divisors_comes_back(tmp_path, monkeypat
     with monkeypatch.context() as then, Checkpoints(tmp_path) as checkpoints:
         then.setattr(layout, "divisible_rows", lambda rows, pack=1: rows)
         then.setattr(checkpoint, "placement", lambda placed: {"plan": placed.plan.to_dict(), "packed": placed.packed})
+        # A table's only slot had no name.
         old = on_one_device(config, optimizer("adagrad"))
         state = old.init_state(0)
-        checkpoints.save(LATEST, state, old, {})
+        slots = {name: slots["sum"] + 2 for name, slots in state.table_opt_state.items()}
+        state = state.replace(table_opt_state={name: {"sum": slot} for name, slot in slots.items()})
+        checkpoints.save(LATEST, state.replace(table_opt_state=slots), old, {})
     placed = on_one_device(config, optimizer("adagrad"))
     with Checkpoints(tmp_path) as checkpoints:
         restored = checkpoints.restore(LATEST, placed)
-    for now, before in ((restored.tables, state.tables), (restored.table_opt_state, state.table_opt_state)):
-        assert now["stack_0"].shape == (5_004, 16) and before["stack_0"].shape == (5_003, 16)
-        np.testing.assert_array_equal(now["stack_0"][:5_003], before["stack_0"])
+    slots = (restored.table_opt_state["stack_0"]["sum"], state.table_opt_state["stack_0"]["sum"])
+    for now, before in ((restored.tables["stack_0"], state.tables["stack_0"]), slots):
+        assert now.shape == (5_004, 16) and before.shape == (5_003, 16)
+        np.testing.assert_array_equal(now[:5_003], before)
 
 
 def test_two_latest_and_one_best_are_kept(tmp_path):
@@ -318,3 +322,21 @@ def test_what_to_do_never_deletes_what_is_whole(tmp_path):
     shutil.rmtree(tmp_path / "checkpoints" / LATEST / "1")
     with Checkpoints(tmp_path, read_only=True) as checkpoints, pytest.raises(ConfigError, match=r"copy .*best/2 into "):
         checkpoints.restore(LATEST, PLACED)
+
+
+@pytest.mark.parametrize("table", ["adagrad", "sgd"])
+def test_slots_without_names_are_read_under_the_plan_they_were_saved_under(tmp_path, monkeypatch, table):
+    placed = on_one_device(tiny_model(), optimizer(table))
+    state = placed.init_state(0)
+    before = {name: slots["sum"] + 2 if slots else () for name, slots in state.table_opt_state.items()}
+    with monkeypatch.context() as then, Checkpoints(tmp_path) as checkpoints:
+        named = checkpoint.placement
+        then.setattr(checkpoint, "placement", lambda placed: {k: v for k, v in named(placed).items() if k != "slots"})
+        checkpoints.save(LATEST, state.replace(table_opt_state=before), placed, {})
+    with Checkpoints(tmp_path) as checkpoints:
+        restored = checkpoints.restore(LATEST, placed)
+    assert restored.table_opt_state.keys() == state.table_opt_state.keys()
+    for name, slots in restored.table_opt_state.items():
+        assert slots.keys() == state.table_opt_state[name].keys()
+        for slot in slots.values():
+            np.testing.assert_array_equal(slot, before[name])
