@@ -5,6 +5,7 @@ import pathlib
 from collections.abc import Iterator
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
@@ -19,6 +20,7 @@ from dlrm_jax.serving.artifact.placed import engine_maker
 from dlrm_jax.serving.artifact.quantise import TABLE_TYPES, stored_table
 from dlrm_jax.tables import reshard
 from dlrm_jax.tables.layout import POOLING_WEIGHTS
+from dlrm_jax.tables.rows import BITS
 from dlrm_jax.training.options import ShardingOptions
 from dlrm_jax.training.reporting import format_table, json_ready
 
@@ -74,7 +76,8 @@ def _pieces(run: Stored, name: str) -> Iterator[np.ndarray]:
     kind = reshard.Kind("tables", of_weights, per_row=of_weights)
     piece = max(1, _PIECE_FLOATS // (1 if of_weights else table.embedding_dim))
     for first in range(0, table.num_embeddings, piece):
-        yield run.rows.rows(kind, table.name, first, 1, min(piece, table.num_embeddings - first))
+        rows = run.rows.rows(kind, table.name, first, 1, min(piece, table.num_embeddings - first))
+        yield rows.view(jnp.bfloat16) if rows.dtype == BITS else rows
 
 
 def _engine(model: ModelConfig, largest: str) -> MakeEngine | None:

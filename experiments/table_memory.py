@@ -46,7 +46,7 @@ def command(module: str, *flags: str) -> None:
 
 def auc(workdir: pathlib.Path, *flags: str) -> float:
     """Test AUC of a training run."""
-    command("train", f"--workdir={workdir}", *flags)
+    command("train", *flags, f"--workdir={workdir}")
     return json.loads((workdir / "result.json").read_text())["test"]["auc"]
 
 

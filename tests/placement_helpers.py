@@ -4,12 +4,14 @@ import dataclasses
 import types
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
 from dlrm_jax.data.batch import EMPTY_SLOT, Batch
 from dlrm_jax.tables.exchange import stack_rule
 from dlrm_jax.tables.layout import COLUMNS, OWNED, POOLING_WEIGHTS, ROUTED
+from dlrm_jax.tables.rows import BITS
 from dlrm_jax.tables.rules import ROW
 
 
@@ -32,7 +34,8 @@ def by_name(placed, arrays) -> dict[str, np.ndarray]:
     for stack in placed.stacks:
         everything = rows_and_columns(stack, whole(arrays[stack.name]), stack.width)
         for t, table in enumerate(stack.tables):
-            named[table.name] = everything[row_numbers(stack, t)][:, : stack.dim]
+            rows = everything[row_numbers(stack, t)][:, : stack.dim]
+            named[table.name] = np.ascontiguousarray(rows).view(jnp.bfloat16) if rows.dtype == BITS else rows
         if stack.name + POOLING_WEIGHTS in arrays:
             column = one_a_row(stack, whole(arrays[stack.name + POOLING_WEIGHTS]))
             for t, table in enumerate(stack.tables):

@@ -2,6 +2,8 @@
 
 import pathlib
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from dlrm_jax.config import LossConfig, ModelConfig
@@ -9,6 +11,7 @@ from dlrm_jax.data.read.dataset import Dataset, Split
 from dlrm_jax.serving.artifact.export import export_model, of_arrays
 from dlrm_jax.serving.artifact.store import Version
 from dlrm_jax.tables.by_name import named_tables
+from dlrm_jax.tables.rows import BITS, as_floats, as_stored
 from dlrm_jax.training.state import TrainState, init_state
 from tests.helpers import optimizer, random_batch
 
@@ -31,7 +34,13 @@ def random_dataset(model: ModelConfig, rows: int = 200) -> Dataset:
 def lively_state(model: ModelConfig, seed: int = 0) -> TrainState:
     """A fresh state with tables large enough that each id shows in the probability."""
     state = init_state(model, optimizer(), seed)
-    return state.replace(tables={name: table * 3 for name, table in state.tables.items()})
+    return state.replace(tables={name: _tripled(table) for name, table in state.tables.items()})
+
+
+def _tripled(table: jax.Array) -> jax.Array:
+    if table.dtype != BITS:
+        return table * 3
+    return as_stored((as_floats(table) * 3).astype(jnp.bfloat16))
 
 
 def export_tiny(

@@ -8,6 +8,7 @@ import numpy as np
 
 from dlrm_jax.config import ModelConfig
 from dlrm_jax.tables.layout import POOLING_WEIGHTS, local_stacks
+from dlrm_jax.tables.rows import as_stored
 
 
 def named_tables(model: ModelConfig, tables: dict[str, jax.Array]) -> Iterator[tuple[str, jax.Array]]:
@@ -15,7 +16,8 @@ def named_tables(model: ModelConfig, tables: dict[str, jax.Array]) -> Iterator[t
     for stack in local_stacks(model):
         for table, first_row in zip(stack.tables, stack.offset_T, strict=True):
             rows = slice(first_row, first_row + table.num_embeddings)
-            yield table.name, tables[stack.name][rows]
+            found = tables[stack.name][rows]
+            yield table.name, found.view(jnp.bfloat16) if stack.dtype == "bfloat16" else found
             if model.learned_pooling:
                 yield table.name + POOLING_WEIGHTS, tables[stack.name + POOLING_WEIGHTS][rows]
 
@@ -28,5 +30,5 @@ def stack_tables(model: ModelConfig, named: dict[str, np.ndarray]) -> dict[str, 
             dtype = "float32" if suffix else stack.dtype
             rows = jnp.concatenate([jnp.asarray(named[table.name + suffix], dtype) for table in stack.tables])
             padding = ((0, stack.rows - len(rows)), (0, 0))
-            arrays[stack.name + suffix] = jnp.pad(rows, padding, constant_values=filler)
+            arrays[stack.name + suffix] = as_stored(jnp.pad(rows, padding, constant_values=filler))
     return arrays

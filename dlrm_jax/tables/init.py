@@ -15,6 +15,7 @@ from dlrm_jax.config import ModelConfig, TableConfig
 from dlrm_jax.tables.collective import shard_index
 from dlrm_jax.tables.hashing import mix, table_keys
 from dlrm_jax.tables.layout import COLUMNS, POOLING_WEIGHTS, Stack, local_stacks
+from dlrm_jax.tables.rows import as_stored, stored_type
 
 FILL_FLOATS = 2**23
 """Floats drawn at a time."""
@@ -81,9 +82,9 @@ def _fill_shard(stack: Stack, key_Tx2: jax.Array, scale_T: jax.Array, shift_T: j
         # In pieces, because the compiler keeps a handful of numbers per row beside the rows that it fills.
         start = jnp.minimum(i * piece, lines - piece)
         drawn = _draw_lines(stack, start, piece, shard, key_Tx2, scale_T, shift_T, normal)
-        return jax.lax.dynamic_update_slice(rows, drawn.astype(stack.dtype), (start, jnp.int32(0)))
+        return jax.lax.dynamic_update_slice(rows, as_stored(drawn.astype(stack.dtype)), (start, jnp.int32(0)))
 
-    rows = jnp.zeros((lines, lanes), stack.dtype)
+    rows = jnp.zeros((lines, lanes), stored_type(stack.dtype))
     return jax.lax.fori_loop(0, -(-lines // piece), fill, rows)
 
 

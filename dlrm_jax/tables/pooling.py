@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from dlrm_jax.data.batch import EMPTY_SLOT
 from dlrm_jax.host.formulations import by_platform
+from dlrm_jax.tables.rows import as_floats
 
 IN_FLIGHT = 4
 """Rows of a bag that a CPU reads at a time; it waits for memory less, the more reads are under way."""
@@ -23,8 +24,7 @@ def read_rows(table_RxD: jax.Array, row_ids: jax.Array) -> jax.Array:
 
 def read_floats(table_RxD: jax.Array, row_ids: jax.Array) -> jax.Array:
     """`read_rows` as float32, from whichever type of float they are stored in."""
-    rows = read_rows(table_RxD, row_ids)
-    return rows if rows.dtype.itemsize == 4 or rows.dtype == jnp.float64 else rows.astype(jnp.float32)
+    return as_floats(read_rows(table_RxD, row_ids))
 
 
 def pool(take: Take, table: jax.Array, ids_BxGxh: jax.Array, scale_BxGxh: jax.Array | None) -> jax.Array:

@@ -28,13 +28,39 @@ def take_rows(table: jax.Array, ids_M: jax.Array, width: int) -> jax.Array:
         return table.at[jnp.maximum(ids_M, 0)].get(mode="clip")
     lines_Mx1x1, in_line_Mxpx1 = _places(ids_M, pack)
     lines_Mxpxw = table.at[jnp.maximum(lines_Mx1x1, 0)].get(mode="clip").reshape(-1, pack, width)
-    return jnp.where(in_line_Mxpx1, lines_Mxpxw, 0).sum(axis=1)
+    return jnp.where(in_line_Mxpx1, lines_Mxpxw, 0).sum(axis=1, dtype=table.dtype)
+
+
+BITS = jnp.uint16
+"""What a bfloat16 table is stored as. A CPU's compiler has no scatter of bfloat16: it would widen the whole table."""
+
+
+def stored_type(dtype: str) -> str:
+    """The type of the array that holds a table of this dtype."""
+    return "uint16" if dtype == "bfloat16" else dtype
+
+
+def as_stored(rows: jax.Array) -> jax.Array:
+    """Rows of a table's dtype as its array holds them."""
+    return jax.lax.bitcast_convert_type(rows, BITS) if rows.dtype == jnp.bfloat16 else rows
+
+
+def as_floats(rows: jax.Array) -> jax.Array:
+    """Stored rows as numbers, in float32 where they have two bytes."""
+    if rows.dtype == BITS:
+        rows = jax.lax.bitcast_convert_type(rows, jnp.bfloat16)
+    return rows.astype(jnp.float32) if rows.dtype.itemsize == 2 else rows
 
 
 def take_floats(table: jax.Array, ids_M: jax.Array, width: int) -> jax.Array:
     """`take_rows` as float32, from whichever type of float they are stored in."""
-    rows = take_rows(table, ids_M, width)
-    return rows.astype(jnp.float32) if rows.dtype.itemsize == 2 else rows
+    return as_floats(take_rows(table, ids_M, width))
+
+
+def set_rounded(table: jax.Array, ids_M: jax.Array, rows_Mxw: jax.Array, noise_Mxw: jax.Array) -> jax.Array:
+    """A table of two bytes a weight with rows replaced by these of float32, `rounded`; none twice."""
+    dtype = jnp.bfloat16 if table.dtype == BITS else table.dtype
+    return set_unique_rows(table, ids_M, as_stored(rounded(rows_Mxw, dtype, noise_Mxw)))
 
 
 def rounded(rows_Mxw: jax.Array, dtype: jnp.dtype, noise_Mxw: jax.Array) -> jax.Array:

@@ -24,7 +24,7 @@ from dlrm_jax.tables.rows import (
     add_rows,
     add_unique_rows,
     num_rows,
-    rounded,
+    set_rounded,
     set_unique_rows,
     take_floats,
     take_rows,
@@ -111,8 +111,8 @@ class Update:
                 slots[name] = set_unique_rows(array, ids_M, new[name])
         if self.noise is None:
             return Stored(add_rows(stored.weights, ids_M, added_MxD), slots)
-        new_MxD = rounded(weights_MxD + added_MxD, stored.weights.dtype, self.noise(ids_M, width))
-        return Stored(set_unique_rows(stored.weights, ids_M, new_MxD), slots)
+        noise_MxD = self.noise(ids_M, width)
+        return Stored(set_rounded(stored.weights, ids_M, weights_MxD + added_MxD, noise_MxD), slots)
 
     def _add_bags(self, bags: tuple[BagGrad, ...], table: jax.Array) -> jax.Array:
         for grad in bags:

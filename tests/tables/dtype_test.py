@@ -17,7 +17,7 @@ from dlrm_jax.tables.exchange import init_slots, local_ops
 from dlrm_jax.tables.init import init_tables
 from dlrm_jax.tables.layout import local_stacks
 from dlrm_jax.tables.plan import SHARDINGS, make_plan
-from dlrm_jax.tables.rows import rounded
+from dlrm_jax.tables.rows import as_floats, as_stored, rounded, stored_type
 from dlrm_jax.training.checkpoint import LATEST, Checkpoints
 from dlrm_jax.training.placed import Placed
 from dlrm_jax.training.state import init_state
@@ -98,7 +98,7 @@ def test_steps_round_otherwise_each_time():
     """A gradient below half a unit in the last place moves a weight by as much as it should, over many steps."""
     config = model("bfloat16")
     ops, tables = local_ops(config, optimizer("sgd")), init_tables(config, 0)
-    tables = {name: jnp.ones_like(table) for name, table in tables.items()}
+    tables = {name: as_stored(jnp.ones(table.shape, jnp.bfloat16)) for name, table in tables.items()}
     ids = np.array([[3, -1, -1, -1, -1, -1, -1]], np.int32)
     d_pooled = jnp.full((1, 4, 4), 1e-4)
 
@@ -107,7 +107,7 @@ def test_steps_round_otherwise_each_time():
         return ops.update(tables, states, ops.route(ids, None), d_pooled, jnp.float32(1), count + 1)[0]
 
     after = jax.jit(lambda tables: jax.lax.fori_loop(0, 1000, step, tables))(tables)["stack_0"][3]
-    np.testing.assert_allclose(np.asarray(after, np.float32).mean(), 0.9, atol=0.02)
+    np.testing.assert_allclose(as_floats(after).mean(), 0.9, atol=0.02)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -117,7 +117,7 @@ def test_half_the_memory_is_held_and_predicted_and_slots_stay_float32(dtype):
     leaves = jax.tree.leaves(placed.abstract_state.tables)
     held = sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
     assert cost.memory["tables"] == held == cost.memory["optimizer state"] / 2
-    assert {leaf.dtype.name for leaf in leaves} == {dtype}
+    assert {leaf.dtype.name for leaf in leaves} == {stored_type(dtype)}
     assert {leaf.dtype.name for leaf in jax.tree.leaves(placed.abstract_state.table_opt_state)} == {"float32"}
 
 
@@ -142,12 +142,12 @@ def test_gradients_of_a_batch_are_those_of_float32_tables():
     """One step from equal weights moves float32 and bfloat16 tables alike, but for the rounding."""
     half, single = model("bfloat16"), tiny_model()
     start, settings = init_state(half, optimizer("sgd"), 0), optimizer("sgd")
-    wide = start.replace(tables={name: table.astype("float32") for name, table in start.tables.items()})
+    wide = start.replace(tables={name: as_floats(table) for name, table in start.tables.items()})
     batch, loss = random_batch(single, 16), LossConfig()
     of_half, _ = jax.jit(make_train_step(half, loss, settings))(start, batch)
     of_single, _ = jax.jit(make_train_step(single, loss, settings))(wide, batch)
     for name, table in of_single.tables.items():
-        got = np.asarray(of_half.tables[name], np.float32)
+        got = as_floats(of_half.tables[name])
         np.testing.assert_allclose(got, table, rtol=2**-7, atol=1e-30)
 
 
