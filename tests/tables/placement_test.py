@@ -11,7 +11,9 @@ from dlrm_jax.host.mesh import MeshShape, make_mesh
 from dlrm_jax.tables.by_name import named_tables
 from dlrm_jax.tables.collective import ExchangeOptions
 from dlrm_jax.tables.exchange import OVERFLOWS
-from dlrm_jax.tables.plan import SHARDINGS, make_plan
+from dlrm_jax.tables.forms.table_wise import parcels
+from dlrm_jax.tables.layout import place_stacks
+from dlrm_jax.tables.plan import SHARDINGS, Placement, Plan, make_plan
 from dlrm_jax.training.placed import Placed
 from dlrm_jax.training.state import init_state
 from dlrm_jax.training.step import logits, make_pipelined_step, make_train_step
@@ -189,3 +191,18 @@ def test_vectors_sent_as_bfloat16_lose_little(sharding):
 
 def _routes(placed):
     return jax.jit(placed.ops.route)(placed.put(pad(batch(0, False), 4)).ids_BxK, None)
+
+
+def test_parcels_of_table_wise_are_as_small_as_shards_allow():
+    """Bags of 20 and 3 ids on one shard, of 5 and 5 on the other: 20 + 5 slots, and the order of the ids is kept."""
+    tables = tuple(TableConfig(name, 9, 4) for name in "abcd")
+    features = tuple(FeatureConfig(name, name, h) for name, h in zip("abcd", (3, 5, 20, 5), strict=True))
+    config = tiny_model(tables=tables, features=features)
+    first = {"a": 0, "b": 1, "c": 0, "d": 1}
+    plan = Plan(MeshShape(1, 2), {name: Placement("table_wise", shard, 1) for name, shard in first.items()})
+    (stack,) = place_stacks(config, plan)
+    parcel = parcels(stack)
+    assert parcel.hotness == (20, 5)
+    assert parcel.feature_SxF.tolist() == [[2, 0], [1, 3]]
+    assert parcel.slot_SxK[0].tolist() == [*range(8, 28), 0, 1, 2, -1, -1]
+    assert parcel.slot_SxK[1].tolist() == [3, 4, 5, 6, 7, *[-1] * 15, *range(28, 33)]

@@ -155,11 +155,12 @@ def test_rows_that_are_not_looked_up_keep_their_bits(name, bounds):
 @pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("name", RULES)
 def test_an_update_by_bags_is_that_by_rows(name, scaled, piece, monkeypatch):
-    """Ids that fill several pieces, that end with one, and void ones; bags of two hotnesses together."""
+    """Ids that fill several pieces, that end with one, and void ones; bags of two hotnesses; nobody names row 0."""
     monkeypatch.setattr("dlrm_jax.tables.updates.PIECE", piece)
     rng, bags, ids, rows = np.random.default_rng(piece), [], [], []
     for hotness, count in ((3, 4), (1, 5)):
         bag_ids = rng.integers(-1, V + 1, (hotness, count)).astype(np.int32)
+        bag_ids[bag_ids == 0] = -1
         scale = rng.random((hotness, count)).astype(np.float32) if scaled else np.ones((hotness, count), np.float32)
         d_bags = rng.normal(size=(count, D)).astype(np.float32)
         bags.append(BagGrad(jnp.asarray(bag_ids), jnp.asarray(scale) if scaled else None, jnp.asarray(d_bags)))

@@ -340,3 +340,18 @@ def test_slots_without_names_are_read_under_the_plan_they_were_saved_under(tmp_p
         assert slots.keys() == state.table_opt_state[name].keys()
         for slot in slots.values():
             np.testing.assert_array_equal(slot, before[name])
+
+
+@pytest.mark.parametrize(("value", "fits"), [(0.0, True), (-1e-3, False), (np.nan, False), (np.inf, False)])
+def test_a_slot_that_no_optimizer_keeps_is_refused(tmp_path, value, fits):
+    placed = on_one_device(tiny_model(), optimizer("adagrad"))
+    state = placed.init_state(0)
+    slots = {"sum": state.table_opt_state["stack_0"]["sum"].at[3, 1].set(value)}
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(LATEST, state.replace(table_opt_state={"stack_0": slots}), placed, {})
+    with Checkpoints(tmp_path) as checkpoints:
+        if fits:
+            checkpoints.restore(LATEST, placed)
+            return
+        with pytest.raises(ConfigError, match=r"table_opt_state\.stack_0\.sum .* holds NaN, infinity or a n"):
+            checkpoints.restore(LATEST, placed)
