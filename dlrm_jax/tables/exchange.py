@@ -223,7 +223,7 @@ class _Parts:
             raise ValueError("update needs an optimizer")
         rule, own = stack_rule(self._optimizer, stack), stack.tables[0].rate
         weights = Update(rule, rate if own == 1 else rate * own, count)
-        update = weights if stack.dtype == "float32" else dataclasses.replace(weights, noise=_noise(stack, count))
+        update = weights if stack.dtype == "float32" else dataclasses.replace(weights, noise=noise_of(stack, count))
         if stack.form == COLUMNS:
 
             def row_mean(rows_MxD: jax.Array) -> jax.Array:
@@ -233,7 +233,7 @@ class _Parts:
         return Updates(update, weights)
 
 
-def _noise(stack: Stack, count: jax.Array) -> Callable[[jax.Array, int], jax.Array]:
+def noise_of(stack: Stack, count: jax.Array) -> Callable[[jax.Array, int], jax.Array]:
     """Random bits of (table name, row, column, number of the update), the same wherever a row lies."""
 
     def noise(rows_M: jax.Array, width: int) -> jax.Array:

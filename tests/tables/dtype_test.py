@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dlrm_jax.config import LossConfig
+from dlrm_jax.config import FeatureConfig, LossConfig, TableConfig
 from dlrm_jax.host.mesh import MeshShape, make_mesh
 from dlrm_jax.planning.cost import Load, estimate
 from dlrm_jax.planning.hardware import HARDWARE
 from dlrm_jax.serving import load
-from dlrm_jax.tables.exchange import init_slots, local_ops
+from dlrm_jax.tables.exchange import init_slots, local_ops, noise_of
 from dlrm_jax.tables.init import init_tables
 from dlrm_jax.tables.layout import local_stacks
 from dlrm_jax.tables.plan import SHARDINGS, make_plan
@@ -157,3 +157,12 @@ def test_an_export_has_the_weights_of_training(tmp_path):
     batch = random_batch(config, 20)
     got = load(tmp_path).predict(batch.dense_BxN, batch.ids_BxK)
     np.testing.assert_allclose(got, jax.nn.sigmoid(logits(config, state, batch)), atol=1e-6)
+
+
+def test_noise_is_of_its_own_for_each_table_row_column_and_update():
+    tables = tuple(TableConfig(name, 50, 4, dtype="bfloat16") for name in ("a", "b"))
+    features = tuple(FeatureConfig(name, name) for name in ("a", "b"))
+    (stack,) = local_stacks(tiny_model(tables=tables, features=features))
+    drawn = [np.asarray(noise_of(stack, jnp.int32(count))(jnp.arange(100), 4)) for count in (1, 2)]
+    assert len(np.unique(drawn)) == 2 * 100 * 4
+    assert abs(np.mean(np.array(drawn, np.float64)) / 2**32 - 0.5) < 0.05
