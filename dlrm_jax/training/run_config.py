@@ -175,7 +175,7 @@ def identity_of(record: Mapping[str, Any]) -> dict[str, Any]:
     model = model_from_dict(identity["model"])
     model = dataclasses.replace(model, interaction=interactions.complete(model.interaction))
     fields = [field for field in dataclasses.fields(OptimizerConfig) if field.default is not dataclasses.MISSING]
-    optimizer = {field.name: field.default for field in fields} | identity["optimizer"]
+    optimizer = {field.name: field.default for field in fields} | identity.get("optimizer", {})
     return {**identity, "model": json.loads(json.dumps(dataclasses.asdict(model))), "optimizer": optimizer}
 
 

@@ -289,7 +289,7 @@ def outside(tmp_path, monkeypatch):
     points = installed / "theirs-1.dist-info" / "entry_points.txt"
     points.write_text("[dlrm_jax.interactions]\nscaled = theirs:Scaled\n")
     monkeypatch.syspath_prepend(str(installed))
-    monkeypatch.setattr(base.INTERACTIONS, "_known", base.registered())
+    monkeypatch.setattr(base.INTERACTIONS, "_known", dict(base.INTERACTIONS._known))
     registry._entry_points.cache_clear()
     yield points
     registry._entry_points.cache_clear()
