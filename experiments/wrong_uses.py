@@ -192,6 +192,12 @@ CASES: dict[str, tuple[Case, ...]] = {
         Case("train --data_dir=data --workdir=w --top_mlp=64,2", "the last width must be 1"),
         Case("train --data_dir=data --workdir=w --loss_threshold=0.5", "it must lie in [0, 0.5)"),
         Case("train --data_dir=data --workdir=w --table_optimizer=adamm", "choose one of sgd, momentum"),
+        Case("train --data_dir=data --workdir=w --table_optimizer=adam,beta=1", "its options: b1, b2, eps, correct_by"),
+        Case("train --data_dir=data --workdir=w --tables=nope.json", "--tables=nope.json: No such file"),
+        Case("train --data_dir=data --workdir=w --tables=nobody.json", "is not in the data, which has item, user"),
+        Case(
+            "train --data_dir=data --workdir=w --compress_tables=squeeze", "choose one of qr, modulo, two_hashes, mixed"
+        ),
         Case("train --data_dir=data --workdir=w --lerning_rate=0.1", "Unknown command line flag"),
         Case("train --data_dir=data --workdir=w --seed=9223372036854775808", "must be below 2^63"),
         Case("train --data_dir=data --workdir=w --mesh=data:2,model:4", "JAX_NUM_CPU_DEVICES=8"),

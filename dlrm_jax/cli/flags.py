@@ -1,6 +1,7 @@
 """The flags of a training run, and how they become a RunConfig. Only commands import this."""
 
 import logging
+import pathlib
 import sys
 from typing import Any
 
@@ -293,7 +294,8 @@ def unchecked_config() -> RunConfig:
             top_mlp=_numbers("top_mlp", int),
             interaction=_interaction(),
             **_values("embedding_dim", "learned_pooling", "dense_init", "table_init", "compute_dtype"),
-            **_values("tables", "compress_tables", "table_dtype"),
+            tables=_table_settings(),
+            **_values("compress_tables", "table_dtype"),
         ),
         loss=LossConfig(FLAGS.loss, _numbers("class_weights", float), FLAGS.loss_threshold),
         optimizer=OptimizerConfig(
@@ -328,6 +330,17 @@ def _interaction() -> InteractionConfig:
     lists = {name for name in options if isinstance(FLAGS[name].value, list)}
     values = {name: _numbers(name, int) if name in lists else FLAGS[name].value for name in options}
     return InteractionConfig(FLAGS.interaction, values)
+
+
+def _table_settings() -> str:
+    """What the file of --tables holds: the run keeps that, not the file's name. ConfigError where it cannot be read."""
+    if not FLAGS.tables:
+        return ""
+    try:
+        return pathlib.Path(FLAGS.tables).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not UTF-8"
+        raise ConfigError(f"--tables={FLAGS.tables}: {reason}") from error
 
 
 def defaults_taken() -> str:

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import math
-import pathlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -42,7 +41,7 @@ _SMALLER_IS_BETTER = ("log_loss", "normalized_entropy")
 class ModelOptions:
     """A ModelConfig but for what the data decides: dense width, tables and features.
 
-    `tables` is a file of settings of single tables (table_settings.py), `compress_tables` a way to store large ones
+    `tables` are settings of single tables as JSON (table_settings.py), `compress_tables` a way to store large ones
     in fewer numbers (tables/compress.py).
     """
 
@@ -65,10 +64,10 @@ class ModelOptions:
         """The model for a dataset's columns; without numbers there is no bottom MLP."""
         options = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         dim, dtype = options.pop("embedding_dim"), options.pop("table_dtype")
-        path, way = options.pop("tables"), options.pop("compress_tables")
+        settings, way = options.pop("tables"), options.pop("compress_tables")
         num_dense = len(dataset.dense_names)
         options["bottom_mlp"] = self.bottom_mlp if num_dense else ()
-        own = read_table_settings(pathlib.Path(path), set(dataset.table_sizes)) if path else {}
+        own = read_table_settings(settings, set(dataset.table_sizes)) if settings else {}
         tables = tuple(
             TableConfig(name, rows, **{"embedding_dim": dim, "dtype": dtype, **own.get(name, {})})
             for name, rows in dataset.table_sizes.items()

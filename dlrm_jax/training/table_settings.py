@@ -1,7 +1,6 @@
-"""Settings of single tables, from the file that `--tables` names."""
+"""Settings of single tables: the text of the file that `--tables` names, which a run keeps in its configuration."""
 
 import json
-import pathlib
 from typing import Any
 
 from dlrm_jax.config import ConfigError, require
@@ -16,27 +15,24 @@ _KEYS: dict[str, tuple[str, Any]] = {
 """Key in the file -> (field of TableConfig, what its value must be)."""
 
 
-def read_table_settings(path: pathlib.Path, known: set[str]) -> dict[str, dict[str, Any]]:
+def read_table_settings(text: str, known: set[str]) -> dict[str, dict[str, Any]]:
     """Fields of TableConfig by table, from {"tables": {NAME: {"dim": 8, "dtype": "bfloat16", "optimizer": "adam"}}}.
 
     `rate` is times the run's learning rate. ConfigError for a table that is not `known`, and for another key or value.
     """
     try:
-        tables = json.loads(path.read_text(encoding="utf-8"))["tables"]
-        settings = {str(name): dict(values) for name, values in tables.items()}
-    except OSError as error:
-        raise ConfigError(f"--tables: {path}: {error.strerror}") from error
+        tables = json.loads(text)["tables"]
+        settings = dict(tables.items())
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         example = '{"tables": {"NAME": {"optimizer": "adam"}}}'
-        raise ConfigError(f"--tables: {path} cannot be read ({error!r}); write {example}") from error
-    return {
-        name: _checked(f"--tables: {path}: table {name!r}", name, values, known) for name, values in settings.items()
-    }
+        raise ConfigError(f"--tables: the file cannot be read ({error!r}); write {example}") from error
+    return {name: _checked(f"--tables: table {name!r}", name, values, known) for name, values in settings.items()}
 
 
-def _checked(where: str, name: str, values: dict[str, Any], known: set[str]) -> dict[str, Any]:
+def _checked(where: str, name: str, values: Any, known: set[str]) -> dict[str, Any]:
     some = ", ".join(sorted(known)[:5]) + (", ..." if len(known) > 5 else "")
     require(name in known, f"{where} is not in the data, which has {some}")
+    require(isinstance(values, dict), f'{where} has {values!r}; write its settings, as {{"rate": 0.1}}')
     fields = {}
     for key, value in values.items():
         require(key in _KEYS, f"{where} has {key!r}; known are {', '.join(_KEYS)}")

@@ -19,6 +19,8 @@ from dlrm_jax.cli.flags import (
 from dlrm_jax.config import ConfigError
 from tests.helpers import ROOT
 
+TABLES = ROOT / "tests" / "fixtures" / "tables.json"
+
 # flag -> (its text, where it ends up, the value there); each is valid, if not of use, beside the others.
 SETTINGS = {
     "dataset": ("movielens_100k", "data.dataset", "movielens_100k"),
@@ -49,7 +51,7 @@ SETTINGS = {
     "learned_pooling": ("true", "model.learned_pooling", True),
     "compress_tables": ("qr,collisions=8", "model.compress_tables", "qr,collisions=8"),
     "table_dtype": ("bfloat16", "model.table_dtype", "bfloat16"),
-    "tables": ("tables.json", "model.tables", "tables.json"),
+    "tables": (str(TABLES), "model.tables", TABLES.read_text()),
     "dense_init": ("torch", "model.dense_init", "torch"),
     "compute_dtype": ("bfloat16", "model.compute_dtype", "bfloat16"),
     "table_init": ("flax", "model.table_init", "flax"),
