@@ -9,7 +9,6 @@ import dataclasses
 import math
 from collections.abc import Mapping
 
-import jax.numpy as jnp
 import numpy as np
 
 from dlrm_jax.config import ModelConfig, OptimizerConfig, TableConfig
@@ -24,7 +23,7 @@ from dlrm_jax.tables.forms import FORMS
 from dlrm_jax.tables.forms.data_parallel import sent_rows
 from dlrm_jax.tables.forms.table_wise import parcels
 from dlrm_jax.tables.layout import COLUMNS, OWNED, REPLICATED, ROUTED, Stack, place_stacks
-from dlrm_jax.tables.plan import Plan
+from dlrm_jax.tables.plan import Plan, weight_bytes
 from dlrm_jax.tables.rows import LANES
 from dlrm_jax.tables.rules import WEIGHT, row_means
 
@@ -222,18 +221,13 @@ def _traffic(
     streams = 7.0 * FLOAT * b * outputs + 5 * FLOAT * dense_parameters(model)
     rows = 0.0
     for stack in stacks:
-        looked_up, width = _slots_looked_up(stack, load), stack.width * itemsize(stack)
+        looked_up, width = _slots_looked_up(stack, load), stack.width * weight_bytes(stack.tables[0])
         rule = stack_rule(optimizer, stack)
         slots = 2 * FLOAT * sum(slot.width(stack.width) for slot in rule.slots)  # Read and written.
         rows += looked_up * width + _rows_updated(stack, load) * (2 * width + slots)
         merged = looked_up * (stack.num_copies if stack.form == COLUMNS else 1)
         streams += 4 * merged * width + (0 if rule.linear else 64 * merged)
     return streams, rows
-
-
-def itemsize(stack: Stack) -> int:
-    """Bytes of a stored weight."""
-    return np.dtype(jnp.dtype(stack.dtype)).itemsize
 
 
 def _memory(
@@ -253,7 +247,7 @@ def _memory(
         rows = math.prod(stack.local_shape)
         per_row = math.prod(stack.row_shape()) // shards
         learned = per_row if model.learned_pooling else 0
-        tables += rows * itemsize(stack) + learned * FLOAT
+        tables += rows * weight_bytes(stack.tables[0]) + learned * FLOAT
         for slot in stack_rule(optimizer, stack).slots:
             states += ((rows if slot.per == WEIGHT else per_row) + learned) * FLOAT
     dense = dense_parameters(model) * FLOAT

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from dlrm_jax.config import ModelConfig, OptimizerConfig
 from dlrm_jax.host.memory import gigabytes
 from dlrm_jax.host.mesh import MeshShape
-from dlrm_jax.planning.cost import FLOAT, Cost, Load, estimate
+from dlrm_jax.planning.cost import Cost, Load, estimate
 from dlrm_jax.planning.hardware import Hardware
-from dlrm_jax.tables.plan import SHARDINGS, Plan, make_plan
+from dlrm_jax.tables.plan import SHARDINGS, Plan, make_plan, table_bytes
 
 AUTO = "auto"
 _USABLE = 0.92
@@ -79,7 +79,7 @@ def largest_holder(setting: Setting, cost: Cost) -> str:
         batch = f" of batch_size {setting.load.batch_size:,}" if part in _OF_BATCH else ""
         return f"{part}{batch} ({size})"
     table = max(setting.model.tables, key=lambda table: table.num_embeddings)
-    of_it = table.num_embeddings * table.embedding_dim * FLOAT / 1e9
+    of_it = table_bytes(table) / 1e9
     return (
         f"tables ({size}), the largest {table.name!r} ({table.num_embeddings:,} rows of {table.embedding_dim}: "
         f"{of_it:.2f} GB)"

@@ -6,10 +6,10 @@ from typing import Any
 import numpy as np
 
 from dlrm_jax.config import TableConfig
-from dlrm_jax.planning.cost import FLOAT, Cost
+from dlrm_jax.planning.cost import Cost
 from dlrm_jax.planning.planner import Setting
 from dlrm_jax.tables.layout import OWNED, ROUTED, Stack
-from dlrm_jax.tables.plan import DATA_PARALLEL, TABLE_WISE, Placement
+from dlrm_jax.tables.plan import DATA_PARALLEL, TABLE_WISE, Placement, table_bytes, weight_bytes
 
 
 def text(setting: Setting, cost: Cost, ranked: list[tuple[str, Cost]]) -> str:
@@ -59,7 +59,7 @@ def _table_rows(setting: Setting, cost: Cost) -> list[list[str]]:
                 table.name,
                 f"{table.num_embeddings:,}",
                 str(table.embedding_dim),
-                f"{_bytes(table) / 1e6:,.1f}",
+                f"{table_bytes(table) / 1e6:,.1f}",
                 _where(placement),
                 why(setting, table, placement),
                 f"{bytes_a_device(setting, table, placement) / 1e6:,.1f}",
@@ -87,10 +87,6 @@ def _ranking_rows(setting: Setting, ranked: list[tuple[str, Cost]]) -> list[list
     return rows
 
 
-def _bytes(table: TableConfig) -> int:
-    return table.num_embeddings * table.embedding_dim * FLOAT
-
-
 def _where(placement: Placement) -> str:
     if placement.sharding == TABLE_WISE:
         return f"{placement.sharding} on {placement.first}"
@@ -115,9 +111,9 @@ def why(setting: Setting, table: TableConfig, placement: Placement) -> str:
 def bytes_a_device(setting: Setting, table: TableConfig, placement: Placement) -> float:
     """Bytes of a table on a device that holds part of it."""
     if placement.sharding == "column_wise":
-        return table.num_embeddings * -(-table.embedding_dim // setting.mesh.model) * FLOAT
+        return table.num_embeddings * -(-table.embedding_dim // setting.mesh.model) * weight_bytes(table)
     count = 1 if placement.sharding == DATA_PARALLEL else placement.count
-    return -(-table.num_embeddings // count) * table.embedding_dim * FLOAT
+    return -(-table.num_embeddings // count) * table.embedding_dim * weight_bytes(table)
 
 
 def _sent_by(setting: Setting, cost: Cost, table: TableConfig) -> tuple[float, float]:
@@ -151,9 +147,9 @@ def balance(cost: Cost) -> tuple[int, int]:
 def _held(stack: Stack, t: int, table: TableConfig) -> np.ndarray:
     shards = np.arange(stack.num_shards)
     if stack.form not in (OWNED, ROUTED):
-        return np.full(stack.num_shards, float(table.num_embeddings * stack.width * FLOAT))
+        return np.full(stack.num_shards, float(table.num_embeddings * stack.width * weight_bytes(table)))
     inside = (shards >= stack.first_T[t]) & (shards < stack.first_T[t] + stack.count_T[t])
-    return inside * float(-(-table.num_embeddings // stack.count_T[t]) * stack.dim * FLOAT)
+    return inside * float(-(-table.num_embeddings // stack.count_T[t]) * stack.dim * weight_bytes(table))
 
 
 def as_dict(setting: Setting, cost: Cost, ranked: list[tuple[str, Cost]]) -> dict[str, Any]:

@@ -158,5 +158,10 @@ class _Loads:
 
 
 def table_bytes(table: TableConfig) -> int:
-    """Bytes of a table in float32."""
-    return table.num_embeddings * table.embedding_dim * 4
+    """Bytes of a table as it is stored."""
+    return table.num_embeddings * table.embedding_dim * weight_bytes(table)
+
+
+def weight_bytes(table: TableConfig) -> int:
+    """Bytes of a stored weight."""
+    return 4 if table.dtype == "float32" else 2

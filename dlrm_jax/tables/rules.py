@@ -82,6 +82,10 @@ class Rule:
         """One update of M rows."""
         raise NotImplementedError
 
+    def describe(self) -> str:
+        """The rule in a word."""
+        return type(self).__name__
+
 
 def _require_below_one(rule: Rule, *names: str) -> None:
     for name in names:
@@ -290,6 +294,10 @@ class Bounded(Rule):
     def slots(self) -> tuple[Slot, ...]:
         """Those of the rule."""
         return self.rule.slots
+
+    def describe(self) -> str:
+        """The rule, and that its rows are bounded."""
+        return f"{self.rule.describe()} with --table_l2, --table_clip_norm, --table_weight_decay or --table_max_norm"
 
     def step(self, row: Rows) -> tuple[jax.Array, Arrays]:
         """The rule's, between what bounds its gradient and what bounds its row."""

@@ -66,6 +66,9 @@ def test_the_largest_holder_is_named_with_its_size():
         return largest_holder(setting, setting.cost("data_parallel"))
 
     assert largest() == "tables (0.12 GB), the largest 't0' (1,000,000 rows of 16: 0.06 GB)"
+    halves = tuple(dataclasses.replace(table, dtype="bfloat16") for table in SETTING.model.tables)
+    half = dataclasses.replace(SETTING.model, tables=halves)
+    assert largest(model=half) == "tables (0.06 GB), the largest 't0' (1,000,000 rows of 16: 0.03 GB)"
     assert largest(load=Load(2**20)).startswith("activations of batch_size 1,048,576 (")
 
 

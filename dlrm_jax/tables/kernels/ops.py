@@ -40,7 +40,7 @@ def native_ops(
     build.register()
     stacks = stacks or local_stacks(model)
     plain = local_ops(model, optimizer)
-    unknown = sorted({type(rule).__name__ for rule in _rules(optimizer, stacks) if type(rule) not in _CALLS})
+    unknown = sorted({rule.describe() for rule in _rules(optimizer, stacks) if type(rule) not in _CALLS})
     if unknown:
         _LOG.info("--cpu_kernels=native: tables.cc has no %s, so XLA updates the tables", ", ".join(unknown))
     if len(model.dims) > 1 or any(table.dtype != "float32" for table in model.tables):
