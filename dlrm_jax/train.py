@@ -28,19 +28,25 @@ def define_process_flags() -> None:
     flags.DEFINE_integer("process_id", -1, "This process's number among them, from 0.")
 
 
+def _workdir(data_dir: pathlib.Path) -> pathlib.Path:
+    """Where the run is kept: as --workdir says, for prepared data by default under its name."""
+    if not FLAGS.workdir and not is_prepared(data_dir):
+        raise ConfigError("--workdir is missing; it says where checkpoints, logs and results go")
+    workdir = pathlib.Path(FLAGS.workdir or f"runs/{read_schema(data_dir).name}")
+    files.require_output_directory("workdir", workdir)
+    return workdir
+
+
 def main() -> None:
     """Flags to config, config to result, result to the screen."""
     processes.join(FLAGS.coordinator_address, FLAGS.num_processes, FLAGS.process_id, settings_text())
     if not processes.is_first():
         logging.getLogger("dlrm_jax").setLevel(logging.WARNING)  # Said once is enough.
     config = config_from_flags()
-    if not FLAGS.workdir and not is_prepared(pathlib.Path(config.data.data_dir)):
-        raise ConfigError("--workdir is missing; it says where checkpoints, logs and results go")
-    workdir = pathlib.Path(FLAGS.workdir or f"runs/{read_schema(pathlib.Path(config.data.data_dir)).name}")
-    files.require_output_directory("workdir", workdir)
     unwritten = None
     try:
         with processes.ending_together(but_for=Interrupted):
+            workdir = _workdir(pathlib.Path(config.data.data_dir))
             try:
                 result = train_and_evaluate(config, workdir, flagfile_text(), defaults_taken())
             except ResultNotWritten as error:

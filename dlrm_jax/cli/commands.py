@@ -14,7 +14,7 @@ from absl import logging as absl_logging
 from tqdm import tqdm
 
 from dlrm_jax.config import ConfigError
-from dlrm_jax.host import gpu_atomics, interrupts, memory
+from dlrm_jax.host import gpu_atomics, interrupts, memory, processes
 
 FLAGS = flags.FLAGS
 _LONGEST_LINE = 600
@@ -46,8 +46,9 @@ def run_command(main: Callable[[], None]) -> None:
 def _end_at_once() -> NoReturn:
     """Exit status 1 without the libraries' own ends: Arrow's threads abort the process in one of fifty of them.
 
-    Everything of ours was unwound on the way here.
+    Everything of ours was unwound on the way here; several processes, which end for the same reason, part first.
     """
+    processes.leave()
     logging.shutdown()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(Exception):

@@ -144,6 +144,15 @@ def ending_together(but_for: type[Exception]) -> Iterator[None]:
         _end(f"process {jax.process_index()}: {error}")
 
 
+def leave() -> None:
+    """Tell the others that this process is going, and wait for those that go too.
+
+    Process 0 serves the others: gone before them, it takes their answers along, and JAX aborts them.
+    """
+    with contextlib.suppress(RuntimeError):
+        jax.distributed.shutdown()
+
+
 def _end(reason: str) -> NoReturn:
     """End this process in one line; a tidy exit would wait for the others, or add JAX's own words."""
     print(f"error: {' '.join(reason.split())}", file=sys.stderr, flush=True)

@@ -176,6 +176,27 @@ def test_one_that_waits_in_vain_for_another_ends_in_one_line(number):
     assert text.count("\n") == 1
 
 
+LEAVE = """
+import sys, time
+from jax._src import distributed
+from dlrm_jax.cli import commands
+from dlrm_jax.host import processes
+processes.join(sys.argv[1], 2, int(sys.argv[2]))
+if sys.argv[2] == "1":
+    time.sleep(2)
+    print(len(distributed.global_state.client.key_value_dir_get("flags/digest/")), "read")
+commands._end_at_once()
+"""
+
+
+def test_a_process_that_ends_answers_the_others_until_they_end_too():
+    """Process 0 serves the store: gone at once, it fails what the others still read there, and JAX aborts them."""
+    address = f"127.0.0.1:{free_port()}"
+    running = [start([sys.executable, "-c", LEAVE, address, str(number)], 1) for number in range(2)]
+    assert outputs(running) == ["", "2 read\n"]
+    assert [process.returncode for process in running] == [1, 1]
+
+
 @pytest.mark.slow
 @pytest.mark.end_to_end
 @pytest.mark.parametrize(
