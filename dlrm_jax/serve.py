@@ -7,8 +7,9 @@ import typing
 from absl import flags
 
 from dlrm_jax.cli.commands import run_command
-from dlrm_jax.config import CPU_KERNELS, NATIVE, XLA, ConfigError, how_to_install, require
+from dlrm_jax.config import ConfigError, how_to_install, require
 from dlrm_jax.host import files, memory
+from dlrm_jax.host.formulations import KERNELS, NATIVE, XLA
 from dlrm_jax.tables.plan import SHARDINGS
 
 if typing.TYPE_CHECKING:
@@ -54,7 +55,7 @@ def define_flags() -> None:
     flags.DEFINE_enum("sharding", "auto", (*SHARDINGS, "auto"), "With --mesh: how tables lie on it, as in training.")
     flags.DEFINE_string("sharding_plan", "", "With --mesh: JSON file that places single tables otherwise.")
     flags.DEFINE_enum(
-        "cpu_kernels", XLA, CPU_KERNELS, "Who scores on a CPU: the exported program, or C++ compiled at the first use."
+        "cpu_kernels", XLA, KERNELS, "Who scores on a CPU: the exported program, or C++ compiled at the first use."
     )
     flags.DEFINE_bool("allow_oversubscription", False, memory.TRY_ANYWAY_HELP)
     flags.DEFINE_string("token_file", "", "File with a token that every request but health must bear.")

@@ -38,11 +38,12 @@ from measure import replace_section, where_and_when
 from peers.report import GOALS, SIDES, draw, floor_table, rows_of, table
 
 from dlrm_jax.cli.flags import config_from_flags, define_run_flags
-from dlrm_jax.config import NATIVE, XLA, ModelConfig
+from dlrm_jax.config import ModelConfig
 from dlrm_jax.data.batch import Batch
 from dlrm_jax.data.generate.synthetic import device_batch
 from dlrm_jax.data.read.load import synthetic_spec
 from dlrm_jax.host import gpu_atomics, heap
+from dlrm_jax.host.formulations import NATIVE, XLA
 from dlrm_jax.plan import model_of
 from dlrm_jax.tables.by_name import named_tables
 from dlrm_jax.tables.kernels import build

@@ -19,7 +19,7 @@ import mlperf_loadgen as loadgen
 import numpy as np
 from measure import ROOT, replace_section, where_and_when
 
-from dlrm_jax.config import CPU_KERNELS, NATIVE, XLA
+from dlrm_jax.host.formulations import KERNELS, NATIVE, XLA
 from dlrm_jax.model.metrics import auc
 from dlrm_jax.serving.artifact.loaded import MakeEngine, OneDevice, load
 from dlrm_jax.serving.artifact.native import NativeCpu
@@ -192,7 +192,7 @@ def main() -> None:
     parser.add_argument("--min_queries", type=int, default=100)
     parser.add_argument("--samples", type=int, default=1000)
     parser.add_argument("--max_batch", type=int, default=2048)
-    parser.add_argument("--cpu_kernels", choices=CPU_KERNELS, default=XLA, help="as of dlrm_jax.serve")
+    parser.add_argument("--cpu_kernels", choices=KERNELS, default=XLA, help="as of dlrm_jax.serve")
     parser.add_argument("--find", action="store_true")
     parser.add_argument("--confirm_seconds", type=float, default=120.0, help="of --find's last test")
     parser.add_argument("--tries", type=int, default=8)

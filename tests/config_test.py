@@ -1,4 +1,4 @@
-"""Tests `dlrm_jax/config.py`, `dlrm_jax/training/run_config.py`: bad settings are refused in words."""
+"""Tests `dlrm_jax/config`, `dlrm_jax/training/run_config.py`: bad settings are refused in words."""
 
 import dataclasses
 import json
@@ -51,7 +51,7 @@ def run_config(**changes) -> RunConfig:
             "bottom_mlp ends in 4 but embedding_dim is 8",
         ),
         (lambda: LossConfig(threshold=0.5), "loss_threshold is 0.5"),
-        (lambda: LossConfig("wbce", (1.0, -1.0)), "weights are not negative"),
+        (lambda: LossConfig("wbce", (1.0, -1.0)), "class_weights is (1.0, -1.0); it must not be negative"),
         (lambda: ScheduleConfig(learning_rate=0.0), "learning_rate is 0.0"),
         (lambda: ScheduleConfig(0.1, warmup_steps=5, decay_start_step=3, decay_steps=2), "before the end of warm-up"),
         (lambda: OptimizerConfig(ScheduleConfig(0.1), table_l2=-1.0), "table_l2 is -1.0"),

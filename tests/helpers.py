@@ -64,7 +64,7 @@ def meeting(fields: dict) -> dict:
     """Fields of a ModelConfig from such as have `interaction` as a name, and options of any interaction beside it."""
     own = {field.name for field in dataclasses.fields(ModelConfig)}
     name = fields.get("interaction", "dot")
-    known = {option.name for option in interactions.options_of(name)}
+    known = {option.flag for option in interactions.options_of(name)}
     options = {option: value for option, value in fields.items() if option in known}
     kept = {field: value for field, value in fields.items() if field in own}
     return kept | {"interaction": InteractionConfig(name, options)}

@@ -6,10 +6,11 @@ import pathlib
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from dlrm_jax.config import XLA, ConfigError, ModelConfig, differences, tell
+from dlrm_jax.config import ConfigError, ModelConfig, differences, tell
 from dlrm_jax.data.read.dataset import Dataset
 from dlrm_jax.data.read.load import DataConfig, load_dataset
 from dlrm_jax.data.read.prepared import is_prepared
+from dlrm_jax.host.formulations import XLA
 from dlrm_jax.tables import reshard
 from dlrm_jax.training import run_config
 from dlrm_jax.training.checkpoint import Checkpoints

@@ -11,6 +11,10 @@ EMPTY_SLOT = -1
 """The id of an unused slot of a bag; it contributes nothing to the pooled vector."""
 
 
+OUT_OF_RANGE_POLICIES = ("error", "hash", "drop_and_count")
+"""What `check_ids` does about an id outside its table."""
+
+
 class Batch(struct.PyTreeNode):
     """B examples side by side: NumPy arrays on the host, jax.Array on a device.
 

@@ -10,6 +10,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+XLA, NATIVE = KERNELS = ("xla", "native")
+"""Who looks up, updates and scores on a CPU: XLA, or C++ of tables/kernels, compiled at the first use."""
+
 
 def by_platform(cpu: Callable[..., Any], others: Callable[..., Any], *args: Any) -> Any:
     """`cpu(*args)` on CPUs, `others(*args)` elsewhere."""

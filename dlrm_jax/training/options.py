@@ -7,8 +7,9 @@ from collections.abc import Iterable
 import jax
 import numpy as np
 
-from dlrm_jax.config import XLA, ConfigError, ModelConfig, OptimizerConfig, require, require_choice
+from dlrm_jax.config import ConfigError, ModelConfig, OptimizerConfig, check_settings, setting, settings
 from dlrm_jax.data.batch import Batch
+from dlrm_jax.host.formulations import XLA
 from dlrm_jax.host.mesh import MeshShape, make_mesh, parse_mesh
 from dlrm_jax.tables.collective import ExchangeOptions
 from dlrm_jax.tables.layout import REPLICATED, ROUTED, Stack, place_stacks
@@ -29,19 +30,36 @@ class ShardingOptions:
     `plan` is a file of overrides (plan.read_overrides), `pipeline` the two-stage loop (step.make_pipelined_step).
     """
 
-    sharding: str = AUTO
-    plan: str = ""
-    mesh: str = ""
-    group_size: int = 0
-    exchange_dtype: str = "float32"
-    exchange_capacity: int = 0
-    pipeline: bool = False
+    sharding: str = setting(
+        AUTO,
+        "Where tables lie on several devices: a copy each, whole tables, rows, columns, rows within groups of devices; "
+        "auto plans each table by its cost (dlrm_jax.plan shows it).",
+        choices=(*SHARDINGS, AUTO),
+    )
+    plan: str = setting(
+        "",
+        "JSON file that places single tables otherwise; what dlrm_jax.plan --json writes.",
+        flag="sharding_plan",
+    )
+    mesh: str = setting(
+        "", "Devices, as data:2,model:4: tables are split over model, copied over data. Default: all on model."
+    )
+    group_size: int = setting(0, "Devices of a group of table_row_wise; 0: half of the model axis.", at_least=0)
+    exchange_dtype: str = setting("float32", "How vectors travel between devices.", choices=EXCHANGE_DTYPES)
+    exchange_capacity: int = setting(
+        0,
+        "Rows that a device asks of each peer at once (row_wise, table_row_wise); more take further rounds. "
+        "0: what the first batches need.",
+        at_least=0,
+    )
+    pipeline: bool = setting(
+        False,
+        "Exchange the next batch's ids during this batch's compute; equal results.",
+        flag="pipeline_exchange",
+    )
 
     def __post_init__(self) -> None:
-        require_choice("sharding", self.sharding, (*SHARDINGS, AUTO))
-        require_choice("exchange_dtype", self.exchange_dtype, EXCHANGE_DTYPES)
-        for name in ("group_size", "exchange_capacity"):
-            require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; it must not be negative")
+        check_settings(self)
 
     @property
     def travelling_dtype(self) -> str:
@@ -74,18 +92,15 @@ def without_effect(options: ShardingOptions, plan: Plan, stacks: tuple[Stack, ..
     return _given(options, unused)
 
 
-_FLAGS = {"plan": "sharding_plan", "pipeline": "pipeline_exchange"}
-
-
 def _given(options: ShardingOptions, fields: list[str]) -> list[str]:
     """Those of some fields that are not their default, as flags."""
-    given = {name: getattr(options, name) for name in fields if getattr(options, name) != getattr(_DEFAULTS, name)}
+    known = {path[0]: known for path, known in settings(ShardingOptions)}
+    values = {name: getattr(options, name) for name in fields}
     return [
-        f"--{_FLAGS.get(name, name)}={str(value).lower() if value is True else value}" for name, value in given.items()
+        f"--{known[name].flag}={str(value).lower() if value is True else value}"
+        for name, value in values.items()
+        if value != known[name].default
     ]
-
-
-_DEFAULTS = ShardingOptions()
 
 
 def _existing(path: str) -> pathlib.Path:

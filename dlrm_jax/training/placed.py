@@ -9,9 +9,10 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from dlrm_jax.config import NATIVE, XLA, ModelConfig, OptimizerConfig, require
+from dlrm_jax.config import ModelConfig, OptimizerConfig, require
 from dlrm_jax.data.batch import Batch, without_unweighted
 from dlrm_jax.host import huge_pages
+from dlrm_jax.host.formulations import NATIVE, XLA
 from dlrm_jax.host.mesh import MeshShape, batch_sharding, make_mesh, replicated
 from dlrm_jax.tables.collective import ExchangeOptions
 from dlrm_jax.tables.exchange import TableOps, array_specs, placed_ops, slot_specs

@@ -1,35 +1,38 @@
 """RunConfig: everything that decides a training run, as a value that is saved beside its results."""
 
 import dataclasses
+import functools
 import json
 import math
 from collections.abc import Mapping
 from typing import Any
 
 from dlrm_jax.config import (
-    CPU_KERNELS,
-    DOT,
-    OUT_OF_RANGE_POLICIES,
-    XLA,
-    ConfigError,
-    InteractionConfig,
+    TABLE_DTYPES,
+    DenseConfig,
     LossConfig,
     ModelConfig,
+    Needs,
     OptimizerConfig,
-    ScheduleConfig,
     TableConfig,
+    check_settings,
     model_from_dict,
     nested_interaction,
-    require_finite,
+    require,
+    setting,
+    to_dict,
 )
-from dlrm_jax.data.batch import check_ids
+from dlrm_jax.config import from_dict as decoded
+from dlrm_jax.data.batch import OUT_OF_RANGE_POLICIES, check_ids
 from dlrm_jax.data.read.dataset import Dataset, Rows, Split
-from dlrm_jax.data.read.load import DataConfig
+from dlrm_jax.data.read.load import DataConfig, ids_lie_inside
+from dlrm_jax.host.formulations import KERNELS, XLA
+from dlrm_jax.host.memory import TRY_ANYWAY_HELP
 from dlrm_jax.model import interactions
 from dlrm_jax.tables.compress import compressed
 from dlrm_jax.tables.rules import make_rule
 from dlrm_jax.training.options import ShardingOptions
-from dlrm_jax.training.table_settings import read_table_settings
+from dlrm_jax.training.table_settings import read_table_settings, require_known
 
 TARGET_METRICS = ("auc", "log_loss", "accuracy", "normalized_entropy")
 EARLIER_SCHEDULES = "earlier_schedules"
@@ -37,43 +40,50 @@ EARLIER_SCHEDULES = "earlier_schedules"
 _SMALLER_IS_BETTER = ("log_loss", "normalized_entropy")
 
 
-@dataclasses.dataclass(frozen=True)
-class ModelOptions:
-    """A ModelConfig but for what the data decides: dense width, tables and features.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelOptions(DenseConfig):
+    """What a user says of a model; the data says how wide the numbers are, which tables there are, and their rows.
 
     `tables` are settings of single tables as JSON (table_settings.py), `compress_tables` a way to store large ones
     in fewer numbers (tables/compress.py).
     """
 
-    embedding_dim: int
-    bottom_mlp: tuple[int, ...]
-    top_mlp: tuple[int, ...]
-    interaction: InteractionConfig = DOT
-    learned_pooling: bool = False
-    dense_init: str = "dlrm"
-    table_init: str = "dlrm"
-    compute_dtype: str = "float32"
-    tables: str = ""
-    compress_tables: str = ""
-    table_dtype: str = "float32"
+    embedding_dim: int = setting(16, "Columns of every embedding table.", at_least=1)
+    tables: str = setting(
+        "",
+        'JSON file of settings of single tables: {"tables": {"NAME": {"dim": 8, "optimizer": "adam,b1=0.8", "rate": '
+        "0.1}}}; the rate is times the run's.",
+        of_file=True,
+    )
+    compress_tables: str = setting("", "A way to store large tables in fewer numbers, with its options behind commas.")
+    table_dtype: str = setting(
+        "float32",
+        "What tables are stored as; in two bytes they are rounded up or down at random, right on average.",
+        choices=TABLE_DTYPES,
+    )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         object.__setattr__(self, "interaction", interactions.complete(self.interaction))
+
+    @functools.cached_property
+    def own_tables(self) -> dict[str, dict[str, Any]]:
+        """What is said of single tables: fields of TableConfig by name."""
+        return read_table_settings(self.tables)
 
     def build(self, dataset: Dataset) -> ModelConfig:
         """The model for a dataset's columns; without numbers there is no bottom MLP."""
-        options = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        dim, dtype = options.pop("embedding_dim"), options.pop("table_dtype")
-        settings, way = options.pop("tables"), options.pop("compress_tables")
-        num_dense = len(dataset.dense_names)
-        options["bottom_mlp"] = self.bottom_mlp if num_dense else ()
-        own = read_table_settings(settings, set(dataset.table_sizes)) if settings else {}
+        require_known(self.own_tables, set(dataset.table_sizes))
+        common: dict[str, Any] = {"embedding_dim": self.embedding_dim, "dtype": self.table_dtype}
         tables = tuple(
-            TableConfig(name, rows, **{"embedding_dim": dim, "dtype": dtype, **own.get(name, {})})
+            TableConfig(name, rows, **(common | self.own_tables.get(name, {})))
             for name, rows in dataset.table_sizes.items()
         )
-        model = ModelConfig(num_dense=num_dense, tables=tables, features=dataset.features, **options)
-        return compressed(model, way)
+        dense = {field.name: getattr(self, field.name) for field in dataclasses.fields(DenseConfig)}
+        num_dense = len(dataset.dense_names)
+        dense["bottom_mlp"] = self.bottom_mlp if num_dense else ()
+        model = ModelConfig(num_dense=num_dense, tables=tables, features=dataset.features, **dense)
+        return compressed(model, self.compress_tables)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,62 +94,65 @@ class RunConfig:
     model: ModelOptions
     loss: LossConfig
     optimizer: OptimizerConfig
-    batch_size: int
-    num_micro_batches: int = 1
-    steps_per_dispatch: int = 1
-    num_epochs: int = 1
-    num_steps: int = 0
-    eval_batch_size: int = 16384
-    eval_every: int = 0
-    checkpoint_every: int = 0
-    log_every: int = 100
-    target_metric: str = "auc"
-    target_value: float | None = None
-    patience: int = 0
-    shuffle: bool = True
-    ids_out_of_range: str = "error"
-    cpu_kernels: str = XLA
-    allow_oversubscription: bool = False
-    seed: int = 0
-    allow_schedule_change: bool = False
+    batch_size: int = setting(dataclasses.MISSING, "Examples per update.", at_least=1)
+    num_micro_batches: int = setting(1, "Split each batch into this many parts and add their gradients.", at_least=1)
+    steps_per_dispatch: int = setting(
+        1, "Steps that the device takes in one go, up to one that logs; equal up to rounding.", at_least=1
+    )
+    num_epochs: int = setting(
+        1,
+        "Passes over the training rows, at most (--patience).",
+        at_least=1,
+        needs=Needs(lambda run: run.num_steps == 0, "--num_steps overrides it", refused=False),
+    )
+    num_steps: int = setting(0, "Updates; overrides --num_epochs unless 0.", at_least=0)
+    eval_batch_size: int = setting(16384, "Examples per evaluation step.", at_least=1)
+    eval_every: int = setting(0, "Steps between evaluations on val; 0: once an epoch.", at_least=0)
+    checkpoint_every: int = setting(0, "Steps between checkpoints; 0: once an epoch. Evaluations save too.", at_least=0)
+    log_every: int = setting(100, "Steps between lines in metrics.jsonl.", at_least=1)
+    target_metric: str = setting("auc", "Metric on val that chooses the best checkpoint.", choices=TARGET_METRICS)
+    target_value: float | None = setting(None, "Stop when the target metric reaches this.")
+    patience: int = setting(0, "Stop after this many evaluations without improvement; 0: never.", at_least=0)
+    shuffle: bool = setting(True, "Shuffle the training rows anew in every epoch.")
+    ids_out_of_range: str = setting(
+        "error",
+        "An id outside its table stops the run, is taken modulo the table's rows, or is left out; counts are reported.",
+        choices=OUT_OF_RANGE_POLICIES,
+        needs=Needs(
+            lambda run: not ids_lie_inside(run.data),
+            "synthetic and prepared ids lie inside their tables, and one that does not stops the run",
+            refused=False,
+        ),
+    )
+    cpu_kernels: str = setting(
+        XLA,
+        "What looks up and updates the tables of a CPU: XLA, or C++ that is compiled here at the first use (needs a "
+        "compiler), faster for bags; one device only. Equal up to rounding.",
+        choices=KERNELS,
+    )
+    allow_oversubscription: bool = setting(False, TRY_ANYWAY_HELP)
+    seed: int = setting(0, "Decides initial weights, order of rows, and planted data.", at_least=0)
+    allow_schedule_change: bool = setting(
+        False,
+        "In a workdir that is used already, go on although --learning_rate, warm-up or decay differ from before: from "
+        "there on they are as given now. config.json keeps what they were.",
+    )
     sharding: ShardingOptions = dataclasses.field(default_factory=ShardingOptions)
 
     def __post_init__(self) -> None:
-        for field in (
-            "batch_size",
-            "num_micro_batches",
-            "steps_per_dispatch",
-            "num_epochs",
-            "eval_batch_size",
-            "log_every",
-        ):
-            if getattr(self, field) < 1:
-                raise ConfigError(f"{field} is {getattr(self, field)}; it must be at least 1")
-        for field in ("num_steps", "eval_every", "checkpoint_every", "patience", "seed"):
-            if getattr(self, field) < 0:
-                raise ConfigError(f"{field} is {getattr(self, field)}; it must not be negative")
-        if self.seed >= 2**63:
-            raise ConfigError(f"seed is {self.seed}; it must be below 2^63")
-        if self.batch_size % self.num_micro_batches:
-            raise ConfigError(
-                f"batch_size {self.batch_size} does not split into {self.num_micro_batches} equal num_micro_batches"
-            )
-        if self.target_metric not in TARGET_METRICS:
-            raise ConfigError(f"target_metric is {self.target_metric!r}; choose one of {', '.join(TARGET_METRICS)}")
-        require_finite(self)
+        check_settings(self)
+        require(self.seed < 2**63, f"seed is {self.seed}; it must be below 2^63")
+        require(
+            self.batch_size % self.num_micro_batches == 0,
+            f"batch_size {self.batch_size} does not split into {self.num_micro_batches} equal num_micro_batches",
+        )
         make_rule(self.optimizer)  # It checks the rule's name and options.
         highest = math.inf if self.target_metric in _SMALLER_IS_BETTER else 1
-        if self.target_value is not None and not 0 <= self.target_value <= highest:
-            within = "0 or more" if highest > 1 else "between 0 and 1"
-            raise ConfigError(
-                f"target_value is {self.target_value}, which {self.target_metric} cannot reach: it is {within}"
-            )
-        if self.cpu_kernels not in CPU_KERNELS:
-            raise ConfigError(f"cpu_kernels is {self.cpu_kernels!r}; choose one of {', '.join(CPU_KERNELS)}")
-        if self.ids_out_of_range not in OUT_OF_RANGE_POLICIES:
-            raise ConfigError(
-                f"ids_out_of_range is {self.ids_out_of_range!r}; choose one of {', '.join(OUT_OF_RANGE_POLICIES)}"
-            )
+        within = "0 or more" if highest > 1 else "between 0 and 1"
+        require(
+            self.target_value is None or 0 <= self.target_value <= highest,
+            f"target_value is {self.target_value}, which {self.target_metric} cannot reach: it is {within}",
+        )
 
     def is_better(self, value: float, than: float | None) -> bool:
         """Whether the target metric improved; NaN never does."""
@@ -156,9 +169,9 @@ class RunConfig:
     def identity(self, model: ModelConfig, dataset: Dataset) -> dict[str, Any]:
         """What must be equal for a run to go on in a workdir: all that decides the weights at a given step."""
         return {
-            "model": dataclasses.asdict(model),
-            "loss": dataclasses.asdict(self.loss),
-            "optimizer": dataclasses.asdict(self.optimizer),
+            "model": to_dict(model),
+            "loss": to_dict(self.loss),
+            "optimizer": to_dict(self.optimizer),
             "data": {"name": dataset.name, "fingerprint": dataset.fingerprint()},
             "batch_size": self.batch_size,
             "num_micro_batches": self.num_micro_batches,
@@ -175,7 +188,7 @@ def identity_of(record: Mapping[str, Any]) -> dict[str, Any]:
     model = dataclasses.replace(model, interaction=interactions.complete(model.interaction))
     fields = [field for field in dataclasses.fields(OptimizerConfig) if field.default is not dataclasses.MISSING]
     optimizer = {field.name: field.default for field in fields} | identity.get("optimizer", {})
-    return {**identity, "model": json.loads(json.dumps(dataclasses.asdict(model))), "optimizer": optimizer}
+    return {**identity, "model": json.loads(json.dumps(to_dict(model))), "optimizer": optimizer}
 
 
 def without_schedule(identity: dict[str, Any]) -> dict[str, Any]:
@@ -201,23 +214,9 @@ def check_dataset(dataset: Dataset, model: ModelConfig, policy: str) -> tuple[Da
 
 
 def from_dict(values: dict[str, Any]) -> RunConfig:
-    """The RunConfig that `dataclasses.asdict` (through JSON) came from."""
+    """The RunConfig that `to_dict` (through JSON) wrote; ConfigError for what no run wrote."""
     values = {name: value for name, value in values.items() if name != EARLIER_SCHEDULES}
-    model = nested_interaction(_tuples(values.pop("model")))
-    model["interaction"] = InteractionConfig(**model["interaction"])
-    loss = values.pop("loss")
-    optimizer = values.pop("optimizer")
-    data = _tuples(values.pop("data"))
-    return RunConfig(
-        data=DataConfig(**data),
-        model=ModelOptions(**model),
-        loss=LossConfig(**{**loss, "class_weights": tuple(loss["class_weights"])}),
-        optimizer=OptimizerConfig(**{**optimizer, "schedule": ScheduleConfig(**optimizer["schedule"])}),
-        sharding=ShardingOptions(**values.pop("sharding", {})),
-        **values,
-    )
-
-
-def _tuples(values: dict[str, Any]) -> dict[str, Any]:
-    """JSON has lists where our settings have tuples."""
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+    if isinstance(values.get("model"), dict):
+        values["model"] = nested_interaction(values["model"])
+    config: RunConfig = decoded(RunConfig, values, "the run")
+    return config

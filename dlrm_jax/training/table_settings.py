@@ -1,44 +1,52 @@
 """Settings of single tables: the text of the file that `--tables` names, which a run keeps in its configuration."""
 
+import dataclasses
 import json
 from typing import Any
 
-from dlrm_jax.config import ConfigError, require
+from dlrm_jax.config import ConfigError, from_dict, require
 from dlrm_jax.tables.rules import check_rule
 
-_KEYS: dict[str, tuple[str, Any]] = {
-    "dim": ("embedding_dim", int),
-    "dtype": ("dtype", str),
-    "optimizer": ("optimizer", str),
-    "rate": ("rate", (int, float)),
-}
-"""Key in the file -> (field of TableConfig, what its value must be)."""
+
+@dataclasses.dataclass(frozen=True)
+class TableSettings:
+    """What the file may say of a table; `rate` is times the run's learning rate."""
+
+    dim: int = 0
+    dtype: str = ""
+    optimizer: str = ""
+    rate: float = 1.0
 
 
-def read_table_settings(text: str, known: set[str]) -> dict[str, dict[str, Any]]:
+_FIELDS = {"dim": "embedding_dim"}
+"""Name in the file -> field of TableConfig, where they differ."""
+
+
+def read_table_settings(text: str) -> dict[str, dict[str, Any]]:
     """Fields of TableConfig by table, from {"tables": {NAME: {"dim": 8, "dtype": "bfloat16", "optimizer": "adam"}}}.
 
-    `rate` is times the run's learning rate. ConfigError for a table that is not `known`, and for another key or value.
+    Nothing of none where `text` is empty. ConfigError for a name that is unknown, and for a value that cannot be.
     """
+    if not text:
+        return {}
     try:
         tables = json.loads(text)["tables"]
-        settings = dict(tables.items())
+        said = dict(tables.items())
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         example = '{"tables": {"NAME": {"optimizer": "adam"}}}'
         raise ConfigError(f"--tables: the file cannot be read ({error!r}); write {example}") from error
-    return {name: _checked(f"--tables: table {name!r}", name, values, known) for name, values in settings.items()}
+    return {name: _fields(name, values) for name, values in said.items()}
 
 
-def _checked(where: str, name: str, values: Any, known: set[str]) -> dict[str, Any]:
+def _fields(name: str, values: Any) -> dict[str, Any]:
+    settings = from_dict(TableSettings, values, f"--tables: table {name!r}")
+    if settings.optimizer:
+        check_rule(settings.optimizer)
+    return {_FIELDS.get(key, key): getattr(settings, key) for key in values}
+
+
+def require_known(own: dict[str, Any], known: set[str]) -> None:
+    """ConfigError for a table in the file that the data does not have."""
     some = ", ".join(sorted(known)[:5]) + (", ..." if len(known) > 5 else "")
-    require(name in known, f"{where} is not in the data, which has {some}")
-    require(isinstance(values, dict), f'{where} has {values!r}; write its settings, as {{"rate": 0.1}}')
-    fields = {}
-    for key, value in values.items():
-        require(key in _KEYS, f"{where} has {key!r}; known are {', '.join(_KEYS)}")
-        field, kind = _KEYS[key]
-        require(isinstance(value, kind) and not isinstance(value, bool), f"{where}: {key} cannot be {value!r}")
-        fields[field] = value
-    if fields.get("optimizer"):
-        check_rule(fields["optimizer"])
-    return fields
+    for name in own:
+        require(name in known, f"--tables: table {name!r} is not in the data, which has {some}")

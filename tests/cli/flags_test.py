@@ -7,13 +7,13 @@ import re
 import pytest
 from absl import flags
 
-from dlrm_jax.cli.flag_effects import effects
 from dlrm_jax.cli.flags import (
     FLAGS,
     LEARNING_DEFAULTS,
     config_from_flags,
     define_run_flags,
     flagfile_text,
+    run_settings,
     unchecked_config,
 )
 from dlrm_jax.config import ConfigError
@@ -218,7 +218,7 @@ HAVE_NONE = [
     (("decay_power=3", "decay_steps=5", "lr_compat=dlrm"), "--decay_power=3.0 has no effect here: it needs"),
     (("id_skew=2", "data_dir=mine", "dataset=synthetic"), "--id_skew=2.0 has no effect"),
     (("table_sizes=5,6", "data_dir=mine"), "--table_sizes=5,6 has no effect here: it is for --dataset=synthetic"),
-    (("class_weights=0.5,2",), "--class_weights=0.5,2 has no effect here: it is for --loss=wbce; leave it out"),
+    (("class_weights=0.5,2",), "--class_weights=0.5,2.0 has no effect here: it is for --loss=wbce; leave it out"),
 ]
 
 
@@ -236,18 +236,17 @@ def parse():
 
     yield parse_flags
     if define:
-        for name in effects():
+        for name in (*run_settings(), "workdir"):
             delattr(FLAGS, name)
 
 
-def test_every_flag_is_in_the_table_of_effects(parse):
-    assert set(effects()) == {flag.name for flag in FLAGS.flags_by_module_dict()["dlrm_jax.cli.flags"]}
-    assert set(NEEDS) == {name for name, effect in effects().items() if effect.words}
+def test_every_flag_that_needs_others_is_tried_without_them():
+    assert set(NEEDS) == {name for name, known in run_settings().items() if known.needs}
 
 
 @pytest.mark.parametrize("name", NEEDS)
 def test_a_flag_without_effect_is_refused_or_said(parse, name, caplog):
-    given = f"{name}={TEXTS[name]}"
+    given, needs = f"{name}={TEXTS[name]}", run_settings()[name].needs
     parse(given, *NEEDS[name])
     config_from_flags()
     assert not caplog.text
@@ -257,8 +256,8 @@ def test_a_flag_without_effect_is_refused_or_said(parse, name, caplog):
     elif name == "weight_decay":
         words = "only adamw decays weights"
     else:
-        words = f"--{name}=.* has no effect here: {effects()[name].words}"
-    if effects()[name].refused:
+        words = f"--{name}=.* has no effect here: {needs.words}"
+    if needs.refused:
         with pytest.raises(ConfigError, match=words):
             config_from_flags()
     else:
@@ -266,7 +265,7 @@ def test_a_flag_without_effect_is_refused_or_said(parse, name, caplog):
         assert words.partition(".*")[2] in caplog.text
 
 
-@pytest.mark.parametrize("name", [name for name, effect in effects().items() if not effect.words and name != "workdir"])
+@pytest.mark.parametrize("name", [name for name, known in run_settings().items() if not known.needs])
 def test_a_flag_with_an_effect_everywhere_is_never_refused(parse, name):
     together = {
         "multi_hot": ["multi_hot_sizes=2,5"],

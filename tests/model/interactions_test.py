@@ -248,7 +248,7 @@ def test_files_of_before_mean_the_same(flat, name, options):
 )
 def test_a_bad_setting_is_refused_with_its_value(name, options, words):
     with pytest.raises(ConfigError) as error:
-        ModelOptions(4, (4,), (1,), InteractionConfig(name, options))
+        ModelOptions(embedding_dim=4, bottom_mlp=(4,), top_mlp=(1,), interaction=InteractionConfig(name, options))
     assert words in str(error.value)
 
 

@@ -19,7 +19,7 @@ from unittest import mock
 import jax
 import numpy as np
 
-from dlrm_jax.config import ConfigError, FeatureConfig, ModelConfig, TableConfig
+from dlrm_jax.config import ConfigError, FeatureConfig, ModelConfig, TableConfig, to_dict
 from dlrm_jax.serving.artifact import native
 from dlrm_jax.serving.artifact.errors import BadRequest
 from dlrm_jax.serving.artifact.export import _flat, _write_json, _write_weights
@@ -121,8 +121,8 @@ class Fuzz:
         )
         names = tuple(f"x{i}" for i in range(model.num_dense))
         signature = Signature("fuzz", names, served, model.embedding_dim, kind)
-        _write_json(directory / "model.json", {"model": dataclasses.asdict(model), "loss_threshold": 0.0})
-        _write_json(directory / "signature.json", signature.to_dict())
+        _write_json(directory / "model.json", {"model": to_dict(model), "loss_threshold": 0.0})
+        _write_json(directory / "signature.json", to_dict(signature))
         _write_json(directory / "weights.json", index)
         return Version(0, directory, {})
 

@@ -53,7 +53,10 @@ def test_a_saved_state_may_be_donated_at_once(tmp_path):
 def test_a_table_of_a_prime_number_of_rows_is_stored_in_large_pieces(tmp_path):
     """Orbax's pieces divide an array evenly; a piece a row would take hours and all of the memory."""
     tables, features = (TableConfig("t", 300_007, 16),), (FeatureConfig("f", "t"),)
-    placed = on_one_device(ModelConfig(13, tables, features, (16,), (1,)), optimizer("rowwise_adagrad"))
+    placed = on_one_device(
+        ModelConfig(num_dense=13, tables=tables, features=features, bottom_mlp=(16,), top_mlp=(1,)),
+        optimizer("rowwise_adagrad"),
+    )
     state = placed.init_state(0)
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(LATEST, state, placed, {})
@@ -68,7 +71,7 @@ def test_a_table_of_a_prime_number_of_rows_is_stored_in_large_pieces(tmp_path):
 
 def test_a_checkpoint_of_before_rows_had_divisors_comes_back(tmp_path, monkeypatch):
     tables, features = (TableConfig("t", 5_003, 16),), (FeatureConfig("f", "t"),)
-    config = ModelConfig(13, tables, features, (16,), (1,))
+    config = ModelConfig(num_dense=13, tables=tables, features=features, bottom_mlp=(16,), top_mlp=(1,))
     with monkeypatch.context() as then, Checkpoints(tmp_path) as checkpoints:
         then.setattr(layout, "divisible_rows", lambda rows, pack=1: rows)
         then.setattr(checkpoint, "placement", lambda placed: {"plan": placed.plan.to_dict(), "packed": placed.packed})
@@ -189,7 +192,13 @@ def test_a_write_that_fails_is_one_clear_error(tmp_path, monkeypatch):
 def saved(tmp_path_factory):
     """(directory with one best checkpoint, placements that read it, what each reads): tables are most of its bytes."""
     tables = (TableConfig("t", 900, 8), TableConfig("u", 300, 8))
-    config = ModelConfig(3, tables, (FeatureConfig("f", "t"), FeatureConfig("g", "u")), (8,), (1,))
+    config = ModelConfig(
+        num_dense=3,
+        tables=tables,
+        features=(FeatureConfig("f", "t"), FeatureConfig("g", "u")),
+        bottom_mlp=(8,),
+        top_mlp=(1,),
+    )
     one = on_one_device(config, optimizer("rowwise_adagrad", "adam"))
     mesh = MeshShape(1, 2)
     two = Placed(config, one.optimizer, make_plan(config, mesh, "row_wise"), make_mesh(mesh))

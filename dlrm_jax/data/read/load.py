@@ -3,11 +3,13 @@
 import dataclasses
 import pathlib
 from collections.abc import Callable
+from typing import Any
 
-from dlrm_jax.config import ConfigError, require, require_choice, require_finite
+from dlrm_jax.config import ConfigError, Needs, check_settings, require, require_choice, setting
 from dlrm_jax.data.formats import criteo, movielens
 from dlrm_jax.data.formats.text import find_file
 from dlrm_jax.data.generate import multi_hot, planted, synthetic
+from dlrm_jax.data.generate.multi_hot import DISTRIBUTIONS, MULTI_HOT
 from dlrm_jax.data.read.dataset import Dataset
 from dlrm_jax.data.read.prepared import is_prepared, open_prepared
 from dlrm_jax.host.memory import gigabytes, host_available, require_room
@@ -16,36 +18,80 @@ DATASETS = ("planted", "synthetic", "movielens_100k", "criteo_kaggle")
 _GENERATED = ("planted", "synthetic")
 
 
+def _generated(*names: str) -> Callable[[Any], bool]:
+    return lambda run: run.data.dataset in names and not run.data.data_dir
+
+
+_SYNTHETIC = Needs(_generated("synthetic"), "it is for --dataset=synthetic")
+_BAGS = Needs(lambda run: run.data.multi_hot != "none", "it needs --multi_hot")
+
+
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """Which data: the fields beyond `dataset` and `data_dir` each concern one data set (see dlrm_jax/cli/flags.py).
+    """Which data: the settings beyond `dataset` and `data_dir` each concern one data set.
 
     `dataset` of a prepared `data_dir` may be the name that its schema gives it.
     """
 
-    dataset: str = "planted"
-    data_dir: str = ""
-    split: str = "random"
-    num_examples: int = 0
-    seed: int = 0
-    max_rows_per_table: int = 0
-    num_dense: int = 13
-    table_sizes: tuple[int, ...] = (1000,) * 8
-    hotness: tuple[int, ...] = (1,)
-    id_skew: float = 1.05
-    id_trace: str = ""
-    multi_hot: str = "none"
-    multi_hot_sizes: tuple[int, ...] = ()
-    multi_hot_distribution: str = "uniform"
+    dataset: str = setting("planted", "Which data to train on; planted and synthetic are generated.")
+    data_dir: str = setting(
+        "", "A directory that dlrm_jax.prepare made, which says all by itself; or the raw log of --dataset."
+    )
+    split: str = setting(
+        "random",
+        "How movielens_100k is split into train, val and test.",
+        choices=("random", "time"),
+        needs=Needs(
+            lambda run: run.data.dataset == "movielens_100k",
+            "it is for the raw log of --dataset=movielens_100k; for one's own log say it when preparing",
+        ),
+    )
+    num_examples: int = setting(
+        0,
+        "Examples to generate for planted and synthetic; 0 for their default.",
+        at_least=0,
+        needs=Needs(_generated("planted", "synthetic"), "only --dataset=planted and --dataset=synthetic are generated"),
+    )
+    seed: int = setting(0, "Decides initial weights, order of rows, and planted data.", at_least=0)
+    max_rows_per_table: int = setting(
+        0,
+        "criteo_kaggle: categorical values are taken modulo this before ids are given; synthetic: larger tables are "
+        "cut to it, so that a model fits the machine at hand; 0: no.",
+        at_least=0,
+        needs=Needs(
+            lambda run: run.data.dataset == "criteo_kaggle" or _SYNTHETIC.when(run),
+            "it is for --dataset=synthetic and the raw log of --dataset=criteo_kaggle; else say it when preparing",
+        ),
+    )
+    num_dense: int = setting(13, "synthetic: dense columns.", needs=_SYNTHETIC)
+    table_sizes: tuple[int, ...] = setting((1000,) * 8, "synthetic: rows of each table.", needs=_SYNTHETIC)
+    hotness: tuple[int, ...] = setting(
+        (1,), "synthetic: ids in each feature's bag; one number is for all features.", needs=_SYNTHETIC
+    )
+    id_skew: float = setting(
+        1.05, "synthetic: the k-th most frequent id occurs in proportion to k^-skew.", needs=_SYNTHETIC
+    )
+    id_trace: str = setting(
+        "",
+        "synthetic: file of stack distances, as the reference's dist files, that ids follow instead of --id_skew; "
+        "{} in it stands for the feature's number.",
+        needs=_SYNTHETIC,
+    )
+    multi_hot: str = setting(
+        "none",
+        "Make bags of one-hot ids, as MLPerf does: compatible draws MLPerf's own bags and holds them in memory; "
+        "virtual computes them from a hash, needs no memory.",
+        choices=MULTI_HOT,
+    )
+    multi_hot_sizes: tuple[int, ...] = setting((), "Ids in each feature's bag under --multi_hot.", needs=_BAGS)
+    multi_hot_distribution: str = setting(
+        "uniform", "How --multi_hot draws the further ids.", choices=DISTRIBUTIONS, needs=_BAGS
+    )
 
     def __post_init__(self) -> None:
-        require_finite(self)
+        check_settings(self)
         if not self.data_dir:
             require_choice("dataset", self.dataset, DATASETS)
-        require_choice("multi_hot", self.multi_hot, multi_hot.MULTI_HOT)
-        require_choice("multi_hot_distribution", self.multi_hot_distribution, multi_hot.DISTRIBUTIONS)
-        for field in ("num_examples", "max_rows_per_table"):
-            require(getattr(self, field) >= 0, f"{field} is {getattr(self, field)}; it must not be negative")
         require(
             self.dataset in _GENERATED or bool(self.data_dir),
             f"--data_dir is missing; dataset {self.dataset} needs the directory of its raw files, or a prepared one",
@@ -54,6 +100,11 @@ class DataConfig:
             (self.multi_hot == "none") == (not self.multi_hot_sizes),
             "multi_hot and multi_hot_sizes go together: give both or none",
         )
+
+
+def ids_lie_inside(config: DataConfig) -> bool:
+    """Whether all ids are known to lie inside their tables."""
+    return config.dataset == "synthetic" or is_prepared(pathlib.Path(config.data_dir))
 
 
 def synthetic_spec(config: DataConfig) -> synthetic.Spec:

@@ -4,7 +4,8 @@ import dataclasses
 import re
 from typing import Any
 
-from dlrm_jax.config import POOLINGS, FeatureConfig, require, require_choice, require_unique
+from dlrm_jax.config import FeatureConfig, require, require_choice, require_unique
+from dlrm_jax.config.model import POOLINGS
 from dlrm_jax.data.formats.encoding import UTF8, require_encoding
 from dlrm_jax.data.formats.readers import READERS
 from dlrm_jax.data.values import transforms

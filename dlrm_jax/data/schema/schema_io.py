@@ -7,7 +7,9 @@ from collections.abc import Iterable
 from typing import Any
 
 from dlrm_jax.config import ConfigError, require
-from dlrm_jax.data.schema.schema import Dense, Label, Schema, Sparse, Split
+from dlrm_jax.config import from_dict as decoded
+from dlrm_jax.config.values import mapping
+from dlrm_jax.data.schema.schema import Schema
 
 _MOST_BYTES = 16 << 20
 _DEEPEST = 8
@@ -31,73 +33,19 @@ def _without_defaults(value: Any) -> Any:
 
 
 def from_dict(values: Any, where: str = "schema") -> Schema:
-    """The Schema of JSON or YAML values; ConfigError naming the field that is unknown, missing or of a wrong type."""
-    parts = {"label": Label, "split": Split}
-    lists = {"dense": Dense, "sparse": Sparse}
-    values = dict(_mapping(values, where))
+    """The Schema of JSON or YAML values; ConfigError naming the field that is unknown, missing or of a wrong type.
+
+    A column may be its name alone: `label: clicked`, `sparse: [user, item]`.
+    """
+    values = dict(mapping(values, where))
     if isinstance(values.get("label"), str):
         values["label"] = {"column": values["label"]}
-    for name, kind in parts.items():
-        if name in values:
-            values[name] = _build(kind, values[name], f"{where}: {name}")
-    for name, kind in lists.items():
+    for name in ("dense", "sparse"):
         items = values.get(name) or []
         require(isinstance(items, list), f"{where}: {name} is not a list")
-        values[name] = tuple(
-            _build(kind, {"name": item} if isinstance(item, str) else item, f"{where}: {name}[{i}]")
-            for i, item in enumerate(items)
-        )
-    return _build(Schema, values, where)
-
-
-def _mapping(values: Any, where: str) -> dict[str, Any]:
-    require(isinstance(values, dict), f"{where} is {_shown(values)}; expected names with values")
-    return values
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 200 else f"{text[:200]}..."
-
-
-def _build(kind: Any, values: Any, where: str) -> Any:
-    values = _mapping(values, where)
-    fields = {field.name: field for field in dataclasses.fields(kind)}
-    unknown = sorted(str(name) for name in set(values) - set(fields))
-    require(not unknown, f"{where}: unknown {', '.join(unknown)[:200]}; known are {', '.join(fields)}")
-    missing = [name for name, f in fields.items() if f.default is dataclasses.MISSING and name not in values]
-    require(not missing, f"{where}: {', '.join(missing)} is missing")
-    return kind(**{name: _typed(value, fields[name].type, f"{where}: {name}") for name, value in values.items()})
-
-
-def _typed(value: Any, kind: Any, where: str) -> Any:
-    """`value` as the field's type, where nothing is lost by it."""
-    if kind == tuple[str, ...]:
-        value = [value] if isinstance(value, str | int | float | bool) else value
-        require(isinstance(value, list | tuple), f"{where} is {_shown(value)}; expected a list")
-        return tuple(_text(item, where) for item in value)
-    if kind is str:
-        return _text(value, where)
-    if kind is bool:
-        require(isinstance(value, bool), f"{where} is {_shown(value)}; expected true or false")
-    elif kind is int:
-        require(
-            isinstance(value, int) and not isinstance(value, bool),
-            f"{where} is {_shown(value)}; expected a whole number",
-        )
-    elif kind in (float, float | None):
-        optional = kind is not float and value is None
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        require(optional or number, f"{where} is {_shown(value)}; expected a number")
-        return None if value is None else float(value)
-    return value
-
-
-def _text(value: Any, where: str) -> str:
-    quotes = "; in YAML yes, no, true, false and numbers with a point are texts only in quotes"
-    fits = isinstance(value, str | int) and not isinstance(value, bool)
-    require(fits, f"{where} is {_shown(value)}; expected text{quotes if isinstance(value, bool | float) else ''}")
-    return str(value)
+        values[name] = [{"name": item} if isinstance(item, str) else item for item in items]
+    schema: Schema = decoded(Schema, values, where)
+    return schema
 
 
 def load(path: pathlib.Path) -> Schema:

@@ -8,12 +8,10 @@ import pkgutil
 
 from dlrm_jax.model.interactions.base import (
     Interaction,
-    Option,
     behind,
     complete,
     make,
     of_model,
-    option,
     options_of,
     register,
     registered,
@@ -23,12 +21,10 @@ from dlrm_jax.model.interactions.base import (
 
 __all__ = [
     "Interaction",
-    "Option",
     "behind",
     "complete",
     "make",
     "of_model",
-    "option",
     "options_of",
     "register",
     "registered",

@@ -7,7 +7,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dlrm_jax.config import ConfigError, InteractionConfig, ModelConfig, require, require_choice
+from dlrm_jax.config import ConfigError, InteractionConfig, ModelConfig, Setting, require, require_choice
+from dlrm_jax.config.settings import setting_of
 from dlrm_jax.host.registry import Registry
 
 
@@ -23,15 +24,6 @@ class Interaction(nn.Module):
     dense_init: str = "dlrm"
 
 
-@dataclasses.dataclass(frozen=True)
-class Option:
-    """A field of an interaction, as flags show it."""
-
-    name: str
-    default: Any
-    help: str
-
-
 INTERACTIONS: Registry[type[Interaction]] = Registry(
     "interaction",
     "dlrm_jax.interactions",
@@ -42,27 +34,27 @@ register = INTERACTIONS.register
 registered = INTERACTIONS.all
 
 
-def option(default: Any, help_text: str) -> Any:
-    """A field of an interaction with the text that --help shows."""
-    return dataclasses.field(default=default, metadata={"help": help_text})
-
-
-def options_of(name: str) -> list[Option]:
-    """The options of an interaction."""
+def options_of(name: str) -> list[Setting]:
+    """The options of an interaction: its own fields, each a setting."""
+    kind = registered()[name]
     common = {field.name for field in dataclasses.fields(Interaction)}
-    own = [field for field in dataclasses.fields(registered()[name]) if field.name not in common]
+    own = [field for field in dataclasses.fields(kind) if field.name not in common]
     for field in own:
         require(
             isinstance(field.default, bool | int | float | str | tuple),
             f"interaction {name!r}: option {field.name!r} has no default that is a bool, int, float, str or tuple",
         )
-    return [Option(field.name, field.default, field.metadata.get("help", "")) for field in own]
+    kinds = [tuple[int, ...] if isinstance(field.default, tuple) else type(field.default) for field in own]
+    return [
+        setting_of(field, of) or Setting(field.name, "An option of the interaction.", of, field.default)
+        for field, of in zip(own, kinds, strict=True)
+    ]
 
 
 def make(config: InteractionConfig, **common: Any) -> Interaction:
     """The module; ConfigError for a name or an option that there is not, or a value that cannot be."""
     require_choice("interaction", config.name, tuple(registered()))
-    defaults = {option.name: option.default for option in options_of(config.name)}
+    defaults = {option.flag: option.default for option in options_of(config.name)}
     for name, value in config.options.items():
         require(
             name in defaults,
@@ -83,7 +75,7 @@ def complete(config: InteractionConfig) -> InteractionConfig:
     """The same with every option said, so that equal settings are equal values; ConfigError as `make`."""
     module = make(config)
     return InteractionConfig(
-        config.name, {option.name: getattr(module, option.name) for option in options_of(config.name)}
+        config.name, {option.flag: getattr(module, option.flag) for option in options_of(config.name)}
     )
 
 

@@ -4,8 +4,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dlrm_jax.config import require
-from dlrm_jax.model.interactions.base import Interaction, option, register, side_by_side
+from dlrm_jax.config import require, setting
+from dlrm_jax.model.interactions.base import Interaction, register, side_by_side
 
 MATRIX_INIT = nn.initializers.xavier_normal()
 
@@ -18,8 +18,8 @@ class LowRankCross(Interaction):
     all else in float32.
     """
 
-    cross_layers: int = option(3, "Cross layers.")
-    cross_rank: int = option(512, "Rank of the cross layers' matrices.")
+    cross_layers: int = setting(3, "Cross layers.")
+    cross_rank: int = setting(512, "Rank of the cross layers' matrices.")
 
     def __post_init__(self) -> None:
         for name in ("cross_layers", "cross_rank"):

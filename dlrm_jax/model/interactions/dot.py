@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dlrm_jax.model.interactions.base import Interaction, behind, option, register, stacked
+from dlrm_jax.config import setting
+from dlrm_jax.model.interactions.base import Interaction, behind, register, stacked
 
 
 def pairs(num_vectors: int, with_diagonal: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -48,7 +49,7 @@ pairwise_dots.defvjp(_pairwise_dots_fwd, _pairwise_dots_bwd)
 class Dot(Interaction):
     """(B, D + P): the bottom MLP's output, then the dot products of all pairs (arXiv:1906.00091, section 2.1.3)."""
 
-    self_interaction: bool = option(False, "Include each vector's dot product with itself.")
+    self_interaction: bool = setting(False, "Include each vector's dot product with itself.")
 
     @nn.compact
     def __call__(self, bottom_BxD: jax.Array | None, pooled_BxFxD: jax.Array) -> jax.Array:

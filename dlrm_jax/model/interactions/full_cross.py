@@ -4,8 +4,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dlrm_jax.config import require
-from dlrm_jax.model.interactions.base import Interaction, option, register, side_by_side
+from dlrm_jax.config import require, setting
+from dlrm_jax.model.interactions.base import Interaction, register, side_by_side
 from dlrm_jax.model.interactions.cross import MATRIX_INIT
 
 
@@ -16,7 +16,7 @@ class FullCross(Interaction):
     Parameters per layer: `w_l` (I, I), `b_l` (I,). Products of matrices are computed in `dtype`, all else in float32.
     """
 
-    cross_layers: int = option(3, "Cross layers.")
+    cross_layers: int = setting(3, "Cross layers.")
 
     def __post_init__(self) -> None:
         require(self.cross_layers >= 1, f"cross_layers is {self.cross_layers}; it must be at least 1")

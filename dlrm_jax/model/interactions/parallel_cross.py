@@ -4,8 +4,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dlrm_jax.config import require
-from dlrm_jax.model.interactions.base import option, register, side_by_side
+from dlrm_jax.config import require, setting
+from dlrm_jax.model.interactions.base import register, side_by_side
 from dlrm_jax.model.interactions.cross import LowRankCross
 from dlrm_jax.model.mlp import MLP
 
@@ -17,7 +17,7 @@ class ParallelCross(LowRankCross):
     Parameters: `cross/...` (cross.py) and `tower/layer_0 ...`. With `--top_mlp=1` it is the paper's model.
     """
 
-    tower_mlp: tuple[int, ...] = option((64, 32), "Widths of the tower's layers beside the cross layers.")
+    tower_mlp: tuple[int, ...] = setting((64, 32), "Widths of the tower's layers beside the cross layers.")
 
     def __post_init__(self) -> None:
         require(min(self.tower_mlp, default=0) >= 1, f"tower_mlp is {self.tower_mlp}; give widths of at least 1")

@@ -4,8 +4,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dlrm_jax.config import require
-from dlrm_jax.model.interactions.base import Interaction, behind, option, register, side_by_side
+from dlrm_jax.config import require, setting
+from dlrm_jax.model.interactions.base import Interaction, behind, register, side_by_side
 from dlrm_jax.model.mlp import MLP
 
 _BRANCHES = {"branch1": "projection_branch1", "branch2": "projection_branch2"}
@@ -20,8 +20,8 @@ class Projection(Interaction):
     TorchRec's example has 2048,2048 for both. Parameters: `branch1/layer_0 ...`, `branch2/layer_0 ...`.
     """
 
-    projection_branch1: tuple[int, ...] = option((256, 256), "Widths of the first branch; the last is F1 times D.")
-    projection_branch2: tuple[int, ...] = option((256, 256), "Widths of the second branch; the last is D times F2.")
+    projection_branch1: tuple[int, ...] = setting((256, 256), "Widths of the first branch; the last is F1 times D.")
+    projection_branch2: tuple[int, ...] = setting((256, 256), "Widths of the second branch; the last is D times F2.")
 
     def __post_init__(self) -> None:
         for name in _BRANCHES.values():

@@ -10,7 +10,6 @@ self_check.npz        a few rows and their probabilities, for who loads it to co
 metrics.json          of this very program on val and test; manifest.json says so, or which devices it took instead
 """
 
-import dataclasses
 import functools
 import json
 import pathlib
@@ -23,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import export as jax_export
 
-from dlrm_jax.config import ConfigError, LossConfig, ModelConfig, how_to_install, require_choice
+from dlrm_jax.config import ConfigError, LossConfig, ModelConfig, how_to_install, require_choice, to_dict
 from dlrm_jax.data.batch import EMPTY_SLOT, Batch
 from dlrm_jax.data.prepare.hashes import checked
 from dlrm_jax.data.read.dataset import Dataset, Rows
@@ -128,9 +127,9 @@ def export_model(
         index, shapes, facts["table_bytes"] = _write_weights(directory, model, dense, pieces, kind)
         program = export_program(forward, shapes, model.num_dense, model.num_slots)
         (directory / "program.stablehlo").write_bytes(program)
-        described = {"model": dataclasses.asdict(model), "loss_threshold": loss.threshold}
+        described = {"model": to_dict(model), "loss_threshold": loss.threshold}
         _write_json(directory / "model.json", described)
-        _write_json(directory / "signature.json", signature.to_dict())
+        _write_json(directory / "signature.json", to_dict(signature))
         _write_json(directory / "weights.json", index)
         if signature.schema is not None and data_dir is not None:
             _write_vocabularies(directory, signature, data_dir)

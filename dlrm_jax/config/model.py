@@ -1,4 +1,4 @@
-"""The nouns of a run, as frozen dataclasses. Every check that needs no data is here."""
+"""The shape of a model, as frozen dataclasses: tables, features, interaction, MLPs. Every check that needs no data."""
 
 import dataclasses
 import functools
@@ -6,52 +6,16 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from dlrm_jax.config.errors import require, require_choice, require_unique
+from dlrm_jax.config.settings import check_settings, setting
+from dlrm_jax.config.values import from_dict
+
 POOLINGS = ("sum", "mean")
 COMBINES = ("sum", "mul", "concat")
 TABLE_DTYPES = ("float32", "bfloat16", "float16")
 DENSE_INITS = ("dlrm", "torch", "flax")
 TABLE_INITS = ("dlrm", "flax")
 COMPUTE_DTYPES = ("float32", "bfloat16")
-XLA, NATIVE = CPU_KERNELS = ("xla", "native")
-LOSSES = ("bce", "wbce", "mse")
-DENSE_OPTIMIZERS = ("sgd", "momentum", "adagrad", "adam", "adamw")
-SCHEDULE_COMPAT = ("none", "dlrm")
-OUT_OF_RANGE_POLICIES = ("error", "hash", "drop_and_count")
-
-
-class ConfigError(ValueError):
-    """A setting or an input that the user can mend; commands print it as one line, without traceback."""
-
-
-def how_to_install(extra: str, upgrade: bool = False) -> str:
-    """The command for one of pyproject.toml's extras: the package is on no index, so it is typed in a checkout."""
-    return f'pip install {"--upgrade " if upgrade else ""}".[{extra}]" in the checkout of dlrm_jax'
-
-
-def require(condition: bool, message: str) -> None:
-    """ConfigError with `message` unless `condition`."""
-    if not condition:
-        raise ConfigError(message)
-
-
-def require_choice(what: str, value: str, choices: tuple[str, ...]) -> None:
-    """ConfigError naming the choices if `value` is none of them."""
-    require(value in choices, f"{what} is {value!r}; choose one of {', '.join(choices)}")
-
-
-def require_unique(what: str, names: list[str]) -> None:
-    """ConfigError naming what is repeated."""
-    repeated = sorted({name for name in names if names.count(name) > 1})
-    require(not repeated, f"{what} names must be unique; repeated: {', '.join(repeated)}")
-
-
-def require_finite(config: Any) -> None:
-    """ConfigError for a field of a dataclass that holds NaN or an infinity."""
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        for number in value if isinstance(value, tuple) else (value,):
-            finite = not isinstance(number, float) or math.isfinite(number)
-            require(finite, f"{field.name} is {value}; it must be finite")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,38 +122,50 @@ class Lookup:
     pooling: str
 
 
-@dataclasses.dataclass(frozen=True)
-class ModelConfig:
-    """Shape of a DLRM (arXiv:1906.00091, section 2).
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DenseConfig:
+    """What of a model's shape the data does not decide: its MLPs and its interaction.
 
-    `bottom_mlp` and `top_mlp` are the widths after each layer, without the input: Criteo Kaggle's
-    reference "13-512-256-64-16" is `num_dense=13, bottom_mlp=(512, 256, 64, 16)`. Without numbers (`num_dense=0`) there
-    is no bottom MLP: `bottom_mlp=()`.
+    `bottom_mlp` and `top_mlp` are the widths after each layer, without the input: Criteo Kaggle's reference
+    "13-512-256-64-16" is 13 numbers and `bottom_mlp=(512, 256, 64, 16)`.
     `learned_pooling` multiplies each pooled row with a trainable weight of that row. `compute_dtype` is what MLPs and
     layers of interactions compute in; parameters, tables, dot products, logits and gradients of weights are float32.
     """
 
-    num_dense: int
-    tables: tuple[TableConfig, ...]
-    features: tuple[FeatureConfig, ...]
-    bottom_mlp: tuple[int, ...]
-    top_mlp: tuple[int, ...]
-    interaction: InteractionConfig = DOT
-    learned_pooling: bool = False
-    dense_init: str = "dlrm"
-    table_init: str = "dlrm"
-    compute_dtype: str = "float32"
+    bottom_mlp: tuple[int, ...] = setting((64, 16), "Widths of the bottom MLP's layers, without its input.")
+    top_mlp: tuple[int, ...] = setting((64, 32, 1), "Widths of the top MLP's layers, without its input.")
+    interaction: InteractionConfig = setting(DOT, "How features meet (dlrm_jax/model/interactions).")  # noqa: RUF009
+    learned_pooling: bool = setting(False, "Multiply each looked-up row with a trainable weight of that row.")
+    dense_init: str = setting(
+        "dlrm", "Initial MLP weights: the reference's formula, PyTorch's, Flax's.", choices=DENSE_INITS
+    )
+    table_init: str = setting(
+        "dlrm", "Initial rows: U(+-sqrt(1/rows)), or N(0, 1/sqrt(dim)) as Flax.", choices=TABLE_INITS
+    )
+    compute_dtype: str = setting(
+        "float32", "What MLPs and cross layers compute in; weights stay float32.", choices=COMPUTE_DTYPES
+    )
 
     def __post_init__(self) -> None:
-        require(self.num_dense >= 0, f"num_dense is {self.num_dense}; it must not be negative")
-        require(len(self.features) >= 1, "a model needs at least one sparse feature")
         require(
             isinstance(self.interaction, InteractionConfig),
             f"interaction is {self.interaction!r}; it must be an InteractionConfig: a name and options",
         )
-        require_choice("dense_init", self.dense_init, DENSE_INITS)
-        require_choice("table_init", self.table_init, TABLE_INITS)
-        require_choice("compute_dtype", self.compute_dtype, COMPUTE_DTYPES)
+        check_settings(self)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig(DenseConfig):
+    """Shape of a DLRM (arXiv:1906.00091, section 2). Without numbers (`num_dense=0`) `bottom_mlp` is empty."""
+
+    num_dense: int
+    tables: tuple[TableConfig, ...]
+    features: tuple[FeatureConfig, ...]
+
+    def __post_init__(self) -> None:
+        require(self.num_dense >= 0, f"num_dense is {self.num_dense}; it must not be negative")
+        require(len(self.features) >= 1, "a model needs at least one sparse feature")
+        super().__post_init__()
         require_unique("table", [table.name for table in self.tables])
         require_unique("feature", [feature.name for feature in self.features])
         self._check_tables()
@@ -283,144 +259,5 @@ def nested_interaction(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def model_from_dict(values: Mapping[str, Any]) -> ModelConfig:
-    """The inverse of dataclasses.asdict, through JSON."""
-    values = nested_interaction(values)
-    interaction = InteractionConfig(**values["interaction"])
-    lists = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
-    tables = tuple(
-        TableConfig(**{**table, "init_range": tuple(table.get("init_range", ()))}) for table in values["tables"]
-    )
-    features = tuple(
-        FeatureConfig(**{**feature, "parts": tuple(Part(**part) for part in feature.get("parts", ()))})
-        for feature in values["features"]
-    )
-    return ModelConfig(**{**values, **lists, "tables": tables, "features": features, "interaction": interaction})
-
-
-@dataclasses.dataclass(frozen=True)
-class LossConfig:
-    """`bce` on logits, `wbce` (class weights for label 0 and 1) or `mse` on probabilities.
-
-    `threshold` t > 0 clips probabilities to [t, 1 - t]: those that the loss, every metric and every prediction are of.
-    """
-
-    name: str = "bce"
-    class_weights: tuple[float, float] = (1.0, 1.0)
-    threshold: float = 0.0
-
-    def __post_init__(self) -> None:
-        require_finite(self)
-        require_choice("loss", self.name, LOSSES)
-        require(len(self.class_weights) == 2, f"class_weights is {self.class_weights}; give two, for label 0 and 1")
-        require(min(self.class_weights) >= 0, f"class_weights is {self.class_weights}; weights are not negative")
-        require(max(self.class_weights) > 0, "class_weights is 0,0; so nothing would be learned: give one above 0")
-        require(0.0 <= self.threshold < 0.5, f"loss_threshold is {self.threshold}; it must lie in [0, 0.5)")
-
-
-@dataclasses.dataclass(frozen=True)
-class ScheduleConfig:
-    """Learning rate over 1-based steps: linear warm-up, plateau, polynomial decay.
-
-    `compat="dlrm"` keeps the reference's quirks (see schedule.py).
-    """
-
-    learning_rate: float
-    warmup_steps: int = 0
-    decay_start_step: int = 0
-    decay_steps: int = 0
-    decay_power: float = 2.0
-    end_learning_rate: float = 0.0
-    compat: str = "none"
-
-    def __post_init__(self) -> None:
-        require_finite(self)
-        require_choice("lr_compat", self.compat, SCHEDULE_COMPAT)
-        require(self.learning_rate > 0, f"learning_rate is {self.learning_rate}; it must be positive")
-        for field in ("warmup_steps", "decay_start_step", "decay_steps", "decay_power", "end_learning_rate"):
-            require(getattr(self, field) >= 0, f"{field} is {getattr(self, field)}; it must not be negative")
-        require(
-            self.decay_steps == 0 or self.decay_start_step >= self.warmup_steps,
-            f"decay_start_step is {self.decay_start_step}, before the end of warm-up at {self.warmup_steps}",
-        )
-
-
-@dataclasses.dataclass(frozen=True)
-class OptimizerConfig:
-    """One optimizer for the dense parameters, one row-sparse optimizer for the tables, one schedule.
-
-    `table` names a rule, with its options (tables/rules.py, which checks it); `table_l2`, `table_clip_norm`,
-    `table_weight_decay` and `table_max_norm` bound its rows, 0 for not at all.
-    """
-
-    schedule: ScheduleConfig
-    dense: str = "sgd"
-    table: str = "sgd"
-    eps: float = 1e-10
-    momentum: float = 0.9
-    weight_decay: float = 0.0
-    table_l2: float = 0.0
-    table_clip_norm: float = 0.0
-    table_weight_decay: float = 0.0
-    table_max_norm: float = 0.0
-
-    def __post_init__(self) -> None:
-        require_finite(self)
-        require_choice("dense_optimizer", self.dense, DENSE_OPTIMIZERS)
-        for name in ("table_l2", "table_clip_norm", "table_weight_decay", "table_max_norm"):
-            require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; it must not be negative")
-        require(self.eps > 0, f"eps is {self.eps}; it must be positive")
-        require(0 <= self.momentum < 1, f"momentum is {self.momentum}; it must lie in [0, 1)")
-        require(self.weight_decay >= 0, f"weight_decay is {self.weight_decay}; it must not be negative")
-        require(
-            self.weight_decay == 0 or self.dense == "adamw",
-            f"weight_decay is {self.weight_decay} but dense_optimizer is {self.dense!r}; only adamw decays weights",
-        )
-
-
-def to_dict(config: Any) -> dict[str, Any]:
-    """A config as plain JSON values."""
-    return dataclasses.asdict(config)
-
-
-def differences(ours: Any, theirs: Any, path: str = "") -> list[str]:
-    """Lines `path: ours != theirs` for every leaf in which two JSON-like values differ; a long value is cut."""
-    if isinstance(ours, dict) and isinstance(theirs, dict):
-        lines = []
-        for key in sorted(set(ours) | set(theirs)):
-            lines += differences(ours.get(key), theirs.get(key), f"{path}.{key}" if path else str(key))
-        return lines
-    if isinstance(ours, list | tuple) and isinstance(theirs, list | tuple) and len(ours) == len(theirs):
-        return [
-            line for i, pair in enumerate(zip(ours, theirs, strict=True)) for line in differences(*pair, f"{path}[{i}]")
-        ]
-    return [] if ours == theirs else [f"{_cut(path, _LONGEST_PATH)}: {' != '.join(_told(ours, theirs))}"]
-
-
-def tell(different: list[str]) -> str:
-    """Some lines of `differences` for a person, names first, checksums last: they say that, not what, is different."""
-    ends = [line.partition(":")[0].rpartition(".")[2] for line in different]
-    order = sorted(range(len(ends)), key=lambda i: (ends[i] != "name", ends[i] == "fingerprint"))
-    more = len(different) - _MOST_TOLD
-    shown = "; ".join(different[i] for i in order[:_MOST_TOLD])
-    return shown + (f"; and {more} more" if more > 0 else "")
-
-
-_MOST_TOLD = 3
-_LONGEST_VALUE, _LONGEST_PATH = 40, 50
-
-
-def _told(ours: Any, theirs: Any) -> tuple[str, str]:
-    """Two values that differ, each in a few words: whole, or counted, or cut around the place where they differ."""
-    texts = repr(ours), repr(theirs)
-    if max(map(len, texts)) <= _LONGEST_VALUE:
-        return texts
-    if isinstance(ours, list | tuple) and isinstance(theirs, list | tuple) and len(ours) != len(theirs):
-        return f"{len(ours)} of them", f"{len(theirs)} of them"
-    equal = next((i for i, (a, b) in enumerate(zip(*texts, strict=False)) if a != b), min(map(len, texts)))
-    start = max(0, equal - _LONGEST_VALUE // 4)
-    ours_text, theirs_text = (("..." if start else "") + _cut(text[start:], _LONGEST_VALUE) for text in texts)
-    return ours_text, theirs_text
-
-
-def _cut(text: str, most: int) -> str:
-    return text if len(text) <= most else text[:most] + "..."
+    """The inverse of `to_dict`, through JSON; files of before too."""
+    return from_dict(ModelConfig, nested_interaction(values), "the model")
