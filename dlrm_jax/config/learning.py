@@ -3,12 +3,13 @@
 import dataclasses
 from typing import Any
 
-from dlrm_jax.config.errors import require
-from dlrm_jax.config.settings import Needs, check_settings, setting
+from dlrm_jax.config.errors import ConfigError, require
+from dlrm_jax.config.settings import Needs, check_settings, setting, settings
 
 LOSSES = ("bce", "wbce", "mse")
 DENSE_OPTIMIZERS = ("sgd", "momentum", "adagrad", "adam", "adamw")
 SCHEDULE_COMPAT = ("none", "dlrm")
+DECAYS = ("polynomial", "linear", "cosine")
 
 _WBCE = Needs(lambda run: run.loss.name == "wbce", "it is for --loss=wbce")
 
@@ -47,27 +48,81 @@ _DECAY_OF_OURS = Needs(
     lambda run: _decays(run) and run.optimizer.schedule.compat == "none",
     "it needs --decay_steps, over which to decay, and --lr_compat=dlrm has its own",
 )
+_POLYNOMIAL = Needs(
+    lambda run: _DECAY_OF_OURS.when(run) and run.optimizer.schedule.decay == "polynomial",
+    "it needs --decay_steps, over which to decay, --decay=polynomial, and --lr_compat=dlrm has its own",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plateau:
+    """When the learning rate is cut: after `patience` + 1 evaluations in a row without a gain of `min_delta`.
+
+    It is multiplied by `factor` then, and never falls below `min`.
+    """
+
+    factor: float = setting(0.1, "What the rate is multiplied with.", above=0, below=1)
+    patience: int = setting(0, "Evaluations without a gain that are let pass.", at_least=0)
+    min_delta: float = setting(1e-6, "The least gain.", at_least=0)
+    min: float = setting(1e-6, "The least rate.", at_least=0)
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+
+
+def parse_plateau(text: str) -> Plateau | None:
+    """The Plateau of `factor:0.1,patience:0`, the rest by default; None for an empty text."""
+    if not text:
+        return None
+    known = {one.flag: one for _, one in settings(Plateau)}
+    values = {}
+    for part in text.split(","):
+        name, _, number = part.partition(":")
+        require(name in known, f"lr_plateau={text}: {name!r} is not among {', '.join(known)}; as factor:0.1,patience:0")
+        try:
+            values[name] = known[name].kind(number)
+        except ValueError:
+            raise ConfigError(f"lr_plateau={text}: {name} is {number!r}; it must be a number") from None
+    try:
+        return Plateau(**values)
+    except ConfigError as error:
+        raise ConfigError(f"lr_plateau={text}: {error}") from None
 
 
 @dataclasses.dataclass(frozen=True)
 class ScheduleConfig:
-    """Learning rate over 1-based steps: linear warm-up, plateau, polynomial decay.
+    """Learning rate over 1-based steps: linear warm-up, a constant rate, decay; and cuts where val stalls (`plateau`).
 
     `compat="dlrm"` keeps the reference's quirks (see schedule.py).
     """
 
     learning_rate: float = setting(dataclasses.MISSING, "Learning rate after warm-up.", above=0)
     warmup_steps: int = setting(0, "Steps of linear warm-up.", at_least=0)
-    decay_start_step: int = setting(0, "Step at which the polynomial decay starts.", at_least=0, needs=_DECAY)
-    decay_steps: int = setting(0, "Steps of the polynomial decay; 0: none.", at_least=0)
-    decay_power: float = setting(2.0, "Power of the decay.", at_least=0, needs=_DECAY_OF_OURS)
+    decay_start_step: int = setting(0, "Step at which the decay starts.", at_least=0, needs=_DECAY)
+    decay_steps: int = setting(0, "Steps of the decay; 0: none.", at_least=0)
+    decay: str = setting(
+        "polynomial",
+        "How the rate falls.",
+        flag="lr_decay",
+        choices=DECAYS,
+        needs=_DECAY_OF_OURS,
+    )
+    decay_power: float = setting(2.0, "Power of the polynomial decay.", at_least=0, needs=_POLYNOMIAL)
     end_learning_rate: float = setting(0.0, "Learning rate after the decay.", at_least=0, needs=_DECAY_OF_OURS)
     compat: str = setting(
         "none", "`dlrm` keeps the reference's schedule quirks.", flag="lr_compat", choices=SCHEDULE_COMPAT, needs=_DECAY
     )
 
+    plateau: str = setting(
+        "",
+        "Cut the rate where --target_metric on val stalls, as factor:0.1,patience:0,min_delta:1e-6,min:1e-6: after "
+        "patience + 1 evaluations in a row without a gain of min_delta it is multiplied by factor, down to min.",
+        flag="lr_plateau",
+    )
+
     def __post_init__(self) -> None:
         check_settings(self)
+        parse_plateau(self.plateau)
         require(
             self.decay_steps == 0 or self.decay_start_step >= self.warmup_steps,
             f"decay_start_step is {self.decay_start_step}, before the end of warm-up at {self.warmup_steps}",
@@ -115,6 +170,9 @@ class OptimizerConfig:
         at_least=0,
         needs=Needs(lambda run: run.optimizer.dense == "adamw", "it is for --dense_optimizer=adamw"),
     )
+    dense_l2: float = setting(0.0, "Add this times each weight of the MLPs to its gradient.", at_least=0)
+    clip_value: float = setting(0.0, "Bound each number of a gradient, of MLPs and of touched rows; 0: no.", at_least=0)
+    table_rate: float = setting(1.0, "The tables' learning rate, times the run's.", above=0)
     table_l2: float = setting(0.0, "Add this times a touched row to its gradient.", at_least=0)
     table_clip_norm: float = setting(0.0, "Bound the norm of a row's gradient; 0: no.", at_least=0)
     table_weight_decay: float = setting(

@@ -27,7 +27,16 @@ def scale_by_dlrm_adagrad(eps: float) -> optax.GradientTransformation:
 
 
 def make_dense_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
-    """The transformation named `config.dense`; its updates still have to be multiplied by -learning_rate."""
+    """The transformation named `config.dense`; its updates still have to be multiplied by -learning_rate.
+
+    `dense_l2` times a weight is added to its gradient, then `clip_value` bounds that.
+    """
+    before = [optax.add_decayed_weights(config.dense_l2)] if config.dense_l2 else []
+    before += [optax.clip(config.clip_value)] if config.clip_value else []
+    return optax.chain(*before, _rule(config)) if before else _rule(config)
+
+
+def _rule(config: OptimizerConfig) -> optax.GradientTransformation:
     match config.dense:
         case "sgd":
             return optax.identity()

@@ -221,7 +221,7 @@ class _Parts:
     def _updates(self, stack: Stack, rate: jax.Array, count: jax.Array) -> Updates:
         if self._optimizer is None:
             raise ValueError("update needs an optimizer")
-        rule, own = stack_rule(self._optimizer, stack), stack.tables[0].rate
+        rule, own = stack_rule(self._optimizer, stack), stack.tables[0].rate * self._optimizer.table_rate
         weights = Update(rule, rate if own == 1 else rate * own, count)
         update = weights if stack.dtype == "float32" else dataclasses.replace(weights, noise=noise_of(stack, count))
         if stack.form == COLUMNS:

@@ -279,13 +279,15 @@ class Ftrl(Rule):
 class Bounded(Rule):
     """A rule whose touched rows are also regularised, each once an update.
 
-    `l2` is added to the gradient times the row; `clip_norm` bounds the gradient's norm after that; `weight_decay` takes
+    `l2` is added to the gradient times the row; then `clip_value` bounds the gradient's numbers, `clip_norm` its norm;
+    `weight_decay` takes
     rate times itself of the row away, apart from the gradient (arXiv:1711.05101); `max_norm` bounds the new row's norm.
     0 leaves each out.
     """
 
     rule: Rule
     l2: float = 0.0
+    clip_value: float = 0.0
     clip_norm: float = 0.0
     weight_decay: float = 0.0
     max_norm: float = 0.0
@@ -297,13 +299,15 @@ class Bounded(Rule):
 
     def describe(self) -> str:
         """The rule, and that its rows are bounded."""
-        return f"{self.rule.describe()} with --table_l2, --table_clip_norm, --table_weight_decay or --table_max_norm"
+        return f"{self.rule.describe()} with bounded rows (--table_l2, --clip_value, --table_clip_norm and the like)"
 
     def step(self, row: Rows) -> tuple[jax.Array, Arrays]:
         """The rule's, between what bounds its gradient and what bounds its row."""
         grad_MxD = row.grad_MxD
         if self.l2:
             grad_MxD = grad_MxD + self.l2 * row.weights_MxD
+        if self.clip_value:
+            grad_MxD = jnp.clip(grad_MxD, -self.clip_value, self.clip_value)
         if self.clip_norm:
             grad_MxD = grad_MxD * _at_most(self.clip_norm, grad_MxD, row)
         added_MxD, new = self.rule.step(dataclasses.replace(row, grad_MxD=grad_MxD))
@@ -350,6 +354,7 @@ def make_rule(config: OptimizerConfig, described: str = "") -> Rule:
     """
     rule = _parsed(described or config.table, config.eps)
     bounds = {name: getattr(config, f"table_{name}") for name in ("l2", "clip_norm", "weight_decay", "max_norm")}
+    bounds["clip_value"] = config.clip_value
     return Bounded(rule, **bounds) if any(bounds.values()) else rule
 
 

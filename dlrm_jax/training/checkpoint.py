@@ -411,8 +411,8 @@ def _with_slots(found: dict[str, Any], tables: dict[str, Any]) -> dict[str, Any]
 
 
 def _split(state: TrainState) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(what a plan places, the rest), by field."""
-    fields = dict(vars(state))
+    """(what a plan places, the rest), by field; what the run does without is left out."""
+    fields = {name: value for name, value in vars(state).items() if value is not None}
     return {name: fields.pop(name) for name in TABLES}, fields
 
 

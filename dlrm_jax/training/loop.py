@@ -11,13 +11,13 @@ from typing import Any
 
 import jax
 
-from dlrm_jax.config import ConfigError, differences, tell
+from dlrm_jax.config import ConfigError, differences, from_dict, tell
 from dlrm_jax.data.batch import Batch
 from dlrm_jax.data.read.load import load_dataset, named
 from dlrm_jax.data.read.pipeline import Prefetcher, process_shard, steps_per_epoch, train_batches
 from dlrm_jax.data.values.label_values import describe_one_class
 from dlrm_jax.host import files, heap, huge_pages, processes
-from dlrm_jax.training import checkpoint, reporting
+from dlrm_jax.training import checkpoint, plateau, reporting
 from dlrm_jax.training.evaluation import Evaluator, evaluate_splits
 from dlrm_jax.training.monitor import EXCHANGE_OVERFLOWS, Clock, Interrupted, LossWindow, Speed, catch_signals
 from dlrm_jax.training.placement import failing_in_one_line, place_run, prediction, setting_of
@@ -40,6 +40,8 @@ class Progress:
     """What `best_value` is of; None in checkpoints of before it was noted, where config.json says it."""
     losses: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Losses since the last line of the log (monitor.LossWindow)."""
+    stall: plateau.Stall = dataclasses.field(default_factory=plateau.Stall)
+    """Evaluations without a gain, after which the rate is cut."""
     earlier_schedules: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     """Where the run went on with another learning rate: the settings it had before, and `until_step`."""
 
@@ -188,7 +190,7 @@ def restore_or_init(run: Run, checkpoints: checkpoint.Checkpoints) -> tuple[Trai
     if checkpoints.step(checkpoint.LATEST) is None:
         return run.placed.init_state(run.config.seed), Progress()
     record = checkpoints.record(checkpoint.LATEST)
-    progress = Progress(**record["progress"])
+    progress: Progress = from_dict(Progress, record["progress"], "the checkpoint's progress")
     require_the_same_run(run, record, checkpoints.step(checkpoint.LATEST) or 0, progress)
     state = checkpoints.restore(checkpoint.LATEST, run.placed)
     huge_pages.collapse(state)
@@ -277,7 +279,7 @@ def train(
                 log.write(step, "train", values | rounds)
             progress.losses = losses.held()
             if at_eval:
-                evaluate_progress(run, state, step, progress, checkpoints, log)
+                state = evaluate_progress(run, state, step, progress, checkpoints, log)
             if at_checkpoint or signum or progress.stopped:
                 checkpoints.save(checkpoint.LATEST, state, run.placed, record_of(run, progress))
             if signum and progress.stopped is None and step < run.num_steps:
@@ -297,11 +299,11 @@ def evaluate_progress(
     progress: Progress,
     checkpoints: checkpoint.Checkpoints,
     log: reporting.MetricsLog,
-) -> None:
-    """Evaluate on `val`, keep the best state, and apply the stopping rules to `progress`."""
+) -> TrainState:
+    """Evaluate on `val`, keep the best state, apply the stopping rules to `progress`; the state to go on with."""
     config, split = run.config, run.dataset.splits["val"]
     if not len(split):
-        return
+        return state
     values = run.evaluate(state, split)
     log.write(step, "val", values)
     value = values[config.target_metric]
@@ -313,6 +315,7 @@ def evaluate_progress(
     progress.stopped = stopping(config, progress)
     reached = f"val {config.target_metric} {value:.6f} at step {step}"
     _LOG.info("%s%s", reached, f"; stopping: {progress.stopped}" if progress.stopped else "")
+    return plateau.cut_where_stalled(config.optimizer.schedule, progress.stall, value, config.smaller_is_better, state)
 
 
 def stopping(config: RunConfig, progress: Progress) -> str | None:

@@ -147,7 +147,7 @@ class RunConfig:
             f"batch_size {self.batch_size} does not split into {self.num_micro_batches} equal num_micro_batches",
         )
         make_rule(self.optimizer)  # It checks the rule's name and options.
-        highest = math.inf if self.target_metric in _SMALLER_IS_BETTER else 1
+        highest = math.inf if self.smaller_is_better else 1
         within = "0 or more" if highest > 1 else "between 0 and 1"
         require(
             self.target_value is None or 0 <= self.target_value <= highest,
@@ -158,7 +158,12 @@ class RunConfig:
         """Whether the target metric improved; NaN never does."""
         if than is None:
             return value == value
-        return value < than if self.target_metric in _SMALLER_IS_BETTER else value > than
+        return value < than if self.smaller_is_better else value > than
+
+    @property
+    def smaller_is_better(self) -> bool:
+        """Whether the target metric falls as a model gets better."""
+        return self.target_metric in _SMALLER_IS_BETTER
 
     def reaches_target(self, value: float) -> bool:
         """Whether the target metric is at `target_value` or beyond."""
@@ -186,8 +191,7 @@ def identity_of(record: Mapping[str, Any]) -> dict[str, Any]:
     identity = record["identity"]
     model = model_from_dict(identity["model"])
     model = dataclasses.replace(model, interaction=interactions.complete(model.interaction))
-    fields = [field for field in dataclasses.fields(OptimizerConfig) if field.default is not dataclasses.MISSING]
-    optimizer = {field.name: field.default for field in fields} | identity.get("optimizer", {})
+    optimizer = to_dict(decoded(OptimizerConfig, identity["optimizer"], "the checkpoint's optimizer"))
     return {**identity, "model": json.loads(json.dumps(to_dict(model))), "optimizer": optimizer}
 
 

@@ -15,13 +15,17 @@ from dlrm_jax.tables.layout import Stack, local_stacks
 
 
 class TrainState(struct.PyTreeNode):
-    """`step` counts finished updates; the schedule and the data position follow from it."""
+    """`step` counts finished updates; the schedule and the data position follow from it.
+
+    `rate_factor`, where the rate is cut on plateaus, is what the schedule's rate is multiplied with.
+    """
 
     step: jax.Array
     dense_params: Any
     dense_opt_state: Any
     tables: dict[str, jax.Array]
     table_opt_state: dict[str, dict[str, jax.Array]]
+    rate_factor: jax.Array | None = None
 
 
 def new_state(
@@ -41,6 +45,7 @@ def new_state(
         dense_opt_state=make_dense_optimizer(optimizer).init(dense_params),
         tables=tables,
         table_opt_state=slots,
+        rate_factor=jnp.ones(()) if optimizer.schedule.plateau else None,
     )
 
 

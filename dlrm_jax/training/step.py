@@ -108,6 +108,8 @@ def make_routed_step(
             model, loss, state.dense_params, batch, pooled_BxFxD, num_micro_batches, ops
         )
         rate = schedule(state.step)
+        if state.rate_factor is not None:
+            rate *= state.rate_factor
         with jax.named_scope("dense_update"):
             updates, dense_opt_state = dense_optimizer.update(d_params, state.dense_opt_state, state.dense_params)
             updates = jax.tree.map(lambda update: -rate * update, updates)
@@ -116,7 +118,7 @@ def make_routed_step(
             tables, table_opt_state, counters = ops.update(
                 state.tables, state.table_opt_state, routes, d_pooled_BxFxD, rate, state.step + 1
             )
-        new_state = TrainState(
+        new_state = state.replace(
             step=state.step + 1,
             dense_params=dense_params,
             dense_opt_state=dense_opt_state,

@@ -71,6 +71,11 @@ SETTINGS = {
     "warmup_steps": ("3", "optimizer.schedule.warmup_steps", 3),
     "decay_start_step": ("4", "optimizer.schedule.decay_start_step", 4),
     "decay_steps": ("5", "optimizer.schedule.decay_steps", 5),
+    "lr_decay": ("cosine", "optimizer.schedule.decay", "cosine"),
+    "lr_plateau": ("patience:1,min:1e-5", "optimizer.schedule.plateau", "patience:1,min:1e-5"),
+    "dense_l2": ("0.02", "optimizer.dense_l2", 0.02),
+    "clip_value": ("5", "optimizer.clip_value", 5.0),
+    "table_rate": ("0.5", "optimizer.table_rate", 0.5),
     "decay_power": ("1.5", "optimizer.schedule.decay_power", 1.5),
     "end_learning_rate": ("0.001", "optimizer.schedule.end_learning_rate", 0.001),
     "lr_compat": ("dlrm", "optimizer.schedule.compat", "dlrm"),
@@ -195,7 +200,7 @@ NEEDS = {
     "adagrad_eps": (),
     "momentum": ("dense_optimizer=momentum",),
     "weight_decay": ("dense_optimizer=adamw",),
-    **dict.fromkeys(("decay_start_step", "decay_power", "end_learning_rate", "lr_compat"), DECAY),
+    **dict.fromkeys(("decay_start_step", "decay_power", "end_learning_rate", "lr_decay", "lr_compat"), DECAY),
     "num_epochs": (),
 }
 # Settings under which it has none, where that is not so by default.
@@ -216,6 +221,7 @@ OTHERS = [
 ]
 HAVE_NONE = [
     (("decay_power=3", "decay_steps=5", "lr_compat=dlrm"), "--decay_power=3.0 has no effect here: it needs"),
+    (("decay_power=3", "decay_steps=5", "lr_decay=linear"), "--decay_power=3.0 has no effect here: it needs"),
     (("id_skew=2", "data_dir=mine", "dataset=synthetic"), "--id_skew=2.0 has no effect"),
     (("table_sizes=5,6", "data_dir=mine"), "--table_sizes=5,6 has no effect here: it is for --dataset=synthetic"),
     (("class_weights=0.5,2",), "--class_weights=0.5,2.0 has no effect here: it is for --loss=wbce; leave it out"),

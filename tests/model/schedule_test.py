@@ -35,3 +35,11 @@ def test_reference_without_decay_has_no_quirk():
 def test_decay_follows_its_power(power):
     actual = rates(5, decay_start_step=1, decay_steps=4, decay_power=power)
     np.testing.assert_allclose(actual, [1, 0.75**power, 0.5**power, 0.25**power, 0], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("decay", "expected"), [("linear", [1, 0.775, 0.55, 0.325, 0.1]), ("cosine", [1, 0.868198, 0.55, 0.231802, 0.1])]
+)
+def test_other_decays_end_where_they_should(decay, expected):
+    actual = rates(7, decay_start_step=2, decay_steps=4, end_learning_rate=0.1, decay=decay)
+    np.testing.assert_allclose(actual, [1, *expected, 0.1], rtol=1e-5)

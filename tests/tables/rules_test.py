@@ -21,6 +21,7 @@ V, D, RATE = 6, 3, 0.1
 BOUNDS = {
     "l2": {"table_l2": 0.3},
     "clip": {"table_clip_norm": 0.5},
+    "clip values": {"clip_value": 0.2},
     "decay": {"table_weight_decay": 0.2},
     "norm": {"table_max_norm": 0.7},
     "all": {"table_l2": 0.3, "table_clip_norm": 0.5, "table_weight_decay": 0.2, "table_max_norm": 0.7},
@@ -84,6 +85,8 @@ def formula(name, kept, w, g, t):
 def bounded(bounds, update, w, g):
     """`update(g) -> added`, between the bounds."""
     g = g + bounds.get("table_l2", 0) * w
+    if bound := bounds.get("clip_value"):
+        g = np.clip(g, -bound, bound)
     if clip := bounds.get("table_clip_norm"):
         g = g * np.minimum(1, clip / np.linalg.norm(g, axis=1, keepdims=True))
     new = w + update(g) - RATE * bounds.get("table_weight_decay", 0) * w

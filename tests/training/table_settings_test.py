@@ -78,6 +78,9 @@ def test_each_table_moves_by_its_own_rule_and_rate():
         alone = trained(on_one_device(tiny_model(), optimizer(rule)), steps=1)
         moved = np.asarray(dict(named_tables(tiny_model(), alone.tables))[name]) - born[name]
         assert np.abs(moved).max() > 0
+        halved = trained(on_one_device(tiny_model(), dataclasses.replace(optimizer(rule), table_rate=0.5)), steps=1)
+        moved_half = np.asarray(dict(named_tables(tiny_model(), halved.tables))[name]) - born[name]
+        np.testing.assert_allclose(moved_half, moved / 2, rtol=1e-5, atol=1e-6)
         np.testing.assert_allclose(got[name], factor * moved, rtol=1e-5, atol=1e-6, err_msg=name)
 
 

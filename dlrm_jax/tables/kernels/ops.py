@@ -99,7 +99,7 @@ def _update(
             input_output_aliases={i: i for i in range(len(arrays))},
         )
         d_stack_BxGxD = d_pooled_BxFxD[:, np.array(stack.features)]
-        own_rate = jnp.float32(rate) * stack.tables[0].rate
+        own_rate = jnp.float32(rate) * (stack.tables[0].rate * optimizer.table_rate)
         rows, scale = routes[stack.name]["rows"], _scale(routes[stack.name])
         new_tables[stack.name], *slots = call(*arrays, rows, scale, d_stack_BxGxD, own_rate, **attributes)
         new_states[stack.name] = dict(zip(states[stack.name], slots, strict=True))
