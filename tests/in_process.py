@@ -11,6 +11,7 @@ from dlrm_jax.cli import flags as run_flags
 
 _DEFINE = {
     "train": ("define_process_flags",),
+    "tune": ("define_tune_flags",),
     "plan": ("define_plan_flags",),
     "benchmark": ("define_benchmark_flags",),
 }

@@ -175,8 +175,15 @@ def format_table(results: dict[str, dict[str, Any] | None], optimum: dict[str, f
         rows.append([name, *(_cell((values or {}).get(column)) for column in METRIC_COLUMNS)])
     if optimum is not None:
         rows.append(["optimum", *(_cell(optimum.get(column)) for column in METRIC_COLUMNS)])
+    return aligned(rows)
+
+
+def aligned(rows: list[list[str]]) -> str:
+    """Rows of equally many cells as a table, each column as wide as its widest cell."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+    return "\n".join(
+        "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
 
 
 def format_cost(cost: dict[str, dict[str, Any]]) -> str:
