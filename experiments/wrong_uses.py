@@ -74,6 +74,9 @@ FILES: dict[str, str | bytes] = {
     "decimal.yaml": _SCHEMA + 'decimal: "x"\n',
     "long.yaml": _SCHEMA.replace("name: mine", f"name: {'n' * 300}"),
     "nobody.json": '{"tables": {"nobody": "row_wise"}}',
+    "nobody_table.json": '{"tables": {"nobody": {"dim": 8}}}',
+    "search.yaml": "{method: grid, flags: {learning_rate: [0.1]}}",
+    "no_search.yaml": "{method: grid, flags: {learning_rat: [0.1]}}",
     "list.json": '{"tables": [1, 2]}',
     "empty_token": "",
     "kaggle.flags": (ROOT / "experiments" / "shape_kaggle.flags").read_text(),
@@ -194,7 +197,15 @@ CASES: dict[str, tuple[Case, ...]] = {
         Case("train --data_dir=data --workdir=w --table_optimizer=adamm", "choose one of sgd, momentum"),
         Case("train --data_dir=data --workdir=w --table_optimizer=adam,beta=1", "its options: b1, b2, eps, correct_by"),
         Case("train --data_dir=data --workdir=w --tables=nope.json", "--tables=nope.json: No such file"),
-        Case("train --data_dir=data --workdir=w --tables=nobody.json", "is not in the data, which has item, user"),
+        Case(
+            "train --data_dir=data --workdir=w --tables=nobody_table.json", "is not in the data, which has item, user"
+        ),
+        Case("train --data_dir=data --workdir=w --tables=nobody.json", "is 'row_wise'; expected names with values"),
+        Case("train --data_dir=data --workdir=w --lr_plateau=factor:2", "lr_plateau=factor:2: factor is 2.0; it must"),
+        Case("tune --data_dir=data --workdir=w --search=nope.yaml", "--search=nope.yaml"),
+        Case("tune --data_dir=data --workdir=w --search=list.json", "unknown tables; known are method"),
+        Case("tune --data_dir=data --workdir=w --search=no_search.yaml", "'learning_rat' is not a flag of training"),
+        Case("tune --data_dir=data --search=search.yaml", "--workdir is missing"),
         Case(
             "train --data_dir=data --workdir=w --compress_tables=squeeze", "choose one of qr, modulo, two_hashes, mixed"
         ),
