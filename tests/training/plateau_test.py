@@ -12,6 +12,7 @@ from dlrm_jax.config.learning import Plateau, parse_plateau
 from dlrm_jax.training import loop
 from dlrm_jax.training.placed import on_one_device
 from dlrm_jax.training.plateau import Stall, cut_where_stalled
+from dlrm_jax.training.reporting import read_metrics
 from tests.helpers import optimizer, tiny_model
 from tests.training.resume_test import CONFIG, assert_same_bits, final_state
 
@@ -72,6 +73,8 @@ def test_a_run_that_was_stopped_goes_on_with_the_cuts_it_had(tmp_path):
         CONFIG, optimizer=dataclasses.replace(CONFIG.optimizer, schedule=schedule), num_steps=40, eval_every=10
     )
     loop.train_and_evaluate(config, tmp_path / "whole")
+    rates = [line["learning_rate"] for line in read_metrics(tmp_path / "whole") if line["split"] == "train"]
+    np.testing.assert_allclose(rates, [0.01, 0.01, 0.005, 0.0025], rtol=1e-6)
     loop.train_and_evaluate(dataclasses.replace(config, num_steps=20), tmp_path / "parts")
     loop.train_and_evaluate(config, tmp_path / "parts")
     whole = final_state(tmp_path / "whole", config)
