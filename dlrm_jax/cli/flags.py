@@ -16,7 +16,6 @@ from dlrm_jax.config import (
     LOSSES,
     OUT_OF_RANGE_POLICIES,
     SCHEDULE_COMPAT,
-    TABLE_DTYPES,
     TABLE_INITS,
     XLA,
     ConfigError,
@@ -31,7 +30,8 @@ from dlrm_jax.data.read.load import DATASETS, DataConfig
 from dlrm_jax.host.memory import TRY_ANYWAY_HELP
 from dlrm_jax.model import interactions
 from dlrm_jax.tables import compress, rules
-from dlrm_jax.tables.plan import SHARDINGS
+from dlrm_jax.tables.dtypes import DTYPES
+from dlrm_jax.tables.forms import FORMS
 from dlrm_jax.training.options import AUTO, EXCHANGE_DTYPES, ShardingOptions
 from dlrm_jax.training.run_config import TARGET_METRICS, ModelOptions, RunConfig
 
@@ -117,7 +117,7 @@ def _define_model_flags() -> None:
     flags.DEFINE_enum(
         "table_dtype",
         "float32",
-        TABLE_DTYPES,
+        tuple(DTYPES.all()),
         "What tables are stored as; in two bytes they are rounded up or down at random, right on average.",
     )
     flags.DEFINE_string(
@@ -202,7 +202,7 @@ def _define_sharding_flags() -> None:
     flags.DEFINE_enum(
         "sharding",
         AUTO,
-        (*SHARDINGS, AUTO),
+        (*FORMS.all(), AUTO),
         "Where tables lie on several devices: a copy each, whole tables, rows, columns, rows within groups of devices; "
         "auto plans each table by its cost (dlrm_jax.plan shows it).",
     )

@@ -13,9 +13,9 @@ from jax.sharding import Mesh
 
 from dlrm_jax.config import ModelConfig, TableConfig
 from dlrm_jax.tables.collective import shard_index
+from dlrm_jax.tables.forms.base import POOLING_WEIGHTS, Stack
 from dlrm_jax.tables.hashing import mix, table_keys
-from dlrm_jax.tables.layout import COLUMNS, POOLING_WEIGHTS, Stack, local_stacks
-from dlrm_jax.tables.rows import as_stored, stored_type
+from dlrm_jax.tables.layout import local_stacks
 
 FILL_FLOATS = 2**23
 """Floats drawn at a time."""
@@ -82,9 +82,9 @@ def _fill_shard(stack: Stack, key_Tx2: jax.Array, scale_T: jax.Array, shift_T: j
         # In pieces, because the compiler keeps a handful of numbers per row beside the rows that it fills.
         start = jnp.minimum(i * piece, lines - piece)
         drawn = _draw_lines(stack, start, piece, shard, key_Tx2, scale_T, shift_T, normal)
-        return jax.lax.dynamic_update_slice(rows, as_stored(drawn.astype(stack.dtype)), (start, jnp.int32(0)))
+        return jax.lax.dynamic_update_slice(rows, stack.dtype.from_floats(drawn), (start, jnp.int32(0)))
 
-    rows = jnp.zeros((lines, lanes), stored_type(stack.dtype))
+    rows = jnp.zeros((lines, lanes), stack.dtype.stored)
     return jax.lax.fori_loop(0, -(-lines // piece), fill, rows)
 
 
@@ -104,8 +104,7 @@ def _draw_lines(
     table_P, row_P = stack.owners(local_P, shard)
     size_T = np.array([table.num_embeddings for table in stack.tables], np.int32)
     valid_P = (row_P < jnp.asarray(size_T)[table_P]) & (row_P >= 0)
-    first_column = shard * stack.width if stack.form == COLUMNS else 0
-    column_1xw = first_column + jnp.arange(stack.width, dtype=jnp.int32)[None]
+    column_1xw = stack.columns(shard)[None]
     drawn = draw(
         row_P[:, None].astype(jnp.uint32),
         jnp.broadcast_to(column_1xw, (len(local_P), stack.width)).astype(jnp.uint32),

@@ -19,11 +19,11 @@ from dlrm_jax.planning.hardware import HARDWARE
 from dlrm_jax.planning.hlo import collectives, largest_result, totals
 from dlrm_jax.planning.skew import expected_distinct, fitted_skew
 from dlrm_jax.tables.collective import ExchangeOptions
-from dlrm_jax.tables.plan import SHARDINGS, make_plan
+from dlrm_jax.tables.plan import make_plan
 from dlrm_jax.training.placed import Placed
 from dlrm_jax.training.state import init_dense
 from dlrm_jax.training.step import make_train_step
-from tests.helpers import RULES, meeting, optimizer
+from tests.helpers import RULES, SHARDINGS, meeting, optimizer
 
 BATCH = 512
 SIZES = (1_000_000, 333_333, 1000, 40, 3, 500_000)

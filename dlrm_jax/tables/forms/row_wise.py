@@ -15,7 +15,7 @@ Id slots lie flat, slot by slot over all examples: M = k * b. As (b, k, W) a TPU
 copy all rows to get there.
 """
 
-from typing import Any
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -23,44 +23,11 @@ import numpy as np
 
 from dlrm_jax.host.mesh import DATA, MODEL
 from dlrm_jax.tables.collective import ExchangeOptions, from_copies, to_owners
-from dlrm_jax.tables.forms.bags import (
-    States,
-    Updates,
-    learns_weights,
-    read_rows,
-    scaled,
-    slot_gradients,
-    sum_bags_of_slots,
-    update_rows,
-)
-from dlrm_jax.tables.layout import Stack
+from dlrm_jax.tables.forms.bags import learns_weights, read_rows, scaled, slot_gradients, sum_bags_of_slots, update_rows
+from dlrm_jax.tables.forms.base import Form, Sent, Stack, StackUpdate, States, Work, register
+from dlrm_jax.tables.pooling import Take
 from dlrm_jax.tables.rules import Arrays
 from dlrm_jax.tables.updates import SparseGrad
-
-
-def route(stack: Stack, ids_bxk: jax.Array, scale_bxk: jax.Array | None, options: ExchangeOptions) -> Arrays:
-    """Distinct rows, who asks whom for which, and where each slot finds its row.
-
-    `unique_M`: the device's distinct rows as owner * rows + local row, ascending, then the void S * rows.
-    `rank_M`: each slot's place in it. `stop_S`: the first round's end in it, for each owner. `asked_SxC`: local rows
-    that each peer asks of this device in the first round. `more` says whether another round must follow.
-    """
-    capacity = options.rows_at_once(stack.name, ids_bxk.size)
-    shards, void = stack.num_shards, stack.num_shards * stack.rows
-    first_k, count_k, offset_k = (
-        np.array(of_T, np.int32)[stack.table_K] for of_T in (stack.first_T, stack.count_T, stack.offset_T)
-    )
-    ids_kxb = ids_bxk.T
-    owner = first_k[:, None] + ids_kxb % count_k[:, None]
-    key = jnp.where(ids_kxb < 0, void, owner * stack.rows + offset_k[:, None] + ids_kxb // count_k[:, None])
-    unique_M, rank_M = _distinct(key.reshape(-1), void)
-    starts_S = jnp.searchsorted(unique_M, jnp.arange(shards, dtype=jnp.int32) * stack.rows).astype(jnp.int32)
-    routes = {"unique": unique_M, "rank": rank_M, "start": starts_S}
-    if scale_bxk is not None:
-        routes["scale"] = scale_bxk.T.reshape(-1)
-    stop_S, more = _round_end(stack, unique_M, starts_S, capacity)
-    asked_SxC = to_owners(_requests(stack, unique_M, starts_S, stop_S, capacity), shards)
-    return routes | {"stop": stop_S, "more": more[None].astype(jnp.int32), "asked": asked_SxC}
 
 
 def _distinct(key_M: jax.Array, void: int) -> tuple[jax.Array, jax.Array]:
@@ -100,97 +67,142 @@ def _places(unique_M: jax.Array, start_S: jax.Array, stop_S: jax.Array, capacity
     return jnp.minimum(place_SxC, unique_M.shape[0] - 1), place_SxC < stop_S[:, None]
 
 
-def lookup(
-    stack: Stack, tables: Arrays, routes: Arrays, options: ExchangeOptions, take: Any = None
-) -> tuple[jax.Array, Arrays]:
-    """pooled_bxfxD; with learned weights the looked-up rows join the routes, for the way back."""
-    assert take is None, "rows of other types than float32 are served under other sharding types"
-    capacity = options.rows_at_once(stack.name, len(routes["rank"]))
-
-    def receive(rows_MxW: jax.Array, asked_SxC: jax.Array, start_S: jax.Array, stop_S: jax.Array) -> jax.Array:
-        """The slots' rows, those of this round filled in."""
-        answers_SxCxW = to_owners(read_rows(stack, tables, asked_SxC), stack.num_shards, options.dtype)
-        owner = jnp.searchsorted(stop_S, routes["rank"], side="right").astype(jnp.int32)
-        owner = jnp.minimum(owner, stack.num_shards - 1)
-        place = routes["rank"] - start_S[owner]
-        got = (place >= 0) & (place < stop_S[owner] - start_S[owner])
-        flat = owner * capacity + jnp.clip(place, 0, capacity - 1)
-        new = answers_SxCxW.reshape(-1, answers_SxCxW.shape[-1]).at[flat].get(mode="promise_in_bounds")
-        return jnp.where(got[:, None], new, rows_MxW)
-
-    width = stack.width + learns_weights(stack, tables)
-    rows = jnp.zeros((*routes["rank"].shape, width), jnp.float32)
-    rows = receive(rows, routes["asked"], routes["start"], routes["stop"])
-
-    def next_round(carry: tuple) -> tuple:
-        rows, start_S, _ = carry
-        stop_S, more = _round_end(stack, routes["unique"], start_S, capacity)
-        requests = _requests(stack, routes["unique"], start_S, stop_S, capacity)
-        return receive(rows, to_owners(requests, stack.num_shards), start_S, stop_S), stop_S, more
-
-    if capacity < routes["unique"].shape[0]:
-        rows, _, _ = jax.lax.while_loop(
-            lambda carry: carry[2], next_round, (rows, routes["stop"], routes["more"][0] > 0)
-        )
-    slots_MxD = scaled(stack, rows, _scale(routes))
-    pooled = sum_bags_of_slots(slots_MxD.reshape(len(stack.slots), -1, stack.width), stack.hotness)
-    return pooled, routes | ({"rows": rows} if learns_weights(stack, tables) else {})
-
-
 def _scale(routes: Arrays) -> jax.Array:
     """What each slot's row is multiplied with; the row of an empty slot is 0, and its gradient goes to no owner."""
     return routes.get("scale", jnp.ones(routes["rank"].shape, jnp.float32))
 
 
-def update(
-    stack: Stack,
-    updates: Updates,
-    tables: Arrays,
-    states: States,
-    routes: Arrays,
-    d_pooled: jax.Array,
-    options: ExchangeOptions,
-) -> tuple[Arrays, States]:
-    """Gradients, summed by row at home, go to the owners, which merge them with their peers' and apply them once."""
-    capacity = options.rows_at_once(stack.name, len(routes["rank"]))
-    d_slots_kxbxD = jnp.moveaxis(d_pooled, 1, 0)[np.repeat(np.arange(len(stack.hotness)), stack.hotness)]
-    unique_M = routes["unique"]
-    num = unique_M.shape[0]
-    grads_MxW = slot_gradients(stack, d_slots_kxbxD.reshape(num, -1), _scale(routes), routes.get("rows"))
-    merged_MxW = jax.ops.segment_sum(grads_MxW, routes["rank"], num_segments=num)
+@register("row_wise")
+class RowWise(Form):
+    """Rows dealt out to all shards."""
 
-    def apply(tables: Arrays, states: States, asked_SxC: jax.Array, start_S: jax.Array, stop_S: jax.Array) -> tuple:
-        place_SxC, inside_SxC = _places(unique_M, start_S, stop_S, capacity)
-        sent_SxCxW = jnp.where(inside_SxC[..., None], merged_MxW[place_SxC], 0)
-        got_SxCxW = to_owners(sent_SxCxW, stack.num_shards, options.dtype)
-        ids_M = from_copies(asked_SxC.reshape(-1), stack.num_copies)
-        grads_MxW = from_copies(got_SxCxW.reshape(-1, got_SxCxW.shape[-1]), stack.num_copies)
-        return update_rows(stack, updates, tables, states, SparseGrad(ids_M, grads_MxW))
+    arrays = "routed"
+    splits_rows = True
+    in_rounds = True
+    updates_early = True
 
-    tables, states = apply(tables, states, routes["asked"], routes["start"], routes["stop"])
+    def why(self, rows: int, lookups: int) -> str:
+        """As much on each shard."""
+        del rows, lookups
+        return "each distinct row travels once each way"
 
-    def next_round(carry: tuple) -> tuple:
-        tables, states, start_S, _ = carry
-        stop_S, more = _round_end(stack, unique_M, start_S, capacity)
-        asked_SxC = to_owners(_requests(stack, unique_M, start_S, stop_S, capacity), stack.num_shards)
-        return *apply(tables, states, asked_SxC, start_S, stop_S), stop_S, more
+    def route(self, stack: Stack, ids_bxk: jax.Array, scale_bxk: jax.Array | None, options: ExchangeOptions) -> Arrays:
+        """Distinct rows, who asks whom for which, and where each slot finds its row.
 
-    if capacity < num:
-        tables, states, _, _ = jax.lax.while_loop(
-            lambda carry: carry[3], next_round, (tables, states, routes["stop"], routes["more"][0] > 0)
-        )
-    return tables, states
+        `unique_M`: the device's distinct rows as owner * rows + local row, ascending, then the void S * rows.
+        `rank_M`: each slot's place in it. `stop_S`: the first round's end in it, for each owner. `asked_SxC`: local
+        rows that each peer asks of this device in the first round. `more` says whether another round must follow.
+        """
+        capacity = options.rows_at_once(stack.name, ids_bxk.size)
+        shards, void = stack.num_shards, stack.num_shards * stack.rows
+        first_k, count_k = (np.array(of_T, np.int32)[stack.table_K] for of_T in (stack.first_T, stack.count_T))
+        ids_kxb = ids_bxk.T
+        owner = first_k[:, None] + ids_kxb % count_k[:, None]
+        local = stack.offset_k[:, None] + ids_kxb // count_k[:, None]
+        unique_M, rank_M = _distinct(jnp.where(ids_kxb < 0, void, owner * stack.rows + local).reshape(-1), void)
+        starts_S = jnp.searchsorted(unique_M, jnp.arange(shards, dtype=jnp.int32) * stack.rows).astype(jnp.int32)
+        routes = {"unique": unique_M, "rank": rank_M, "start": starts_S}
+        if scale_bxk is not None:
+            routes["scale"] = scale_bxk.T.reshape(-1)
+        stop_S, more = _round_end(stack, unique_M, starts_S, capacity)
+        asked_SxC = to_owners(_requests(stack, unique_M, starts_S, stop_S, capacity), shards)
+        return routes | {"stop": stop_S, "more": more[None].astype(jnp.int32), "asked": asked_SxC}
 
+    def lookup(
+        self, stack: Stack, tables: Arrays, routes: Arrays, options: ExchangeOptions, take: Take | None = None
+    ) -> tuple[jax.Array, Arrays]:
+        """Bags of the rows that come back; with learned weights these join the routes, for the way back."""
+        assert take is None, "rows of other types than float32 are served under other sharding types"
+        capacity = options.rows_at_once(stack.name, len(routes["rank"]))
 
-def sent(stack: Stack, batch: int, columns: int, scales: bool, options: ExchangeOptions) -> list[tuple[str, int, int]]:
-    """(kind, devices that take part, bytes) of each collective of a step of one round."""
-    del scales
-    shards, copies, slots = stack.num_shards, stack.num_copies, batch * len(stack.slots)
-    capacity = options.rows_at_once(stack.name, slots)
-    rows = shards * capacity
-    found = [("all-to-all", shards, rows * 4)]
-    found += [("all-to-all", shards, rows * columns * options.float_bytes)] * 2
-    found += [("all-gather", copies, copies * rows * 4), ("all-gather", copies, copies * rows * columns * 4)]
-    if capacity < slots:  # Where a round ends, for each owner.
-        found.append(("all-reduce", shards * copies, shards * 4))
-    return found
+        def receive(rows_MxW: jax.Array, asked_SxC: jax.Array, start_S: jax.Array, stop_S: jax.Array) -> jax.Array:
+            """The slots' rows, those of this round filled in."""
+            answers_SxCxW = to_owners(read_rows(stack, tables, asked_SxC), stack.num_shards, options.dtype)
+            owner = jnp.searchsorted(stop_S, routes["rank"], side="right").astype(jnp.int32)
+            owner = jnp.minimum(owner, stack.num_shards - 1)
+            place = routes["rank"] - start_S[owner]
+            got = (place >= 0) & (place < stop_S[owner] - start_S[owner])
+            flat = owner * capacity + jnp.clip(place, 0, capacity - 1)
+            new = answers_SxCxW.reshape(-1, answers_SxCxW.shape[-1]).at[flat].get(mode="promise_in_bounds")
+            return jnp.where(got[:, None], new, rows_MxW)
+
+        width = stack.width + learns_weights(stack, tables)
+        rows = jnp.zeros((*routes["rank"].shape, width), jnp.float32)
+        rows = receive(rows, routes["asked"], routes["start"], routes["stop"])
+
+        def next_round(carry: tuple) -> tuple:
+            rows, start_S, _ = carry
+            stop_S, more = _round_end(stack, routes["unique"], start_S, capacity)
+            requests = _requests(stack, routes["unique"], start_S, stop_S, capacity)
+            return receive(rows, to_owners(requests, stack.num_shards), start_S, stop_S), stop_S, more
+
+        if capacity < routes["unique"].shape[0]:
+            rows, _, _ = jax.lax.while_loop(
+                lambda carry: carry[2], next_round, (rows, routes["stop"], routes["more"][0] > 0)
+            )
+        slots_MxD = scaled(stack, rows, _scale(routes))
+        pooled = sum_bags_of_slots(slots_MxD.reshape(len(stack.slots), -1, stack.width), stack.hotness)
+        return pooled, routes | ({"rows": rows} if learns_weights(stack, tables) else {})
+
+    def update(
+        self, step: StackUpdate, routes: Arrays, d_pooled_bxfxD: jax.Array, options: ExchangeOptions
+    ) -> tuple[Arrays, States]:
+        """Gradients, summed by row at home, go to the owners, which merge their peers' and apply them once."""
+        stack, unique_M = step.stack, routes["unique"]
+        num = unique_M.shape[0]
+        capacity = options.rows_at_once(stack.name, num)
+        d_slots_kxbxD = jnp.moveaxis(d_pooled_bxfxD, 1, 0)[np.repeat(np.arange(len(stack.hotness)), stack.hotness)]
+        grads_MxW = slot_gradients(stack, d_slots_kxbxD.reshape(num, -1), _scale(routes), routes.get("rows"))
+        merged_MxW = jax.ops.segment_sum(grads_MxW, routes["rank"], num_segments=num)
+
+        def apply(tables: Arrays, states: States, asked_SxC: jax.Array, start_S: jax.Array, stop_S: jax.Array) -> tuple:
+            place_SxC, inside_SxC = _places(unique_M, start_S, stop_S, capacity)
+            sent_SxCxW = jnp.where(inside_SxC[..., None], merged_MxW[place_SxC], 0)
+            got_SxCxW = to_owners(sent_SxCxW, stack.num_shards, options.dtype)
+            ids_M = from_copies(asked_SxC.reshape(-1), stack.num_copies)
+            grads_MxW = from_copies(got_SxCxW.reshape(-1, got_SxCxW.shape[-1]), stack.num_copies)
+            return update_rows(dataclasses.replace(step, tables=tables, states=states), SparseGrad(ids_M, grads_MxW))
+
+        tables, states = apply(step.tables, step.states, routes["asked"], routes["start"], routes["stop"])
+
+        def next_round(carry: tuple) -> tuple:
+            tables, states, start_S, _ = carry
+            stop_S, more = _round_end(stack, unique_M, start_S, capacity)
+            asked_SxC = to_owners(_requests(stack, unique_M, start_S, stop_S, capacity), stack.num_shards)
+            return *apply(tables, states, asked_SxC, start_S, stop_S), stop_S, more
+
+        if capacity < num:
+            tables, states, _, _ = jax.lax.while_loop(
+                lambda carry: carry[3], next_round, (tables, states, routes["stop"], routes["more"][0] > 0)
+            )
+        return tables, states
+
+    def sent(self, stack: Stack, batch: int, columns: int, scales: bool, options: ExchangeOptions) -> Sent:
+        """Of one round."""
+        del scales
+        shards, copies, slots = stack.num_shards, stack.num_copies, batch * len(stack.slots)
+        capacity = options.rows_at_once(stack.name, slots)
+        rows = shards * capacity
+        found = [("all-to-all", shards, rows * 4)]
+        found += [("all-to-all", shards, rows * columns * options.float_bytes)] * 2
+        found += [("all-gather", copies, copies * rows * 4), ("all-gather", copies, copies * rows * columns * 4)]
+        if capacity < slots:  # Where a round ends, for each owner.
+            found.append(("all-reduce", shards * copies, shards * 4))
+        return found
+
+    def travels(self, rows: int, ids: float, bags: float, distinct: float) -> tuple[float, float]:
+        """Each distinct row and its gradient."""
+        del rows, ids, bags
+        return distinct, 2 * distinct
+
+    def received(self, stack: Stack, batch: int, options: ExchangeOptions) -> int:
+        """Buffers of all peers, and of their copies."""
+        return stack.num_devices * options.rows_at_once(stack.name, batch * len(stack.slots))
+
+    def held(self, work: Work) -> int:
+        """Slots' rows and places, and rows of the peers."""
+        return work.slots * (work.stack.width + 2) + work.received * work.stack.width
+
+    def at_its_most(self, work: Work) -> int:
+        """Slots' gradients before and after they are summed, and those of the peers."""
+        return work.slots * (3 * work.stack.width + 4) + work.received * work.stack.width
