@@ -159,7 +159,7 @@ def estimate(
     for kind, num_bytes in pieces:
         by_kind[kind] = by_kind.get(kind, 0) + num_bytes
     sent = Sent(by_kind, len(pieces))
-    flops = 3 * _forward_flops(model) * -(-load.batch_size // plan.mesh.size)
+    flops = 3 * dense_work(model).flops * -(-load.batch_size // plan.mesh.size)
     traffic, row_traffic = _traffic(model, optimizer, stacks, load)
     peers = 1 - 1 / max(plan.mesh.size, 2)
     seconds = {
@@ -181,13 +181,9 @@ def forward_work(
     rows = float(sum(stack.form.looked_up(stack, load.batch_size) * stack.width for stack in stacks)) * FLOAT
     # An activation is written and read once, a pooled vector too; weights are read once.
     streams = 2.0 * FLOAT * b * (outputs + pooled_floats(model)) + FLOAT * dense_parameters(model)
-    flops = _forward_flops(model) * b
+    flops = dense_work(model).flops * b
     memory = streams / hardware.memory_rate + rows / (hardware.memory_rate * hardware.row_efficiency)
     return flops, streams + rows, {"compute": flops / hardware.flops, "memory": memory}
-
-
-def _forward_flops(model: ModelConfig) -> float:
-    return dense_work(model).flops
 
 
 def _traffic(

@@ -98,7 +98,8 @@ def _where(placement: Placement) -> str:
 def why(setting: Setting, table: TableConfig, placement: Placement) -> str:
     """The reason in a few words: what this placement spares."""
     slots = sum(one.hotness for one in setting.model.lookups if one.part.table == table.name)
-    return form_of(placement.sharding).why(table.num_embeddings, slots * setting.load.batch_size)
+    form, lookups = form_of(placement.sharding), slots * setting.load.batch_size
+    return "fewer rows than the batch looks up" if form.replicated and table.num_embeddings <= lookups else form.why
 
 
 def bytes_a_device(setting: Setting, table: TableConfig, placement: Placement) -> float:
@@ -116,7 +117,10 @@ def _sent_by(setting: Setting, cost: Cost, table: TableConfig) -> tuple[float, f
     b = setting.load.batch_size / setting.mesh.size
     ids = b * float((stack.table_K == stack.tables.index(table)).sum())
     bags = b * sum(one.part.table == table.name for one in setting.model.lookups)
-    return stack.form.travels(table.num_embeddings, ids, bags, setting.load.distinct(table, ids))
+    if stack.form.replicated:
+        return min(table.num_embeddings, ids), min(table.num_embeddings, ids)
+    rows = setting.load.distinct(table, ids)
+    return (rows, 2 * rows) if stack.form.in_rounds else (ids, 2 * bags)
 
 
 def balance(cost: Cost) -> tuple[int, int]:

@@ -34,13 +34,13 @@ def step_floats(model: ModelConfig, works: list[Work], examples: int, num_micro_
     if any(work.stack.num_devices > 1 for work in works):
         # The gradients that are summed over devices, in one array and out of another.
         dense = max(dense, 2 * dense_work(model).parameters + pooled)
-    held = [work.stack.form.held(work) for work in works]
-    moments = [(dense, sum(held))]
-    for work, own in zip(works, held, strict=True):
-        form = work.stack.form
-        # With learned weights a slot's row is kept with its gradient, before and after it is scaled.
-        most = work.slots * (5 * work.stack.width + 12) if work.learned else form.at_its_most(work)
-        moments.append((pooled + unfinished * form.updates_early, sum(held) - own + most))
+    memory = [work.stack.form.memory(work) for work in works]
+    held = sum(own for own, _ in memory)
+    moments = [(dense, held)]
+    for work, (own, most) in zip(works, memory, strict=True):
+        if work.learned:  # A slot's row is kept with its gradient, before and after it is scaled.
+            most = work.slots * (5 * work.stack.width + 12)
+        moments.append((pooled + unfinished * work.stack.form.updates_early, held - own + most))
     return max(moments, key=sum)
 
 

@@ -4,7 +4,6 @@ Everything else asks the object: rows are read as float32, a step adds to them, 
 down at random, with the chance that makes the mean exact. docs/ADDING.md says how to add a type.
 """
 
-import abc
 import dataclasses
 from typing import Any, ClassVar
 
@@ -16,27 +15,29 @@ from dlrm_jax.host.registry import Registry
 
 
 @dataclasses.dataclass(frozen=True)
-class TableDtype(abc.ABC):
-    """A type of weights. `stored` is NumPy's name of what the array holds, 0 in it a weight of 0.
+class TableDtype:
+    """A type of weights. `stored` is NumPy's name of what the array holds, 0 in it a weight of 0. Here float32."""
 
-    Of an `exact` type every float32 is one of its numbers: nothing is rounded, and updates add in place.
-    """
+    stored: ClassVar[str] = "float32"
 
-    stored: ClassVar[str]
-    exact: ClassVar[bool] = False
+    @property
+    def exact(self) -> bool:
+        """Whether nothing is rounded: updates add in place, without random bits."""
+        return self.stored == "float32"
 
     @property
     def bytes(self) -> int:
         """Bytes of a weight."""
         return np.dtype(self.stored).itemsize
 
-    @abc.abstractmethod
     def to_floats(self, stored: Any) -> Any:
         """Stored weights as float32, of any shape, NumPy's or JAX's."""
+        return stored
 
-    @abc.abstractmethod
     def from_floats(self, rows: jax.Array, noise: jax.Array | None = None) -> jax.Array:
         """float32 weights as they are stored: the nearest, or, given 32 random bits each, one of the two neighbours."""
+        del noise
+        return rows
 
     def numbers(self, stored: Any) -> Any:
         """Stored weights as whoever reads a table by its name has them: here float32."""
@@ -57,65 +58,35 @@ def table_dtype(name: str) -> TableDtype:
     return DTYPES.get(name)()
 
 
-@register("float32")
-class Float32(TableDtype):
-    """Weights as they are computed."""
+FLOAT32 = register("float32")(TableDtype)()
 
-    stored, exact = "float32", True
+
+class _Half(TableDtype):
+    number: ClassVar[Any]
 
     def to_floats(self, stored: Any) -> Any:
-        """They are; of tests in float64 these."""
-        return stored
+        return self.numbers(stored).astype(jnp.float32)
 
     def from_floats(self, rows: jax.Array, noise: jax.Array | None = None) -> jax.Array:
-        """They are."""
-        del noise
-        return rows
+        numbers = rows.astype(self.number) if noise is None else rounded(rows, self.number, noise)
+        return numbers.view(self.stored)
 
-
-FLOAT32 = Float32()
+    def numbers(self, stored: Any) -> Any:
+        return stored.view(self.number)
 
 
 @register("bfloat16")
-class BFloat16(TableDtype):
+class BFloat16(_Half):
     """float32's range in two bytes, stored as bits: a CPU's compiler would widen a whole table to scatter into it."""
 
-    stored = "uint16"
-
-    def to_floats(self, stored: Any) -> Any:
-        """Exact."""
-        return jax.lax.bitcast_convert_type(stored, jnp.bfloat16).astype(jnp.float32)
-
-    def from_floats(self, rows: jax.Array, noise: jax.Array | None = None) -> jax.Array:
-        """Of 8 bits."""
-        return jax.lax.bitcast_convert_type(_rounded(rows, jnp.bfloat16, noise), jnp.uint16)
-
-    def numbers(self, stored: Any) -> Any:
-        """As bfloat16."""
-        return stored.view(jnp.bfloat16)
+    stored, number = "uint16", jnp.bfloat16
 
 
 @register("float16")
-class Float16(TableDtype):
-    """Two bytes of 11 bits each, up to 65504."""
+class Float16(_Half):
+    """Two bytes, of which 11 bits count, up to 65504."""
 
-    stored = "float16"
-
-    def to_floats(self, stored: Any) -> Any:
-        """Exact."""
-        return stored.astype(jnp.float32)
-
-    def from_floats(self, rows: jax.Array, noise: jax.Array | None = None) -> jax.Array:
-        """Of 11 bits, fewer below 2^-14."""
-        return _rounded(rows, jnp.float16, noise)
-
-    def numbers(self, stored: Any) -> Any:
-        """As float16."""
-        return stored
-
-
-def _rounded(rows: jax.Array, dtype: Any, noise: jax.Array | None) -> jax.Array:
-    return rows.astype(dtype) if noise is None else rounded(rows, dtype, noise)
+    stored, number = "float16", jnp.float16
 
 
 def rounded(rows_Mxw: jax.Array, dtype: Any, noise_Mxw: jax.Array) -> jax.Array:

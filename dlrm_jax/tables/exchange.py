@@ -25,11 +25,11 @@ from dlrm_jax.config import Lookup, ModelConfig, OptimizerConfig
 from dlrm_jax.host.mesh import BATCH_SPEC, DATA, MODEL
 from dlrm_jax.tables.collective import ExchangeOptions, shard_index, sum_over_shards
 from dlrm_jax.tables.forms.bags import slot_scale
-from dlrm_jax.tables.forms.base import POOLING_WEIGHTS, Stack, StackUpdate
+from dlrm_jax.tables.forms.base import POOLING_WEIGHTS, Here, Learning, Stack
 from dlrm_jax.tables.hashing import mix, table_keys
 from dlrm_jax.tables.layout import local_stacks
 from dlrm_jax.tables.pooling import Take
-from dlrm_jax.tables.rules import ROW, WEIGHT, Rule, make_rule
+from dlrm_jax.tables.rules import ROW, Rule, Slot, make_rule
 from dlrm_jax.tables.updates import Update
 
 Arrays = dict[str, Any]
@@ -136,25 +136,27 @@ def slot_specs(
     optimizer: OptimizerConfig, model: ModelConfig, stacks: tuple[Stack, ...]
 ) -> dict[str, dict[str, PartitionSpec]]:
     """How each slot of each array is split: with a number per weight as the table, with one per row as the rows."""
-    specs = {}
-    for stack in stacks:
-        slots = stack_rule(optimizer, stack).slots
-        split = {WEIGHT: stack.spec, ROW: stack.row_spec}
-        specs[stack.name] = {slot.name: split[slot.per] for slot in slots}
-        if model.learned_pooling:
-            specs[stack.name + POOLING_WEIGHTS] = {slot.name: stack.row_spec for slot in slots}
-    return specs
+    return {
+        name: {key: stack.row_spec if per_row else stack.spec for key, (_, per_row) in slots.items()}
+        for stack in stacks
+        for name, slots in _slots(optimizer, model, stack).items()
+    }
 
 
 def init_slots(optimizer: OptimizerConfig, model: ModelConfig, stack: Stack) -> dict[str, dict[str, jax.Array]]:
     """A stack's slots at the start, by array."""
+    shapes = (stack.shape, stack.row_shape())
+    return {
+        name: {key: jnp.full(shapes[per_row], slot.first, slot.dtype) for key, (slot, per_row) in slots.items()}
+        for name, slots in _slots(optimizer, model, stack).items()
+    }
+
+
+def _slots(optimizer: OptimizerConfig, model: ModelConfig, stack: Stack) -> dict[str, dict[str, tuple[Slot, bool]]]:
+    """(slot, whether it has one number a row), by name, of each array of a stack."""
+    names = (stack.name, stack.name + POOLING_WEIGHTS)[: 1 + model.learned_pooling]
     slots = stack_rule(optimizer, stack).slots
-    shapes = {WEIGHT: stack.shape, ROW: stack.row_shape()}
-    full = lambda shape, slot: jnp.full(shape, slot.first, slot.dtype)  # noqa: E731
-    states = {stack.name: {slot.name: full(shapes[slot.per], slot) for slot in slots}}
-    if model.learned_pooling:
-        states[stack.name + POOLING_WEIGHTS] = {slot.name: full(shapes[ROW], slot) for slot in slots}
-    return states
+    return {name: {slot.name: (slot, name != stack.name or slot.per == ROW) for slot in slots} for name in names}
 
 
 class _Parts:
@@ -176,17 +178,15 @@ class _Parts:
         routes = {}
         for stack in self._stacks:
             scale = None if scale_bxK is None else scale_bxK[:, stack.slots]
-            routes[stack.name] = stack.form.route(stack, stack.row_numbers(ids_bxK), scale, self._options)
+            routes[stack.name] = stack.form.route(Here(stack, self._options), stack.row_numbers(ids_bxK), scale)
         return routes
 
     def lookup(self, tables: Arrays, routes: Arrays) -> tuple[Pooled, Arrays]:
         new_routes = {}
         bags: dict[int, list[jax.Array]] = {dim: [] for dim in self._model.dims}
         for stack in self._stacks:
-            take = self._take and self._take(stack.dim)
-            found, new_routes[stack.name] = stack.form.lookup(
-                stack, _of(stack, tables), routes[stack.name], self._options, take
-            )
+            here = Here(stack, self._options, _of(stack, tables), self._take and self._take(stack.dim))
+            found, new_routes[stack.name] = stack.form.lookup(here, routes[stack.name])
             bags[stack.dim].append(found)
         pooled = []
         for dim, of_dim in bags.items():
@@ -204,8 +204,15 @@ class _Parts:
             of_dim = [i for i, one in enumerate(self._model.lookups) if self._dim(one) == stack.dim]
             d_pooled_bxfxD = gradients[stack.dim][:, np.searchsorted(of_dim, stack.features)]
             of_rows, of_weights = self._updates(stack, rate, count)
-            step = StackUpdate(stack, _of(stack, tables), _of(stack, states), of_rows, of_weights)
-            new_tables, new_states = stack.form.update(step, routes[stack.name], d_pooled_bxfxD, self._options)
+            here = Learning(
+                stack,
+                self._options,
+                _of(stack, tables),
+                states=_of(stack, states),
+                of_rows=of_rows,
+                of_weights=of_weights,
+            )
+            new_tables, new_states = stack.form.update(here, routes[stack.name], d_pooled_bxfxD)
             tables |= new_tables
             states |= new_states
         return tables, states

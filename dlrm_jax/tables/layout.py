@@ -53,17 +53,22 @@ def _groups(tables: list[TableConfig], plan: Plan, form: Form, max_rows: int) ->
     groups: list[list[TableConfig]] = []
     used = np.zeros(plan.mesh.model, np.int64)
     for table in tables:
-        placement = plan.tables[table.name]
-        after = used.copy()
-        after[_shards(placement, form)] += _rows_a_shard(table, placement, form)
-        total = divisible_rows(int(after.max())) * (plan.mesh.model if form.splits_rows else 1)
+        _append(used, table, plan.tables[table.name], form)
+        total = divisible_rows(int(used.max())) * (plan.mesh.model if form.splits_rows else 1)
         if not groups or total > max_rows:
             groups.append([])
-            after = np.zeros_like(used)
-            after[_shards(placement, form)] += _rows_a_shard(table, placement, form)
+            used[:] = 0
+            _append(used, table, plan.tables[table.name], form)
         groups[-1].append(table)
-        used = after
     return groups
+
+
+def _append(used: np.ndarray, table: TableConfig, placement: Placement, form: Form) -> int:
+    """Where a table begins on its shards below what is `used` of them, which becomes what is used then."""
+    first, count = (placement.first, placement.count) if form.splits_rows else (0, len(used))
+    offset = int(used[first : first + count].max())
+    used[first : first + count] = offset + -(-table.num_embeddings // (count if form.splits_rows else 1))
+    return offset
 
 
 def divisible_rows(rows: int, pack: int = 1) -> int:
@@ -75,23 +80,12 @@ def divisible_rows(rows: int, pack: int = 1) -> int:
     return -(-rows // multiple) * multiple
 
 
-def _shards(placement: Placement, form: Form) -> slice:
-    return slice(placement.first, placement.first + placement.count) if form.splits_rows else slice(None)
-
-
-def _rows_a_shard(table: TableConfig, placement: Placement, form: Form) -> int:
-    return -(-table.num_embeddings // placement.count) if form.splits_rows else table.num_embeddings
-
-
 def _place(
     model: ModelConfig, plan: Plan, name: str, form: Form, tables: list[TableConfig], packed: bool, divisible: bool
 ) -> Stack:
     placements = [plan.tables[table.name] for table in tables]
-    used, offsets = np.zeros(plan.mesh.model, np.int64), []
-    for table, placement in zip(tables, placements, strict=True):
-        shards = _shards(placement, form)
-        offsets.append(int(used[shards].max()))
-        used[shards] = offsets[-1] + _rows_a_shard(table, placement, form)
+    used = np.zeros(plan.mesh.model, np.int64)
+    offsets = [_append(used, table, placement, form) for table, placement in zip(tables, placements, strict=True)]
     table_dtype(tables[0].dtype)  # ConfigError for one that there is not.
     dim = tables[0].embedding_dim
     width = -(-dim // plan.mesh.model) if form.splits_columns else dim

@@ -58,8 +58,6 @@ class Source:
         """(count, columns): logical rows first, first + step, ... of a table."""
         stack, t = self._where[table]
         array = self._array(kind.group, kind.key(stack))
-        if not stack.form.splits_rows:
-            return self._local_rows(stack, kind, array, 0, stack.offset_T[t] + first, step, count)
         num_shards, found = stack.count_T[t], None
         # Row first + step * i lies on stored shard (first + step * i) mod num_shards: that repeats in i.
         period = num_shards // math.gcd(step, num_shards)

@@ -20,6 +20,7 @@ from dlrm_jax.config import (
     TableConfig,
     model_from_dict,
     nested_interaction,
+    require_choice,
     require_finite,
 )
 from dlrm_jax.data.batch import check_ids
@@ -27,6 +28,7 @@ from dlrm_jax.data.read.dataset import Dataset, Rows, Split
 from dlrm_jax.data.read.load import DataConfig
 from dlrm_jax.model import interactions
 from dlrm_jax.tables.compress import compressed
+from dlrm_jax.tables.dtypes import DTYPES
 from dlrm_jax.tables.rules import make_rule
 from dlrm_jax.training.options import ShardingOptions
 from dlrm_jax.training.table_settings import read_table_settings
@@ -59,6 +61,7 @@ class ModelOptions:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "interaction", interactions.complete(self.interaction))
+        require_choice("table_dtype", self.table_dtype, tuple(DTYPES.all()))
 
     def build(self, dataset: Dataset) -> ModelConfig:
         """The model for a dataset's columns; without numbers there is no bottom MLP."""

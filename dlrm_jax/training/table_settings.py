@@ -3,7 +3,8 @@
 import json
 from typing import Any
 
-from dlrm_jax.config import ConfigError, require
+from dlrm_jax.config import ConfigError, require, require_choice
+from dlrm_jax.tables.dtypes import DTYPES
 from dlrm_jax.tables.rules import check_rule
 
 _KEYS: dict[str, tuple[str, Any]] = {
@@ -39,6 +40,8 @@ def _checked(where: str, name: str, values: Any, known: set[str]) -> dict[str, A
         field, kind = _KEYS[key]
         require(isinstance(value, kind) and not isinstance(value, bool), f"{where}: {key} cannot be {value!r}")
         fields[field] = value
+    if "dtype" in fields:
+        require_choice(f"{where}: dtype", fields["dtype"], tuple(DTYPES.all()))
     if fields.get("optimizer"):
         check_rule(fields["optimizer"])
     return fields

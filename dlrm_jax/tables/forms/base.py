@@ -43,7 +43,8 @@ class Form(abc.ABC):
     splits_rows: row r lies on shard first + r mod count, at offset + r // count. Else every shard has all rows.
     splits_columns: every shard has `width` of the columns of all rows.
     span: the shards of a table: ALL, ONE, or a GROUP of neighbours.
-    in_rounds: asks for rows in buffers of a planned size (ExchangeOptions.capacity), in rounds where they overflow.
+    in_rounds: rows travel, not pooled vectors, in buffers of a planned size (ExchangeOptions.capacity) and in rounds.
+    why: what a plan spares by it, in a few words.
     updates_early: its update may begin before the bottom MLP's gradients are through.
     """
 
@@ -52,6 +53,7 @@ class Form(abc.ABC):
     splits_columns: ClassVar[bool] = False
     span: ClassVar[str] = ALL
     in_rounds: ClassVar[bool] = False
+    why: ClassVar[str] = ""
     updates_early: ClassVar[bool] = False
 
     def __init_subclass__(cls) -> None:
@@ -71,35 +73,20 @@ class Form(abc.ABC):
         return [(first, count) for first in range(0, num_shards, count)]
 
     @abc.abstractmethod
-    def why(self, rows: int, lookups: int) -> str:
-        """What a plan spares by it, in a few words, for a table of `rows` and a batch of `lookups` id slots of it."""
-
-    @abc.abstractmethod
-    def route(
-        self, stack: "Stack", ids_bxk: jax.Array, scale_bxk: jax.Array | None, options: ExchangeOptions
-    ) -> Arrays:
+    def route(self, here: "Here", ids_bxk: jax.Array, scale_bxk: jax.Array | None) -> Arrays:
         """Who needs which rows, by row numbers of the stack's tables; `scale_bxk` is what slots are multiplied with."""
 
     @abc.abstractmethod
-    def lookup(
-        self, stack: "Stack", tables: Arrays, routes: Arrays, options: ExchangeOptions, take: Take | None = None
-    ) -> tuple[jax.Array, Arrays]:
-        """(pooled_bxfxD, the routes with what the way back needs); `take` reads rows that are stored otherwise."""
+    def lookup(self, here: "Here", routes: Arrays) -> tuple[jax.Array, Arrays]:
+        """(pooled_bxfxD, the routes with what the way back needs)."""
 
     @abc.abstractmethod
-    def update(
-        self, step: "StackUpdate", routes: Arrays, d_pooled_bxfxD: jax.Array, options: ExchangeOptions
-    ) -> tuple[Arrays, States]:
+    def update(self, here: "Learning", routes: Arrays, d_pooled_bxfxD: jax.Array) -> tuple[Arrays, States]:
         """The stack's arrays and slots after the gradient of its pooled vectors."""
 
     @abc.abstractmethod
     def sent(self, stack: "Stack", batch: int, columns: int, scales: bool, options: ExchangeOptions) -> Sent:
         """A step's collectives, for `batch` examples of each device and `columns` a row, with a learned weight's."""
-
-    def travels(self, rows: int, ids: float, bags: float, distinct: float) -> tuple[float, float]:
-        """(ids, vectors) that a device sends of a table: it has `ids`, `distinct` ones, in so many bags."""
-        del rows, distinct
-        return ids, 2 * bags
 
     def looked_up(self, stack: "Stack", batch: int) -> int:
         """Rows that the busiest device reads for a global batch, repeated ids each time: here for its own examples."""
@@ -111,12 +98,8 @@ class Form(abc.ABC):
         return 0
 
     @abc.abstractmethod
-    def held(self, work: "Work") -> int:
-        """Floats that are there for a stack throughout the dense model's passes."""
-
-    def at_its_most(self, work: "Work") -> int:
-        """Floats that a stack needs where it is looked up or updated."""
-        return self.held(work)
+    def memory(self, work: "Work") -> tuple[int, int]:
+        """Floats of a stack: (throughout the dense model's passes, at most where it is looked up or updated)."""
 
 
 FORMS: Registry[type[Form]] = Registry(
@@ -261,11 +244,24 @@ class Stack:
 
 
 @dataclasses.dataclass(frozen=True)
-class StackUpdate:
-    """One update of a stack: its arrays, and its slots by array, and what becomes of its rows and learned weights."""
+class Here:
+    """A stack on one device in a step: its own arrays, and how it exchanges; `take` reads rows stored otherwise."""
 
     stack: Stack
-    tables: Arrays
+    options: ExchangeOptions
+    tables: Arrays = dataclasses.field(default_factory=dict)
+    take: Take | None = None
+
+    @property
+    def learns_weights(self) -> bool:
+        """Whether the rows have learned pooling weights."""
+        return self.stack.name + POOLING_WEIGHTS in self.tables
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Learning(Here):
+    """The same where it is updated: its slots by array, and what becomes of its rows and learned weights."""
+
     states: States
     of_rows: Update
     of_weights: Update
