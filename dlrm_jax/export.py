@@ -5,7 +5,6 @@ import pathlib
 from collections.abc import Iterator
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
@@ -19,8 +18,8 @@ from dlrm_jax.serving.artifact.loaded import MakeEngine
 from dlrm_jax.serving.artifact.placed import engine_maker
 from dlrm_jax.serving.artifact.quantise import TABLE_TYPES, stored_table
 from dlrm_jax.tables import reshard
-from dlrm_jax.tables.layout import POOLING_WEIGHTS
-from dlrm_jax.tables.rows import BITS
+from dlrm_jax.tables.dtypes import table_dtype
+from dlrm_jax.tables.forms.base import POOLING_WEIGHTS
 from dlrm_jax.training.options import ShardingOptions
 from dlrm_jax.training.reporting import format_table, json_ready
 
@@ -77,7 +76,7 @@ def _pieces(run: Stored, name: str) -> Iterator[np.ndarray]:
     piece = max(1, _PIECE_FLOATS // (1 if of_weights else table.embedding_dim))
     for first in range(0, table.num_embeddings, piece):
         rows = run.rows.rows(kind, table.name, first, 1, min(piece, table.num_embeddings - first))
-        yield rows.view(jnp.bfloat16) if rows.dtype == BITS else rows
+        yield rows if of_weights else np.asarray(table_dtype(table.dtype).numbers(rows))
 
 
 def _engine(model: ModelConfig, largest: str) -> MakeEngine | None:

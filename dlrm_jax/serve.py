@@ -10,7 +10,7 @@ from dlrm_jax.cli.commands import run_command
 from dlrm_jax.config import ConfigError, how_to_install, require
 from dlrm_jax.host import files, memory
 from dlrm_jax.host.formulations import KERNELS, NATIVE, XLA
-from dlrm_jax.tables.plan import SHARDINGS
+from dlrm_jax.tables.forms import FORMS
 
 if typing.TYPE_CHECKING:
     from dlrm_jax.serving.artifact.loaded import Engine, MakeEngine
@@ -52,7 +52,7 @@ def define_flags() -> None:
         "",
         "Devices that share the tables, as model:4 or data:2,model:4 (two copies); default: the first.",
     )
-    flags.DEFINE_enum("sharding", "auto", (*SHARDINGS, "auto"), "With --mesh: how tables lie on it, as in training.")
+    flags.DEFINE_enum("sharding", "auto", (*FORMS.all(), "auto"), "With --mesh: how tables lie on it, as in training.")
     flags.DEFINE_string("sharding_plan", "", "With --mesh: JSON file that places single tables otherwise.")
     flags.DEFINE_enum(
         "cpu_kernels", XLA, KERNELS, "Who scores on a CPU: the exported program, or C++ compiled at the first use."

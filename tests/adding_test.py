@@ -1,30 +1,48 @@
 """The examples of docs/ADDING.md, run as they stand from outside the package, each through what a user would do."""
 
 import dataclasses
+import math
 import re
+import zlib
 
 import numpy as np
 import pytest
 
+from dlrm_jax.cli.flags import flagfile_text
+from dlrm_jax.cli.trained import open_stored
 from dlrm_jax.config import ConfigError, LossConfig
 from dlrm_jax.data.formats.readers import READERS
 from dlrm_jax.data.schema.schema import Dense, Sparse
 from dlrm_jax.data.schema.schema_io import to_dict
 from dlrm_jax.data.values.transforms import TRANSFORMS
+from dlrm_jax.host.mesh import MeshShape
 from dlrm_jax.model.interactions.base import INTERACTIONS
+from dlrm_jax.planning import planner, report
+from dlrm_jax.planning.cost import Load, estimate
+from dlrm_jax.planning.hardware import HARDWARE
+from dlrm_jax.serving import load
 from dlrm_jax.serving.artifact.errors import BadRequest
 from dlrm_jax.serving.artifact.signature import ServedFeature, Signature
 from dlrm_jax.serving.artifact.transform import Reader
 from dlrm_jax.tables.by_name import named_tables
 from dlrm_jax.tables.compress import WAYS, compressed
+from dlrm_jax.tables.dtypes import DTYPES
+from dlrm_jax.tables.forms import FORMS
+from dlrm_jax.tables.forms.row_wise import RowWise
 from dlrm_jax.tables.id_maps import ID_MAPS
+from dlrm_jax.tables.plan import make_plan
+from dlrm_jax.tables.reshard import Kind
 from dlrm_jax.tables.rules import RULES, make_rule
 from dlrm_jax.training import loop
 from dlrm_jax.training.checkpoint import LATEST, Checkpoints
 from dlrm_jax.training.placed import on_one_device
 from dlrm_jax.training.step import make_train_step
+from tests import serving_helpers
 from tests.helpers import ROOT, optimizer, random_batch, tiny_model
+from tests.model.interactions_test import flags_of
+from tests.planning import planner_test
 from tests.prepared_helpers import prepare_text, rows_of, schema
+from tests.tables import placement_test
 from tests.training.resume_test import CONFIG
 
 SECTIONS = {
@@ -32,6 +50,8 @@ SECTIONS = {
 }
 REGISTRIES = {
     "A table optimizer": (RULES, "signum"),
+    "A sharding type": (FORMS, "hashed"),
+    "A table dtype": (DTYPES, "fixed8"),
     "An id map": (ID_MAPS, "reversed"),
     "A way to compress tables": (WAYS, "reverse"),
     "A dense transform": (TRANSFORMS, "sqrt"),
@@ -72,6 +92,47 @@ def test_a_table_optimizer_trains_resumes_and_is_refused_with_wrong_options(adde
     assert int(state.step) == 20 and np.abs(state.table_opt_state["stack_0"]["mean"]).max() > 0
     with pytest.raises(ConfigError, match="signum has no option 'b1'; its options: beta"):
         make_rule(optimizer("signum,b1=2"))
+
+
+def test_a_sharding_type_equals_one_device_and_is_planned(added):
+    added("A sharding type")
+    placed = placement_test.place((2, 4), "hashed", "rowwise_adagrad")
+    assert {name: one.first for name, one in placed.plan.tables.items()} == {
+        name: zlib.crc32(name.encode()) % 4 for name in ("user", "item", "flag", "page")
+    }
+    placement_test.assert_equals_one_device(placed, "rowwise_adagrad")
+    ranked = dict(planner.ranking(planner_test.SETTING))
+    assert ranked["hashed"].bytes_held >= ranked["table_wise"].bytes_held
+    assert "hashed on" in report.text(planner_test.SETTING, ranked["hashed"], list(ranked.items()))
+
+
+def test_a_form_with_a_step_of_its_own_needs_stacks_of_its_own():
+    with pytest.raises(TypeError, match="Mine has its own lookup; give it `arrays`"):
+        type("Mine", (RowWise,), {"lookup": RowWise.lookup})
+
+
+def test_a_table_dtype_trains_under_a_sharding_type_of_another_package(added, tmp_path, caplog):
+    """Both by flags, on a mesh; resumed on one device, exported and served."""
+    added("A sharding type")
+    added("A table dtype")
+    caplog.set_level("INFO", "dlrm_jax")
+    common = ("--table_dtype=fixed8", "--embedding_dim=4", "--bottom_mlp=4", "--top_mlp=4,1", "--num_examples=2000",
+              "--batch_size=256", "--learning_rate=0.5")  # fmt: skip
+    with flags_of(*common, "--num_steps=10", "--sharding=hashed", "--mesh=model:4") as config:
+        loop.train_and_evaluate(config, tmp_path / "run", flagfile_text())
+    with flags_of(*common, "--num_steps=20", "--mesh=model:1", "--cpu_kernels=native") as config:
+        loop.train_and_evaluate(config, tmp_path / "run", flagfile_text())
+    assert "tables.cc has float32 of one dim only, so XLA looks up and updates these tables" in caplog.text
+    opened = open_stored(tmp_path / "run", "latest")
+    assert opened.step == 20
+    stored = opened.rows.rows(Kind("tables", False, False), opened.model.tables[0].name, 0, 1, 9)
+    assert stored.dtype == np.int8 and len(np.unique(stored)) > 9
+    cost = estimate(opened.model, opened.config.optimizer, make_plan(opened.model, MeshShape(1, 1), "hashed"),
+                    Load(256), HARDWARE["cpu"])  # fmt: skip
+    placed = on_one_device(opened.model, opened.config.optimizer)
+    assert cost.memory["tables"] == sum(math.prod(table.shape) for table in placed.abstract_state.tables.values())
+    serving_helpers.export_tiny(tmp_path / "model", opened.model)
+    assert load(tmp_path / "model").self_check() < 1e-6
 
 
 def test_an_id_map_and_a_way_to_compress_give_the_rows_that_they_say(added):

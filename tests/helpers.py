@@ -20,6 +20,7 @@ from dlrm_jax.config import (
 )
 from dlrm_jax.data.batch import EMPTY_SLOT, Batch
 from dlrm_jax.model import interactions
+from dlrm_jax.tables.forms import FORMS
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
@@ -73,6 +74,9 @@ def meeting(fields: dict) -> dict:
 def optimizer(table: str = "sgd", dense: str = "sgd", rate: float = 0.1) -> OptimizerConfig:
     return OptimizerConfig(ScheduleConfig(learning_rate=rate), dense=dense, table=table)
 
+
+SHARDINGS = tuple(FORMS.all())
+"""Every sharding type."""
 
 RULES = (
     "sgd",

@@ -4,14 +4,13 @@ import dataclasses
 import types
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
 from dlrm_jax.data.batch import EMPTY_SLOT, Batch
 from dlrm_jax.tables.exchange import stack_rule
-from dlrm_jax.tables.layout import COLUMNS, OWNED, POOLING_WEIGHTS, ROUTED
-from dlrm_jax.tables.rows import BITS
+from dlrm_jax.tables.forms import form_of
+from dlrm_jax.tables.forms.base import POOLING_WEIGHTS
 from dlrm_jax.tables.rules import ROW
 
 
@@ -20,7 +19,8 @@ def slots_by_name(placed, states) -> dict[str, np.ndarray]:
     named = {}
     for stack in placed.stacks:
         for slot in stack_rule(placed.optimizer, stack).slots:
-            narrow = {"width": 1, "dim": 1, "form": "stack" if stack.form == COLUMNS else stack.form}
+            form = form_of("data_parallel") if stack.form.splits_columns else stack.form
+            narrow = {"width": 1, "dim": 1, "form": form}
             as_stored = dataclasses.replace(stack, **(narrow if slot.per == ROW else {}))
             holder = types.SimpleNamespace(stacks=[as_stored])
             arrays = by_name(holder, {stack.name: states[stack.name][slot.name]})
@@ -35,7 +35,8 @@ def by_name(placed, arrays) -> dict[str, np.ndarray]:
         everything = rows_and_columns(stack, whole(arrays[stack.name]), stack.width)
         for t, table in enumerate(stack.tables):
             rows = everything[row_numbers(stack, t)][:, : stack.dim]
-            named[table.name] = np.ascontiguousarray(rows).view(jnp.bfloat16) if rows.dtype == BITS else rows
+            of_slots = rows.dtype != stack.dtype.stored
+            named[table.name] = rows if of_slots else stack.dtype.numbers(np.ascontiguousarray(rows))
         if stack.name + POOLING_WEIGHTS in arrays:
             column = one_a_row(stack, whole(arrays[stack.name + POOLING_WEIGHTS]))
             for t, table in enumerate(stack.tables):
@@ -45,7 +46,7 @@ def by_name(placed, arrays) -> dict[str, np.ndarray]:
 
 def one_a_row(stack, array: np.ndarray) -> np.ndarray:
     """(all shards' rows, 1) of an array that holds one number a row."""
-    parts = np.split(array, stack.num_shards) if stack.form in (OWNED, ROUTED) else [array]
+    parts = np.split(array, stack.row_shards)
     return np.concatenate([part.reshape(-1)[: stack.rows] for part in parts])[:, None]
 
 
@@ -53,8 +54,7 @@ def store(placed, named: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The inverse of `by_name`."""
     arrays = {}
     for stack in placed.stacks:
-        shards = stack.num_shards if stack.form in (OWNED, ROUTED) else 1
-        columns = stack.num_shards * stack.width if stack.form == COLUMNS else stack.width
+        shards, columns = stack.row_shards, stack.column_shards * stack.width
         everything = np.zeros((shards * stack.rows, columns), named[stack.tables[0].name].dtype)
         weights = np.zeros((shards, stack.row_shape()[0] * stack.row_shape()[1] // shards), everything.dtype)
         for t, table in enumerate(stack.tables):
@@ -81,7 +81,7 @@ def local(batch: Batch) -> Batch:
 
 def rows_and_columns(stack, array: np.ndarray, width: int) -> np.ndarray:
     """(all shards' rows, all columns), lines unpacked."""
-    parts = np.split(array, stack.num_shards, axis=1) if stack.form == COLUMNS else [array]
+    parts = np.split(array, stack.column_shards, axis=1)
     return np.concatenate([part.reshape(-1, width) for part in parts], axis=1)
 
 
@@ -89,7 +89,7 @@ def row_numbers(stack, t: int) -> np.ndarray:
     """Where each row of table `t` is in the stored rows."""
     return np.array(
         [
-            (stack.first_T[t] + row % stack.count_T[t]) * (stack.rows if stack.form in (OWNED, ROUTED) else 0)
+            (stack.first_T[t] + row % stack.count_T[t]) * (stack.rows if stack.form.splits_rows else 0)
             + stack.offset_T[t]
             + row // stack.count_T[t]
             for row in range(stack.tables[t].num_embeddings)

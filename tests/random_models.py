@@ -14,13 +14,13 @@ from dlrm_jax.data.batch import EMPTY_SLOT, Batch
 from dlrm_jax.host.mesh import MeshShape, make_mesh
 from dlrm_jax.tables.by_name import named_tables
 from dlrm_jax.tables.collective import ExchangeOptions
-from dlrm_jax.tables.layout import POOLING_WEIGHTS
-from dlrm_jax.tables.plan import SHARDINGS, make_plan
+from dlrm_jax.tables.forms.base import POOLING_WEIGHTS
+from dlrm_jax.tables.plan import make_plan
 from dlrm_jax.training.placed import Placed
 from dlrm_jax.training.state import TrainState, init_dense, new_state
 from dlrm_jax.training.step import dense_gradients, make_train_step
 from tests import oracle
-from tests.helpers import meeting
+from tests.helpers import SHARDINGS, meeting
 from tests.placement_helpers import by_name, pad, store
 
 MESHES = ((1, 2), (1, 4), (2, 2), (2, 4), (1, 8), (8, 1), (4, 2), (1, 3))

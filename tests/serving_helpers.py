@@ -3,7 +3,6 @@
 import pathlib
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from dlrm_jax.config import LossConfig, ModelConfig
@@ -11,7 +10,8 @@ from dlrm_jax.data.read.dataset import Dataset, Split
 from dlrm_jax.serving.artifact.export import export_model, of_arrays
 from dlrm_jax.serving.artifact.store import Version
 from dlrm_jax.tables.by_name import named_tables
-from dlrm_jax.tables.rows import BITS, as_floats, as_stored
+from dlrm_jax.tables.dtypes import FLOAT32
+from dlrm_jax.tables.layout import local_stacks
 from dlrm_jax.training.state import TrainState, init_state
 from tests.helpers import optimizer, random_batch
 
@@ -34,13 +34,13 @@ def random_dataset(model: ModelConfig, rows: int = 200) -> Dataset:
 def lively_state(model: ModelConfig, seed: int = 0) -> TrainState:
     """A fresh state with tables large enough that each id shows in the probability."""
     state = init_state(model, optimizer(), seed)
-    return state.replace(tables={name: _tripled(table) for name, table in state.tables.items()})
+    dtypes = {stack.name: stack.dtype for stack in local_stacks(model)}
 
+    def tripled(name: str) -> jax.Array:
+        dtype = dtypes.get(name, FLOAT32)  # FLOAT32: learned pooling weights.
+        return dtype.from_floats(dtype.to_floats(state.tables[name]) * 3)
 
-def _tripled(table: jax.Array) -> jax.Array:
-    if table.dtype != BITS:
-        return table * 3
-    return as_stored((as_floats(table) * 3).astype(jnp.bfloat16))
+    return state.replace(tables={name: tripled(name) for name in state.tables})
 
 
 def export_tiny(

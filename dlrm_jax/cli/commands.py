@@ -14,7 +14,7 @@ from absl import logging as absl_logging
 from tqdm import tqdm
 
 from dlrm_jax.config import ConfigError
-from dlrm_jax.host import gpu_atomics, interrupts, memory, processes
+from dlrm_jax.host import gpu_atomics, interrupts, memory
 
 FLAGS = flags.FLAGS
 _LONGEST_LINE = 600
@@ -48,7 +48,10 @@ def _end_at_once() -> NoReturn:
 
     Everything of ours was unwound on the way here; several processes, which end for the same reason, part first.
     """
-    processes.leave()
+    if "jax" in sys.modules:  # Preparation has none, and is alone.
+        from dlrm_jax.host import processes
+
+        processes.leave()
     logging.shutdown()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(Exception):

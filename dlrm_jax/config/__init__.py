@@ -5,7 +5,6 @@ from dlrm_jax.config.errors import ConfigError, how_to_install, require, require
 from dlrm_jax.config.learning import LossConfig, OptimizerConfig, ScheduleConfig
 from dlrm_jax.config.model import (
     DOT,
-    TABLE_DTYPES,
     DenseConfig,
     FeatureConfig,
     InteractionConfig,
@@ -22,7 +21,6 @@ from dlrm_jax.config.values import from_dict, to_dict
 
 __all__ = [
     "DOT",
-    "TABLE_DTYPES",
     "ConfigError",
     "DenseConfig",
     "FeatureConfig",

@@ -12,7 +12,6 @@ from dlrm_jax.config.values import from_dict
 
 POOLINGS = ("sum", "mean")
 COMBINES = ("sum", "mul", "concat")
-TABLE_DTYPES = ("float32", "bfloat16", "float16")
 DENSE_INITS = ("dlrm", "torch", "flax")
 TABLE_INITS = ("dlrm", "flax")
 COMPUTE_DTYPES = ("float32", "bfloat16")
@@ -20,7 +19,7 @@ COMPUTE_DTYPES = ("float32", "bfloat16")
 
 @dataclasses.dataclass(frozen=True)
 class TableConfig:
-    """One embedding table of `num_embeddings` rows of `embedding_dim` floats of a `dtype`.
+    """One embedding table of `num_embeddings` rows of `embedding_dim` floats of a `dtype` (tables/dtypes.py).
 
     `optimizer` is its own (tables/rules.py), the run's where empty; its learning rate is the run's times `rate`.
     `init_range` are the bounds of its uniform initial weights, by the model's `table_init` where empty.
@@ -43,8 +42,6 @@ class TableConfig:
             f"table {self.name!r}: num_embeddings is {self.num_embeddings}; ids are int32, so at most 2147483647",
         )
         require(self.rate > 0 and math.isfinite(self.rate), f"table {self.name!r}: rate is {self.rate}; give above 0")
-
-        require_choice(f"table {self.name!r}: dtype", self.dtype, TABLE_DTYPES)
         require(
             len(self.init_range) in (0, 2), f"table {self.name!r}: init_range is {self.init_range}; give two bounds"
         )

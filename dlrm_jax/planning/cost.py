@@ -16,14 +16,12 @@ from dlrm_jax.planning.dense_work import dense_work
 from dlrm_jax.planning.hardware import Hardware
 from dlrm_jax.planning.hlo import CONTROL_BYTES
 from dlrm_jax.planning.skew import expected_distinct
-from dlrm_jax.planning.step_memory import Rows, pooled_floats, step_floats
+from dlrm_jax.planning.step_memory import pooled_floats, step_floats
 from dlrm_jax.tables.collective import ExchangeOptions
 from dlrm_jax.tables.exchange import stack_rule
-from dlrm_jax.tables.forms import FORMS
-from dlrm_jax.tables.forms.data_parallel import sent_rows
-from dlrm_jax.tables.forms.table_wise import parcels
-from dlrm_jax.tables.layout import COLUMNS, OWNED, REPLICATED, ROUTED, Stack, place_stacks
-from dlrm_jax.tables.plan import Plan, weight_bytes
+from dlrm_jax.tables.forms.base import Stack, Work
+from dlrm_jax.tables.layout import place_stacks
+from dlrm_jax.tables.plan import Plan
 from dlrm_jax.tables.rows import LANES
 from dlrm_jax.tables.rules import WEIGHT, row_means
 
@@ -57,20 +55,24 @@ class Load:
 
 def routed_capacity(stack: Stack, load: Load) -> int:
     """Rows that a device will ask of one peer: the expected distinct ones of its share, and three deviations more."""
-    devices = stack.num_shards * stack.num_copies
-    per_shard = np.zeros(stack.num_shards)
-    for t, table in enumerate(stack.tables):
-        draws = -(-load.batch_size // devices) * int((stack.table_K == t).sum())
-        shards = slice(stack.first_T[t], stack.first_T[t] + stack.count_T[t])
-        per_shard[shards] += load.distinct(table, draws) / stack.count_T[t]
-    most = float(per_shard.max())
+    most = _most_distinct(stack, load, -(-load.batch_size // stack.num_devices))
     return -(-int(most + 3 * math.sqrt(most) + 1) // 8) * 8
 
 
+def _most_distinct(stack: Stack, load: Load, examples: int) -> float:
+    """Distinct rows that so many examples need of one shard, of that of which they need most."""
+    per_shard = np.zeros(stack.num_shards)
+    for t, table in enumerate(stack.tables):
+        distinct = load.distinct(table, examples * int((stack.table_K == t).sum()))
+        per_shard[stack.first_T[t] : stack.first_T[t] + stack.count_T[t]] += distinct / stack.count_T[t]
+    return float(per_shard.max())
+
+
 def capacities(stacks: tuple[Stack, ...], load: Load) -> dict[str, int]:
-    """Rows that a device may ask of one peer, for each row-wise stack."""
-    routed = [stack for stack in stacks if stack.form == ROUTED]
-    return {stack.name: load.exchange_capacity or routed_capacity(stack, load) for stack in routed}
+    """Rows that a device may ask of one peer, for each stack that asks for rows."""
+    return {
+        stack.name: load.exchange_capacity or routed_capacity(stack, load) for stack in stacks if stack.form.in_rounds
+    }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,10 +93,10 @@ def exchanged(
 ) -> list[tuple[str, int]]:
     """(kind, bytes) of every collective that one stack needs in a step without overflow."""
     shards, copies = stack.num_shards, stack.num_copies
-    b = -(-load.batch_size // (shards * copies))
+    b = -(-load.batch_size // stack.num_devices)
     scales = load.weighted_ids or any(feature.pooling == "mean" and feature.hotness > 1 for feature in model.features)
-    found = FORMS[stack.form].sent(stack, b, stack.dim + int(model.learned_pooling), scales, options)
-    if stack.form == COLUMNS:  # What a rule needs of a whole row is summed over its columns.
+    found = stack.form.sent(stack, b, stack.dim + int(model.learned_pooling), scales, options)
+    if stack.form.splits_columns:  # What a rule needs of a whole row is summed over its columns.
         one_a_slot = copies * shards * b * len(stack.slots) * FLOAT
         found += [("all-reduce", shards, one_a_slot)] * row_means(stack_rule(optimizer, stack))
     return [
@@ -157,7 +159,7 @@ def estimate(
     for kind, num_bytes in pieces:
         by_kind[kind] = by_kind.get(kind, 0) + num_bytes
     sent = Sent(by_kind, len(pieces))
-    flops = 3 * _forward_flops(model) * -(-load.batch_size // plan.mesh.size)
+    flops = 3 * dense_work(model).flops * -(-load.batch_size // plan.mesh.size)
     traffic, row_traffic = _traffic(model, optimizer, stacks, load)
     peers = 1 - 1 / max(plan.mesh.size, 2)
     seconds = {
@@ -174,58 +176,33 @@ def forward_work(
     model: ModelConfig, stacks: tuple[Stack, ...], load: Load, hardware: Hardware
 ) -> tuple[float, float, dict[str, float]]:
     """(operations, bytes read and written, seconds of each) of scoring a batch, on one device."""
-    b = -(-load.batch_size // (stacks[0].num_shards * stacks[0].num_copies))
+    b = -(-load.batch_size // stacks[0].num_devices)
     outputs = dense_work(model).outputs + dense_work(model).interaction_width
-    rows = float(sum(_slots_looked_up(stack, load) * stack.width for stack in stacks)) * FLOAT
+    rows = float(sum(stack.form.looked_up(stack, load.batch_size) * stack.width for stack in stacks)) * FLOAT
     # An activation is written and read once, a pooled vector too; weights are read once.
     streams = 2.0 * FLOAT * b * (outputs + pooled_floats(model)) + FLOAT * dense_parameters(model)
-    flops = _forward_flops(model) * b
+    flops = dense_work(model).flops * b
     memory = streams / hardware.memory_rate + rows / (hardware.memory_rate * hardware.row_efficiency)
     return flops, streams + rows, {"compute": flops / hardware.flops, "memory": memory}
-
-
-def _forward_flops(model: ModelConfig) -> float:
-    return dense_work(model).flops
-
-
-def _slots_looked_up(stack: Stack, load: Load) -> int:
-    """Rows that the busiest device reads in a step, repeated ids each time."""
-    per_copy = -(-load.batch_size // stack.num_copies)
-    if stack.form == REPLICATED:
-        return -(-per_copy // stack.num_shards) * len(stack.slots)
-    if stack.form == COLUMNS:
-        return per_copy * len(stack.slots)
-    if stack.form == OWNED:
-        return per_copy * parcels(stack).slot_SxK.shape[1]
-    return -(-per_copy // stack.num_shards) * len(stack.slots)
-
-
-def _rows_updated(stack: Stack, load: Load) -> float:
-    """Distinct rows that the busiest device updates in a step."""
-    per_shard = np.zeros(stack.num_shards)
-    for t, table in enumerate(stack.tables):
-        distinct = load.distinct(table, load.batch_size * int((stack.table_K == t).sum()))
-        shards = slice(stack.first_T[t], stack.first_T[t] + stack.count_T[t])
-        per_shard[shards if stack.form in (OWNED, ROUTED) else slice(None)] += distinct / stack.count_T[t]
-    return float(per_shard.max())
 
 
 def _traffic(
     model: ModelConfig, optimizer: OptimizerConfig, stacks: tuple[Stack, ...], load: Load
 ) -> tuple[float, float]:
     """(bytes of streams, bytes of single rows) that one device reads and writes."""
-    devices = stacks[0].num_shards * stacks[0].num_copies
+    devices = stacks[0].num_devices
     b = -(-load.batch_size // devices)
     outputs = dense_work(model).outputs + dense_work(model).interaction_width
     # An activation is written, read by the next layer and by its weight's gradient, and so is its gradient.
     streams = 7.0 * FLOAT * b * outputs + 5 * FLOAT * dense_parameters(model)
     rows = 0.0
     for stack in stacks:
-        looked_up, width = _slots_looked_up(stack, load), stack.width * weight_bytes(stack.tables[0])
+        looked_up, width = stack.form.looked_up(stack, load.batch_size), stack.width * stack.dtype.bytes
+        updated = _most_distinct(stack, load, load.batch_size)
         rule = stack_rule(optimizer, stack)
         slots = 2 * FLOAT * sum(slot.width(stack.width) for slot in rule.slots)  # Read and written.
-        rows += looked_up * width + _rows_updated(stack, load) * (2 * width + slots)
-        merged = looked_up * (stack.num_copies if stack.form == COLUMNS else 1)
+        rows += looked_up * width + updated * (2 * width + slots)
+        merged = looked_up * (stack.num_copies if stack.form.splits_columns else 1)
         streams += 4 * merged * width + (0 if rule.linear else 64 * merged)
     return streams, rows
 
@@ -239,15 +216,14 @@ def _memory(
     options: ExchangeOptions,
     on_chip_bytes: int,
 ) -> dict[str, int]:
-    devices = stacks[0].num_shards * stacks[0].num_copies
+    devices = stacks[0].num_devices
     b = -(-load.batch_size // devices)
     tables = states = 0
     for stack in stacks:
-        shards = stack.num_shards if stack.form in (OWNED, ROUTED) else 1
         rows = math.prod(stack.local_shape)
-        per_row = math.prod(stack.row_shape()) // shards
+        per_row = math.prod(stack.row_shape()) // stack.row_shards
         learned = per_row if model.learned_pooling else 0
-        tables += rows * weight_bytes(stack.tables[0]) + learned * FLOAT
+        tables += rows * stack.dtype.bytes + learned * FLOAT
         for slot in stack_rule(optimizer, stack).slots:
             states += ((rows if slot.per == WEIGHT else per_row) + learned) * FLOAT
     dense = dense_parameters(model) * FLOAT
@@ -255,8 +231,8 @@ def _memory(
     if any(stack.pack > 1 for stack in stacks):
         activations, exchange = _packed_step(model, stacks, load, sent)
     else:
-        needed = [Rows(stack, _slots_looked_up(stack, load), _rows_received(stack, b, options)) for stack in stacks]
-        floats = step_floats(model, optimizer, needed, b, load.num_micro_batches)
+        works = [_work(model, optimizer, stack, load, options) for stack in stacks]
+        floats = step_floats(model, works, b, load.num_micro_batches)
         activations, exchange = (count * FLOAT for count in (floats if devices > 1 else (sum(floats), 0)))
     on_chip = min(on_chip_bytes, activations + exchange)
     activations, exchange = activations - min(on_chip, activations), exchange - max(0, on_chip - activations)
@@ -269,21 +245,20 @@ def _memory(
     }
 
 
-def _rows_received(stack: Stack, examples: int, options: ExchangeOptions) -> int:
-    """Rows that a device takes in of all others at once, each of `examples` of its own."""
-    slots = examples * len(stack.slots)
-    if stack.form == ROUTED:
-        return stack.num_copies * stack.num_shards * min(options.capacity.get(stack.name, slots), slots)
-    return min(sent_rows(stack, examples), slots) * stack.num_shards * stack.num_copies
+def _work(model: ModelConfig, optimizer: OptimizerConfig, stack: Stack, load: Load, options: ExchangeOptions) -> Work:
+    received = stack.form.received(stack, -(-load.batch_size // stack.num_devices), options)
+    bags = model.num_slots > len(model.features)
+    slots = stack.form.looked_up(stack, load.batch_size)
+    return Work(stack, stack_rule(optimizer, stack), slots, received, model.learned_pooling, bags)
 
 
 def _packed_step(model: ModelConfig, stacks: tuple[Stack, ...], load: Load, sent: Sent) -> tuple[int, int]:
     """(bytes of activations, bytes of the exchange) where rows share lines: an id slot takes a whole one."""
-    devices = stacks[0].num_shards * stacks[0].num_copies
+    devices = stacks[0].num_devices
     b = -(-load.batch_size // devices)
     dense = dense_parameters(model) * FLOAT
     widths = [stack.width if stack.pack == 1 else _COPIES * (LANES + stack.width) for stack in stacks]
-    looked_up = [_slots_looked_up(stack, load) for stack in stacks]
+    looked_up = [stack.form.looked_up(stack, load.batch_size) for stack in stacks]
     slots = int(sum(count * (width + 4) for count, width in zip(looked_up, widths, strict=True))) * FLOAT
     outputs = dense_work(model).outputs + 3 * dense_work(model).interaction_width
     activations = 2 * b // load.num_micro_batches * outputs * FLOAT + slots + dense

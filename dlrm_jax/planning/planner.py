@@ -9,7 +9,8 @@ from dlrm_jax.host.memory import gigabytes
 from dlrm_jax.host.mesh import MeshShape
 from dlrm_jax.planning.cost import Cost, Load, estimate
 from dlrm_jax.planning.hardware import Hardware
-from dlrm_jax.tables.plan import SHARDINGS, Plan, make_plan, table_bytes
+from dlrm_jax.tables.forms import FORMS
+from dlrm_jax.tables.plan import Plan, make_plan, table_bytes
 
 AUTO = "auto"
 _USABLE = 0.92
@@ -50,7 +51,7 @@ class Setting:
 
 def ranking(setting: Setting) -> list[tuple[str, Cost]]:
     """(strategy, costs) of each sharding type for all tables and of `auto`, best first."""
-    costs = {kind: setting.cost(kind) for kind in SHARDINGS}
+    costs = {kind: setting.cost(kind) for kind in FORMS.all()}
     costs[AUTO] = _improved(setting, costs)
     # Of equals the simpler one first.
     return sorted(costs.items(), key=lambda item: (*setting.rank_key(item[1]), item[0] == AUTO))
@@ -58,7 +59,7 @@ def ranking(setting: Setting) -> list[tuple[str, Cost]]:
 
 def auto_plan(setting: Setting) -> Plan:
     """The best plan found, which may not fit."""
-    return _improved(setting, {kind: setting.cost(kind) for kind in SHARDINGS}).plan
+    return _improved(setting, {kind: setting.cost(kind) for kind in FORMS.all()}).plan
 
 
 def does_not_fit(setting: Setting, cost: Cost) -> str:
@@ -121,7 +122,7 @@ def _improved(setting: Setting, uniform: Mapping[str, Cost]) -> Cost:
     for table in setting.model.tables:
         groups.setdefault((_magnitude(table.num_embeddings), slots[table.name]), []).append(table.name)
     for _, names in sorted(groups.items(), reverse=True):
-        for kind in SHARDINGS:
+        for kind in FORMS.all():
             candidate = kinds | dict.fromkeys(names, kind)
             if candidate == kinds:
                 continue

@@ -8,8 +8,9 @@ import numpy as np
 from dlrm_jax.config import TableConfig
 from dlrm_jax.planning.cost import Cost
 from dlrm_jax.planning.planner import Setting
-from dlrm_jax.tables.layout import OWNED, ROUTED, Stack
-from dlrm_jax.tables.plan import DATA_PARALLEL, TABLE_WISE, Placement, table_bytes, weight_bytes
+from dlrm_jax.tables.forms import form_of
+from dlrm_jax.tables.forms.base import ALL, Stack
+from dlrm_jax.tables.plan import Placement, table_bytes, weight_bytes
 
 
 def text(setting: Setting, cost: Cost, ranked: list[tuple[str, Cost]]) -> str:
@@ -88,51 +89,38 @@ def _ranking_rows(setting: Setting, ranked: list[tuple[str, Cost]]) -> list[list
 
 
 def _where(placement: Placement) -> str:
-    if placement.sharding == TABLE_WISE:
-        return f"{placement.sharding} on {placement.first}"
-    if placement.sharding == "table_row_wise":
-        return f"{placement.sharding} on {placement.first}-{placement.first + placement.count - 1}"
-    return placement.sharding
+    if form_of(placement.sharding).span == ALL:
+        return placement.sharding
+    last = f"-{placement.first + placement.count - 1}" if placement.count > 1 else ""
+    return f"{placement.sharding} on {placement.first}{last}"
 
 
 def why(setting: Setting, table: TableConfig, placement: Placement) -> str:
     """The reason in a few words: what this placement spares."""
     slots = sum(one.hotness for one in setting.model.lookups if one.part.table == table.name)
-    lookups = slots * setting.load.batch_size
-    if placement.sharding == DATA_PARALLEL:
-        return "fewer rows than the batch looks up" if table.num_embeddings <= lookups else "lookups at home"
-    if placement.sharding == TABLE_WISE:
-        return "whole on the device that carried least"
-    if placement.sharding == "column_wise":
-        return "pooled vectors, not rows, travel"
-    return "each distinct row travels once each way"
+    form, lookups = form_of(placement.sharding), slots * setting.load.batch_size
+    return "fewer rows than the batch looks up" if form.replicated and table.num_embeddings <= lookups else form.why
 
 
 def bytes_a_device(setting: Setting, table: TableConfig, placement: Placement) -> float:
     """Bytes of a table on a device that holds part of it."""
-    if placement.sharding == "column_wise":
-        return table.num_embeddings * -(-table.embedding_dim // setting.mesh.model) * weight_bytes(table)
-    count = 1 if placement.sharding == DATA_PARALLEL else placement.count
-    return -(-table.num_embeddings // count) * table.embedding_dim * weight_bytes(table)
+    form = form_of(placement.sharding)
+    rows = -(-table.num_embeddings // (placement.count if form.splits_rows else 1))
+    return rows * -(-table.embedding_dim // (setting.mesh.model if form.splits_columns else 1)) * weight_bytes(table)
 
 
 def _sent_by(setting: Setting, cost: Cost, table: TableConfig) -> tuple[float, float]:
     """(ids, vectors) that a device sends for a table in a step, as its share of its stack's by id slots."""
-    stack = next(stack for stack in cost.stacks if table in stack.tables)
-    slots = float((stack.table_K == stack.tables.index(table)).sum())
-    b = setting.load.batch_size / setting.mesh.size
-    features = sum(one.part.table == table.name for one in setting.model.lookups)
     if setting.mesh.size == 1:
         return 0.0, 0.0
-    if stack.form == ROUTED:
-        rows = setting.load.distinct(table, b * slots)
-        return rows, 2 * rows
-    if stack.form == OWNED:
-        return b * slots, 2 * b * features
-    if stack.form == "columns":
-        return b * slots, 2 * b * features
-    rows = min(table.num_embeddings, b * slots)
-    return rows, rows
+    stack = next(stack for stack in cost.stacks if table in stack.tables)
+    b = setting.load.batch_size / setting.mesh.size
+    ids = b * float((stack.table_K == stack.tables.index(table)).sum())
+    bags = b * sum(one.part.table == table.name for one in setting.model.lookups)
+    if stack.form.replicated:
+        return min(table.num_embeddings, ids), min(table.num_embeddings, ids)
+    rows = setting.load.distinct(table, ids)
+    return (rows, 2 * rows) if stack.form.in_rounds else (ids, 2 * bags)
 
 
 def balance(cost: Cost) -> tuple[int, int]:
@@ -145,11 +133,8 @@ def balance(cost: Cost) -> tuple[int, int]:
 
 
 def _held(stack: Stack, t: int, table: TableConfig) -> np.ndarray:
-    shards = np.arange(stack.num_shards)
-    if stack.form not in (OWNED, ROUTED):
-        return np.full(stack.num_shards, float(table.num_embeddings * stack.width * weight_bytes(table)))
-    inside = (shards >= stack.first_T[t]) & (shards < stack.first_T[t] + stack.count_T[t])
-    return inside * float(-(-table.num_embeddings // stack.count_T[t]) * stack.dim * weight_bytes(table))
+    inside = np.array([t in stack.tables_on(shard) for shard in range(stack.num_shards)])
+    return inside * float(-(-table.num_embeddings // stack.count_T[t]) * stack.width * weight_bytes(table))
 
 
 def as_dict(setting: Setting, cost: Cost, ranked: list[tuple[str, Cost]]) -> dict[str, Any]:

@@ -5,29 +5,15 @@ pass has come to it, and what the tables' update needs of the ids is there befor
 the interaction, or at the tables, whatever else the step does.
 """
 
-import dataclasses
 import itertools
 
-from dlrm_jax.config import ModelConfig, OptimizerConfig
+from dlrm_jax.config import ModelConfig
 from dlrm_jax.model import interactions
 from dlrm_jax.planning.dense_work import dense_work
-from dlrm_jax.tables.exchange import stack_rule
-from dlrm_jax.tables.layout import COLUMNS, REPLICATED, ROUTED, Stack
-from dlrm_jax.tables.rules import WEIGHT
+from dlrm_jax.tables.forms.base import Work
 
-_INTS, _INTS_OF_COLUMNS = 7, 9
-"""Numbers an id slot where rows are sorted: keys of 64 bits, places before and after, counts; and its id, gathered."""
 _OF_A_GRADIENT = 2.25
 """Arrays of a kernel's size where its gradient is made: it, what becomes of the kernel, and whether it is finite."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Rows:
-    """Of a stack on one device, how many id slots are looked up, and rows received of all others in the exchange."""
-
-    stack: Stack
-    slots: int
-    received: int
 
 
 def pooled_floats(model: ModelConfig) -> int:
@@ -35,9 +21,7 @@ def pooled_floats(model: ModelConfig) -> int:
     return sum(model.table(lookup.part.table).embedding_dim for lookup in model.lookups)
 
 
-def step_floats(
-    model: ModelConfig, optimizer: OptimizerConfig, rows: list[Rows], examples: int, num_micro_batches: int
-) -> tuple[int, int]:
+def step_floats(model: ModelConfig, works: list[Work], examples: int, num_micro_batches: int) -> tuple[int, int]:
     """(floats of the dense model, floats of the tables) that live together when most are alive.
 
     `examples` are a device's own in a step.
@@ -47,14 +31,16 @@ def step_floats(
     unfinished = examples * _saved_of_bottom(model)  # When the tables are updated, which may be before it is through.
     if num_micro_batches > 1:  # The parts of the pooled vectors, their gradients, and sums of the gradients.
         dense, unfinished = dense + 2 * pooled + dense_work(model).parameters, 0
-    if any(one.stack.num_shards * one.stack.num_copies > 1 for one in rows):
+    if any(work.stack.num_devices > 1 for work in works):
         # The gradients that are summed over devices, in one array and out of another.
         dense = max(dense, 2 * dense_work(model).parameters + pooled)
-    held = [_held(model, optimizer, one) for one in rows]
-    moments = [(dense, sum(held))]
-    for one, own in zip(rows, held, strict=True):
-        late = unfinished if one.stack.form in (ROUTED, REPLICATED) else 0
-        moments.append((pooled + late, sum(held) - own + _at_its_most(model, optimizer, one)))
+    memory = [work.stack.form.memory(work) for work in works]
+    held = sum(own for own, _ in memory)
+    moments = [(dense, held)]
+    for work, (own, most) in zip(works, memory, strict=True):
+        if work.learned:  # A slot's row is kept with its gradient, before and after it is scaled.
+            most = work.slots * (5 * work.stack.width + 12)
+        moments.append((pooled + unfinished * work.stack.form.updates_early, held - own + most))
     return max(moments, key=sum)
 
 
@@ -91,38 +77,3 @@ def _dense(model: ModelConfig, examples: int, pooled: int) -> int:
 def _saved_of_bottom(model: ModelConfig) -> int:
     """Floats an example that the bottom MLP keeps; its last layer's output goes on to the interaction."""
     return 2 * sum(model.bottom_mlp) - sum(model.bottom_mlp[-1:])
-
-
-def _held(model: ModelConfig, optimizer: OptimizerConfig, rows: Rows) -> int:
-    """Floats that are there for a stack throughout the dense model's passes."""
-    stack, slots, width, rule = rows.stack, rows.slots, rows.stack.width, stack_rule(optimizer, rows.stack)
-    linear = rule.linear
-    merged = slots * stack.num_copies
-    match stack.form:
-        case "routed":
-            return slots * (width + 2) + rows.received * width
-        case "owned":
-            squares = width * sum(slot.per == WEIGHT for slot in rule.slots)
-            return merged * (4 if linear else width + squares + _INTS)
-        case "columns":
-            return merged * (2 if linear else width + _INTS_OF_COLUMNS)
-    if stack.num_shards * stack.num_copies > 1:
-        return slots * (width + 1) if linear else slots * (width + 2) + rows.received * (width + 5)
-    if model.num_slots > len(model.features) and not model.learned_pooling:  # Updated by bags.
-        return slots * (1 if linear else 3)
-    return slots * (width * model.learned_pooling if linear else width + _INTS)
-
-
-def _at_its_most(model: ModelConfig, optimizer: OptimizerConfig, rows: Rows) -> int:
-    """Floats that a stack needs where it is looked up or updated."""
-    stack, slots, width, rule = rows.stack, rows.slots, rows.stack.width, stack_rule(optimizer, rows.stack)
-    linear = rule.linear
-    if model.learned_pooling:
-        return slots * (5 * width + 12)
-    if stack.form == COLUMNS:
-        return slots * ((2 if linear else 3) * width + 4)
-    if stack.form == ROUTED:
-        return slots * (3 * width + 4) + rows.received * width
-    if stack.form == REPLICATED and stack.num_shards * stack.num_copies > 1:
-        return slots * (3 * width + 4) + (0 if linear else rows.received * (width + 5))
-    return _held(model, optimizer, rows)

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from dlrm_jax.config import ModelConfig
-from dlrm_jax.tables.layout import POOLING_WEIGHTS, local_stacks
-from dlrm_jax.tables.rows import as_stored
+from dlrm_jax.tables.forms.base import POOLING_WEIGHTS
+from dlrm_jax.tables.layout import local_stacks
 
 
 def named_tables(model: ModelConfig, tables: dict[str, jax.Array]) -> Iterator[tuple[str, jax.Array]]:
@@ -16,8 +16,7 @@ def named_tables(model: ModelConfig, tables: dict[str, jax.Array]) -> Iterator[t
     for stack in local_stacks(model):
         for table, first_row in zip(stack.tables, stack.offset_T, strict=True):
             rows = slice(first_row, first_row + table.num_embeddings)
-            found = tables[stack.name][rows]
-            yield table.name, found.view(jnp.bfloat16) if stack.dtype == "bfloat16" else found
+            yield table.name, stack.dtype.numbers(tables[stack.name][rows])
             if model.learned_pooling:
                 yield table.name + POOLING_WEIGHTS, tables[stack.name + POOLING_WEIGHTS][rows]
 
@@ -27,8 +26,7 @@ def stack_tables(model: ModelConfig, named: dict[str, np.ndarray]) -> dict[str, 
     arrays = {}
     for stack in local_stacks(model):
         for suffix, filler in (("", 0), (POOLING_WEIGHTS, 1)) if model.learned_pooling else (("", 0),):
-            dtype = "float32" if suffix else stack.dtype
-            rows = jnp.concatenate([jnp.asarray(named[table.name + suffix], dtype) for table in stack.tables])
-            padding = ((0, stack.rows - len(rows)), (0, 0))
-            arrays[stack.name + suffix] = as_stored(jnp.pad(rows, padding, constant_values=filler))
+            rows = jnp.concatenate([jnp.asarray(named[table.name + suffix], "float32") for table in stack.tables])
+            rows = jnp.pad(rows, ((0, stack.rows - len(rows)), (0, 0)), constant_values=filler)
+            arrays[stack.name + suffix] = rows if suffix else stack.dtype.from_floats(rows)
     return arrays

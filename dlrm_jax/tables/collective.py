@@ -36,11 +36,9 @@ def to_owners(x_Sx: jax.Array, num_shards: int, dtype: str = "") -> jax.Array:
     """
     if num_shards == 1:
         return x_Sx
-    if not dtype:
-        return jax.lax.all_to_all(x_Sx, MODEL, 0, 0, tiled=True)
-    sent = jax.lax.bitcast_convert_type(x_Sx.astype(dtype), jnp.uint16)
-    got = jax.lax.all_to_all(sent, MODEL, 0, 0, tiled=True)
-    return jax.lax.bitcast_convert_type(got, dtype).astype(x_Sx.dtype)
+    sent = x_Sx.astype(dtype or x_Sx.dtype)
+    bits = sent.view(jnp.uint16) if sent.dtype.itemsize == 2 else sent
+    return jax.lax.all_to_all(bits, MODEL, 0, 0, tiled=True).view(sent.dtype).astype(x_Sx.dtype)
 
 
 def from_all(x: jax.Array, axis: str, size: int) -> jax.Array:

@@ -24,12 +24,12 @@ from jax.sharding import Mesh, PartitionSpec
 from dlrm_jax.config import Lookup, ModelConfig, OptimizerConfig
 from dlrm_jax.host.mesh import BATCH_SPEC, DATA, MODEL
 from dlrm_jax.tables.collective import ExchangeOptions, shard_index, sum_over_shards
-from dlrm_jax.tables.forms import FORMS
-from dlrm_jax.tables.forms.bags import Updates, slot_scale
+from dlrm_jax.tables.forms.bags import slot_scale
+from dlrm_jax.tables.forms.base import POOLING_WEIGHTS, Here, Learning, Stack
 from dlrm_jax.tables.hashing import mix, table_keys
-from dlrm_jax.tables.layout import COLUMNS, POOLING_WEIGHTS, REPLICATED, ROUTED, Stack, local_stacks
+from dlrm_jax.tables.layout import local_stacks
 from dlrm_jax.tables.pooling import Take
-from dlrm_jax.tables.rules import ROW, WEIGHT, Rule, make_rule
+from dlrm_jax.tables.rules import ROW, Rule, Slot, make_rule
 from dlrm_jax.tables.updates import Update
 
 Arrays = dict[str, Any]
@@ -103,7 +103,7 @@ def placed_ops(
         in_specs = (table_specs, state_specs, BATCH_SPEC, BATCH_SPEC, PartitionSpec(), PartitionSpec())
         update = over_mesh(parts.update, in_specs, (table_specs, state_specs))
         tables, states = update(tables, states, routes, *rest)
-        more = [routes[stack.name]["more"] for stack in stacks if stack.form == ROUTED]
+        more = [routes[stack.name]["more"] for stack in stacks if stack.form.in_rounds]
         return tables, states, {OVERFLOWS: sum(jnp.max(x) for x in more)} if more else {}
 
     def on_each(function: Callable[[Any, Any], tuple[Any, Any]], shared: Any, columns: Any) -> tuple[Any, Any]:
@@ -136,25 +136,27 @@ def slot_specs(
     optimizer: OptimizerConfig, model: ModelConfig, stacks: tuple[Stack, ...]
 ) -> dict[str, dict[str, PartitionSpec]]:
     """How each slot of each array is split: with a number per weight as the table, with one per row as the rows."""
-    specs = {}
-    for stack in stacks:
-        slots = stack_rule(optimizer, stack).slots
-        split = {WEIGHT: stack.spec, ROW: stack.row_spec}
-        specs[stack.name] = {slot.name: split[slot.per] for slot in slots}
-        if model.learned_pooling:
-            specs[stack.name + POOLING_WEIGHTS] = {slot.name: stack.row_spec for slot in slots}
-    return specs
+    return {
+        name: {key: stack.row_spec if per_row else stack.spec for key, (_, per_row) in slots.items()}
+        for stack in stacks
+        for name, slots in _slots(optimizer, model, stack).items()
+    }
 
 
 def init_slots(optimizer: OptimizerConfig, model: ModelConfig, stack: Stack) -> dict[str, dict[str, jax.Array]]:
     """A stack's slots at the start, by array."""
+    shapes = (stack.shape, stack.row_shape())
+    return {
+        name: {key: jnp.full(shapes[per_row], slot.first, slot.dtype) for key, (slot, per_row) in slots.items()}
+        for name, slots in _slots(optimizer, model, stack).items()
+    }
+
+
+def _slots(optimizer: OptimizerConfig, model: ModelConfig, stack: Stack) -> dict[str, dict[str, tuple[Slot, bool]]]:
+    """(slot, whether it has one number a row), by name, of each array of a stack."""
+    names = (stack.name, stack.name + POOLING_WEIGHTS)[: 1 + model.learned_pooling]
     slots = stack_rule(optimizer, stack).slots
-    shapes = {WEIGHT: stack.shape, ROW: stack.row_shape()}
-    full = lambda shape, slot: jnp.full(shape, slot.first, slot.dtype)  # noqa: E731
-    states = {stack.name: {slot.name: full(shapes[slot.per], slot) for slot in slots}}
-    if model.learned_pooling:
-        states[stack.name + POOLING_WEIGHTS] = {slot.name: full(shapes[ROW], slot) for slot in slots}
-    return states
+    return {name: {slot.name: (slot, name != stack.name or slot.per == ROW) for slot in slots} for name in names}
 
 
 class _Parts:
@@ -176,17 +178,15 @@ class _Parts:
         routes = {}
         for stack in self._stacks:
             scale = None if scale_bxK is None else scale_bxK[:, stack.slots]
-            routes[stack.name] = FORMS[stack.form].route(stack, stack.row_numbers(ids_bxK), scale, self._options)
+            routes[stack.name] = stack.form.route(Here(stack, self._options), stack.row_numbers(ids_bxK), scale)
         return routes
 
     def lookup(self, tables: Arrays, routes: Arrays) -> tuple[Pooled, Arrays]:
         new_routes = {}
         bags: dict[int, list[jax.Array]] = {dim: [] for dim in self._model.dims}
         for stack in self._stacks:
-            take = self._take and self._take(stack.dim)
-            found, new_routes[stack.name] = FORMS[stack.form].lookup(
-                stack, _of(stack, tables), routes[stack.name], self._options, take
-            )
+            here = Here(stack, self._options, _of(stack, tables), self._take and self._take(stack.dim))
+            found, new_routes[stack.name] = stack.form.lookup(here, routes[stack.name])
             bags[stack.dim].append(found)
         pooled = []
         for dim, of_dim in bags.items():
@@ -202,15 +202,17 @@ class _Parts:
         gradients = dict(zip(self._model.dims, d_pooled if isinstance(d_pooled, tuple) else (d_pooled,), strict=True))
         for stack in self._stacks:
             of_dim = [i for i, one in enumerate(self._model.lookups) if self._dim(one) == stack.dim]
-            new_tables, new_states = FORMS[stack.form].update(
+            d_pooled_bxfxD = gradients[stack.dim][:, np.searchsorted(of_dim, stack.features)]
+            of_rows, of_weights = self._updates(stack, rate, count)
+            here = Learning(
                 stack,
-                self._updates(stack, rate, count),
-                _of(stack, tables),
-                _of(stack, states),
-                routes[stack.name],
-                gradients[stack.dim][:, np.searchsorted(of_dim, stack.features)],
                 self._options,
+                _of(stack, tables),
+                states=_of(stack, states),
+                of_rows=of_rows,
+                of_weights=of_weights,
             )
+            new_tables, new_states = stack.form.update(here, routes[stack.name], d_pooled_bxfxD)
             tables |= new_tables
             states |= new_states
         return tables, states
@@ -218,30 +220,32 @@ class _Parts:
     def _dim(self, lookup: Lookup) -> int:
         return self._model.table(lookup.part.table).embedding_dim
 
-    def _updates(self, stack: Stack, rate: jax.Array, count: jax.Array) -> Updates:
+    def _updates(self, stack: Stack, rate: jax.Array, count: jax.Array) -> tuple[Update, Update]:
+        """(of the rows, of learned pooling weights)."""
         if self._optimizer is None:
             raise ValueError("update needs an optimizer")
         rule, own = stack_rule(self._optimizer, stack), stack.tables[0].rate * self._optimizer.table_rate
         weights = Update(rule, rate if own == 1 else rate * own, count)
-        update = weights if stack.dtype == "float32" else dataclasses.replace(weights, noise=noise_of(stack, count))
-        if stack.form == COLUMNS:
+        rows = dataclasses.replace(weights, dtype=stack.dtype)
+        if not stack.dtype.exact:
+            rows = dataclasses.replace(rows, noise=noise_of(stack, count))
+        if stack.form.splits_columns:
 
             def row_mean(rows_MxD: jax.Array) -> jax.Array:
                 return sum_over_shards(rows_MxD.sum(axis=1, keepdims=True), stack.num_shards) / stack.dim
 
-            return Updates(dataclasses.replace(update, row_mean=row_mean, dim=stack.dim), weights)
-        return Updates(update, weights)
+            rows = dataclasses.replace(rows, row_mean=row_mean, dim=stack.dim)
+        return rows, weights
 
 
-def noise_of(stack: Stack, count: jax.Array) -> Callable[[jax.Array, int], jax.Array]:
+def noise_of(stack: Stack, count: jax.Array) -> Callable[[jax.Array], jax.Array]:
     """Random bits of (table name, row, column, number of the update), the same wherever a row lies."""
 
-    def noise(rows_M: jax.Array, width: int) -> jax.Array:
-        shard = shard_index(stack.num_shards) if stack.form != REPLICATED else jnp.int32(0)
+    def noise(rows_M: jax.Array) -> jax.Array:
+        shard = shard_index(stack.num_shards)
         table_M, row_M = stack.owners(rows_M, shard)
         key_Mx2 = jnp.asarray(table_keys(stack.tables, 0))[table_M]
-        first = shard * stack.width if stack.form == COLUMNS else 0
-        column_w = (first + jnp.arange(width, dtype=jnp.int32)).astype(jnp.uint32)
+        column_w = stack.columns(shard).astype(jnp.uint32)
         of_row_M = mix(
             mix(row_M.astype(jnp.uint32) * jnp.uint32(0x9E3779B1) + key_Mx2[:, 0]) + count.astype(jnp.uint32)
         )

@@ -13,9 +13,9 @@ from jax.sharding import Mesh
 
 from dlrm_jax.config import ModelConfig, TableConfig
 from dlrm_jax.tables.collective import shard_index
+from dlrm_jax.tables.forms.base import POOLING_WEIGHTS, Stack
 from dlrm_jax.tables.hashing import mix, table_keys
-from dlrm_jax.tables.layout import COLUMNS, POOLING_WEIGHTS, Stack, local_stacks
-from dlrm_jax.tables.rows import as_stored, stored_type
+from dlrm_jax.tables.layout import local_stacks
 
 FILL_FLOATS = 2**23
 """Floats drawn at a time."""
@@ -36,9 +36,7 @@ def init_stack(model: ModelConfig, stack: Stack, mesh: Mesh | None, seed: int) -
     `init_range` goes before. Padding is 0.
     Learned pooling weights start at 1.
     """
-    keys = jnp.asarray(table_keys(stack.tables, seed))
-    scales, shifts = map(jnp.asarray, table_scales(model, stack.tables))
-    fill = functools.partial(_fill_shard, stack, keys, scales, shifts, model.table_init == "flax")
+    fill = functools.partial(_fill_shard, model, stack, jnp.asarray(table_keys(stack.tables, seed)))
     if mesh is not None:
         fill = jax.shard_map(fill, mesh=mesh, in_specs=(), out_specs=stack.spec, check_vma=False)
     rows = {stack.name: fill() if mesh is not None else jax.jit(fill)()}
@@ -73,45 +71,32 @@ def table_scales(model: ModelConfig, tables: tuple[TableConfig, ...]) -> tuple[n
     return np.array(scales, np.float32), np.array(shifts, np.float32)
 
 
-def _fill_shard(stack: Stack, key_Tx2: jax.Array, scale_T: jax.Array, shift_T: jax.Array, normal: bool) -> jax.Array:
+def _fill_shard(model: ModelConfig, stack: Stack, key_Tx2: jax.Array) -> jax.Array:
     lines, lanes = stack.local_shape
     piece = min(max(1, FILL_FLOATS // lanes), lines)
     shard = shard_index(stack.num_shards)
+    scale_T, shift_T = map(jnp.asarray, table_scales(model, stack.tables))
+    size_T = jnp.asarray(np.array([table.num_embeddings for table in stack.tables], np.int32))
+    column_1xw = stack.columns(shard)[None]
+
+    def drawn(start: jax.Array) -> jax.Array:
+        """The `piece` lines from `start` on."""
+        local_P = start * stack.pack + jnp.arange(piece * stack.pack, dtype=jnp.int32)
+        table_P, row_P = stack.owners(local_P, shard)
+        valid_P = (row_P < size_T[table_P]) & (row_P >= 0)
+        weights = draw(
+            row_P[:, None].astype(jnp.uint32),
+            jnp.broadcast_to(column_1xw, (len(local_P), stack.width)).astype(jnp.uint32),
+            key_Tx2[table_P][:, None],
+            scale_T[table_P][:, None],
+            model.table_init == "flax",
+        )
+        weights = weights + shift_T[table_P][:, None]
+        return jnp.where(valid_P[:, None] & (column_1xw < stack.dim), weights, 0).reshape(piece, lanes)
 
     def fill(i: jax.Array, rows: jax.Array) -> jax.Array:
         # In pieces, because the compiler keeps a handful of numbers per row beside the rows that it fills.
         start = jnp.minimum(i * piece, lines - piece)
-        drawn = _draw_lines(stack, start, piece, shard, key_Tx2, scale_T, shift_T, normal)
-        return jax.lax.dynamic_update_slice(rows, as_stored(drawn.astype(stack.dtype)), (start, jnp.int32(0)))
+        return jax.lax.dynamic_update_slice(rows, stack.dtype.from_floats(drawn(start)), (start, jnp.int32(0)))
 
-    rows = jnp.zeros((lines, lanes), stored_type(stack.dtype))
-    return jax.lax.fori_loop(0, -(-lines // piece), fill, rows)
-
-
-def _draw_lines(
-    stack: Stack,
-    start: jax.Array,
-    num_lines: int,
-    shard: jax.Array,
-    key_Tx2: jax.Array,
-    scale_T: jax.Array,
-    shift_T: jax.Array,
-    normal: bool,
-) -> jax.Array:
-    """The lines from `start` on of shard `shard`."""
-    shape = (num_lines, stack.pack * stack.width)
-    local_P = start * stack.pack + jnp.arange(num_lines * stack.pack, dtype=jnp.int32)
-    table_P, row_P = stack.owners(local_P, shard)
-    size_T = np.array([table.num_embeddings for table in stack.tables], np.int32)
-    valid_P = (row_P < jnp.asarray(size_T)[table_P]) & (row_P >= 0)
-    first_column = shard * stack.width if stack.form == COLUMNS else 0
-    column_1xw = first_column + jnp.arange(stack.width, dtype=jnp.int32)[None]
-    drawn = draw(
-        row_P[:, None].astype(jnp.uint32),
-        jnp.broadcast_to(column_1xw, (len(local_P), stack.width)).astype(jnp.uint32),
-        key_Tx2[table_P][:, None],
-        scale_T[table_P][:, None],
-        normal,
-    )
-    drawn = drawn + shift_T[table_P][:, None]
-    return jnp.where(valid_P[:, None] & (column_1xw < stack.dim), drawn, 0).reshape(shape)
+    return jax.lax.fori_loop(0, -(-lines // piece), fill, jnp.zeros((lines, lanes), stack.dtype.stored))

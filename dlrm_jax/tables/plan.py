@@ -8,20 +8,19 @@ from typing import Any
 
 from dlrm_jax.config import ConfigError, ModelConfig, TableConfig, require_choice
 from dlrm_jax.host.mesh import MeshShape
+from dlrm_jax.tables.dtypes import table_dtype
+from dlrm_jax.tables.forms import FORMS, form_of
+from dlrm_jax.tables.forms.base import ALL, ONE
 
-DATA_PARALLEL, TABLE_WISE, ROW_WISE = "data_parallel", "table_wise", "row_wise"
-COLUMN_WISE, TABLE_ROW_WISE = "column_wise", "table_row_wise"
+DATA_PARALLEL = "data_parallel"
+"""The sharding type of one device."""
+
 _MOST_NAMED = 5
-SHARDINGS = (DATA_PARALLEL, TABLE_WISE, ROW_WISE, COLUMN_WISE, TABLE_ROW_WISE)
 
 
 @dataclasses.dataclass(frozen=True)
 class Placement:
-    """One table's sharding type, and which shards of the `model` axis hold it: `count` of them from number `first`.
-
-    data_parallel: a copy on every device. table_wise: whole on shard `first`. row_wise and table_row_wise: row r on
-    shard `first` + r mod `count`. column_wise: a slice of the columns on every shard.
-    """
+    """One table's sharding type, and which shards of the `model` axis hold it: `count` of them from number `first`."""
 
     sharding: str
     first: int = 0
@@ -75,8 +74,8 @@ def make_plan(
 ) -> Plan:
     """Place every table of `model`: `sharding` for all (or by table name), `overrides` for some.
 
-    table_wise and table_row_wise tables are dealt out, largest first, to the shard (group of `group_size` shards) that
-    carries least, counting memory and lookups alike. `group_size` 0: half of the shards, or all where they are odd.
+    Tables that lie on one shard or a group of `group_size` are dealt out, largest first, to those that carry least,
+    counting memory and lookups alike. `group_size` 0: half of the shards, or all where they are odd.
     """
     overrides = dict(overrides or {})
     unknown = sorted(set(overrides) - {table.name for table in model.tables})
@@ -95,17 +94,16 @@ def make_plan(
         if isinstance(kind, Placement):
             placed[name] = _checked(name, kind, mesh.model)
         else:
-            require_choice(f"sharding of table {name!r}", kind, SHARDINGS)
-            if kind not in (TABLE_WISE, TABLE_ROW_WISE):
+            require_choice(f"sharding of table {name!r}", kind, tuple(FORMS.all()))
+            if form_of(kind).span == ALL:
                 placed[name] = Placement(kind, 0, mesh.model)
     for name, placement in placed.items():
         loads.add(name, placement)
     waiting = [table for table in model.tables if table.name not in placed]
     for table in sorted(waiting, key=lambda table: (-loads.share(table.name), table.name)):
-        count = 1 if kinds[table.name] == TABLE_WISE else group_size
-        firsts = range(0, mesh.model, count)
-        choices = [Placement(str(kinds[table.name]), first, count) for first in firsts]
-        placed[table.name] = min(choices, key=loads.of)
+        kind = str(kinds[table.name])
+        choices = form_of(kind).choices(table, mesh.model, group_size)
+        placed[table.name] = min((Placement(kind, *choice) for choice in choices), key=loads.of)
         loads.add(table.name, placed[table.name])
     return Plan(mesh, {table.name: placed[table.name] for table in model.tables})
 
@@ -120,11 +118,10 @@ def check_group_size(group_size: int, num_shards: int) -> int:
 
 
 def _checked(name: str, placement: Placement, num_shards: int) -> Placement:
-    require_choice(f"sharding of table {name!r}", placement.sharding, SHARDINGS)
-    everywhere = placement.sharding in (DATA_PARALLEL, ROW_WISE, COLUMN_WISE)
-    one = placement.sharding == TABLE_WISE
+    require_choice(f"sharding of table {name!r}", placement.sharding, tuple(FORMS.all()))
     fits = placement.first >= 0 and placement.first + placement.count <= num_shards and placement.count >= 1
-    if not fits or (everywhere and placement.count != num_shards) or (one and placement.count != 1):
+    needed = {ALL: num_shards, ONE: 1}.get(form_of(placement.sharding).span, placement.count)
+    if not fits or placement.count != needed:
         raise ConfigError(
             f"table {name!r} is planned {placement.sharding} on shards {placement.first} to "
             f"{placement.first + placement.count - 1}, but the model axis has {num_shards}; make the plan anew"
@@ -151,7 +148,7 @@ class _Loads:
         return max(self._load_S[placement.first : placement.first + placement.count])
 
     def add(self, name: str, placement: Placement) -> None:
-        if placement.sharding == DATA_PARALLEL:
+        if form_of(placement.sharding).replicated:
             return
         for shard in range(placement.first, placement.first + placement.count):
             self._load_S[shard] += self._share[name] / placement.count
@@ -164,4 +161,4 @@ def table_bytes(table: TableConfig) -> int:
 
 def weight_bytes(table: TableConfig) -> int:
     """Bytes of a stored weight."""
-    return 4 if table.dtype == "float32" else 2
+    return table_dtype(table.dtype).bytes

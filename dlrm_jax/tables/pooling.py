@@ -8,7 +8,6 @@ import jax.numpy as jnp
 
 from dlrm_jax.data.batch import EMPTY_SLOT
 from dlrm_jax.host.formulations import by_platform
-from dlrm_jax.tables.rows import as_floats
 
 IN_FLIGHT = 4
 """Rows of a bag that a CPU reads at a time; it waits for memory less, the more reads are under way."""
@@ -20,11 +19,6 @@ Take = Callable[[jax.Array, jax.Array], jax.Array]
 def read_rows(table_RxD: jax.Array, row_ids: jax.Array) -> jax.Array:
     """The rows of these numbers, (..., D), as they are stored; an empty slot reads row 0, and counts for nothing."""
     return table_RxD.at[jnp.maximum(row_ids, 0)].get(mode="promise_in_bounds")
-
-
-def read_floats(table_RxD: jax.Array, row_ids: jax.Array) -> jax.Array:
-    """`read_rows` as float32, from whichever type of float they are stored in."""
-    return as_floats(read_rows(table_RxD, row_ids))
 
 
 def pool(take: Take, table: jax.Array, ids_BxGxh: jax.Array, scale_BxGxh: jax.Array | None) -> jax.Array:

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
-from dlrm_jax.tables.layout import COLUMNS, OWNED, POOLING_WEIGHTS, ROUTED, Stack, tables_on_shard
+from dlrm_jax.tables.forms.base import POOLING_WEIGHTS, Stack
 
 _PIECE_FLOATS = 2**22
 """Floats read at a time."""
@@ -58,8 +58,6 @@ class Source:
         """(count, columns): logical rows first, first + step, ... of a table."""
         stack, t = self._where[table]
         array = self._array(kind.group, kind.key(stack))
-        if stack.form not in (OWNED, ROUTED):
-            return self._local_rows(stack, kind, array, 0, stack.offset_T[t] + first, step, count)
         num_shards, found = stack.count_T[t], None
         # Row first + step * i lies on stored shard (first + step * i) mod num_shards: that repeats in i.
         period = num_shards // math.gcd(step, num_shards)
@@ -89,11 +87,9 @@ class Source:
         self, stack: Stack, kind: Kind, array: Any, shard: int, first: int, step: int, count: int
     ) -> np.ndarray:
         """Rows first, first + step, ... of one stored shard, all their columns."""
-        split_columns = stack.form == COLUMNS and not kind.per_row
-        width = 1 if kind.per_row else stack.width
-        parts = stack.num_shards if split_columns else 1
+        width, parts = (1, 1) if kind.per_row else (stack.width, stack.column_shards)
         pack = array.shape[1] // parts // width
-        lines = array.shape[0] // stack.num_shards if stack.form in (OWNED, ROUTED) else array.shape[0]
+        lines = array.shape[0] // stack.row_shards
         last = first + step * (count - 1)
         if pack == 1:
             start = shard * lines + first
@@ -104,7 +100,7 @@ class Source:
             by_part = whole.reshape(len(whole), parts, pack, width)
             found = np.moveaxis(by_part, 1, 2).reshape(len(whole) * pack, parts * width)
             found = found[first - first // pack * pack :][::step][:count]
-        return found[:, : stack.dim] if split_columns else found
+        return found if kind.per_row else found[:, : stack.dim]
 
 
 def read_array(source: Rows, kind: Kind, stack: Stack, shape: tuple[int, int], sharding: NamedSharding) -> jax.Array:
@@ -122,15 +118,13 @@ def read_array(source: Rows, kind: Kind, stack: Stack, shape: tuple[int, int], s
 
 
 def _read_shard(source: Rows, kind: Kind, stack: Stack, shape: tuple[int, int], index: tuple[slice, ...]) -> np.ndarray:
-    split_rows, split_columns = stack.form in (OWNED, ROUTED), stack.form == COLUMNS and not kind.per_row
-    lines = shape[0] // stack.num_shards if split_rows else shape[0]
-    lanes = shape[1] // stack.num_shards if split_columns else shape[1]
-    width = 1 if kind.per_row else stack.width
-    shard = (index[0].start or 0) // lines if split_rows else (index[1].start or 0) // lanes if split_columns else 0
+    width, parts = (1, 1) if kind.per_row else (stack.width, stack.column_shards)
+    lines, lanes = shape[0] // stack.row_shards, shape[1] // parts
+    shard = (index[0].start or 0) // lines + (index[1].start or 0) // lanes
     rows = np.full((lines * (lanes // width), width), kind.first, kind.dtype)
-    columns = slice(shard * width, (shard + 1) * width) if split_columns else slice(None)
-    for t in tables_on_shard(stack, shard):
-        residue = shard - stack.first_T[t] if split_rows else 0
+    columns = slice(shard * width, (shard + 1) * width) if parts > 1 else slice(None)
+    for t in stack.tables_on(shard):
+        residue = shard - stack.first_T[t] if stack.form.splits_rows else 0
         step = stack.count_T[t]
         held = -(-(stack.tables[t].num_embeddings - residue) // step)
         piece = max(1, _PIECE_FLOATS // (1 if kind.per_row else stack.dim))

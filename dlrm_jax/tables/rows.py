@@ -31,58 +31,6 @@ def take_rows(table: jax.Array, ids_M: jax.Array, width: int) -> jax.Array:
     return jnp.where(in_line_Mxpx1, lines_Mxpxw, 0).sum(axis=1, dtype=table.dtype)
 
 
-BITS = jnp.uint16
-"""What a bfloat16 table is stored as. A CPU's compiler has no scatter of bfloat16: it would widen the whole table."""
-
-
-def stored_type(dtype: str) -> str:
-    """The type of the array that holds a table of this dtype."""
-    return "uint16" if dtype == "bfloat16" else dtype
-
-
-def as_stored(rows: jax.Array) -> jax.Array:
-    """Rows of a table's dtype as its array holds them."""
-    return jax.lax.bitcast_convert_type(rows, BITS) if rows.dtype == jnp.bfloat16 else rows
-
-
-def as_floats(rows: jax.Array) -> jax.Array:
-    """Stored rows as numbers, in float32 where they have two bytes."""
-    if rows.dtype == BITS:
-        rows = jax.lax.bitcast_convert_type(rows, jnp.bfloat16)
-    return rows.astype(jnp.float32) if rows.dtype.itemsize == 2 else rows
-
-
-def take_floats(table: jax.Array, ids_M: jax.Array, width: int) -> jax.Array:
-    """`take_rows` as float32, from whichever type of float they are stored in."""
-    return as_floats(take_rows(table, ids_M, width))
-
-
-def set_rounded(table: jax.Array, ids_M: jax.Array, rows_Mxw: jax.Array, noise_Mxw: jax.Array) -> jax.Array:
-    """A table of two bytes a weight with rows replaced by these of float32, `rounded`; none twice."""
-    dtype = jnp.bfloat16 if table.dtype == BITS else table.dtype
-    return set_unique_rows(table, ids_M, as_stored(rounded(rows_Mxw, dtype, noise_Mxw)))
-
-
-def rounded(rows_Mxw: jax.Array, dtype: jnp.dtype, noise_Mxw: jax.Array) -> jax.Array:
-    """float32 rows as bfloat16 or float16, up or down with the chance that makes the mean exact.
-
-    `noise_Mxw` are 32 random bits each. Added below the last bit that is kept, they carry into it as often as the part
-    that is cut off says: 1.25 between 1 and 1.5 becomes 1.5 in half of all cases. What is beyond the type's range is
-    rounded to the nearest.
-    """
-    cut = 16 if dtype == jnp.bfloat16 else 13
-    bits = jax.lax.bitcast_convert_type(rows_Mxw, jnp.uint32) + (noise_Mxw >> jnp.uint32(32 - cut))
-    near = jax.lax.bitcast_convert_type(bits >> jnp.uint32(cut) << jnp.uint32(cut), jnp.float32)
-    # Below float16's smallest normal number fewer bits are kept: there the noise is one of that number's last place.
-    least = float(jnp.finfo(dtype).tiny)
-    place = float(jnp.finfo(dtype).smallest_subnormal)
-    unit = noise_Mxw.astype(jnp.float32) * jnp.float32(2**-32)
-    below = jnp.floor(rows_Mxw / place + unit) * place
-    usual = jnp.isfinite(rows_Mxw) & (jnp.abs(near) <= float(jnp.finfo(dtype).max))
-    small = (jnp.abs(rows_Mxw) < least) & (dtype == jnp.float16)
-    return jnp.where(small, below, jnp.where(usual, near, rows_Mxw)).astype(dtype)
-
-
 def add_rows(table: jax.Array, ids_M: jax.Array, rows_Mxw: jax.Array) -> jax.Array:
     """The table with `rows_Mxw` added, repeated ids each time; ids outside the table are left out."""
     width = rows_Mxw.shape[1]

@@ -20,13 +20,12 @@ import numpy as np
 from flax import struct
 
 from dlrm_jax.host.formulations import sort_ids
+from dlrm_jax.tables.dtypes import FLOAT32, TableDtype
 from dlrm_jax.tables.rows import (
     add_rows,
     add_unique_rows,
     num_rows,
-    set_rounded,
     set_unique_rows,
-    take_floats,
     take_rows,
 )
 from dlrm_jax.tables.rules import Arrays, Rows, Rule
@@ -68,8 +67,8 @@ def _mean(rows_MxD: jax.Array) -> jax.Array:
 class Update:
     """One update of a table: its rule, the rate, the number of the update (from 1 on).
 
-    `row_mean`, (M, D) to (M, 1), and `dim` are given where a row's columns lie on several devices. `noise`, (row
-    numbers, columns) to (M, D) random bits, decides the rounding of weights that are stored in two bytes.
+    `row_mean`, (M, D) to (M, 1), and `dim` are given where a row's columns lie on several devices. `noise`, row
+    numbers to (M, D) random bits, is given where weights are stored as a `dtype` that rounds them.
     """
 
     rule: Rule
@@ -77,7 +76,8 @@ class Update:
     count: jax.Array
     row_mean: Callable[[jax.Array], jax.Array] = _mean
     dim: int = 0
-    noise: Callable[[jax.Array, int], jax.Array] | None = None
+    dtype: TableDtype = FLOAT32
+    noise: Callable[[jax.Array], jax.Array] | None = None
 
     def by_rows(self, grad: SparseGrad, stored: Stored) -> Stored:
         """The table after the gradient of its slots, in place if donated."""
@@ -100,7 +100,8 @@ class Update:
         # A slot that merging emptied has id V: it reads row V - 1 (clamped), adds nothing, and its writes are dropped.
         ids_M, width = merged.ids_M, merged.rows_MxD.shape[1]
         old = {s.name: take_rows(stored.slots[s.name], ids_M, s.width(width)) for s in self.rule.slots}
-        weights_MxD = take_floats(stored.weights, ids_M, width)  # Compiled away where nobody looks at them.
+        # Compiled away where nobody looks at them.
+        weights_MxD = self.dtype.to_floats(take_rows(stored.weights, ids_M, width))
         added_MxD, new = self.rule.step(self._seen(merged.rows_MxD, weights_MxD, old))
         slots = {}
         for slot in self.rule.slots:
@@ -111,8 +112,8 @@ class Update:
                 slots[name] = set_unique_rows(array, ids_M, new[name])
         if self.noise is None:
             return Stored(add_rows(stored.weights, ids_M, added_MxD), slots)
-        noise_MxD = self.noise(ids_M, width)
-        return Stored(set_rounded(stored.weights, ids_M, weights_MxD + added_MxD, noise_MxD), slots)
+        rounded_MxD = self.dtype.from_floats(weights_MxD + added_MxD, self.noise(ids_M))
+        return Stored(set_unique_rows(stored.weights, ids_M, rounded_MxD), slots)
 
     def _add_bags(self, bags: tuple[BagGrad, ...], table: jax.Array) -> jax.Array:
         for grad in bags:

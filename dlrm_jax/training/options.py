@@ -12,8 +12,10 @@ from dlrm_jax.data.batch import Batch
 from dlrm_jax.host.formulations import XLA
 from dlrm_jax.host.mesh import MeshShape, make_mesh, parse_mesh
 from dlrm_jax.tables.collective import ExchangeOptions
-from dlrm_jax.tables.layout import REPLICATED, ROUTED, Stack, place_stacks
-from dlrm_jax.tables.plan import DATA_PARALLEL, SHARDINGS, TABLE_ROW_WISE, Plan, make_plan, read_overrides
+from dlrm_jax.tables.forms import FORMS, form_of
+from dlrm_jax.tables.forms.base import GROUP, Stack
+from dlrm_jax.tables.layout import place_stacks
+from dlrm_jax.tables.plan import DATA_PARALLEL, Plan, make_plan, read_overrides
 from dlrm_jax.training.placed import Placed
 
 AUTO = "auto"
@@ -34,7 +36,7 @@ class ShardingOptions:
         AUTO,
         "Where tables lie on several devices: a copy each, whole tables, rows, columns, rows within groups of devices; "
         "auto plans each table by its cost (dlrm_jax.plan shows it).",
-        choices=(*SHARDINGS, AUTO),
+        choices=lambda: (*FORMS.all(), AUTO),
     )
     plan: str = setting(
         "",
@@ -83,12 +85,12 @@ def check_on_one_device(model: ModelConfig, options: ShardingOptions) -> list[st
     return _given(options, [field.name for field in dataclasses.fields(options) if field.name != "mesh"])
 
 
-def without_effect(options: ShardingOptions, plan: Plan, stacks: tuple[Stack, ...]) -> list[str]:
+def without_effect(options: ShardingOptions, plan: Plan) -> list[str]:
     """The placement flags that a plan leaves without effect."""
-    kinds, forms = {placement.sharding for placement in plan.tables.values()}, {stack.form for stack in stacks}
-    unused = [] if TABLE_ROW_WISE in kinds else ["group_size"]
-    unused += [] if ROUTED in forms else ["exchange_capacity"]
-    unused += [] if forms - {REPLICATED} else ["exchange_dtype"]
+    forms = [form_of(placement.sharding) for placement in plan.tables.values()]
+    unused = [] if any(form.span == GROUP for form in forms) else ["group_size"]
+    unused += [] if any(form.in_rounds for form in forms) else ["exchange_capacity"]
+    unused += ["exchange_dtype"] if all(form.replicated for form in forms) else []
     return _given(options, unused)
 
 
@@ -131,8 +133,8 @@ def place(
 def exchange_capacity(
     stacks: tuple[Stack, ...], num_devices: int, sample: Iterable[Batch], fixed: int = 0
 ) -> dict[str, int]:
-    """Rows that a device may ask of each peer at once, for each row-wise stack: `fixed`, or what `sample` needs."""
-    routed = [stack for stack in stacks if stack.form == ROUTED and stack.num_shards > 1]
+    """Rows that a device may ask of each peer at once, for stacks that ask for rows: `fixed` or by `sample`."""
+    routed = [stack for stack in stacks if stack.form.in_rounds and stack.num_shards > 1]
     if fixed:
         return {stack.name: fixed for stack in routed}
     most: dict[str, int] = {}

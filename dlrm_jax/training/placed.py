@@ -16,9 +16,10 @@ from dlrm_jax.host.formulations import NATIVE, XLA
 from dlrm_jax.host.mesh import MeshShape, batch_sharding, make_mesh, replicated
 from dlrm_jax.tables.collective import ExchangeOptions
 from dlrm_jax.tables.exchange import TableOps, array_specs, placed_ops, slot_specs
+from dlrm_jax.tables.forms.base import Stack
 from dlrm_jax.tables.init import init_stack
 from dlrm_jax.tables.kernels.ops import native_ops
-from dlrm_jax.tables.layout import Stack, place_stacks
+from dlrm_jax.tables.layout import place_stacks
 from dlrm_jax.tables.plan import DATA_PARALLEL, Plan, make_plan
 from dlrm_jax.training.state import TrainState, compiled_init_dense, init_dense, new_state
 

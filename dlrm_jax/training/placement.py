@@ -51,7 +51,7 @@ def place_run(config: RunConfig, model: ModelConfig, dataset: Dataset, copies: f
     require_room(config, setting, choose_plan(model, config.sharding, shape, auto), copies)
     sample = sample_batches(config, dataset)
     placed = place(model, config.optimizer, config.sharding, auto, sample, kernels=config.cpu_kernels)
-    _say_unused(without_effect(config.sharding, placed.plan, placed.stacks), "under this plan")
+    _say_unused(without_effect(config.sharding, placed.plan), "under this plan")
     return placed
 
 

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from dlrm_jax.config import (
-    TABLE_DTYPES,
     DenseConfig,
     LossConfig,
     ModelConfig,
@@ -30,6 +29,7 @@ from dlrm_jax.host.formulations import KERNELS, XLA
 from dlrm_jax.host.memory import TRY_ANYWAY_HELP
 from dlrm_jax.model import interactions
 from dlrm_jax.tables.compress import compressed
+from dlrm_jax.tables.dtypes import DTYPES
 from dlrm_jax.tables.rules import make_rule
 from dlrm_jax.training.options import ShardingOptions
 from dlrm_jax.training.table_settings import read_table_settings, require_known
@@ -59,7 +59,7 @@ class ModelOptions(DenseConfig):
     table_dtype: str = setting(
         "float32",
         "What tables are stored as; in two bytes they are rounded up or down at random, right on average.",
-        choices=TABLE_DTYPES,
+        choices=lambda: tuple(DTYPES.all()),
     )
 
     def __post_init__(self) -> None:

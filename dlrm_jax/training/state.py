@@ -10,8 +10,9 @@ from dlrm_jax.config import ModelConfig, OptimizerConfig
 from dlrm_jax.model.dense_optimizer import make_dense_optimizer
 from dlrm_jax.model.dlrm import DLRM
 from dlrm_jax.tables.exchange import init_slots, pooled_shapes
+from dlrm_jax.tables.forms.base import Stack
 from dlrm_jax.tables.init import init_tables
-from dlrm_jax.tables.layout import Stack, local_stacks
+from dlrm_jax.tables.layout import local_stacks
 
 
 class TrainState(struct.PyTreeNode):

@@ -4,7 +4,8 @@ import dataclasses
 import json
 from typing import Any
 
-from dlrm_jax.config import ConfigError, from_dict, require
+from dlrm_jax.config import ConfigError, from_dict, require, require_choice
+from dlrm_jax.tables.dtypes import DTYPES
 from dlrm_jax.tables.rules import check_rule
 
 
@@ -40,6 +41,8 @@ def read_table_settings(text: str) -> dict[str, dict[str, Any]]:
 
 def _fields(name: str, values: Any) -> dict[str, Any]:
     settings = from_dict(TableSettings, values, f"--tables: table {name!r}")
+    if settings.dtype:
+        require_choice(f"--tables: table {name!r}: dtype", settings.dtype, tuple(DTYPES.all()))
     if settings.optimizer:
         check_rule(settings.optimizer)
     return {_FIELDS.get(key, key): getattr(settings, key) for key in values}

@@ -13,14 +13,13 @@ from dlrm_jax.host.mesh import parse_mesh
 from dlrm_jax.plan import model_of
 from dlrm_jax.planning import planner, report
 from dlrm_jax.planning.hardware import HARDWARE
-from dlrm_jax.tables.plan import SHARDINGS
 from dlrm_jax.training.options import ShardingOptions, choose_plan
 from dlrm_jax.training.placement import load_of, place_run, prediction, setting_of
 from dlrm_jax.training.reporting import write_json_atomically
 from dlrm_jax.training.run_config import ModelOptions, RunConfig
 from tests.data.criteo_test import ROWS, write_txt
 from tests.data.movielens_test import write_atomic
-from tests.helpers import optimizer
+from tests.helpers import SHARDINGS, optimizer
 from tests.prepared_helpers import prepare_text
 
 

@@ -1,5 +1,6 @@
 """Promise 6: what a step sends and holds is known beforehand, and agrees with the compiled step."""
 
+import dataclasses
 import itertools
 import math
 
@@ -19,11 +20,11 @@ from dlrm_jax.planning.hardware import HARDWARE
 from dlrm_jax.planning.hlo import collectives, largest_result, totals
 from dlrm_jax.planning.skew import expected_distinct, fitted_skew
 from dlrm_jax.tables.collective import ExchangeOptions
-from dlrm_jax.tables.plan import SHARDINGS, make_plan
+from dlrm_jax.tables.plan import make_plan
 from dlrm_jax.training.placed import Placed
 from dlrm_jax.training.state import init_dense
 from dlrm_jax.training.step import make_train_step
-from tests.helpers import RULES, meeting, optimizer
+from tests.helpers import RULES, SHARDINGS, meeting, optimizer
 
 BATCH = 512
 SIZES = (1_000_000, 333_333, 1000, 40, 3, 500_000)
@@ -143,6 +144,15 @@ def test_bfloat16_halves_what_is_sent_on_every_backend(sharding):
     assert sent == dict(cost.sent.bytes_by_kind)
     full, _ = predicted_and_compiled((1, 4), sharding)
     assert sent["all-to-all"] < 0.6 * full.sent.bytes_by_kind["all-to-all"]
+
+
+def test_rows_of_two_bytes_travel_as_they_are_stored():
+    halves = tuple(dataclasses.replace(table, dtype="bfloat16") for table in model().tables)
+    cost, compiled = predicted_and_compiled((1, 4), "row_wise", tables=halves)
+    sent = totals(collectives(compiled.as_text()))
+    assert sent == dict(cost.sent.bytes_by_kind)
+    (capacity,) = cost.options.capacity.values()
+    assert sent["all-to-all"] == 4 * capacity * (4 + 16 * (2 + 4))  # Numbers, rows there, gradients back.
 
 
 @pytest.mark.parametrize("sharding", ["row_wise", "column_wise"])

@@ -15,10 +15,10 @@ from dlrm_jax.host.mesh import MeshShape, parse_mesh
 from dlrm_jax.planning.cost import Load
 from dlrm_jax.planning.hardware import HARDWARE, at_hand, find, of_device
 from dlrm_jax.planning.planner import AUTO, Setting, auto_plan, does_not_fit, largest_holder, ranking
-from dlrm_jax.tables.plan import SHARDINGS, Placement, make_plan, plan_from_dict, read_overrides
+from dlrm_jax.tables.plan import Placement, make_plan, plan_from_dict, read_overrides
 from dlrm_jax.training.options import ShardingOptions, choose_plan
 from dlrm_jax.training.topology import parse_topology
-from tests.helpers import ROOT, optimizer
+from tests.helpers import ROOT, SHARDINGS, optimizer
 from tests.planning.cost_test import model
 
 SETTING = Setting(model(), optimizer("rowwise_adagrad"), MeshShape(1, 8), Load(2048), HARDWARE["h100"])

@@ -13,20 +13,21 @@ from dlrm_jax.host.mesh import MeshShape, make_mesh
 from dlrm_jax.planning.cost import Load, estimate
 from dlrm_jax.planning.hardware import HARDWARE
 from dlrm_jax.serving import load
+from dlrm_jax.tables.dtypes import rounded, table_dtype
 from dlrm_jax.tables.exchange import init_slots, local_ops, noise_of
 from dlrm_jax.tables.init import init_tables
 from dlrm_jax.tables.layout import local_stacks
-from dlrm_jax.tables.plan import SHARDINGS, make_plan
-from dlrm_jax.tables.rows import as_floats, as_stored, rounded, stored_type
+from dlrm_jax.tables.plan import make_plan
 from dlrm_jax.training.checkpoint import LATEST, Checkpoints
 from dlrm_jax.training.placed import Placed
 from dlrm_jax.training.state import init_state
 from dlrm_jax.training.step import logits, make_train_step
-from tests.helpers import optimizer, random_batch, tiny_model
+from tests.helpers import SHARDINGS, optimizer, random_batch, tiny_model
 from tests.placement_helpers import by_name, pad
 from tests.serving_helpers import export_tiny, lively_state
 
 DTYPES = ["bfloat16", "float16"]
+BFLOAT16 = table_dtype("bfloat16")
 
 
 def model(dtype, **changes):
@@ -98,7 +99,7 @@ def test_steps_round_otherwise_each_time():
     """A gradient below half a unit in the last place moves a weight by as much as it should, over many steps."""
     config = model("bfloat16")
     ops, tables = local_ops(config, optimizer("sgd")), init_tables(config, 0)
-    tables = {name: as_stored(jnp.ones(table.shape, jnp.bfloat16)) for name, table in tables.items()}
+    tables = {name: BFLOAT16.from_floats(jnp.ones(table.shape)) for name, table in tables.items()}
     ids = np.array([[3, -1, -1, -1, -1, -1, -1]], np.int32)
     d_pooled = jnp.full((1, 4, 4), 1e-4)
 
@@ -107,7 +108,7 @@ def test_steps_round_otherwise_each_time():
         return ops.update(tables, states, ops.route(ids, None), d_pooled, jnp.float32(1), count + 1)[0]
 
     after = jax.jit(lambda tables: jax.lax.fori_loop(0, 1000, step, tables))(tables)["stack_0"][3]
-    np.testing.assert_allclose(as_floats(after).mean(), 0.9, atol=0.02)
+    np.testing.assert_allclose(BFLOAT16.to_floats(after).mean(), 0.9, atol=0.02)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -117,7 +118,7 @@ def test_half_the_memory_is_held_and_predicted_and_slots_stay_float32(dtype):
     leaves = jax.tree.leaves(placed.abstract_state.tables)
     held = sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
     assert cost.memory["tables"] == held == cost.memory["optimizer state"] / 2
-    assert {leaf.dtype.name for leaf in leaves} == {stored_type(dtype)}
+    assert {leaf.dtype.name for leaf in leaves} == {table_dtype(dtype).stored}
     assert {leaf.dtype.name for leaf in jax.tree.leaves(placed.abstract_state.table_opt_state)} == {"float32"}
 
 
@@ -142,12 +143,12 @@ def test_gradients_of_a_batch_are_those_of_float32_tables():
     """One step from equal weights moves float32 and bfloat16 tables alike, but for the rounding."""
     half, single = model("bfloat16"), tiny_model()
     start, settings = init_state(half, optimizer("sgd"), 0), optimizer("sgd")
-    wide = start.replace(tables={name: as_floats(table) for name, table in start.tables.items()})
+    wide = start.replace(tables={name: BFLOAT16.to_floats(table) for name, table in start.tables.items()})
     batch, loss = random_batch(single, 16), LossConfig()
     of_half, _ = jax.jit(make_train_step(half, loss, settings))(start, batch)
     of_single, _ = jax.jit(make_train_step(single, loss, settings))(wide, batch)
     for name, table in of_single.tables.items():
-        got = as_floats(of_half.tables[name])
+        got = BFLOAT16.to_floats(of_half.tables[name])
         np.testing.assert_allclose(got, table, rtol=2**-7, atol=1e-30)
 
 
@@ -163,6 +164,6 @@ def test_noise_is_of_its_own_for_each_table_row_column_and_update():
     tables = tuple(TableConfig(name, 50, 4, dtype="bfloat16") for name in ("a", "b"))
     features = tuple(FeatureConfig(name, name) for name in ("a", "b"))
     (stack,) = local_stacks(tiny_model(tables=tables, features=features))
-    drawn = [np.asarray(noise_of(stack, jnp.int32(count))(jnp.arange(100), 4)) for count in (1, 2)]
+    drawn = [np.asarray(noise_of(stack, jnp.int32(count))(jnp.arange(100))) for count in (1, 2)]
     assert len(np.unique(drawn)) == 2 * 100 * 4
     assert abs(np.mean(np.array(drawn, np.float64)) / 2**32 - 0.5) < 0.05

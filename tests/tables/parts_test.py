@@ -20,11 +20,11 @@ from dlrm_jax.tables.compress import compressed, mixed_dims
 from dlrm_jax.tables.exchange import local_ops
 from dlrm_jax.tables.id_maps import row_numbers
 from dlrm_jax.tables.init import init_tables
-from dlrm_jax.tables.plan import SHARDINGS, make_plan
+from dlrm_jax.tables.plan import make_plan
 from dlrm_jax.training.placed import Placed
 from dlrm_jax.training.state import init_state
 from dlrm_jax.training.step import logits, make_train_step
-from tests.helpers import optimizer, random_batch, tiny_model
+from tests.helpers import SHARDINGS, optimizer, random_batch, tiny_model
 from tests.placement_helpers import by_name, difference, pad
 from tests.serving_helpers import export_tiny, lively_state
 

@@ -13,11 +13,11 @@ from dlrm_jax.tables.collective import ExchangeOptions
 from dlrm_jax.tables.exchange import OVERFLOWS
 from dlrm_jax.tables.forms.table_wise import parcels
 from dlrm_jax.tables.layout import place_stacks
-from dlrm_jax.tables.plan import SHARDINGS, Placement, Plan, make_plan
+from dlrm_jax.tables.plan import Placement, Plan, make_plan
 from dlrm_jax.training.placed import Placed
 from dlrm_jax.training.state import init_state
 from dlrm_jax.training.step import logits, make_pipelined_step, make_train_step
-from tests.helpers import RULES, optimizer, random_batch, tiny_model
+from tests.helpers import RULES, SHARDINGS, optimizer, random_batch, tiny_model
 from tests.placement_helpers import by_name, difference, local, pad, whole
 
 NUM_STEPS, BATCH = 20, 22  # Divided by none of the meshes.

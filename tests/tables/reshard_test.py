@@ -10,13 +10,13 @@ import pytest
 from dlrm_jax.config import ConfigError, LossConfig
 from dlrm_jax.host.mesh import MeshShape, make_mesh
 from dlrm_jax.tables import reshard
-from dlrm_jax.tables.plan import SHARDINGS, make_plan
+from dlrm_jax.tables.plan import make_plan
 from dlrm_jax.training import checkpoint, loop
 from dlrm_jax.training.checkpoint import LATEST, Checkpoints
 from dlrm_jax.training.options import ShardingOptions
 from dlrm_jax.training.placed import Placed
 from dlrm_jax.training.step import make_train_step
-from tests.helpers import optimizer
+from tests.helpers import SHARDINGS, optimizer
 from tests.placement_helpers import by_name, pad, slots_by_name
 from tests.tables.placement_test import batch, model
 from tests.training.resume_test import CONFIG

@@ -10,12 +10,12 @@ from dlrm_jax.cli.trained import open_stored
 from dlrm_jax.config import ConfigError, LossConfig
 from dlrm_jax.host.mesh import MeshShape, make_mesh
 from dlrm_jax.tables.by_name import named_tables
-from dlrm_jax.tables.plan import SHARDINGS, make_plan
+from dlrm_jax.tables.plan import make_plan
 from dlrm_jax.training import loop
 from dlrm_jax.training.placed import Placed, on_one_device
 from dlrm_jax.training.step import make_train_step
 from dlrm_jax.training.table_settings import read_table_settings, require_known
-from tests.helpers import optimizer, random_batch, tiny_model
+from tests.helpers import SHARDINGS, optimizer, random_batch, tiny_model
 from tests.placement_helpers import by_name, difference, pad
 from tests.training.resume_test import CONFIG
 

@@ -135,6 +135,9 @@ def read_model(version: Version) -> tuple[ModelConfig, float]:
     values = version.read_json("model.json")
     try:
         model, threshold = model_from_dict(values["model"]), float(values["loss_threshold"])
+        # Of what type tables were in training is nobody's business here: the signature says how they are stored.
+        tables = tuple(dataclasses.replace(table, dtype="float32") for table in model.tables)
+        model = dataclasses.replace(model, tables=tables)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ConfigError(f"{version.directory}/model.json is not a model's: {error}; export anew") from error
     signature = signatures.from_dict(version.read_json("signature.json"))

@@ -1,6 +1,10 @@
-"""How a table is spread over a mesh: one file a sharding type's form, each with route, lookup, update and sent."""
+"""How tables are spread over a mesh: one file a sharding type; docs/ADDING.md says how to add one."""
 
-from dlrm_jax.tables.forms import column_wise, data_parallel, row_wise, table_wise
-from dlrm_jax.tables.layout import COLUMNS, OWNED, REPLICATED, ROUTED
+import importlib
 
-FORMS = {REPLICATED: data_parallel, OWNED: table_wise, ROUTED: row_wise, COLUMNS: column_wise}
+from dlrm_jax.tables.forms.base import FORMS, Form, form_of, register
+
+__all__ = ["FORMS", "Form", "form_of", "register"]
+
+for _name in ("data_parallel", "table_wise", "row_wise", "column_wise", "table_row_wise"):  # As flags list them.
+    importlib.import_module(f"{__name__}.{_name}")

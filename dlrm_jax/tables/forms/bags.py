@@ -1,11 +1,9 @@
 """Bags on one device: from row numbers to pooled vectors, and from their gradients to updates of the rows.
 
-Every form of a table comes down to this on the shard that holds its rows, and one device is the case of one shard. A
-bag is a feature's id slots of one example; `rows_Nxk` are the row numbers of N examples' slots, features side by side
-with `hotness` slots each, and negative where a slot is empty. `scale_Nxk` is what a slot's row is multiplied with, None
-where bags are the bare sums of their rows.
+Every form of a table comes down to this on the shard that holds its rows, and one device is the case of one shard.
 """
 
+import dataclasses
 import itertools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -17,20 +15,43 @@ import numpy as np
 from dlrm_jax.config import ModelConfig
 from dlrm_jax.host.formulations import by_platform
 from dlrm_jax.tables import pooling
-from dlrm_jax.tables.layout import POOLING_WEIGHTS, Stack
+from dlrm_jax.tables.collective import ExchangeOptions
+from dlrm_jax.tables.forms.base import POOLING_WEIGHTS, Here, Learning, Sent, Stack, States
 from dlrm_jax.tables.pooling import Take
-from dlrm_jax.tables.rows import take_floats, take_rows
+from dlrm_jax.tables.rows import take_rows
 from dlrm_jax.tables.rules import Arrays, row_means
-from dlrm_jax.tables.updates import BagGrad, SparseGrad, Stored, Update
-
-States = dict[str, Arrays]
+from dlrm_jax.tables.updates import BagGrad, SparseGrad, Stored
 
 
-class Updates(NamedTuple):
-    """The update of a stack's rows, and that of its learned pooling weights."""
+class Bags(NamedTuple):
+    """Id slots of N examples, features side by side with `hotness` slots each; those of one feature are a bag.
 
-    rows: Update
-    weights: Update
+    `rows_Nxk` are their row numbers, negative where a slot is empty. `scale_Nxk` is what a slot's row is multiplied
+    with, None where bags are the bare sums of their rows.
+    """
+
+    rows_Nxk: jax.Array
+    scale_Nxk: jax.Array | None
+    hotness: tuple[int, ...]
+
+
+def bags_of(routes: Arrays, hotness: tuple[int, ...]) -> Bags:
+    """Those that `routes` holds as `rows` and perhaps `scale`."""
+    return Bags(routes["rows"], routes.get("scale"), hotness)
+
+
+def sent_of_bags(
+    stack: Stack, kind: str, batch: int, each: tuple[int, int], scales: bool, options: ExchangeOptions
+) -> Sent:
+    """Ids, and perhaps their scales, to whoever has the rows by a collective of `kind`, pooled vectors back and forth.
+
+    `each` says how many slots and floats of pooled vectors an example has on a shard; copies exchange what arrived.
+    """
+    shards, copies = stack.num_shards, stack.num_copies
+    slots, pooled = (shards * batch * count for count in each)
+    found = [(kind, shards, slots * 4), ("all-gather", copies, copies * slots * 4)] * (1 + scales)
+    found += [("all-to-all", shards, pooled * options.float_bytes)] * 2
+    return [*found, ("all-gather", copies, copies * pooled * 4)]
 
 
 def slot_scale(model: ModelConfig, ids_BxK: jax.Array, id_weights_BxK: jax.Array | None) -> jax.Array | None:
@@ -69,20 +90,15 @@ def sum_bags_of_slots(slots_kxbxD: jax.Array, hotness: tuple[int, ...]) -> jax.A
     return jnp.stack(bags, axis=1)
 
 
-def learns_weights(stack: Stack, tables: Arrays) -> bool:
-    """Whether the stack's rows have learned pooling weights."""
-    return stack.name + POOLING_WEIGHTS in tables
-
-
-def read_rows(stack: Stack, tables: Arrays, row_ids: jax.Array) -> jax.Array:
+def read_rows(here: Here, row_ids: jax.Array) -> jax.Array:
     """(*row_ids.shape, W): local rows by number; where a number is outside, any row.
 
     With learned pooling weights a row carries its weight in one more column: W is the width + 1.
     """
-    flat = row_ids.reshape(-1)
-    rows = take_floats(tables[stack.name], flat, stack.width)
-    if learns_weights(stack, tables):
-        rows = jnp.concatenate([rows, take_rows(tables[stack.name + POOLING_WEIGHTS], flat, 1)], axis=1)
+    flat, stack = row_ids.reshape(-1), here.stack
+    rows = stack.dtype.to_floats(take_rows(here.tables[stack.name], flat, stack.width))
+    if here.learns_weights:
+        rows = jnp.concatenate([rows, take_rows(here.tables[stack.name + POOLING_WEIGHTS], flat, 1)], axis=1)
     return rows.reshape(*row_ids.shape, -1)
 
 
@@ -93,37 +109,30 @@ def scaled(stack: Stack, rows: jax.Array, scale: jax.Array) -> jax.Array:
     return rows[..., : stack.width] * scale[..., None]
 
 
-def pool_bags(
-    stack: Stack,
-    tables: Arrays,
-    rows_Nxk: jax.Array,
-    scale_Nxk: jax.Array | None,
-    hotness: tuple[int, ...],
-    take: Take | None = None,
-) -> jax.Array:
-    """pooled_Nxfxw: each bag's rows, times their scales, summed. `take` reads rows, by default float32 ones."""
-    take = take or _take_of(stack)
-    if learns_weights(stack, tables):
+def pool_bags(here: Here, bags: Bags) -> jax.Array:
+    """pooled_Nxfxw: each bag's rows, times their scales, summed."""
+    take, table, (rows_Nxk, scale_Nxk, hotness) = here.take or _take_of(here.stack), here.tables[here.stack.name], bags
+    if here.learns_weights:
         # In one read, which the way back shares: it needs the rows again, before the update writes to them.
-        scale_Nxk = _filled(rows_Nxk, scale_Nxk) * _weights(stack, tables, rows_Nxk)
-        return sum_bags(take(tables[stack.name], rows_Nxk) * scale_Nxk[:, :, None], hotness)
+        weights_M = take_rows(here.tables[here.stack.name + POOLING_WEIGHTS], rows_Nxk.reshape(-1), 1)
+        scale_Nxk = _filled(rows_Nxk, scale_Nxk) * weights_M.reshape(rows_Nxk.shape)
+        return sum_bags(take(table, rows_Nxk) * scale_Nxk[:, :, None], hotness)
     pooled: list[jax.Array] = []
     features: list[int] = []
     for group, members in _groups(hotness):
         scale = None if scale_Nxk is None else scale_Nxk[:, group]
-        pooled.append(pooling.pool(take, tables[stack.name], rows_Nxk[:, group], scale))
+        pooled.append(pooling.pool(take, table, rows_Nxk[:, group], scale))
         features += members
     return pooled[0] if len(pooled) == 1 else jnp.concatenate(pooled, axis=1)[:, np.argsort(features)]
 
 
 def _take_of(stack: Stack) -> Take:
-    if stack.pack == 1:
-        return pooling.read_floats
-    return lambda table, ids: take_floats(table, ids.reshape(-1), stack.width).reshape(*ids.shape, stack.width)
+    def take(table: jax.Array, ids: jax.Array) -> jax.Array:
+        if stack.pack == 1:
+            return stack.dtype.to_floats(pooling.read_rows(table, ids))
+        return stack.dtype.to_floats(take_rows(table, ids.reshape(-1), stack.width)).reshape(*ids.shape, stack.width)
 
-
-def _weights(stack: Stack, tables: Arrays, rows_Nxk: jax.Array) -> jax.Array:
-    return take_rows(tables[stack.name + POOLING_WEIGHTS], rows_Nxk.reshape(-1), 1).reshape(rows_Nxk.shape)
+    return take
 
 
 def _filled(rows: jax.Array, scale: jax.Array | None) -> jax.Array:
@@ -147,80 +156,60 @@ def slot_gradients(stack: Stack, d_slots: jax.Array, scale: jax.Array, rows: jax
     return jnp.concatenate([d_slots * (scale * rows[..., -1])[..., None], d_weights[..., None]], axis=-1)
 
 
-def row_gradients(
-    stack: Stack,
-    tables: Arrays,
-    rows_Nxk: jax.Array,
-    scale_Nxk: jax.Array | None,
-    hotness: tuple[int, ...],
-    d_pooled_Nxfxw: jax.Array,
-) -> SparseGrad:
+def row_gradients(here: Here, bags: Bags, d_pooled_Nxfxw: jax.Array) -> SparseGrad:
     """The gradient of `pool_bags` in the stack's rows, one a slot, (N * k, W)."""
-    d_slots = d_pooled_Nxfxw[:, np.repeat(np.arange(len(hotness)), hotness)]
-    rows = read_rows(stack, tables, rows_Nxk) if learns_weights(stack, tables) else None
-    grads = slot_gradients(stack, d_slots, _filled(rows_Nxk, scale_Nxk), rows)
-    return SparseGrad(rows_Nxk.reshape(-1), grads.reshape(-1, grads.shape[-1]))
+    d_slots = d_pooled_Nxfxw[:, np.repeat(np.arange(len(bags.hotness)), bags.hotness)]
+    rows = read_rows(here, bags.rows_Nxk) if here.learns_weights else None
+    grads = slot_gradients(here.stack, d_slots, _filled(bags.rows_Nxk, bags.scale_Nxk), rows)
+    return SparseGrad(bags.rows_Nxk.reshape(-1), grads.reshape(-1, grads.shape[-1]))
 
 
-def _bag_gradients(
-    rows_Nxk: jax.Array, scale_Nxk: jax.Array | None, hotness: tuple[int, ...], d_pooled_Nxfxw: jax.Array
-) -> tuple[BagGrad, ...]:
+def _bag_gradients(bags: Bags, d_pooled_Nxfxw: jax.Array) -> tuple[BagGrad, ...]:
     """`row_gradients` by bags, those of one hotness together. Not where pooling weights are learned."""
-    bags = []
-    for group, members in _groups(hotness):
+    gradients = []
+    for group, members in _groups(bags.hotness):
         by_slot = group.T[:, None]  # (h, 1, G), to have slots first and bags of all examples next to each other.
-        examples = np.arange(rows_Nxk.shape[0])[None, :, None]
-        bags.append(
+        examples = np.arange(bags.rows_Nxk.shape[0])[None, :, None]
+        scale = None if bags.scale_Nxk is None else bags.scale_Nxk[examples, by_slot].reshape(group.shape[1], -1)
+        gradients.append(
             BagGrad(
-                ids_hxN=rows_Nxk[examples, by_slot].reshape(group.shape[1], -1),
-                scale_hxN=None if scale_Nxk is None else scale_Nxk[examples, by_slot].reshape(group.shape[1], -1),
+                ids_hxN=bags.rows_Nxk[examples, by_slot].reshape(group.shape[1], -1),
+                scale_hxN=scale,
                 d_bags_NxD=d_pooled_Nxfxw[:, np.array(members)].reshape(-1, d_pooled_Nxfxw.shape[2]),
             )
         )
-    return tuple(bags)
+    return tuple(gradients)
 
 
-def update_bags(
-    stack: Stack,
-    updates: Updates,
-    tables: Arrays,
-    states: States,
-    rows_Nxk: jax.Array,
-    scale_Nxk: jax.Array | None,
-    hotness: tuple[int, ...],
-    d_pooled_Nxfxw: jax.Array,
-) -> tuple[Arrays, States]:
+def update_bags(here: Learning, bags: Bags, d_pooled_Nxfxw: jax.Array) -> tuple[Arrays, States]:
     """The stack's tables and slots after the gradient of `pool_bags`."""
+    name, hotness = here.stack.name, bags.hotness
 
-    def by_rows(tables: Arrays, states: States, rows: jax.Array, *rest: jax.Array) -> tuple[Arrays, States]:
-        scale, d_pooled = rest
-        grad = row_gradients(stack, tables, rows, scale, hotness, d_pooled)
-        return update_rows(stack, updates, tables, states, grad)
+    def by_rows(tables: Arrays, states: States, rows: Any, scale: Any, d_pooled: Any) -> tuple[Arrays, States]:
+        now = dataclasses.replace(here, tables=tables, states=states)
+        return update_rows(now, row_gradients(now, Bags(rows, scale, hotness), d_pooled))
 
-    def by_bags(tables: Arrays, states: States, *args: jax.Array) -> tuple[Arrays, States]:
-        rows, scale, d_pooled = args
-        stored = Stored(tables[stack.name], states[stack.name])
-        stored = updates.rows.by_bags(_bag_gradients(rows, scale, hotness, d_pooled), stored)
-        return {stack.name: stored.weights}, {stack.name: stored.slots}
+    def by_bags(tables: Arrays, states: States, rows: Any, scale: Any, d_pooled: Any) -> tuple[Arrays, States]:
+        gradients = _bag_gradients(Bags(rows, scale, hotness), d_pooled)
+        stored = here.of_rows.by_bags(gradients, Stored(tables[name], states[name]))
+        return {name: stored.weights}, {name: stored.slots}
 
-    args: Any = (tables, states, rows_Nxk, scale_Nxk, d_pooled_Nxfxw)
+    args: Any = (here.tables, here.states, bags.rows_Nxk, bags.scale_Nxk, d_pooled_Nxfxw)
     one_id_a_bag = sum(hotness) == len(hotness)
-    shared = stack.num_shards > 1 and updates.rows.dim and row_means(updates.rows.rule)
-    if one_id_a_bag or shared or learns_weights(stack, tables):
+    shared = here.stack.num_shards > 1 and here.of_rows.dim and row_means(here.of_rows.rule)
+    if one_id_a_bag or shared or here.learns_weights:
         return by_rows(*args)  # Devices that share rows agree on a mean in one collective, not in one a piece.
     return by_platform(by_bags, by_rows, *args)
 
 
-def update_rows(
-    stack: Stack, updates: Updates, tables: Arrays, states: States, grad: SparseGrad
-) -> tuple[Arrays, States]:
+def update_rows(here: Learning, grad: SparseGrad) -> tuple[Arrays, States]:
     """The stack's tables and slots after a gradient of their rows, (M, W)."""
-    rows_MxW, width = grad.rows_MxD, stack.width
-    parts = {stack.name: (updates.rows, rows_MxW[:, :width])}
-    if learns_weights(stack, tables):
-        parts[stack.name + POOLING_WEIGHTS] = (updates.weights, rows_MxW[:, width:])
+    name, rows_MxW, width = here.stack.name, grad.rows_MxD, here.stack.width
+    parts = {name: (here.of_rows, rows_MxW[:, :width])}
+    if here.learns_weights:
+        parts[name + POOLING_WEIGHTS] = (here.of_weights, rows_MxW[:, width:])
     new_tables, new_states = {}, {}
     for name, (update, rows_MxD) in parts.items():
-        stored = update.by_rows(SparseGrad(grad.ids_M, rows_MxD), Stored(tables[name], states[name]))
+        stored = update.by_rows(SparseGrad(grad.ids_M, rows_MxD), Stored(here.tables[name], here.states[name]))
         new_tables[name], new_states[name] = stored
     return new_tables, new_states

@@ -13,9 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from dlrm_jax.tables.collective import ExchangeOptions, from_copies, to_owners
-from dlrm_jax.tables.forms.bags import States, Updates, pool_bags, update_bags
-from dlrm_jax.tables.layout import Stack
-from dlrm_jax.tables.rules import Arrays
+from dlrm_jax.tables.forms.bags import bags_of, pool_bags, sent_of_bags, update_bags
+from dlrm_jax.tables.forms.base import ONE, Form, Here, Learning, Sent, Stack, States, Work, register
+from dlrm_jax.tables.forms.data_parallel import INTS
+from dlrm_jax.tables.rules import WEIGHT, Arrays
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,67 +57,63 @@ def _padded(numbers: Any, width: int) -> np.ndarray:
     return np.pad(np.array(list(numbers), np.int32), (0, width - len(numbers)), constant_values=-1)
 
 
-def route(stack: Stack, ids_bxk: jax.Array, scale_bxk: jax.Array | None, options: ExchangeOptions) -> Arrays:
-    """Row numbers of all the copy's examples in this shard's tables, and their scales where ids do not say them."""
-    del options
-    slot_SxK = parcels(stack).slot_SxK
-    offset_k = np.array(stack.offset_T, np.int32)[stack.table_K]
-    rows_bxk = jnp.where(ids_bxk < 0, -1, ids_bxk + offset_k[None])
-    empty = jnp.asarray(slot_SxK < 0)[:, None]
-    rows = to_owners(jnp.where(empty, -1, _parts(rows_bxk, slot_SxK)), stack.num_shards)
-    rows = rows.reshape(-1, slot_SxK.shape[1])
-    if scale_bxk is None:
-        return {"rows": rows}
-    scale = to_owners(jnp.where(empty, 0, _parts(scale_bxk, slot_SxK)), stack.num_shards)
-    return {"rows": rows, "scale": scale.reshape(rows.shape)}
-
-
 def _parts(x_bxk: jax.Array, columns_SxK: np.ndarray) -> jax.Array:
     """(S, b, K, ...): the columns for each shard; those of padding are any."""
     return jnp.moveaxis(x_bxk[:, np.maximum(columns_SxK, 0)], 1, 0)
 
 
-def lookup(
-    stack: Stack, tables: Arrays, routes: Arrays, options: ExchangeOptions, take: Any = None
-) -> tuple[jax.Array, Arrays]:
-    """pooled_bxfxD, each feature from its owner."""
-    parcel, shards = parcels(stack), stack.num_shards
-    pooled_BxFxD = pool_bags(stack, tables, routes["rows"], routes.get("scale"), parcel.hotness, take)
-    pooled_SxbxFxD = to_owners(pooled_BxFxD.reshape(shards, -1, *pooled_BxFxD.shape[1:]), shards, options.dtype)
-    shard_F, place_F = np.nonzero(parcel.feature_SxF >= 0)
-    order = np.argsort(parcel.feature_SxF[shard_F, place_F])
-    return jnp.stack([pooled_SxbxFxD[shard_F[i], :, place_F[i]] for i in order], axis=1), routes
+@register("table_wise")
+class TableWise(Form):
+    """Each table whole on one shard."""
 
+    arrays = "owned"
+    why = "whole on the device that carried least"
+    splits_rows = True
+    span = ONE
 
-def update(
-    stack: Stack,
-    updates: Updates,
-    tables: Arrays,
-    states: States,
-    routes: Arrays,
-    d_pooled: jax.Array,
-    options: ExchangeOptions,
-) -> tuple[Arrays, States]:
-    """Pooled gradients go to the owners, which know the ids already; copies exchange them with the ids."""
-    parcel, shards = parcels(stack), stack.num_shards
-    empty = jnp.asarray(parcel.feature_SxF < 0)[:, None, :, None]
-    parts_SxbxFxD = jnp.where(empty, 0, _parts(d_pooled, parcel.feature_SxF))
-    d_BxFxD = to_owners(parts_SxbxFxD, shards, options.dtype).reshape(-1, *parts_SxbxFxD.shape[2:])
-    everyones = {name: from_copies(x, stack.num_copies) for name, x in routes.items()}
-    d_BxFxD = from_copies(d_BxFxD, stack.num_copies)
-    bags = (everyones["rows"], everyones.get("scale"), parcel.hotness, d_BxFxD)
-    return update_bags(stack, updates, tables, states, *bags)
+    def route(self, here: Here, ids_bxk: jax.Array, scale_bxk: jax.Array | None) -> Arrays:
+        """Row numbers of all the copy's examples in this shard's tables, and their scales where ids do not say them."""
+        stack, slot_SxK = here.stack, parcels(here.stack).slot_SxK
+        rows_bxk = jnp.where(ids_bxk < 0, -1, ids_bxk + stack.offset_k[None])
+        empty = jnp.asarray(slot_SxK < 0)[:, None]
+        rows = to_owners(jnp.where(empty, -1, _parts(rows_bxk, slot_SxK)), stack.num_shards)
+        rows = rows.reshape(-1, slot_SxK.shape[1])
+        if scale_bxk is None:
+            return {"rows": rows}
+        scale = to_owners(jnp.where(empty, 0, _parts(scale_bxk, slot_SxK)), stack.num_shards)
+        return {"rows": rows, "scale": scale.reshape(rows.shape)}
 
+    def lookup(self, here: Here, routes: Arrays) -> tuple[jax.Array, Arrays]:
+        """Each feature from its owner."""
+        parcel, shards = parcels(here.stack), here.stack.num_shards
+        pooled_BxFxD = pool_bags(here, bags_of(routes, parcel.hotness))
+        pooled_BxFxD = pooled_BxFxD.reshape(shards, -1, *pooled_BxFxD.shape[1:])
+        pooled_SxbxFxD = to_owners(pooled_BxFxD, shards, here.options.dtype)
+        shard_F, place_F = np.nonzero(parcel.feature_SxF >= 0)
+        order = np.argsort(parcel.feature_SxF[shard_F, place_F])
+        return jnp.stack([pooled_SxbxFxD[shard_F[i], :, place_F[i]] for i in order], axis=1), routes
 
-def sent(stack: Stack, batch: int, columns: int, scales: bool, options: ExchangeOptions) -> list[tuple[str, int, int]]:
-    """(kind, devices that take part, bytes) of each collective of a step."""
-    del columns
-    parcel, shards, copies = parcels(stack), stack.num_shards, stack.num_copies
-    slots, features = parcel.slot_SxK.shape[1], parcel.feature_SxF.shape[1]
-    found = []
-    for _ in range(1 + scales):
-        found.append(("all-to-all", shards, shards * batch * slots * 4))
-        found.append(("all-gather", copies, copies * shards * batch * slots * 4))
-    pooled = shards * batch * features * stack.dim
-    found += [("all-to-all", shards, pooled * options.float_bytes)] * 2
-    return [*found, ("all-gather", copies, copies * pooled * 4)]
+    def update(self, here: Learning, routes: Arrays, d_pooled_bxfxD: jax.Array) -> tuple[Arrays, States]:
+        """Pooled gradients go to the owners, which know the ids already; copies exchange them with the ids."""
+        stack, parcel, shards = here.stack, parcels(here.stack), here.stack.num_shards
+        empty = jnp.asarray(parcel.feature_SxF < 0)[:, None, :, None]
+        parts_SxbxFxD = jnp.where(empty, 0, _parts(d_pooled_bxfxD, parcel.feature_SxF))
+        d_BxFxD = to_owners(parts_SxbxFxD, shards, here.options.dtype).reshape(-1, *parts_SxbxFxD.shape[2:])
+        everyones = {name: from_copies(x, stack.num_copies) for name, x in routes.items()}
+        return update_bags(here, bags_of(everyones, parcel.hotness), from_copies(d_BxFxD, stack.num_copies))
+
+    def sent(self, stack: Stack, batch: int, columns: int, scales: bool, options: ExchangeOptions) -> Sent:
+        """Parcels of ids to the owners, of pooled vectors back, and of their gradients."""
+        del columns
+        slots, features = parcels(stack).slot_SxK.shape[1], parcels(stack).feature_SxF.shape[1]
+        return sent_of_bags(stack, "all-to-all", batch, (slots, features * stack.dim), scales, options)
+
+    def looked_up(self, stack: Stack, batch: int) -> int:
+        """Its parcels' slots of all of its copy's examples."""
+        return -(-batch // stack.num_copies) * parcels(stack).slot_SxK.shape[1]
+
+    def memory(self, work: Work) -> tuple[int, int]:
+        """Ids, and where rows are sorted the places of slots, their gradients, and what is kept a weight."""
+        width = work.stack.width
+        kept = width * sum(slot.per == WEIGHT for slot in work.rule.slots)
+        return (work.slots * work.stack.num_copies * (4 if work.rule.linear else width + kept + INTS),) * 2

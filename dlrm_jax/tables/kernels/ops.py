@@ -14,8 +14,9 @@ import numpy as np
 
 from dlrm_jax.config import ConfigError, ModelConfig, OptimizerConfig
 from dlrm_jax.tables.exchange import Arrays, TableOps, local_ops, stack_rule
+from dlrm_jax.tables.forms.base import Stack
 from dlrm_jax.tables.kernels import build
-from dlrm_jax.tables.layout import Stack, local_stacks
+from dlrm_jax.tables.layout import local_stacks
 from dlrm_jax.tables.rules import Adagrad, RowwiseAdagrad, Rule, Sgd
 
 _LOG = logging.getLogger("dlrm_jax")
