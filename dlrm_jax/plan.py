@@ -42,7 +42,9 @@ def model_of(config: RunConfig) -> ModelConfig:
     data = config.data
     if data.multi_hot != "none":  # Both ways give bags of the same sizes, and this one holds nothing in memory.
         data = dataclasses.replace(data, multi_hot="virtual")
-    return config.model.build(load_dataset(data))
+    model = config.model.build(load_dataset(data))
+    config.check_model(model)
+    return model
 
 
 def hardware_of() -> hardware.Hardware:

@@ -125,12 +125,23 @@ def update(kind: str, config: OptimizerConfig, step: int, w, g, state):
     return w - rate * (change + decay * w), {"mu": mu, "nu": nu}
 
 
+def bounded(config: OptimizerConfig, params, grads):
+    """The gradients with L2, together of no greater norm than `clip_norm`."""
+    l2 = {"dense": config.dense_l2, "tables": config.table_l2}
+    grads = {part: jax.tree.map(lambda g, w, l2=l2[part]: g + l2 * w, grads[part], params[part]) for part in l2}
+    if not config.clip_norm:
+        return grads
+    norm = jnp.sqrt(sum((leaf**2).sum() for leaf in jax.tree.leaves(grads)))
+    return jax.tree.map(lambda g: g * jnp.minimum(1, config.clip_norm / (norm + 1e-6)), grads)
+
+
 def make_step(model: ModelConfig, loss: LossConfig, config: OptimizerConfig):
     """`(params, states, number of the step, batch) -> (params, states, loss)`; `states` starts as {}."""
 
     def step(params, states, number, batch):
         value, grads, _ = gradients(model, loss, params, batch)
         new, new_states = {}, {}
+        grads = bounded(config, params, grads)
         for part, kind in (("dense", config.dense), ("tables", config.table)):
             leaves, tree = jax.tree.flatten(params[part])
             g_leaves = jax.tree.leaves(grads[part])

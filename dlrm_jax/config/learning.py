@@ -9,6 +9,7 @@ from dlrm_jax.config.settings import Needs, check_settings, setting, settings
 LOSSES = ("bce", "wbce", "mse")
 DENSE_OPTIMIZERS = ("sgd", "momentum", "adagrad", "adam", "adamw")
 SCHEDULE_COMPAT = ("none", "dlrm")
+TOUCHED_ROWS, ALL_ROWS = TABLE_UPDATES = ("touched", "all")
 DECAYS = ("polynomial", "linear", "cosine")
 
 _WBCE = Needs(lambda run: run.loss.name == "wbce", "it is for --loss=wbce")
@@ -171,9 +172,25 @@ class OptimizerConfig:
         needs=Needs(lambda run: run.optimizer.dense == "adamw", "it is for --dense_optimizer=adamw"),
     )
     dense_l2: float = setting(0.0, "Add this times each weight of the MLPs to its gradient.", at_least=0)
-    clip_value: float = setting(0.0, "Bound each number of a gradient, of MLPs and of touched rows; 0: no.", at_least=0)
+    clip_value: float = setting(0.0, "Bound each number of a gradient, after --clip_norm; 0: no.", at_least=0)
+    clip_norm: float = setting(
+        0.0,
+        "Bound the norm of all gradients together, of MLPs and of rows, each row's merged; 0: no. On several devices "
+        "rows' gradients are exchanged twice for it.",
+        at_least=0,
+    )
+    table_update: str = setting(
+        TOUCHED_ROWS,
+        "Which rows a step moves: those that its batch touched, or all, as of a dense parameter: moments decay and "
+        "--table_l2 pulls everywhere, and a step's time and memory grow with the tables (--most_rows_updated).",
+        choices=TABLE_UPDATES,
+    )
     table_rate: float = setting(1.0, "The tables' learning rate, times the run's.", above=0)
-    table_l2: float = setting(0.0, "Add this times a touched row to its gradient.", at_least=0)
+    table_l2: float = setting(
+        0.0,
+        "Add this times a row to its gradient; of rows that are touched, or of all (--table_update).",
+        at_least=0,
+    )
     table_clip_norm: float = setting(0.0, "Bound the norm of a row's gradient; 0: no.", at_least=0)
     table_weight_decay: float = setting(
         0.0, "Take the learning rate times this of a touched row away, as AdamW.", at_least=0

@@ -29,11 +29,22 @@ def scale_by_dlrm_adagrad(eps: float) -> optax.GradientTransformation:
 def make_dense_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
     """The transformation named `config.dense`; its updates still have to be multiplied by -learning_rate.
 
-    `dense_l2` times a weight is added to its gradient, then `clip_value` bounds that.
+    `clip_value` bounds what it is given.
     """
-    before = [optax.add_decayed_weights(config.dense_l2)] if config.dense_l2 else []
-    before += [optax.clip(config.clip_value)] if config.clip_value else []
-    return optax.chain(*before, _rule(config)) if before else _rule(config)
+    return optax.chain(optax.clip(config.clip_value), _rule(config)) if config.clip_value else _rule(config)
+
+
+def regularised(config: OptimizerConfig, gradient: Any, params: Any) -> Any:
+    """The gradient with `dense_l2` times each weight."""
+    return jax.tree.map(lambda g, w: g + config.dense_l2 * w, gradient, params) if config.dense_l2 else gradient
+
+
+def norm_factor(most: float, squares: jax.Array) -> jax.Array:
+    """What gradients whose squares add up to `squares` are multiplied with, so that their norm is at most `most`.
+
+    As torch.nn.utils.clip_grad_norm_, with its 1e-6.
+    """
+    return jnp.minimum(1.0, most / (jnp.sqrt(squares) + 1e-6))
 
 
 def _rule(config: OptimizerConfig) -> optax.GradientTransformation:

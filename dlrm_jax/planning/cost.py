@@ -12,6 +12,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from dlrm_jax.config import ModelConfig, OptimizerConfig, TableConfig
+from dlrm_jax.config.learning import ALL_ROWS
 from dlrm_jax.planning.dense_work import dense_work
 from dlrm_jax.planning.hardware import Hardware
 from dlrm_jax.planning.hlo import CONTROL_BYTES
@@ -198,12 +199,14 @@ def _traffic(
     rows = 0.0
     for stack in stacks:
         looked_up, width = stack.form.looked_up(stack, load.batch_size), stack.width * stack.dtype.bytes
-        updated = _most_distinct(stack, load, load.batch_size)
+        moves_all = optimizer.table_update == ALL_ROWS
+        updated = float(stack.rows) if moves_all else _most_distinct(stack, load, load.batch_size)
         rule = stack_rule(optimizer, stack)
         slots = 2 * FLOAT * sum(slot.width(stack.width) for slot in rule.slots)  # Read and written.
         rows += looked_up * width + updated * (2 * width + slots)
         merged = looked_up * (stack.num_copies if stack.form.splits_columns else 1)
         streams += 4 * merged * width + (0 if rule.linear else 64 * merged)
+        streams += 2 * FLOAT * stack.width * stack.rows * moves_all  # The whole gradient, written and read.
     return streams, rows
 
 
@@ -234,6 +237,8 @@ def _memory(
         works = [_work(model, optimizer, stack, load, options) for stack in stacks]
         floats = step_floats(model, works, b, load.num_micro_batches)
         activations, exchange = (count * FLOAT for count in (floats if devices > 1 else (sum(floats), 0)))
+    if optimizer.table_update == ALL_ROWS:
+        activations += max(_floats_of_all_rows(optimizer, stack) for stack in stacks) * FLOAT
     on_chip = min(on_chip_bytes, activations + exchange)
     activations, exchange = activations - min(on_chip, activations), exchange - max(0, on_chip - activations)
     return {
@@ -243,6 +248,12 @@ def _memory(
         "activations": batch + activations,
         "exchange buffers": exchange,
     }
+
+
+def _floats_of_all_rows(optimizer: OptimizerConfig, stack: Stack) -> int:
+    """What an update of all rows holds: their gradient, what is added to them, half of the new slots; their numbers."""
+    kept = sum(slot.per == WEIGHT for slot in stack_rule(optimizer, stack).slots)
+    return stack.rows * ((4 + kept) * stack.width // 2 + 3)
 
 
 def _work(model: ModelConfig, optimizer: OptimizerConfig, stack: Stack, load: Load, options: ExchangeOptions) -> Work:

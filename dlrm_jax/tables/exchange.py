@@ -13,7 +13,7 @@ weights to it, and, in float64, everything to a plain dense model.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -22,15 +22,17 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
 from dlrm_jax.config import Lookup, ModelConfig, OptimizerConfig
+from dlrm_jax.config.learning import ALL_ROWS
 from dlrm_jax.host.mesh import BATCH_SPEC, DATA, MODEL
 from dlrm_jax.tables.collective import ExchangeOptions, shard_index, sum_over_shards
 from dlrm_jax.tables.forms.bags import slot_scale
 from dlrm_jax.tables.forms.base import POOLING_WEIGHTS, Here, Learning, Stack
+from dlrm_jax.tables.forms.whole import update_whole, whole_gradient
 from dlrm_jax.tables.hashing import mix, table_keys
 from dlrm_jax.tables.layout import local_stacks
 from dlrm_jax.tables.pooling import Take
 from dlrm_jax.tables.rules import ROW, Rule, Slot, make_rule
-from dlrm_jax.tables.updates import Update
+from dlrm_jax.tables.updates import SUM, Stored, Update, squares
 
 Arrays = dict[str, Any]
 
@@ -54,15 +56,17 @@ class TableOps(NamedTuple):
 
     route: (ids_BxK, id_weights_BxK or None) -> routes. Reads no table.
     lookup: (tables, routes) -> (pooled, routes), the routes with what the way back needs.
-    update: (tables, states, routes, d_pooled, learning_rate, count) -> (tables, states, counters). `count` is the
-      number of the update, from 1 on.
+    update: (tables, states, routes, d_pooled, learning_rate, count[, factor]) -> (tables, states, counters). `count`
+      is the number of the update, from 1 on; gradients are multiplied with `factor` first.
+    squares: (tables, routes, d_pooled) -> the squares of all rows' gradients, repeats of a row merged, added up.
     on_each: (function, shared, columns) -> function(shared, columns) = (sums, columns) of each device's own examples,
       the sums added over the devices, once.
     """
 
     route: Callable[[jax.Array, jax.Array | None], Arrays]
     lookup: Callable[[Arrays, Arrays], tuple[Pooled, Arrays]]
-    update: Callable[[Arrays, Arrays, Arrays, Pooled, jax.Array, jax.Array], tuple[Arrays, Arrays, Arrays]]
+    update: Callable[..., tuple[Arrays, Arrays, Arrays]]
+    squares: Callable[[Arrays, Arrays, Pooled], jax.Array]
     on_each: Callable[[Callable[[Any, Any], tuple[Any, Any]], Any, Any], tuple[Any, Any]] = _on_one_device
 
 
@@ -78,7 +82,11 @@ def pooled_shapes(model: ModelConfig, batch_size: int) -> Any:
 def local_ops(model: ModelConfig, optimizer: OptimizerConfig | None = None, take: TakeOf | None = None) -> TableOps:
     """All tables on one device. `optimizer` is what `update` needs, `take` reads rows of other types than float32."""
     parts = _Parts(model, optimizer, local_stacks(model), ExchangeOptions(), take)
-    return TableOps(parts.route, parts.lookup, lambda *args: (*parts.update(*args), {}))
+    return _on_one(parts)
+
+
+def _on_one(parts: "_Parts") -> TableOps:
+    return TableOps(parts.route, parts.lookup, lambda *args: (*parts.update(*args), {}), parts.squares)
 
 
 def placed_ops(
@@ -87,7 +95,7 @@ def placed_ops(
     """The same for arrays split over a mesh as `stacks` say."""
     parts = _Parts(model, optimizer, stacks, options)
     if mesh.size == 1:
-        return TableOps(parts.route, parts.lookup, lambda *args: (*parts.update(*args), {}))
+        return _on_one(parts)
     table_specs, state_specs = array_specs(model, stacks), slot_specs(optimizer, model, stacks)
 
     def over_mesh(function: Any, in_specs: Any, out_specs: Any) -> Any:
@@ -100,11 +108,15 @@ def placed_ops(
         return over_mesh(parts.lookup, (table_specs, BATCH_SPEC), BATCH_SPEC)(tables, routes)
 
     def update(tables: Arrays, states: Arrays, routes: Arrays, *rest: Any) -> tuple[Arrays, Arrays, Arrays]:
-        in_specs = (table_specs, state_specs, BATCH_SPEC, BATCH_SPEC, PartitionSpec(), PartitionSpec())
+        in_specs = (table_specs, state_specs, BATCH_SPEC, BATCH_SPEC, *[PartitionSpec()] * (len(rest) - 1))
         update = over_mesh(parts.update, in_specs, (table_specs, state_specs))
         tables, states = update(tables, states, routes, *rest)
         more = [routes[stack.name]["more"] for stack in stacks if stack.form.in_rounds]
         return tables, states, {OVERFLOWS: sum(jnp.max(x) for x in more)} if more else {}
+
+    def squares(tables: Arrays, routes: Arrays, d_pooled: Pooled) -> jax.Array:
+        in_specs = (table_specs, BATCH_SPEC, BATCH_SPEC)
+        return over_mesh(parts.squares, in_specs, PartitionSpec())(tables, routes, d_pooled)
 
     def on_each(function: Callable[[Any, Any], tuple[Any, Any]], shared: Any, columns: Any) -> tuple[Any, Any]:
         def own(shared: Any, columns: Any) -> tuple[Any, Any]:
@@ -114,7 +126,7 @@ def placed_ops(
         everywhere = PartitionSpec()
         return over_mesh(own, (everywhere, BATCH_SPEC), (everywhere, BATCH_SPEC))(shared, columns)
 
-    return TableOps(route, lookup, update, on_each)
+    return TableOps(route, lookup, update, squares, on_each)
 
 
 def array_specs(model: ModelConfig, stacks: tuple[Stack, ...]) -> dict[str, PartitionSpec]:
@@ -196,14 +208,18 @@ class _Parts:
         return (pooled[0] if len(pooled) == 1 else tuple(pooled)), new_routes
 
     def update(
-        self, tables: Arrays, states: Arrays, routes: Arrays, d_pooled: Pooled, rate: jax.Array, count: jax.Array
+        self,
+        tables: Arrays,
+        states: Arrays,
+        routes: Arrays,
+        d_pooled: Pooled,
+        rate: jax.Array,
+        count: jax.Array,
+        factor: jax.Array | float = 1.0,
     ) -> tuple[Arrays, Arrays]:
         tables, states = dict(tables), dict(states)
-        gradients = dict(zip(self._model.dims, d_pooled if isinstance(d_pooled, tuple) else (d_pooled,), strict=True))
-        for stack in self._stacks:
-            of_dim = [i for i, one in enumerate(self._model.lookups) if self._dim(one) == stack.dim]
-            d_pooled_bxfxD = gradients[stack.dim][:, np.searchsorted(of_dim, stack.features)]
-            of_rows, of_weights = self._updates(stack, rate, count)
+        for stack, of_stack in self._of_stacks(d_pooled):
+            of_rows, of_weights = self._updates(stack, rate, count, factor)
             here = Learning(
                 stack,
                 self._options,
@@ -212,20 +228,64 @@ class _Parts:
                 of_rows=of_rows,
                 of_weights=of_weights,
             )
-            new_tables, new_states = stack.form.update(here, routes[stack.name], d_pooled_bxfxD)
+            change = update_whole if self._moves_all else stack.form.update
+            new_tables, new_states = change(here, routes[stack.name], of_stack)
             tables |= new_tables
             states |= new_states
         return tables, states
 
+    def squares(self, tables: Arrays, routes: Arrays, d_pooled: Pooled) -> jax.Array:
+        """Sum of the squares of all rows' gradients; what each shard has of its own is added up."""
+        own = everywhere = jnp.zeros(())
+        for stack, of_stack in self._of_stacks(d_pooled):
+            l2 = self._optimizer.table_l2 if self._optimizer else 0.0
+            arrays = _of(stack, tables)
+            here = Learning(
+                stack,
+                self._options,
+                arrays,
+                states={name: {SUM: jnp.zeros(())} for name in arrays},
+                of_rows=squares(stack.dtype, l2),
+                of_weights=squares(),
+            )
+            if self._moves_all:
+                found = here.of_rows.by_all_rows(
+                    whole_gradient(here, routes[stack.name], of_stack),
+                    Stored(arrays[stack.name], here.states[stack.name]),
+                )
+                sums = {stack.name: found.slots}
+            else:
+                _, sums = stack.form.update(here, routes[stack.name], of_stack)
+            for name, sum_of in sums.items():
+                # Columns that are split have their rows' learned weights on every shard.
+                if stack.form.splits_rows or (stack.form.splits_columns and name == stack.name):
+                    own += sum_of[SUM]
+                else:
+                    everywhere += sum_of[SUM]
+        return everywhere + sum_over_shards(own, self._stacks[0].num_shards)
+
+    @property
+    def _moves_all(self) -> bool:
+        return self._optimizer is not None and self._optimizer.table_update == ALL_ROWS
+
+    def _of_stacks(self, d_pooled: Pooled) -> Iterator[tuple[Stack, jax.Array]]:
+        """Each stack with the gradient of its pooled vectors."""
+        gradients = dict(zip(self._model.dims, d_pooled if isinstance(d_pooled, tuple) else (d_pooled,), strict=True))
+        for stack in self._stacks:
+            of_dim = [i for i, one in enumerate(self._model.lookups) if self._dim(one) == stack.dim]
+            yield stack, gradients[stack.dim][:, np.searchsorted(of_dim, stack.features)]
+
     def _dim(self, lookup: Lookup) -> int:
         return self._model.table(lookup.part.table).embedding_dim
 
-    def _updates(self, stack: Stack, rate: jax.Array, count: jax.Array) -> tuple[Update, Update]:
+    def _updates(
+        self, stack: Stack, rate: jax.Array, count: jax.Array, factor: jax.Array | float
+    ) -> tuple[Update, Update]:
         """(of the rows, of learned pooling weights)."""
         if self._optimizer is None:
             raise ValueError("update needs an optimizer")
         rule, own = stack_rule(self._optimizer, stack), stack.tables[0].rate * self._optimizer.table_rate
-        weights = Update(rule, rate if own == 1 else rate * own, count)
+        weights = Update(rule, rate if own == 1 else rate * own, count, factor=factor)
         rows = dataclasses.replace(weights, dtype=stack.dtype)
         if not stack.dtype.exact:
             rows = dataclasses.replace(rows, noise=noise_of(stack, count))

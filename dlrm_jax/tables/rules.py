@@ -55,7 +55,8 @@ class Rows:
     """What a step sees of M touched rows; `old` are their slots, (M, D) or (M, 1).
 
     `rate` is the learning rate, `count` the number of this update, from 1 on. `row_mean`, (M, D) to (M, 1), is the mean
-    over a whole row, of which one device may have some columns only; `dim` is the whole row's width.
+    over a whole row, of which one device may have some columns only; `dim` is the whole row's width. `factor` is what
+    the gradient was multiplied with already, and what is added to it has to be too.
     """
 
     grad_MxD: jax.Array
@@ -65,6 +66,7 @@ class Rows:
     count: jax.Array
     row_mean: Callable[[jax.Array], jax.Array]
     dim: int
+    factor: jax.Array | float = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -305,7 +307,7 @@ class Bounded(Rule):
         """The rule's, between what bounds its gradient and what bounds its row."""
         grad_MxD = row.grad_MxD
         if self.l2:
-            grad_MxD = grad_MxD + self.l2 * row.weights_MxD
+            grad_MxD = grad_MxD + row.factor * self.l2 * row.weights_MxD
         if self.clip_value:
             grad_MxD = jnp.clip(grad_MxD, -self.clip_value, self.clip_value)
         if self.clip_norm:

@@ -30,6 +30,8 @@ from dlrm_jax.tables.rows import (
 )
 from dlrm_jax.tables.rules import Arrays, Rows, Rule
 
+SUM = "sum_of_squares"
+
 PIECE = 4096
 """Slots that an update by bags merges at a time: their rows stay in a core's cache."""
 
@@ -68,7 +70,8 @@ class Update:
     """One update of a table: its rule, the rate, the number of the update (from 1 on).
 
     `row_mean`, (M, D) to (M, 1), and `dim` are given where a row's columns lie on several devices. `noise`, row
-    numbers to (M, D) random bits, is given where weights are stored as a `dtype` that rounds them.
+    numbers to (M, D) random bits, is given where weights are stored as a `dtype` that rounds them. Gradients are
+    multiplied with `factor` first.
     """
 
     rule: Rule
@@ -78,6 +81,7 @@ class Update:
     dim: int = 0
     dtype: TableDtype = FLOAT32
     noise: Callable[[jax.Array], jax.Array] | None = None
+    factor: jax.Array | float = 1.0
 
     def by_rows(self, grad: SparseGrad, stored: Stored) -> Stored:
         """The table after the gradient of its slots, in place if donated."""
@@ -85,6 +89,10 @@ class Update:
             added_MxD, _ = self.rule.step(self._seen(grad.rows_MxD, grad.rows_MxD, {}))
             return Stored(add_rows(stored.weights, grad.ids_M, added_MxD), stored.slots)
         return self._merged(merge_duplicates(grad, num_rows(stored.weights, grad.rows_MxD.shape[1])), stored)
+
+    def by_all_rows(self, gradient_MxD: jax.Array, stored: Stored) -> Stored:
+        """The table after a gradient of all of its rows."""
+        return self._merged(SparseGrad(jnp.arange(len(gradient_MxD), dtype=jnp.int32), gradient_MxD), stored)
 
     def by_bags(self, bags: tuple[BagGrad, ...], stored: Stored) -> Stored:
         """`by_rows` by the bags of one or more hotnesses, together one gradient."""
@@ -94,7 +102,9 @@ class Update:
 
     def _seen(self, grad_MxD: jax.Array, weights_MxD: jax.Array, old: Arrays) -> Rows:
         dim = self.dim or grad_MxD.shape[1]
-        return Rows(grad_MxD, weights_MxD, old, self.rate, self.count, self.row_mean, dim)
+        if not isinstance(self.factor, float):
+            grad_MxD = grad_MxD * self.factor
+        return Rows(grad_MxD, weights_MxD, old, self.rate, self.count, self.row_mean, dim, self.factor)
 
     def _merged(self, merged: SparseGrad, stored: Stored) -> Stored:
         # A slot that merging emptied has id V: it reads row V - 1 (clamped), adds nothing, and its writes are dropped.
@@ -153,6 +163,33 @@ class Update:
 
         start = (stored, jnp.int32(void), jnp.zeros(width, d_bags.dtype))
         return jax.lax.scan(update_piece, start, pieces)[0][0]
+
+
+class _Still(Rule):
+    """No update; gradients are merged for it as for rules that square them."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Squares(Update):
+    """Instead of an update: the squares of the rows' gradients, merged and with `l2` of the rows, are added to a slot.
+
+    The slot is `SUM`, one number; the table is only read.
+    """
+
+    l2: float = 0.0
+
+    def _merged(self, merged: SparseGrad, stored: Stored) -> Stored:
+        ids_M, rows_MxD = merged.ids_M, merged.rows_MxD
+        if self.l2:
+            rows_MxD = rows_MxD + self.l2 * self.dtype.to_floats(take_rows(stored.weights, ids_M, rows_MxD.shape[1]))
+        inside_M = ids_M < num_rows(stored.weights, rows_MxD.shape[1])
+        added = jnp.where(inside_M[:, None], jnp.square(rows_MxD), 0).sum()
+        return Stored(stored.weights, {SUM: stored.slots[SUM] + added})
+
+
+def squares(dtype: TableDtype = FLOAT32, l2: float = 0.0) -> Squares:
+    """The Squares of a table of a dtype."""
+    return Squares(_Still(), jnp.float32(0), jnp.int32(1), dtype=dtype, l2=l2)
 
 
 def merge_duplicates(grad: SparseGrad, num_rows: int) -> SparseGrad:

@@ -54,6 +54,7 @@ class Run:
         _LOG.info("loading %s", config.data.data_dir or config.data.dataset)
         raw = load_dataset(config.data, config.allow_oversubscription)
         self.model = config.model.build(raw)
+        config.check_model(self.model)
         self.identity = json.loads(json.dumps(config.identity(self.model, raw)))
         self.dataset, self.ids_out_of_range = check_dataset(raw, self.model, config.ids_out_of_range)
         num_rows = len(self.dataset.splits["train"])

@@ -58,6 +58,7 @@ def _placed_batches(config: RunConfig, seconds: float) -> tuple[Placed, list[Bat
     """The run's model where it lies, some of its batches on the devices, and how long the input takes for one."""
     raw = load_dataset(config.data, config.allow_oversubscription)
     model = config.model.build(raw)
+    config.check_model(model)
     dataset, _ = check_dataset(raw, model, config.ids_out_of_range)
     placed = place_run(config, model, dataset)
     multiple = placed.num_devices * config.num_micro_batches

@@ -22,6 +22,7 @@ from dlrm_jax.config import (
     to_dict,
 )
 from dlrm_jax.config import from_dict as decoded
+from dlrm_jax.config.learning import ALL_ROWS
 from dlrm_jax.data.batch import OUT_OF_RANGE_POLICIES, check_ids
 from dlrm_jax.data.read.dataset import Dataset, Rows, Split
 from dlrm_jax.data.read.load import DataConfig, ids_lie_inside
@@ -99,6 +100,12 @@ class RunConfig:
     steps_per_dispatch: int = setting(
         1, "Steps that the device takes in one go, up to one that logs; equal up to rounding.", at_least=1
     )
+    most_rows_updated: int = setting(
+        1_000_000,
+        "Rows of all tables beyond which --table_update=all is refused.",
+        at_least=1,
+        needs=Needs(lambda run: run.optimizer.table_update == ALL_ROWS, "it is for --table_update=all"),
+    )
     num_epochs: int = setting(
         1,
         "Passes over the training rows, at most (--patience).",
@@ -152,6 +159,19 @@ class RunConfig:
         require(
             self.target_value is None or 0 <= self.target_value <= highest,
             f"target_value is {self.target_value}, which {self.target_metric} cannot reach: it is {within}",
+        )
+
+    def check_model(self, model: ModelConfig) -> None:
+        """ConfigError for a model whose every row these settings would move in each step, and should not."""
+        if self.optimizer.table_update != ALL_ROWS:
+            return
+        require(not model.learned_pooling, "--table_update=all does not go with --learned_pooling; leave one out")
+        rows = sum(table.num_embeddings for table in model.tables)
+        num_bytes = sum(table.num_embeddings * table.embedding_dim * 4 for table in model.tables)
+        require(
+            rows <= self.most_rows_updated,
+            f"--table_update=all moves all {rows:,} rows in each step: {num_bytes / 1e6:,.0f} MB of weights are read "
+            f"and written, and the optimizer's slots; leave it out, or allow it by --most_rows_updated={rows}",
         )
 
     def is_better(self, value: float, than: float | None) -> bool:

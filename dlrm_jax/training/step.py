@@ -14,7 +14,7 @@ import optax
 from dlrm_jax.config import LossConfig, ModelConfig, OptimizerConfig
 from dlrm_jax.data.batch import Batch, without_unweighted
 from dlrm_jax.model import metrics
-from dlrm_jax.model.dense_optimizer import make_dense_optimizer
+from dlrm_jax.model.dense_optimizer import make_dense_optimizer, norm_factor, regularised
 from dlrm_jax.model.dlrm import DLRM
 from dlrm_jax.model.loss import clipped, example_losses, probability
 from dlrm_jax.model.schedule import make_schedule
@@ -110,13 +110,20 @@ def make_routed_step(
         rate = schedule(state.step)
         if state.rate_factor is not None:
             rate *= state.rate_factor
+        d_params = regularised(optimizer, d_params, state.dense_params)
+        factor = []
+        if optimizer.clip_norm:
+            squares = ops.squares(state.tables, routes, d_pooled_BxFxD)
+            squares += sum(jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(d_params))
+            factor = [norm_factor(optimizer.clip_norm, squares)]
+            d_params = jax.tree.map(lambda gradient: factor[0] * gradient, d_params)
         with jax.named_scope("dense_update"):
             updates, dense_opt_state = dense_optimizer.update(d_params, state.dense_opt_state, state.dense_params)
             updates = jax.tree.map(lambda update: -rate * update, updates)
             dense_params = optax.apply_updates(state.dense_params, updates)
         with jax.named_scope("sparse_update"):
             tables, table_opt_state, counters = ops.update(
-                state.tables, state.table_opt_state, routes, d_pooled_BxFxD, rate, state.step + 1
+                state.tables, state.table_opt_state, routes, d_pooled_BxFxD, rate, state.step + 1, *factor
             )
         new_state = state.replace(
             step=state.step + 1,

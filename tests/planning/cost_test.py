@@ -123,6 +123,17 @@ def test_bytes_and_memory_are_those_of_the_compiled_step(mesh, sharding, table):
     assert memory.alias_size_in_bytes > 0.98 * memory.output_size_in_bytes
 
 
+@pytest.mark.parametrize("rule", ["rowwise_adagrad", "adam"])
+def test_memory_of_an_update_of_all_rows_is_predicted(rule):
+    settings = dataclasses.replace(optimizer(rule), table_update="all", table_l2=0.1)
+    plan = make_plan(model(), MeshShape(1, 2), "row_wise")
+    cost = estimate(model(), settings, plan, Load(BATCH), HARDWARE["cpu"])
+    placed = Placed(model(), settings, plan, make_mesh(MeshShape(1, 2)), cost.options)
+    step = placed.jit_step(make_train_step(model(), LossConfig(), settings, 1, placed.ops))
+    compiled = step.lower(placed.abstract_state, placed.abstract_batch(BATCH)).compile()
+    assert cost.bytes_held == pytest.approx(held(compiled), rel=0.05)
+
+
 @pytest.mark.parametrize("sharding", KINDS)
 @pytest.mark.parametrize("table", RULES)
 def test_memory_of_every_rules_slots_is_predicted(table, sharding):

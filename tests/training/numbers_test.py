@@ -72,6 +72,25 @@ def test_one_device_is_the_oracle_in_float64(seed):
     assert_is_the_oracle(draw(seed).on_one_device())
 
 
+ALL = {"table_update": "all", "table_l2": 0.05, "dense_l2": 0.02, "clip_norm": 0.3}
+
+
+@pytest.mark.parametrize(
+    ("seed", "settings"),
+    [
+        (11, {"table": "adagrad", "clip_norm": 0.3}),
+        (15, {"table": "momentum", **ALL}),
+        pytest.param(27, {"table": "adam", **ALL}, marks=pytest.mark.slow),
+    ],
+)
+def test_bounded_norms_and_updates_of_all_rows_are_the_oracle_in_float64(seed, settings):
+    """The oracle's tables are dense parameters, whose moments decay and whose rows L2 pulls in every step."""
+    case = draw(seed)
+    model = dataclasses.replace(case.model, learned_pooling=False)
+    optimizer = dataclasses.replace(case.optimizer, dense="momentum", weight_decay=0.0, **settings)
+    assert_is_the_oracle(dataclasses.replace(case, model=model, optimizer=optimizer))
+
+
 @pytest.mark.parametrize("seed", seeds(27))
 def test_gradients_in_float32_are_right_to_rounding_of_their_terms(seed):
     case = draw(seed)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dlrm_jax.config import ConfigError, ModelConfig, OptimizerConfig
+from dlrm_jax.config.learning import ALL_ROWS
 from dlrm_jax.tables.exchange import Arrays, TableOps, local_ops, stack_rule
 from dlrm_jax.tables.forms.base import Stack
 from dlrm_jax.tables.kernels import build
@@ -42,6 +43,8 @@ def native_ops(
     stacks = stacks or local_stacks(model)
     plain = local_ops(model, optimizer)
     unknown = sorted({rule.describe() for rule in _rules(optimizer, stacks) if type(rule) not in _CALLS})
+    if optimizer is not None and (optimizer.clip_norm or optimizer.table_update == ALL_ROWS):
+        unknown.append("--clip_norm or --table_update=all")
     if unknown:
         _LOG.info("--cpu_kernels=native: tables.cc has no %s, so XLA updates the tables", ", ".join(unknown))
     if len(model.dims) > 1 or any(table.dtype != "float32" for table in model.tables):
@@ -55,6 +58,7 @@ def native_ops(
         plain.route,
         functools.partial(_lookup, stacks) if has_bags else plain.lookup,
         plain.update if unknown or (is_sgd and not has_bags) else functools.partial(_update, optimizer, stacks),
+        plain.squares,
     )
 
 
