@@ -75,7 +75,9 @@ def quotient_remainder(
         dim = table.embedding_dim // 2 if combine == "concat" else table.embedding_dim
         require(combine != "concat" or table.embedding_dim % 2 == 0, "compress_tables: concat needs an even dim")
         tables = [
-            TableConfig(f"{table.name}/{kind}", size, dim, table.optimizer, table.rate, bounds)
+            dataclasses.replace(
+                table, name=f"{table.name}/{kind}", num_embeddings=size, embedding_dim=dim, init_range=bounds
+            )
             for kind, size in sizes.items()
         ]
         return tables, tuple(Part(f"{table.name}/{kind}", kind, collisions) for kind in sizes)

@@ -148,6 +148,15 @@ def test_mixed_dims_are_the_references():
     assert mixed_dims(rows, 16, 0.3, round_dims=True) == [4, 8, 1, 1, 8, 16]
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_compressed_tables_keep_what_was_said_of_them(way):
+    own = {"dtype": "bfloat16", "optimizer": "adam", "rate": 0.5}
+    plain = tiny_model()
+    model = dataclasses.replace(plain, tables=tuple(dataclasses.replace(table, **own) for table in plain.tables))
+    tables = compressed(model, way).tables
+    assert tables != model.tables and all(getattr(table, key) == own[key] for table in tables for key in own)
+
+
 def test_num_ids_bounds_raw_ids():
     model = compressed(tiny_model(), "qr,threshold=5,collisions=3")
     ids = random_batch(tiny_model(), 3).ids_BxK
