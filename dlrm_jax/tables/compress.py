@@ -5,7 +5,7 @@
     modulo       ids share `rows` rows by their remainder
     two_hashes   an id is the sum of two hashed rows of one table (arXiv:1709.03933)
 
-A way concerns tables of more than `threshold` rows. One of one's own is a function with options, under a name, as here.
+A way concerns tables of more than `threshold` rows. docs/ADDING.md says how to add one.
 """
 
 import dataclasses

@@ -18,7 +18,7 @@ from dlrm_jax.serving.artifact.native import NativeCpu
 from dlrm_jax.tables.by_name import named_tables
 from dlrm_jax.tables.compress import compressed, mixed_dims
 from dlrm_jax.tables.exchange import local_ops
-from dlrm_jax.tables.id_maps import row_numbers
+from dlrm_jax.tables.id_maps import ID_MAPS, row_numbers
 from dlrm_jax.tables.init import init_tables
 from dlrm_jax.tables.plan import make_plan
 from dlrm_jax.training.placed import Placed
@@ -122,7 +122,7 @@ def test_parts_and_dims_mean_the_same_under_every_placement(sharding, mesh):
     assert difference(by_name(placed, state.tables), one_device()) < 1e-5
 
 
-@pytest.mark.parametrize("id_map", ["same", "quotient", "remainder", "hash"])
+@pytest.mark.parametrize("id_map", ID_MAPS.all())
 def test_id_maps_are_alike_for_numpy_and_jax_and_keep_empty_slots(id_map):
     ids = np.array([[0, 1, 6, -1, 10]], np.int32)
     part, rows = Part("t", id_map, 3), 11
