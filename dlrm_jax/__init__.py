@@ -1,7 +1,7 @@
 """DLRM in JAX.
 
 Reading order: what decides a model (config), what flows (data/batch), the dense model (model/dlrm, model/interactions),
-the tables (tables/layout, tables/rules, tables/updates, tables/exchange), the step that joins them (training/step),
+the tables (tables/forms/base, tables/rules, tables/updates, tables/exchange), the step that joins them (training/step),
 the run (training/loop), an exported model (serving/artifact/loaded).
 """
 

@@ -1,5 +1,6 @@
 """Plans for people: a table, a JSON value, a picture."""
 
+import itertools
 import pathlib
 from typing import Any
 
@@ -9,7 +10,7 @@ from dlrm_jax.config import TableConfig
 from dlrm_jax.planning.cost import Cost
 from dlrm_jax.planning.planner import Setting
 from dlrm_jax.tables.forms import form_of
-from dlrm_jax.tables.forms.base import ALL, Stack
+from dlrm_jax.tables.forms.base import ALL
 from dlrm_jax.tables.plan import Placement, table_bytes, weight_bytes
 
 
@@ -125,16 +126,11 @@ def _sent_by(setting: Setting, cost: Cost, table: TableConfig) -> tuple[float, f
 
 def balance(cost: Cost) -> tuple[int, int]:
     """(least, most) bytes of tables on a device, without padding."""
-    loads = np.zeros(cost.plan.mesh.model)
-    for stack in cost.stacks:
-        for t, table in enumerate(stack.tables):
-            loads += _held(stack, t, table)
-    return int(loads.min()), int(loads.max())
-
-
-def _held(stack: Stack, t: int, table: TableConfig) -> np.ndarray:
-    inside = np.array([t in stack.tables_on(shard) for shard in range(stack.num_shards)])
-    return inside * float(-(-table.num_embeddings // stack.count_T[t]) * stack.width * weight_bytes(table))
+    loads = [0] * cost.plan.mesh.model
+    for stack, shard in itertools.product(cost.stacks, range(len(loads))):
+        rows = sum(-(-stack.tables[t].num_embeddings // stack.count_T[t]) for t in stack.tables_on(shard))
+        loads[shard] += rows * stack.width * stack.dtype.bytes
+    return min(loads), max(loads)
 
 
 def as_dict(setting: Setting, cost: Cost, ranked: list[tuple[str, Cost]]) -> dict[str, Any]:

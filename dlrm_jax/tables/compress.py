@@ -5,7 +5,7 @@
     modulo       ids share `rows` rows by their remainder
     two_hashes   an id is the sum of two hashed rows of one table (arXiv:1709.03933)
 
-A way concerns tables of more than `threshold` rows. One of one's own is a function with options, under a name, as here.
+A way concerns tables of more than `threshold` rows. docs/ADDING.md says how to add one.
 """
 
 import dataclasses
@@ -75,7 +75,9 @@ def quotient_remainder(
         dim = table.embedding_dim // 2 if combine == "concat" else table.embedding_dim
         require(combine != "concat" or table.embedding_dim % 2 == 0, "compress_tables: concat needs an even dim")
         tables = [
-            TableConfig(f"{table.name}/{kind}", size, dim, table.optimizer, table.rate, bounds)
+            dataclasses.replace(
+                table, name=f"{table.name}/{kind}", num_embeddings=size, embedding_dim=dim, init_range=bounds
+            )
             for kind, size in sizes.items()
         ]
         return tables, tuple(Part(f"{table.name}/{kind}", kind, collisions) for kind in sizes)

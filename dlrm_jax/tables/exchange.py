@@ -81,12 +81,7 @@ def pooled_shapes(model: ModelConfig, batch_size: int) -> Any:
 
 def local_ops(model: ModelConfig, optimizer: OptimizerConfig | None = None, take: TakeOf | None = None) -> TableOps:
     """All tables on one device. `optimizer` is what `update` needs, `take` reads rows of other types than float32."""
-    parts = _Parts(model, optimizer, local_stacks(model), ExchangeOptions(), take)
-    return _on_one(parts)
-
-
-def _on_one(parts: "_Parts") -> TableOps:
-    return TableOps(parts.route, parts.lookup, lambda *args: (*parts.update(*args), {}), parts.squares)
+    return _Parts(model, optimizer, local_stacks(model), ExchangeOptions(), take).ops()
 
 
 def placed_ops(
@@ -95,7 +90,7 @@ def placed_ops(
     """The same for arrays split over a mesh as `stacks` say."""
     parts = _Parts(model, optimizer, stacks, options)
     if mesh.size == 1:
-        return _on_one(parts)
+        return parts.ops()
     table_specs, state_specs = array_specs(model, stacks), slot_specs(optimizer, model, stacks)
 
     def over_mesh(function: Any, in_specs: Any, out_specs: Any) -> Any:
@@ -184,6 +179,9 @@ class _Parts:
     ) -> None:
         self._model, self._optimizer, self._stacks = model, optimizer, stacks
         self._options, self._take = options, take
+
+    def ops(self) -> TableOps:
+        return TableOps(self.route, self.lookup, lambda *args: (*self.update(*args), {}), self.squares)
 
     def route(self, ids_bxK: jax.Array, id_weights_bxK: jax.Array | None) -> Arrays:
         scale_bxK = slot_scale(self._model, ids_bxK, id_weights_bxK)

@@ -1,10 +1,6 @@
 """How an id becomes a row of a table: one function `(ids, number, rows of the table) -> row numbers` a name.
 
-They work on NumPy's and JAX's arrays alike. One of one's own is registered under a name, which parts then give:
-
-    @register("reversed")
-    def reversed_ids(ids, number, rows):
-        return rows - 1 - ids
+They work on NumPy's and JAX's arrays alike. docs/ADDING.md says how to add one.
 """
 
 from collections.abc import Callable

@@ -1,5 +1,6 @@
 """Sums of bags of rows, `pool`: all rows at once, or on CPUs in loops, which write no row down."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -23,13 +24,7 @@ def read_rows(table_RxD: jax.Array, row_ids: jax.Array) -> jax.Array:
 
 def pool(take: Take, table: jax.Array, ids_BxGxh: jax.Array, scale_BxGxh: jax.Array | None) -> jax.Array:
     """(B, G, D) sums of bags of h rows, each times its scale if given; empty slots add nothing (their scale is 0)."""
-
-    def in_loops(*args: Any) -> jax.Array:
-        return pool_in_loops(take, *args)
-
-    def whole(*args: Any) -> jax.Array:
-        return pool_whole(take, *args)
-
+    in_loops, whole = (functools.partial(function, take) for function in (pool_in_loops, pool_whole))
     return by_platform(in_loops, whole, table, ids_BxGxh, scale_BxGxh)
 
 

@@ -4,15 +4,7 @@ A rule sees M rows that a batch touched, each once, with the sum of its gradient
 writes). Rows that no example looked up keep their weights and what is kept of them: moments do not decay meanwhile, as
 in every sparse optimizer. Where a batch touches all rows, an update is the dense formula.
 
-A rule of one's own is a dataclass with `slots`, `linear` and `step`, under a name:
-
-    @register("signsgd")
-    @dataclasses.dataclass(frozen=True)
-    class SignSgd(Rule):
-        def step(self, row: Rows) -> tuple[jax.Array, Arrays]:
-            return -row.rate * jnp.sign(row.grad_MxD), {}
-
-Its fields are its options: `--table_optimizer=NAME,field=value`.
+A rule's fields are its options: `--table_optimizer=NAME,field=value`. docs/ADDING.md says how to add one.
 """
 
 import dataclasses
@@ -220,13 +212,9 @@ class _Adam(Rule):
             "mean": self.b1 * row.old["mean"] + (1 - self.b1) * row.grad_MxD,
             "square": self.b2 * row.old["square"] + (1 - self.b2) * squares,
         }
-        count = jnp.asarray(row.count)
-        if self.correct_by == "row":
-            count = row.old["count"] + 1
-            added = {"count": jnp.ones_like(row.old["count"])}
-        else:
-            added = {}
-        count = count.astype(jnp.float32)
+        by_row = self.correct_by == "row"
+        count = (row.old["count"] + 1 if by_row else jnp.asarray(row.count)).astype(jnp.float32)
+        added = {"count": jnp.ones_like(row.old["count"])} if by_row else {}
         # 1 - b^t = -expm1(t log b): the difference itself would lose most of its digits for b near 1.
         mean = new["mean"] / -jnp.expm1(count * jnp.log(jnp.float32(self.b1)))
         square = new["square"] / -jnp.expm1(count * jnp.log(jnp.float32(self.b2)))

@@ -1,5 +1,7 @@
 """A model served under the plans of training: the scores of one device, from tables that lie on several."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -14,10 +16,12 @@ from tests.server_process import running
 from tests.serving_helpers import export_tiny
 
 SIZES = (4, 16)
+HALVES = tuple(dataclasses.replace(table, dtype="bfloat16") for table in tiny_model().tables)
 VARIANTS = {
     "learned": ("float32", {"learned_pooling": True}),
     "cross": ("bfloat16", {"interaction": "cross", "cross_layers": 2, "cross_rank": 3}),
     "int8": ("int8", {}),
+    "trained in two bytes": ("float32", {"tables": HALVES}),
 }
 
 

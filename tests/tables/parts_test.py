@@ -18,7 +18,7 @@ from dlrm_jax.serving.artifact.native import NativeCpu
 from dlrm_jax.tables.by_name import named_tables
 from dlrm_jax.tables.compress import compressed, mixed_dims
 from dlrm_jax.tables.exchange import local_ops
-from dlrm_jax.tables.id_maps import row_numbers
+from dlrm_jax.tables.id_maps import ID_MAPS, row_numbers
 from dlrm_jax.tables.init import init_tables
 from dlrm_jax.tables.plan import make_plan
 from dlrm_jax.training.placed import Placed
@@ -122,7 +122,7 @@ def test_parts_and_dims_mean_the_same_under_every_placement(sharding, mesh):
     assert difference(by_name(placed, state.tables), one_device()) < 1e-5
 
 
-@pytest.mark.parametrize("id_map", ["same", "quotient", "remainder", "hash"])
+@pytest.mark.parametrize("id_map", ID_MAPS.all())
 def test_id_maps_are_alike_for_numpy_and_jax_and_keep_empty_slots(id_map):
     ids = np.array([[0, 1, 6, -1, 10]], np.int32)
     part, rows = Part("t", id_map, 3), 11
@@ -146,6 +146,15 @@ def test_mixed_dims_are_the_references():
     rows = [1460, 583, 10131227, 2202608, 305, 24]
     assert mixed_dims(rows, 16, 0.3, round_dims=False) == [5, 6, 1, 1, 7, 16]
     assert mixed_dims(rows, 16, 0.3, round_dims=True) == [4, 8, 1, 1, 8, 16]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_compressed_tables_keep_what_was_said_of_them(way):
+    own = {"dtype": "bfloat16", "optimizer": "adam", "rate": 0.5}
+    plain = tiny_model()
+    model = dataclasses.replace(plain, tables=tuple(dataclasses.replace(table, **own) for table in plain.tables))
+    tables = compressed(model, way).tables
+    assert tables != model.tables and all(getattr(table, key) == own[key] for table in tables for key in own)
 
 
 def test_num_ids_bounds_raw_ids():

@@ -46,6 +46,7 @@ def test_what_a_file_says_becomes_fields_of_the_tables():
         ({"tables": {"user": {"color": 1}}}, r"table 'user': unknown color; known are dim, dtype, optimizer, rate$"),
         ({"tables": {"user": {"rate": "fast"}}}, r"table 'user': rate is 'fast'; expected a number$"),
         ({"tables": {"user": {"dim": True}}}, r"table 'user': dim is True; expected a whole number$"),
+        ({"tables": {"user": {"dtype": "int9"}}}, r"table 'user': dtype is 'int9'; choose one of float32, bfloat16, "),
         ({"tables": {"user": {"optimizer": "adamm"}}}, r"table_optimizer is 'adamm'; choose one of sgd, momentum"),
     ],
 )
