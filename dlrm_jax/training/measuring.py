@@ -13,6 +13,7 @@ import numpy as np
 from dlrm_jax.data.batch import Batch
 from dlrm_jax.data.read.pipeline import Prefetcher, train_batches
 from dlrm_jax.host import heap
+from dlrm_jax.host.memory import held_by
 from dlrm_jax.planning.cost import estimate, forward_work
 from dlrm_jax.planning.hardware import Hardware
 from dlrm_jax.training import step_parts
@@ -118,16 +119,12 @@ def _timed(
         start = time.perf_counter()
         jax.block_until_ready(call(len(taken)))
         taken.append((time.perf_counter() - start) / at_once)
-    memory = executable.memory_analysis()
     numbers: dict[str, Any] = {
         "step_seconds": float(np.median(taken)),
         "quartiles": [float(q) for q in np.quantile(taken, (0.25, 0.75))],
         "steps": len(taken) * at_once,
-        "temporary_bytes": memory.temp_size_in_bytes,
-        "held_bytes": memory.argument_size_in_bytes
-        + memory.temp_size_in_bytes
-        + memory.output_size_in_bytes
-        - memory.alias_size_in_bytes,
+        "temporary_bytes": executable.memory_analysis().temp_size_in_bytes,
+        "held_bytes": held_by(executable),
     }
     if parts:
         text = executable.as_text()
