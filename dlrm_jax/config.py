@@ -17,6 +17,8 @@ LOSSES = ("bce", "wbce", "mse")
 DENSE_OPTIMIZERS = ("sgd", "momentum", "adagrad", "adam", "adamw")
 SCHEDULE_COMPAT = ("none", "dlrm")
 OUT_OF_RANGE_POLICIES = ("error", "hash", "drop_and_count")
+EMPTY_SLOT = -1
+"""The id of an unused slot of a bag; it contributes nothing to the pooled vector."""
 
 
 class ConfigError(ValueError):

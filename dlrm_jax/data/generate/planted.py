@@ -8,8 +8,7 @@ import dataclasses
 
 import numpy as np
 
-from dlrm_jax.config import ConfigError, FeatureConfig
-from dlrm_jax.data.batch import EMPTY_SLOT
+from dlrm_jax.config import EMPTY_SLOT, ConfigError, FeatureConfig
 from dlrm_jax.data.read.dataset import SPLITS, Dataset, Rows, Split
 from dlrm_jax.data.read.windows import GeneratedSplit, concatenate, slice_rows
 from dlrm_jax.model.metrics import auc

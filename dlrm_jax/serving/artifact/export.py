@@ -23,8 +23,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import export as jax_export
 
-from dlrm_jax.config import ConfigError, LossConfig, ModelConfig, how_to_install, require_choice
-from dlrm_jax.data.batch import EMPTY_SLOT, Batch
+from dlrm_jax.config import EMPTY_SLOT, ConfigError, LossConfig, ModelConfig, how_to_install, require_choice
+from dlrm_jax.data.batch import Batch
 from dlrm_jax.data.prepare.hashes import checked
 from dlrm_jax.data.read.dataset import Dataset, Rows
 from dlrm_jax.data.read.pipeline import Prefetcher, eval_batches, padded
