@@ -246,7 +246,7 @@ def _filled(values: pa.Array) -> np.ndarray:
     return values.fill_null(0).to_numpy(zero_copy_only=False)
 
 
-def label_texts(label: Label, array: pa.Array, null_values: tuple[str, ...]) -> Distinct:
+def label_texts(array: pa.Array, null_values: tuple[str, ...]) -> Distinct:
     """The distinct texts of a label that names its positive ones, without the spaces around them."""
     if pa.types.is_dictionary(array.type):
         array = array.dictionary_decode()
@@ -259,7 +259,7 @@ def label_texts(label: Label, array: pa.Array, null_values: tuple[str, ...]) -> 
 def read_label(label: Label, array: pa.Array, null_values: tuple[str, ...]) -> tuple[np.ndarray, list[Bad]]:
     """(label_R as float32, bad rows)."""
     if label.positive:
-        distinct = label_texts(label, array, null_values)
+        distinct = label_texts(array, null_values)
         wanted = pa.array([text.strip() for text in label.positive])
         positive = pc.is_in(distinct.values, value_set=wanted).to_numpy(zero_copy_only=False)
         return distinct.spread(positive.astype(np.float32), 0), distinct.missing(label.column)
