@@ -18,6 +18,7 @@ from dlrm_jax.cli.commands import run_command
 from dlrm_jax.cli.flags import config_from_flags, define_run_flags
 from dlrm_jax.config import ConfigError
 from dlrm_jax.host import files
+from dlrm_jax.host.texts import aligned
 from dlrm_jax.planning.calibrate import calibrate
 from dlrm_jax.training import reporting, step_parts
 from dlrm_jax.training.measuring import FORWARD, INPUT, TRAIN, measure
@@ -102,13 +103,13 @@ def text(numbers: dict[str, Any]) -> str:
 
 def sweep_text(sweep: str, points: dict[int, dict[str, Any]]) -> str:
     """A line a value."""
-    lines = [f"{sweep:>10}  {'train ms':>10}  {'forward ms':>10}  {'samples/s':>11}  {'held MB':>10}  {'compile s':>9}"]
+    rows = [[sweep, "train ms", "forward ms", "samples/s", "held MB", "compile s"]]
     for value, numbers in points.items():
         train, forward = numbers[TRAIN], numbers[FORWARD]
-        milliseconds = [f"{one['step_seconds'] * 1e3:>10,.3f}" for one in (train, forward)]
-        rest = f"{train['samples_per_second']:>11,.0f}  {train['held_bytes'] / 1e6:>10,.1f}"
-        lines.append("  ".join([f"{value:>10,}", *milliseconds, rest, f"{train['compile_seconds']:>9.1f}"]))
-    return "\n".join(lines)
+        milliseconds = [f"{one['step_seconds'] * 1e3:,.3f}" for one in (train, forward)]
+        rest = [f"{train['samples_per_second']:,.0f}", f"{train['held_bytes'] / 1e6:,.1f}"]
+        rows.append([f"{value:,}", *milliseconds, *rest, f"{train['compile_seconds']:.1f}"])
+    return aligned(rows, left=())
 
 
 def draw(numbers: dict[str, Any], path: pathlib.Path) -> None:

@@ -13,12 +13,12 @@ from dlrm_jax.cli import flags as run_flags
 from dlrm_jax.cli.commands import run_command
 from dlrm_jax.cli.flags import config_from_flags, define_run_flags
 from dlrm_jax.config import ConfigError, ModelConfig
-from dlrm_jax.data.read.load import load_dataset
 from dlrm_jax.host import files
 from dlrm_jax.host.mesh import parse_mesh
 from dlrm_jax.planning import hardware, planner, report
 from dlrm_jax.planning.calibrate import calibrate
 from dlrm_jax.training import reporting
+from dlrm_jax.training.opening import read
 from dlrm_jax.training.options import choose_plan
 from dlrm_jax.training.placement import load_of
 from dlrm_jax.training.run_config import RunConfig
@@ -39,12 +39,9 @@ def define_plan_flags() -> None:
 
 def model_of(config: RunConfig) -> ModelConfig:
     """The model that the run would train, under the names that its data gives to tables."""
-    data = config.data
-    if data.multi_hot != "none":  # Both ways give bags of the same sizes, and this one holds nothing in memory.
-        data = dataclasses.replace(data, multi_hot="virtual")
-    model = config.model.build(load_dataset(data))
-    config.check_model(model)
-    return model
+    if config.data.multi_hot != "none":  # Both ways give bags of the same sizes, and this one holds nothing in memory.
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, multi_hot="virtual"))
+    return read(config)[1]
 
 
 def hardware_of() -> hardware.Hardware:

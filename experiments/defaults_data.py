@@ -13,7 +13,7 @@ import scipy.sparse
 import shop_log
 from sklearn.linear_model import LogisticRegression
 
-from dlrm_jax.data.batch import EMPTY_SLOT
+from dlrm_jax.config import EMPTY_SLOT
 from dlrm_jax.data.generate import planted
 from dlrm_jax.data.infer.infer import infer
 from dlrm_jax.data.prepare.preparation import Options, prepare

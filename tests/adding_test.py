@@ -33,7 +33,7 @@ from dlrm_jax.tables.id_maps import ID_MAPS
 from dlrm_jax.tables.plan import make_plan
 from dlrm_jax.tables.reshard import Kind
 from dlrm_jax.tables.rules import RULES, make_rule
-from dlrm_jax.training import loop
+from dlrm_jax.training import loop, opening
 from dlrm_jax.training.checkpoint import LATEST, Checkpoints
 from dlrm_jax.training.placed import on_one_device
 from dlrm_jax.training.step import make_train_step
@@ -86,7 +86,7 @@ def test_a_table_optimizer_trains_resumes_and_is_refused_with_wrong_options(adde
     config = dataclasses.replace(CONFIG, optimizer=settings, num_steps=20)
     for steps in (10, 20):
         loop.train_and_evaluate(dataclasses.replace(config, num_steps=steps), tmp_path)
-    model = config.model.build(loop.load_dataset(config.data))
+    model = opening.read(config)[1]
     with Checkpoints(tmp_path) as checkpoints:
         state = checkpoints.restore(LATEST, on_one_device(model, settings))
     assert int(state.step) == 20 and np.abs(state.table_opt_state["stack_0"]["mean"]).max() > 0

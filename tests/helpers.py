@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from dlrm_jax.config import (
+    EMPTY_SLOT,
     FeatureConfig,
     InteractionConfig,
     ModelConfig,
@@ -18,7 +19,7 @@ from dlrm_jax.config import (
     ScheduleConfig,
     TableConfig,
 )
-from dlrm_jax.data.batch import EMPTY_SLOT, Batch
+from dlrm_jax.data.batch import Batch
 from dlrm_jax.model import interactions
 from dlrm_jax.tables.forms import FORMS
 

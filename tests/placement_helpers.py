@@ -7,7 +7,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from dlrm_jax.data.batch import EMPTY_SLOT, Batch
+from dlrm_jax.config import EMPTY_SLOT
+from dlrm_jax.data.batch import Batch
 from dlrm_jax.tables.exchange import stack_rule
 from dlrm_jax.tables.forms import form_of
 from dlrm_jax.tables.forms.base import POOLING_WEIGHTS

@@ -8,9 +8,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dlrm_jax.config import FeatureConfig, LossConfig, ModelConfig, OptimizerConfig, ScheduleConfig, TableConfig
+from dlrm_jax.config import (
+    EMPTY_SLOT,
+    FeatureConfig,
+    LossConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ScheduleConfig,
+    TableConfig,
+)
 from dlrm_jax.config import model as model_settings
-from dlrm_jax.data.batch import EMPTY_SLOT, Batch
+from dlrm_jax.data.batch import Batch
 from dlrm_jax.host.mesh import MeshShape, make_mesh
 from dlrm_jax.tables.by_name import named_tables
 from dlrm_jax.tables.collective import ExchangeOptions

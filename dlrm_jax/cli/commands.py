@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import sys
+import warnings
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -28,7 +29,7 @@ def run_command(main: Callable[[], None]) -> None:
     def guarded(argv: list[str]) -> None:
         with interrupts.one_line():
             _log_to_stderr()
-            sys.unraisablehook = functools.partial(_quiet_when_reading_failed, sys.unraisablehook)
+            _say_once_that_reading_failed()
             gpu_atomics.use_hardware_additions()
             memory.end_in_one_line()
             try:
@@ -70,6 +71,12 @@ def _parse_flags(argv: list[str]) -> list[str]:
     except flags.Error as error:
         print(f"error: {_shortened(str(error))} (--help lists the flags)", file=sys.stderr)
         sys.exit(1)
+
+
+def _say_once_that_reading_failed() -> None:
+    """Where one of a checkpoint's reads fails, which is told, Orbax leaves the others behind, begun or not."""
+    sys.unraisablehook = functools.partial(_quiet_when_reading_failed, sys.unraisablehook)
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
 
 
 def _quiet_when_reading_failed(

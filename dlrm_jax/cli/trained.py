@@ -6,17 +6,17 @@ import pathlib
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from dlrm_jax.config import ConfigError, ModelConfig, differences, tell
-from dlrm_jax.data.read.dataset import Dataset
-from dlrm_jax.data.read.load import DataConfig, load_dataset
+from dlrm_jax.config import ConfigError, differences, tell
+from dlrm_jax.data.read.load import DataConfig
 from dlrm_jax.data.read.prepared import is_prepared
 from dlrm_jax.host.formulations import XLA
 from dlrm_jax.tables import reshard
 from dlrm_jax.training import run_config
 from dlrm_jax.training.checkpoint import Checkpoints
+from dlrm_jax.training.opening import Opened, open_run
 from dlrm_jax.training.options import ShardingOptions
 from dlrm_jax.training.placed import Placed, on_one_device
-from dlrm_jax.training.placement import failing_in_one_line, place_run
+from dlrm_jax.training.placement import failing_in_one_line
 from dlrm_jax.training.run_config import RunConfig
 from dlrm_jax.training.state import TrainState
 
@@ -24,17 +24,8 @@ T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
-class Opened:
-    """A run's settings, and its `dataset` with checked ids."""
-
-    config: RunConfig
-    model: ModelConfig
-    dataset: Dataset
-
-
-@dataclasses.dataclass(frozen=True)
 class Trained(Opened):
-    """With one checkpoint's `state` on the devices at hand."""
+    """A run with one checkpoint's `state` on the devices at hand."""
 
     placed: Placed
     state: TrainState
@@ -42,7 +33,7 @@ class Trained(Opened):
 
 @dataclasses.dataclass(frozen=True)
 class Stored(Opened):
-    """With one checkpoint's `step` and dense parameters, and its tables' rows where they are stored."""
+    """A run with one checkpoint's `step` and dense parameters, and its tables' rows where they are stored."""
 
     step: int
     dense_params: Any
@@ -74,40 +65,32 @@ def restore(workdir: pathlib.Path, which: str, data_dir: str | None = None, over
 
     ConfigError if its data has changed since, or, unless `oversubscribe`, if it does not fit into the memory at hand.
     """
-    run, raw = _open(workdir, data_dir, oversubscribe)
-    placed = place_run(run.config, run.model, run.dataset)
+    run = _open(workdir, data_dir, oversubscribe)
+    placed = run.place()
     with failing_in_one_line(run.config, placed):
-        state = _reading(
-            workdir, which, run, raw, lambda checkpoints, kind, step: checkpoints.restore(kind, placed, step)
-        )
+        state = _reading(workdir, which, run, lambda checkpoints, kind, step: checkpoints.restore(kind, placed, step))
     return Trained(**vars(run), placed=placed, state=state)
 
 
 def open_stored(workdir: pathlib.Path, which: str, data_dir: str | None = None, oversubscribe: bool = False) -> Stored:
     """As `restore`, but tables and their optimizer's state are not read: they may be larger than any memory."""
-    run, raw = _open(workdir, data_dir, oversubscribe)
+    run = _open(workdir, data_dir, oversubscribe)
     placed = on_one_device(run.model, run.config.optimizer)
     dense, rows = _reading(
-        workdir, which, run, raw, lambda checkpoints, kind, step: checkpoints.read_model(kind, step, placed)
+        workdir, which, run, lambda checkpoints, kind, step: checkpoints.read_model(kind, step, placed)
     )
     return Stored(**vars(run), step=int(dense["step"]), dense_params=dense["dense_params"], rows=rows)
 
 
-def _open(workdir: pathlib.Path, data_dir: str | None, oversubscribe: bool) -> tuple[Opened, Dataset]:
-    """(the run, its dataset as it was read)."""
+def _open(workdir: pathlib.Path, data_dir: str | None, oversubscribe: bool) -> Opened:
     config = load_config(workdir, data_dir)
-    config = dataclasses.replace(
-        config, sharding=ShardingOptions(), cpu_kernels=XLA, allow_oversubscription=oversubscribe
-    )
-    raw = load_dataset(config.data, oversubscribe)
-    model = config.model.build(raw)
-    dataset, _ = run_config.check_dataset(raw, model, config.ids_out_of_range)
-    return Opened(config, model, dataset), raw
+    placed_anew = dataclasses.replace(config, sharding=ShardingOptions(), cpu_kernels=XLA)
+    return open_run(dataclasses.replace(placed_anew, allow_oversubscription=oversubscribe))
 
 
-def _reading(workdir: pathlib.Path, which: str, run: Opened, raw: Dataset, read: Callable[..., T]) -> T:
+def _reading(workdir: pathlib.Path, which: str, run: Opened, read: Callable[..., T]) -> T:
     """`read(checkpoints, kind, step)` of checkpoint `which`; of the next one if a training deletes that meanwhile."""
-    identity = run_config.without_schedule(json.loads(json.dumps(run.config.identity(run.model, raw))))
+    identity = run_config.without_schedule(run.identity)
     failure: ConfigError | None = None
     tried: tuple[str, int] | None = None
     while True:

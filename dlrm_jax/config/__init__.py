@@ -5,6 +5,7 @@ from dlrm_jax.config.errors import ConfigError, how_to_install, require, require
 from dlrm_jax.config.learning import LossConfig, OptimizerConfig, ScheduleConfig
 from dlrm_jax.config.model import (
     DOT,
+    EMPTY_SLOT,
     DenseConfig,
     FeatureConfig,
     InteractionConfig,
@@ -21,6 +22,7 @@ from dlrm_jax.config.values import from_dict, to_dict
 
 __all__ = [
     "DOT",
+    "EMPTY_SLOT",
     "ConfigError",
     "DenseConfig",
     "FeatureConfig",

@@ -15,6 +15,8 @@ COMBINES = ("sum", "mul", "concat")
 DENSE_INITS = ("dlrm", "torch", "flax")
 TABLE_INITS = ("dlrm", "flax")
 COMPUTE_DTYPES = ("float32", "bfloat16")
+EMPTY_SLOT = -1
+"""The id of an unused slot of a bag; it contributes nothing to the pooled vector."""
 
 
 @dataclasses.dataclass(frozen=True)

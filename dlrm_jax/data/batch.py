@@ -5,11 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from dlrm_jax.config import ConfigError, ModelConfig
-
-EMPTY_SLOT = -1
-"""The id of an unused slot of a bag; it contributes nothing to the pooled vector."""
-
+from dlrm_jax.config import EMPTY_SLOT, ConfigError, ModelConfig
 
 OUT_OF_RANGE_POLICIES = ("error", "hash", "drop_and_count")
 """What `check_ids` does about an id outside its table."""

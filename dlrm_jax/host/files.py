@@ -1,4 +1,4 @@
-"""Directories that one command at a time may write in, and outputs that are checked before the work begins."""
+"""Directories where one command at a time writes, files that are whole or absent, outputs checked before the work."""
 
 import contextlib
 import errno
@@ -102,6 +102,22 @@ def one_at_a_time(directory: pathlib.Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+@contextlib.contextmanager
+def whole(path: pathlib.Path, alone: bool = True) -> Iterator[pathlib.Path]:
+    """A name beside `path` to write: what is there at the end takes its place, so that no reader meets a part of it.
+
+    Who is killed leaves that name behind, and takes it again; unless he is `alone`, every process has its own.
+    """
+    temporary = path.with_name(f".{path.name}.tmp" if alone else f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except Exception:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
 
 
 def require_input_file(flag: str, value: str) -> None:

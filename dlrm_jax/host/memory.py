@@ -158,6 +158,13 @@ def _text(path: pathlib.Path) -> str:
         return ""
 
 
+def held_by(program: Any) -> int:
+    """Bytes that a compiled program holds on a device, by XLA's account: arguments, temporaries, results of its own."""
+    analysis = program.memory_analysis()
+    results = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+    return analysis.argument_size_in_bytes + analysis.temp_size_in_bytes + results
+
+
 def gigabytes(num_bytes: float) -> str:
     """`12.34 GB`."""
     return f"{num_bytes / 1e9:.2f} GB"

@@ -26,7 +26,7 @@ from dlrm_jax.tables.plan import Plan
 from dlrm_jax.tables.rows import LANES
 from dlrm_jax.tables.rules import WEIGHT, row_means
 
-FLOAT = INT = 4
+FLOAT = 4
 _OPT_COPIES = {"sgd": 0, "momentum": 1, "adagrad": 1, "adam": 2, "adamw": 2}
 _KERNELS = 80
 """Kernels of a training step besides the collectives (counted in a compiled step of the Kaggle configuration)."""

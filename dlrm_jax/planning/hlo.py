@@ -4,12 +4,13 @@ import dataclasses
 import re
 
 _BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4, "f64": 8}
-_KINDS = ("all-to-all", "all-gather", "all-reduce", "reduce-scatter", "collective-permute")
-_LINE = re.compile(rf"^\s*(?:ROOT )?%?[\w.\-]+ = (?P<shape>.*?) (?P<kind>{'|'.join(_KINDS)})(?P<start>-start)?\(")
+KINDS = ("all-to-all", "all-gather", "all-reduce", "reduce-scatter", "collective-permute")
+_LINE = re.compile(rf"^\s*(?:ROOT )?%?[\w.\-]+ = (?P<shape>.*?) (?P<kind>{'|'.join(KINDS)})(?P<start>-start)?\(")
 _SHAPE = re.compile(r"\b([a-z]+\d+|pred)\[([\d,]*)\]")
 # A TPU's asynchronous collective is spread over several fusions, each of which names it.
 _CHAIN = re.compile(r'chain_id="(\d+)"')
-_COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) (?:\(.*)?\{?.*->.*\{\s*$")
+COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) (?:\(.*)?\{?.*->.*\{\s*$")
+"""The line that begins a computation, by its name."""
 _CALLED = re.compile(r"(?:body|condition|to_apply|calls|branch_computations)=\{?%?([\w.\-]+(?:, ?%[\w.\-]+)*)\}?")
 
 _WHILE = re.compile(r"\bwhile\(")
@@ -34,7 +35,7 @@ def collectives(text: str) -> tuple[Collective, ...]:
     found, loops, chains = [], _in_loops(text), set()
     name = ""
     for line in text.splitlines():
-        if header := _COMPUTATION.match(line):
+        if header := COMPUTATION.match(line):
             name = header.group(1)
             continue
         if match := _LINE.match(line):
@@ -86,7 +87,7 @@ def _in_loops(text: str) -> set[str]:
     looped: set[str] = set()
     name = ""
     for line in text.splitlines():
-        if header := _COMPUTATION.match(line):
+        if header := COMPUTATION.match(line):
             name = header.group(1)
         called = {c.strip(" %") for group in _CALLED.findall(line) for c in group.split(",")}
         calls.setdefault(name, set()).update(called)

@@ -66,8 +66,8 @@ def does_not_fit(setting: Setting, cost: Cost) -> str:
     """By how much a plan is too large, and what would help."""
     held, room = cost.bytes_held, _USABLE * setting.hardware.memory_bytes
     return (
-        f"the plan needs {held / 1e9:.2f} GB a device, {(held - room) / 1e9:.2f} GB more than the "
-        f"{room / 1e9:.2f} GB usable of {setting.hardware.name}; most of it is {largest_holder(setting, cost)}; "
+        f"the plan needs {gigabytes(held)} a device, {gigabytes(held - room)} more than the "
+        f"{gigabytes(room)} usable of {setting.hardware.name}; most of it is {largest_holder(setting, cost)}; "
         f"what would fit: {remedy(setting, cost, room)}"
     )
 
@@ -75,15 +75,14 @@ def does_not_fit(setting: Setting, cost: Cost) -> str:
 def largest_holder(setting: Setting, cost: Cost) -> str:
     """What takes most memory on a device, with its size; of the tables the largest is named."""
     part = max(cost.memory, key=lambda name: cost.memory[name])
-    size = f"{cost.memory[part] / 1e9:.2f} GB"
+    size = gigabytes(cost.memory[part])
     if part != "tables":
         batch = f" of batch_size {setting.load.batch_size:,}" if part in _OF_BATCH else ""
         return f"{part}{batch} ({size})"
     table = max(setting.model.tables, key=lambda table: table.num_embeddings)
-    of_it = table_bytes(table) / 1e9
     return (
         f"tables ({size}), the largest {table.name!r} ({table.num_embeddings:,} rows of {table.embedding_dim}: "
-        f"{of_it:.2f} GB)"
+        f"{gigabytes(table_bytes(table))})"
     )
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from dlrm_jax.config import TableConfig
+from dlrm_jax.host.texts import aligned
 from dlrm_jax.planning.cost import Cost
 from dlrm_jax.planning.planner import Setting
 from dlrm_jax.tables.forms import form_of
@@ -21,7 +22,7 @@ def text(setting: Setting, cost: Cost, ranked: list[tuple[str, Cost]]) -> str:
         f"{len(model.tables)} tables, {sum(t.num_embeddings for t in model.tables):,} rows of {model.embedding_dim}, "
         f"batch {setting.load.batch_size}, mesh {setting.mesh} of {hardware.name} ({hardware.source})",
         "",
-        _aligned(_table_rows(setting, cost)),
+        aligned(_table_rows(setting, cost), left=(0, 4, 5)),
         "",
         f"tables on a device: least {balance(cost)[0] / 1e6:,.1f} MB, most {balance(cost)[1] / 1e6:,.1f} MB",
         f"memory of a device: {_parts(cost.memory, 1e6, 'MB')}; {cost.bytes_held / 1e9:,.3f} GB in all, "
@@ -32,22 +33,13 @@ def text(setting: Setting, cost: Cost, ranked: list[tuple[str, Cost]]) -> str:
         f"predicted step: {cost.step_seconds * 1e3:,.3f} ms, bound by {cost.bound} "
         f"({_parts(cost.seconds, 1e-3, 'ms', 3)})",
         "",
-        _aligned(_ranking_rows(setting, ranked)),
+        aligned(_ranking_rows(setting, ranked)),
     ]
     return "\n".join(lines)
 
 
 def _parts(values: Any, unit: float, name: str, digits: int = 1) -> str:
     return ", ".join(f"{part} {value / unit:,.{digits}f} {name}" for part, value in values.items())
-
-
-def _aligned(rows: list[list[str]]) -> str:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    left = {0, 4, 5} if len(widths) > 6 else {0}
-    return "\n".join(
-        "  ".join(c.ljust(w) if i in left else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
-        for row in rows
-    ).replace(" \n", "\n")
 
 
 def _table_rows(setting: Setting, cost: Cost) -> list[list[str]]:

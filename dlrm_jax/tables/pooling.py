@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dlrm_jax.data.batch import EMPTY_SLOT
+from dlrm_jax.config import EMPTY_SLOT
 from dlrm_jax.host.formulations import by_platform
 
 IN_FLIGHT = 4

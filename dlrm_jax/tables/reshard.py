@@ -104,17 +104,16 @@ class Source:
 
 
 def read_array(source: Rows, kind: Kind, stack: Stack, shape: tuple[int, int], sharding: NamedSharding) -> jax.Array:
-    """A stack's array under its own plan, each shard read for the device that holds it."""
-    latest: dict[str, Any] = {}
-
-    def shard(index: Any) -> np.ndarray:
-        place = tuple((part.start or 0, part.stop) for part in index)
-        if latest.get("place") != place:  # Copies of a shard are asked for one after the other.
-            latest["rows"] = _read_shard(source, kind, stack, shape, index)
-            latest["place"] = place
-        return latest["rows"]
-
-    return jax.make_array_from_callback(shape, sharding, shard)
+    """A stack's array under its own plan, each shard read for the device that holds it, one after the other."""
+    place: Any = None
+    shards: list[jax.Array] = []
+    for device, index in sharding.addressable_devices_indices_map(shape).items():
+        if place != index:  # Copies of a shard come one after the other.
+            place, rows = index, None  # The one before goes first.
+            rows = _read_shard(source, kind, stack, shape, place)
+        # Not all at once, as by make_array_from_callback, which holds them twice.
+        shards.append(jax.block_until_ready(jax.device_put(rows, device)))
+    return jax.make_array_from_single_device_arrays(shape, sharding, shards)
 
 
 def _read_shard(source: Rows, kind: Kind, stack: Stack, shape: tuple[int, int], index: tuple[slice, ...]) -> np.ndarray:

@@ -2,14 +2,13 @@
 
 A checkpoint holds the whole TrainState and a JSON record (which run it belongs to, how far its evaluations got, where
 its tables lay). The data position is the step itself (data/read/pipeline.py). A checkpoint counts only once Orbax has
-renamed it into place, so that a killed run finds its last complete one. Under another plan, or on other devices, tables
-are read row by row from where they were stored (tables/reshard.py).
+renamed it into place, so that a killed run finds its last complete one; saved.py reads it.
 
 Orbax's files check their own directory of pieces, but not the numbers in them. So a checkpoint also holds `checksums`
 of every array and of the record, and nothing that was read is handed out before it was compared (checksums.py).
 """
 
-import logging
+import functools
 import math
 import os
 import pathlib
@@ -19,37 +18,22 @@ from types import TracebackType
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import orbax.checkpoint as ocp
-import tensorstore
 from etils import epath
 from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
 from dlrm_jax.config import ConfigError
 from dlrm_jax.host import heap, memory
-from dlrm_jax.tables.exchange import stack_rule
-from dlrm_jax.tables.forms.base import POOLING_WEIGHTS, Stack
-from dlrm_jax.tables.layout import place_stacks
-from dlrm_jax.tables.plan import plan_from_dict
-from dlrm_jax.tables.reshard import Kind, Source, read_array
-from dlrm_jax.tables.rules import ROW
+from dlrm_jax.tables.reshard import Source
 from dlrm_jax.training import checksums
-from dlrm_jax.training.checksums import array_name
 from dlrm_jax.training.placed import Placed
+from dlrm_jax.training.saved import CHUNK_BYTES, Saved, placement, split
 from dlrm_jax.training.state import TrainState
-
-_LOG = logging.getLogger("dlrm_jax")
 
 LATEST, BEST = "latest", "best"
 COPIES = 1.2
 """What saving holds of a state in the host's memory, measured on a CPU: a copy, and what is being written of it."""
-
-TABLES = ("tables", "table_opt_state")
-"""The parts of a state that a plan places."""
-
-_CHUNK_BYTES = 2**24
-"""What is read at least of a stored array: small beside a table, so that another plan can read it in pieces."""
 
 _LONGEST_NAME = 3500
 """Bytes of a directory's name: systems take 4,095, and what is written below it has names of up to 300."""
@@ -130,8 +114,8 @@ class Checkpoints:
         num_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state)) // jax.process_count()
         self._check_space(num_bytes)
         self._check_memory(math.ceil(COPIES * num_bytes))
-        tables, rest = _split(state)
-        pieces = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES), tables)
+        tables, rest = split(state)
+        pieces = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), tables)
         record = record | {"placement": placement(placed)}
         sums = {
             "record": checksums.of_json(record),
@@ -195,136 +179,28 @@ class Checkpoints:
 
     def record(self, kind: str, step: int | None = None) -> dict[str, Any]:
         """The JSON record saved with the last checkpoint of `kind` (or that at `step`)."""
-        step = self.step(kind) if step is None else step
-        record = self._restore(kind, step, record=ocp.args.JsonRestore()).record
-        noted = self._noted(kind, step)
-        if noted is not None and noted.get("record") != checksums.of_json(record):
-            raise self._cannot_read(kind, step, "the checksum of its record differs")
-        return record
-
-    def _noted(self, kind: str, step: int | None) -> dict[str, Any] | None:
-        """The checksums that were saved with a checkpoint; None for one that was made before there were any."""
-        where = self.directory / kind / str(step)
-        if (where / "checksums").exists() or "checksums" in (where / "_CHECKPOINT_METADATA").read_text("latin-1"):
-            return self._restore(kind, step, checksums=ocp.args.JsonRestore()).checksums
-        return None
+        return self._saved(kind, step).record
 
     def restore(self, kind: str, placed: Placed, step: int | None = None) -> TrainState:
         """The state saved last (or at `step`), placed as `placed` says, whatever it was placed as."""
-        step = self.step(kind) if step is None else step
-        tables, rest = _split(placed.abstract_state)
-        how = self.record(kind, step)["placement"]
-        saved, by_slot = saved_stacks(placed, how), how.get("slots", False)
-        noted = self._noted(kind, step)
-        if noted is None:
-            where = self.directory / kind / str(step)
-            _LOG.warning("checkpoint %s has no checksums, as those of older versions: it is not checked", where)
-        if [stack.layout for stack in saved] == [stack.layout for stack in placed.stacks]:
-            stored = tables if by_slot else _without_slots(tables)
-            found = self._restore(
-                kind, step, dense=ocp.args.StandardRestore(rest), tables=ocp.args.StandardRestore(stored)
-            )
-            self._require_whole(kind, step, found.dense, noted, "dense")
-            self._require_whole(kind, step, found.tables, noted, "tables")
-            found_tables = found.tables if by_slot else _with_slots(found.tables, tables)
-            return _complete(TrainState(**found.dense, **found_tables), placed)
-        dense = self._restore(kind, step, dense=ocp.args.StandardRestore(rest)).dense
-        self._require_whole(kind, step, dense, noted, "dense")
-        try:
-            read = self._read_tables(kind, step, placed, tables, saved, noted, by_slot)
-            return _complete(TrainState(**dense, **read), placed)
-        except ConfigError:
-            raise
-        except Exception as error:  # What a damaged file raises depends on where it is damaged.
-            raise self._cannot_read(kind, step, error) from error
-
-    def _require_whole(self, kind: str, step: int | None, tree: Any, noted: dict[str, Any] | None, item: str) -> None:
-        """ConfigError naming the arrays whose checksums are not those noted."""
-        if noted is None:
-            return
-        try:
-            different = checksums.differing(tree, noted[item])
-        except Exception as error:  # The checksums themselves are damaged.
-            raise self._cannot_read(kind, step, f"its checksums are damaged: {error!r}") from error
-        if different:
-            names = ", ".join(different[:3]) + (f" and {len(different) - 3} more" if len(different) > 3 else "")
-            raise self._cannot_read(kind, step, f"checksums differ in {names}")
-
-    def _read_tables(
-        self,
-        kind: str,
-        step: int | None,
-        placed: Placed,
-        tables: dict[str, Any],
-        saved: tuple[Stack, ...],
-        noted: dict[str, Any] | None,
-        by_slot: bool,
-    ) -> dict[str, Any]:
-        """The placed parts of a state, from a checkpoint made under the plan of `saved`."""
-        source = self._rows(kind, step, saved, noted)
-        arrays = {
-            stack.name + ending: (stack, bool(ending)) for stack in placed.stacks for ending in ("", POOLING_WEIGHTS)
-        }
-
-        def read(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
-            group, key, *inner = path
-            stack, weights = arrays[key.key]
-            stored = Kind(group.key, weights, weights, first=1.0 if weights else 0.0, dtype=str(leaf.dtype))
-            if inner:
-                slot = {slot.name: slot for slot in stack_rule(placed.optimizer, stack).slots}[inner[0].key]
-                name = slot.name if by_slot else ""
-                stored = Kind(group.key, weights, weights or slot.per == ROW, name, slot.first, slot.dtype)
-            return read_array(source, stored, stack, leaf.shape, leaf.sharding)
-
-        return jax.tree_util.tree_map_with_path(read, tables)
+        return self._saved(kind, step).restore(placed)
 
     def read_model(self, kind: str, step: int, placed: Placed) -> tuple[dict[str, Any], Source]:
         """(a state but for its tables, by field, rows of its tables where they are stored): it fits any memory."""
-        _, rest = _split(placed.abstract_state)
-        noted = self._noted(kind, step)
-        dense = self._restore(kind, step, dense=ocp.args.StandardRestore(rest)).dense
-        self._require_whole(kind, step, dense, noted, "dense")
-        saved = saved_stacks(placed, self.record(kind, step)["placement"])
-        return dense, self._rows(kind, step, saved, noted)
+        return self._saved(kind, step).read_model(placed)
 
-    def _rows(self, kind: str, step: int | None, saved: tuple[Stack, ...], noted: dict[str, Any] | None) -> Source:
-        """Rows of the tables of a checkpoint that was made under the plan of `saved`, checked as they are read."""
-        base = {
-            "driver": "file",
-            "path": f"{self.directory / kind / str(step) / 'tables'}/",
-        }
-        context = tensorstore.Context({"cache_pool": {"total_bytes_limit": 16 * _CHUNK_BYTES}})
-
-        def open_array(group: str, name: str) -> Any:
-            kvstore = {"driver": "ocdbt", "base": base, "path": f"{group}.{name}/"}
-            store = tensorstore.open({"driver": "zarr", "kvstore": kvstore}, context=context, read=True, open=True)
-            path = f"{group}.{name}"
-            return _Sliced(store.result(), None if noted is None else noted["tables"][path], path)
-
-        return Source(saved, open_array)
-
-    def _restore(self, kind: str, step: int | None, **items: Any) -> Any:
+    def _saved(self, kind: str, step: int | None) -> Saved:
+        step = self.step(kind) if step is None else step
         if step is None:
             raise ConfigError(f"no {kind} checkpoint in {self.directory} ({self._listing()})")
-        try:
-            found = self._managers[kind].restore(step, args=ocp.args.Composite(**items))
-        except Exception as error:  # What a damaged file raises depends on where it is damaged.
-            raise self._cannot_read(kind, step, error) from error
-        for name in items:
-            if found.get(name) is None:
-                raise self._cannot_read(kind, step, f"it has no {name}")
-        return found
+        directory, restore = self.directory / kind / str(step), functools.partial(self._managers[kind].restore, step)
+        return Saved(directory, restore, functools.partial(self._instead, kind, step))
 
-    def _cannot_read(self, kind: str, step: int | None, error: Exception | str) -> ConfigError:
-        reason = " ".join(str(error).partition(" See full TensorStore details")[0].split())[:300] or repr(error)
-        where = self.directory / kind / str(step)
-        return ConfigError(f"cannot read checkpoint {where}: {reason}; {self._instead(kind, step)}")
-
-    def _instead(self, kind: str, step: int | None) -> str:
+    def _instead(self, kind: str, step: int) -> str:
         """What to do without a checkpoint that cannot be read; nothing that is whole is to be deleted."""
         if kind == BEST:
             return "move it away: a run that goes on makes another, and --checkpoint=latest is still there"
-        older = [other for other in self._steps(LATEST) if step is None or other < step]
+        older = [other for other in self._steps(LATEST) if other < step]
         if older:
             return f"move it away to fall back on that of step {older[-1]}"
         best = self._steps(BEST)
@@ -350,79 +226,8 @@ class Checkpoints:
         raise ConfigError(f"no checkpoint {which!r} in {self.directory} ({self._listing()})")
 
 
-class _Sliced:
-    """A tensorstore array that is read by slicing it; what was `noted` of its pieces is compared first."""
-
-    def __init__(self, store: Any, noted: dict[str, Any] | None, path: str) -> None:
-        self._store, self.shape, self._path = store, store.shape, path
-        self._pieces = None if noted is None else checksums.StoredPieces(self._read, noted)
-
-    def __getitem__(self, rows: slice) -> Any:
-        if self._pieces is not None and not self._pieces.whole(rows.start, rows.stop):
-            raise ValueError(f"checksums differ in {self._path}")
-        return self._read(rows)
-
-    def _read(self, rows: slice) -> Any:
-        return self._store[rows].read().result()
-
-
 def _tidy(directory: pathlib.Path) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     for unfinished in directory.glob("*.orbax-checkpoint-tmp*"):
         # Left by a killed process. Orbax ignores it, but it would fill the disk, one a kill.
         shutil.rmtree(unfinished, ignore_errors=True)
-
-
-def _complete(state: TrainState, placed: Placed) -> TrainState:
-    """`state`, once it is seen to hold what `placed` asks for, array by array."""
-    wanted, _ = jax.tree_util.tree_flatten_with_path(placed.abstract_state)
-    for (path, want), leaf in zip(wanted, jax.tree.leaves(state), strict=True):
-        if not isinstance(leaf, jax.Array) or (leaf.shape, leaf.dtype) != (want.shape, want.dtype):
-            found = f"{getattr(leaf, 'dtype', '?')}{list(getattr(leaf, 'shape', '?'))}"
-            raise ConfigError(
-                f"{array_name(path)} of a checkpoint was read as {type(leaf).__name__} {found}; the run needs an array "
-                f"{want.dtype}{list(want.shape)}"
-            )
-    for stack in placed.stacks:
-        for slot in stack_rule(placed.optimizer, stack).slots:
-            for name in {stack.name, stack.name + POOLING_WEIGHTS} & set(state.table_opt_state):
-                if not _in_range(state.table_opt_state[name][slot.name], slot.least):
-                    raise ConfigError(
-                        f"{TABLES[1]}.{name}.{slot.name} of a checkpoint holds NaN, infinity or a number below "
-                        f"{slot.least}, which this optimizer never keeps"
-                    )
-    return state
-
-
-@jax.jit
-def _in_range(array: jax.Array, least: float) -> jax.Array:
-    return (jnp.isfinite(array) & (array >= least)).all()
-
-
-def _without_slots(tables: dict[str, Any]) -> dict[str, Any]:
-    """Of what a plan places, the tree that the first checkpoints have: a table's only slot without its name."""
-    states = {name: next(iter(slots.values()), ()) for name, slots in tables[TABLES[1]].items()}
-    return tables | {TABLES[1]: states}
-
-
-def _with_slots(found: dict[str, Any], tables: dict[str, Any]) -> dict[str, Any]:
-    """The inverse."""
-    states = {name: dict.fromkeys(slots, found[TABLES[1]][name]) for name, slots in tables[TABLES[1]].items()}
-    return found | {TABLES[1]: states}
-
-
-def _split(state: TrainState) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(what a plan places, the rest), by field; what the run does without is left out."""
-    fields = {name: value for name, value in vars(state).items() if value is not None}
-    return {name: fields.pop(name) for name in TABLES}, fields
-
-
-def placement(placed: Placed) -> dict[str, Any]:
-    """What must be known to read a checkpoint's tables, as JSON values."""
-    return {"plan": placed.plan.to_dict(), "packed": placed.packed, "divisible": True, "slots": True}
-
-
-def saved_stacks(placed: Placed, saved: dict[str, Any]) -> tuple[Stack, ...]:
-    """How a checkpoint's tables are stored."""
-    plan = plan_from_dict(saved["plan"], "the checkpoint's placement")
-    return place_stacks(placed.model, plan, saved["packed"], divisible=saved.get("divisible", False))

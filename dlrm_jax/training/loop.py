@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import json
 import logging
 import pathlib
 from collections.abc import Iterator
@@ -13,15 +12,16 @@ import jax
 
 from dlrm_jax.config import ConfigError, differences, from_dict, tell
 from dlrm_jax.data.batch import Batch
-from dlrm_jax.data.read.load import load_dataset, named
+from dlrm_jax.data.read.load import named
 from dlrm_jax.data.read.pipeline import Prefetcher, process_shard, steps_per_epoch, train_batches
 from dlrm_jax.data.values.label_values import describe_one_class
 from dlrm_jax.host import files, heap, huge_pages, processes
 from dlrm_jax.training import checkpoint, plateau, reporting
 from dlrm_jax.training.evaluation import Evaluator, evaluate_splits
 from dlrm_jax.training.monitor import EXCHANGE_OVERFLOWS, Clock, Interrupted, LossWindow, Speed, catch_signals
-from dlrm_jax.training.placement import failing_in_one_line, place_run, prediction, setting_of
-from dlrm_jax.training.run_config import EARLIER_SCHEDULES, RunConfig, check_dataset, identity_of
+from dlrm_jax.training.opening import open_run
+from dlrm_jax.training.placement import failing_in_one_line, prediction, setting_of
+from dlrm_jax.training.run_config import EARLIER_SCHEDULES, RunConfig, identity_of
 from dlrm_jax.training.state import TrainState
 from dlrm_jax.training.stepper import Stepper
 
@@ -52,11 +52,9 @@ class Run:
     def __init__(self, config: RunConfig, workdir: pathlib.Path) -> None:
         self.config, self.workdir = config, workdir
         _LOG.info("loading %s", config.data.data_dir or config.data.dataset)
-        raw = load_dataset(config.data, config.allow_oversubscription)
-        self.model = config.model.build(raw)
-        config.check_model(self.model)
-        self.identity = json.loads(json.dumps(config.identity(self.model, raw)))
-        self.dataset, self.ids_out_of_range = check_dataset(raw, self.model, config.ids_out_of_range)
+        opened = open_run(config)
+        self.model, self.dataset, self.identity = opened.model, opened.dataset, opened.identity
+        self.ids_out_of_range = opened.ids_out_of_range
         num_rows = len(self.dataset.splits["train"])
         per_epoch = steps_per_epoch(num_rows, config.batch_size)
         self.num_steps = config.num_steps or config.num_epochs * per_epoch
@@ -71,8 +69,8 @@ class Run:
         self._require_val_rows()
         self.eval_every = config.eval_every or per_epoch
         self.checkpoint_every = config.checkpoint_every or per_epoch
-        self.placed = place_run(config, self.model, self.dataset, checkpoint.COPIES)
-        self.evaluate = Evaluator(config, self.placed, raw.expander)
+        self.placed = opened.place(checkpoint.COPIES)
+        self.evaluate = Evaluator(config, self.placed, self.dataset.expander)
         self.writes = processes.is_first()
 
     def _require_val_rows(self) -> None:

@@ -11,15 +11,16 @@ import jax
 import numpy as np
 
 from dlrm_jax.data.batch import Batch
-from dlrm_jax.data.read.load import load_dataset
 from dlrm_jax.data.read.pipeline import Prefetcher, train_batches
 from dlrm_jax.host import heap
+from dlrm_jax.host.memory import held_by
 from dlrm_jax.planning.cost import estimate, forward_work
 from dlrm_jax.planning.hardware import Hardware
 from dlrm_jax.training import step_parts
+from dlrm_jax.training.opening import open_run
 from dlrm_jax.training.placed import Placed
-from dlrm_jax.training.placement import failing_in_one_line, place_run, setting_of
-from dlrm_jax.training.run_config import RunConfig, check_dataset
+from dlrm_jax.training.placement import failing_in_one_line, setting_of
+from dlrm_jax.training.run_config import RunConfig
 from dlrm_jax.training.step import logits
 from dlrm_jax.training.stepper import Stepper
 
@@ -56,11 +57,8 @@ def measure(config: RunConfig, seconds: float, hardware: Hardware | None = None,
 
 def _placed_batches(config: RunConfig, seconds: float) -> tuple[Placed, list[Batch], dict[str, float]]:
     """The run's model where it lies, some of its batches on the devices, and how long the input takes for one."""
-    raw = load_dataset(config.data, config.allow_oversubscription)
-    model = config.model.build(raw)
-    config.check_model(model)
-    dataset, _ = check_dataset(raw, model, config.ids_out_of_range)
-    placed = place_run(config, model, dataset)
+    opened = open_run(config)
+    placed, dataset = opened.place(), opened.dataset
     multiple = placed.num_devices * config.num_micro_batches
     rows = dataset.splits["train"]
     source = train_batches(rows, config.batch_size, config.seed, 0, shuffle=config.shuffle, multiple=multiple)
@@ -121,16 +119,12 @@ def _timed(
         start = time.perf_counter()
         jax.block_until_ready(call(len(taken)))
         taken.append((time.perf_counter() - start) / at_once)
-    memory = executable.memory_analysis()
     numbers: dict[str, Any] = {
         "step_seconds": float(np.median(taken)),
         "quartiles": [float(q) for q in np.quantile(taken, (0.25, 0.75))],
         "steps": len(taken) * at_once,
-        "temporary_bytes": memory.temp_size_in_bytes,
-        "held_bytes": memory.argument_size_in_bytes
-        + memory.temp_size_in_bytes
-        + memory.output_size_in_bytes
-        - memory.alias_size_in_bytes,
+        "temporary_bytes": executable.memory_analysis().temp_size_in_bytes,
+        "held_bytes": held_by(executable),
     }
     if parts:
         text = executable.as_text()

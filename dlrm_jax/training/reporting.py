@@ -1,9 +1,7 @@
 """What a run writes for people: metrics.jsonl, TensorBoard events, curves, tables, a progress bar."""
 
-import contextlib
 import json
 import math
-import os
 import pathlib
 import platform
 import sys
@@ -16,6 +14,8 @@ import jax
 from tqdm import tqdm
 
 from dlrm_jax.config import ConfigError
+from dlrm_jax.host import files
+from dlrm_jax.host.texts import aligned
 
 METRIC_COLUMNS = ("auc", "log_loss", "normalized_entropy", "calibration", "accuracy", "num_samples")
 _PLAIN_PROGRESS_SECONDS = 5.0
@@ -36,14 +36,8 @@ def write_json_atomically(path: pathlib.Path, value: Any) -> None:
 
 
 def _write_text_atomically(path: pathlib.Path, text: str) -> None:
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # Two evaluations may end at once.
-    try:
+    with files.whole(path, alone=False) as temporary:  # Two evaluations may end at once.
         temporary.write_text(text)
-        os.replace(temporary, path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise
 
 
 def versions() -> dict[str, str | None]:
@@ -175,15 +169,7 @@ def format_table(results: dict[str, dict[str, Any] | None], optimum: dict[str, f
         rows.append([name, *(_cell((values or {}).get(column)) for column in METRIC_COLUMNS)])
     if optimum is not None:
         rows.append(["optimum", *(_cell(optimum.get(column)) for column in METRIC_COLUMNS)])
-    return aligned(rows)
-
-
-def aligned(rows: list[list[str]]) -> str:
-    """Rows of equally many cells as a table, each column as wide as its widest cell."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    )
+    return aligned(rows, left=())
 
 
 def format_cost(cost: dict[str, dict[str, Any]]) -> str:

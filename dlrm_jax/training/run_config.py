@@ -23,8 +23,8 @@ from dlrm_jax.config import (
 )
 from dlrm_jax.config import from_dict as decoded
 from dlrm_jax.config.learning import ALL_ROWS
-from dlrm_jax.data.batch import OUT_OF_RANGE_POLICIES, check_ids
-from dlrm_jax.data.read.dataset import Dataset, Rows, Split
+from dlrm_jax.data.batch import OUT_OF_RANGE_POLICIES
+from dlrm_jax.data.read.dataset import Dataset
 from dlrm_jax.data.read.load import DataConfig, ids_lie_inside
 from dlrm_jax.host.formulations import KERNELS, XLA
 from dlrm_jax.host.memory import TRY_ANYWAY_HELP
@@ -218,23 +218,6 @@ def identity_of(record: Mapping[str, Any]) -> dict[str, Any]:
 def without_schedule(identity: dict[str, Any]) -> dict[str, Any]:
     """An identity but for the learning rate's schedule, which weights that are there already do not depend on."""
     return identity | {"optimizer": {k: v for k, v in identity["optimizer"].items() if k != "schedule"}}
-
-
-def check_dataset(dataset: Dataset, model: ModelConfig, policy: str) -> tuple[Dataset, dict[str, dict[str, int]]]:
-    """The dataset with every id inside its table, and how many were not, by split and feature (batch.check_ids)."""
-    if dataset.expander is not None:  # What is in memory are one-hot ids still.
-        model = dataclasses.replace(model, features=tuple(dataclasses.replace(f, hotness=1) for f in model.features))
-    splits: dict[str, Rows] = {}
-    counts = {}
-    for name, split in dataset.splits.items():
-        if not isinstance(split, Split):
-            splits[name] = split  # Not in memory: its ids are checked as they are read, or made in range.
-            continue
-        ids_RxK, count = check_ids(model, split.ids_RxK, policy, split.row_R)
-        splits[name] = dataclasses.replace(split, ids_RxK=ids_RxK)
-        if count:
-            counts[name] = count
-    return dataclasses.replace(dataset, splits=splits), counts
 
 
 def from_dict(values: dict[str, Any]) -> RunConfig:

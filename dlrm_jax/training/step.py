@@ -24,12 +24,40 @@ from dlrm_jax.training.state import TrainState
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
 
 
+def forward(
+    model: ModelConfig,
+    ops: TableOps,
+    tables: Any,
+    dense_params: Any,
+    dense_BxN: jax.Array,
+    ids_BxK: jax.Array,
+    id_weights_BxK: jax.Array | None = None,
+) -> jax.Array:
+    """logits_B, in training's evaluations as where a model is served; `ops` says where the tables are, and how kept."""
+    with jax.named_scope("lookup"):
+        pooled_BxFxD, _ = ops.lookup(tables, ops.route(ids_BxK, id_weights_BxK))
+    return DLRM(model).apply({"params": dense_params}, dense_BxN, pooled_BxFxD)
+
+
 def logits(model: ModelConfig, state: TrainState, batch: Batch, ops: TableOps | None = None) -> jax.Array:
     """logits_B of a batch; `ops` says where the tables are, by default on one device."""
-    ops = ops or local_ops(model)
-    with jax.named_scope("lookup"):
-        pooled_BxFxD, _ = ops.lookup(state.tables, ops.route(batch.ids_BxK, batch.id_weights_BxK))
-    return DLRM(model).apply({"params": state.dense_params}, batch.dense_BxN, pooled_BxFxD)
+    inputs = (batch.dense_BxN, batch.ids_BxK, batch.id_weights_BxK)
+    return forward(model, ops or local_ops(model), state.tables, state.dense_params, *inputs)
+
+
+def make_score(
+    model: ModelConfig, threshold: float, ops: TableOps
+) -> Callable[[Any, Any, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
+    """`(tables, dense_params, dense_BxN, ids_BxK) -> (probability_B, logit_B)`: what is served.
+
+    Probabilities are clipped to [threshold, 1 - threshold].
+    """
+
+    def score(tables: Any, dense_params: Any, dense_BxN: jax.Array, ids_BxK: jax.Array) -> tuple[jax.Array, jax.Array]:
+        logit_B = forward(model, ops, tables, dense_params, dense_BxN, ids_BxK)
+        return probability(logit_B, threshold), logit_B
+
+    return score
 
 
 def make_train_step(

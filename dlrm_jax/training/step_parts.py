@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 
 import jax
 
+from dlrm_jax.planning.hlo import COMPUTATION, KINDS
+
 EXCHANGE, OTHER, GAPS = "exchange", "other", "launch gaps"
 _SCOPES = {
     "route": "lookup",
@@ -26,10 +28,9 @@ _SCOPES = {
 }
 PARTS = ("lookup", "interaction", "MLPs", "sparse update", EXCHANGE, OTHER, GAPS)
 _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?(?P<name>[\w.\-]+) = (?:\(.*?\)|\S+) (?P<op>[\w\-]+)\((?P<rest>.*)$")
-_COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) (?:\(.*)?->.*\{\s*$")
 _SCOPE = re.compile(r'op_name="([^"]*)"')
 _CALLS = re.compile(r"(?:calls|to_apply)=%?([\w.\-]+)")
-_COLLECTIVE = re.compile(r"^(all-to-all|all-gather|all-reduce|reduce-scatter|collective-permute|ragged-all-to-all)")
+_COLLECTIVE = re.compile(rf"^({'|'.join((*KINDS, 'ragged-all-to-all'))})")
 _CONTAINERS = ("while", "conditional", "call", "async-start", "async-done")
 
 
@@ -51,7 +52,7 @@ def parts_of(hlo_text: str) -> dict[str, str]:
     calls: dict[str, str] = {}
     computation = ""
     for line in hlo_text.splitlines():
-        if header := _COMPUTATION.match(line):
+        if header := COMPUTATION.match(line):
             computation = header[1]
         elif (found := _INSTRUCTION.match(line)) and found["op"] not in _CONTAINERS:
             scopes = _SCOPE.search(line)

@@ -7,6 +7,7 @@ from typing import Any
 
 from dlrm_jax.config import require
 from dlrm_jax.data.batch import Batch
+from dlrm_jax.host.memory import held_by
 from dlrm_jax.training.monitor import Taken
 from dlrm_jax.training.placed import Placed
 from dlrm_jax.training.run_config import RunConfig
@@ -71,12 +72,7 @@ class Stepper:
 
     def memory_bytes(self) -> int | None:
         """What the largest of the compiled steps holds on a device, by XLA's account; None before the first step."""
-        held = []
-        for executable in self._executables.values():
-            memory = executable.memory_analysis()
-            not_aliased = memory.output_size_in_bytes - memory.alias_size_in_bytes
-            held.append(memory.argument_size_in_bytes + memory.temp_size_in_bytes + not_aliased)
-        return max(held, default=None)
+        return max(map(held_by, self._executables.values()), default=None)
 
 
 class _Pipeline:

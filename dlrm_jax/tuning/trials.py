@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from dlrm_jax.config import ConfigError, from_dict, to_dict
+from dlrm_jax.host.texts import aligned
 from dlrm_jax.training import reporting
 from dlrm_jax.tuning.search import Round, best
 
@@ -116,7 +117,7 @@ def table(trials: Trials, order: list[Outcome]) -> str:
         flags = [trials.flags[outcome.trial][name] for name in names]
         value = "-" if outcome.value is None else f"{outcome.value:.5f}"
         rows.append([str(outcome.trial), *flags, value, str(outcome.step), outcome.error[:80]])
-    return reporting.aligned(rows)
+    return aligned(rows, left=(len(names) + 3,))
 
 
 def draw(trials: Trials, order: list[Outcome], path: pathlib.Path) -> None:

@@ -250,3 +250,13 @@ def test_of_a_checkpoint_whose_reading_failed_the_other_reads_are_silent(error, 
     seen = []
     commands._quiet_when_reading_failed(seen.append, SimpleNamespace(exc_value=error))
     assert bool(seen) == told
+
+
+def test_reads_that_never_began_are_silent_too(monkeypatch, recwarn):
+    async def read():
+        pass
+
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
+    commands._say_once_that_reading_failed()
+    read()  # Gone at once.
+    assert not recwarn.list

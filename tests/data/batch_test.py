@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from dlrm_jax.config import ConfigError
-from dlrm_jax.data.batch import EMPTY_SLOT, check_ids, describe_nonfinite, pack_bags
+from dlrm_jax.config import EMPTY_SLOT, ConfigError
+from dlrm_jax.data.batch import check_ids, describe_nonfinite, pack_bags
 from tests.helpers import random_batch, tiny_model
 
 MODEL = tiny_model()

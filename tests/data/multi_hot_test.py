@@ -5,8 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dlrm_jax.config import ConfigError, FeatureConfig
-from dlrm_jax.data.batch import EMPTY_SLOT
+from dlrm_jax.config import EMPTY_SLOT, ConfigError, FeatureConfig
 from dlrm_jax.data.generate.multi_hot import DISTRIBUTIONS, compatible_tables, expand_dataset, virtual_ids
 from dlrm_jax.data.read.dataset import Dataset, Split
 from dlrm_jax.data.read.pipeline import Prefetcher, eval_batches

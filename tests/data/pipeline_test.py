@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from dlrm_jax.data.batch import EMPTY_SLOT
+from dlrm_jax.config import EMPTY_SLOT
 from dlrm_jax.data.read.dataset import Split
 from dlrm_jax.data.read.pipeline import Prefetcher, eval_batches, steps_per_epoch, train_batches
 

@@ -132,3 +132,17 @@ def test_input_files(tmp_path):
         files.require_input_file("token_file", str(pathlib.Path(tmp_path) / "none"))
     with pytest.raises(ConfigError, match=r"--token_file=.* is a directory"):
         files.require_input_file("token_file", str(tmp_path))
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_a_file_is_the_old_one_until_the_new_one_is_whole(tmp_path, alone):
+    path = tmp_path / "result.json"
+    path.write_text("old")
+    with pytest.raises(ValueError, match="half"), files.whole(path, alone) as temporary:
+        temporary.write_text("ne")
+        raise ValueError("half-way")
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+    with files.whole(path, alone) as temporary:
+        temporary.write_text("new")
+        assert path.read_text() == "old"
+    assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]

@@ -5,8 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dlrm_jax.config import FeatureConfig, ModelConfig, TableConfig
-from dlrm_jax.data.batch import EMPTY_SLOT
+from dlrm_jax.config import EMPTY_SLOT, FeatureConfig, ModelConfig, TableConfig
 from dlrm_jax.host.mesh import MeshShape
 from dlrm_jax.tables import init, pooling
 from dlrm_jax.tables.by_name import named_tables, stack_tables

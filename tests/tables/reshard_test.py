@@ -11,7 +11,7 @@ from dlrm_jax.config import ConfigError, LossConfig
 from dlrm_jax.host.mesh import MeshShape, make_mesh
 from dlrm_jax.tables import reshard
 from dlrm_jax.tables.plan import make_plan
-from dlrm_jax.training import checkpoint, loop
+from dlrm_jax.training import loop, opening, saved
 from dlrm_jax.training.checkpoint import LATEST, Checkpoints
 from dlrm_jax.training.options import ShardingOptions
 from dlrm_jax.training.placed import Placed
@@ -93,7 +93,7 @@ def test_a_state_that_is_not_whole_is_never_handed_out(tmp_path, monkeypatch, sa
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(LATEST, old.init_state(1), old, {})
         checkpoints.wait()
-        monkeypatch.setattr(checkpoint, "TrainState", lambda **fields: new.abstract_state)
+        monkeypatch.setattr(saved, "TrainState", lambda **fields: new.abstract_state)
         with pytest.raises(ConfigError, match="step of a checkpoint was read as ShapeDtypeStruct int32"):
             checkpoints.restore(LATEST, new)
 
@@ -127,7 +127,7 @@ def test_the_pipelined_loop_ends_in_the_same_bits_and_resumes(tmp_path):
             loop.train_and_evaluate(config, tmp_path / name)
     states = []
     for name in ("plain", "pipelined"):
-        dataset_model = config.model.build(loop.load_dataset(config.data))
+        dataset_model = opening.read(config)[1]
         plan = make_plan(dataset_model, MeshShape(1, 4), "row_wise")
         placed = Placed(dataset_model, config.optimizer, plan, make_mesh(MeshShape(1, 4)))
         with Checkpoints(tmp_path / name) as checkpoints:

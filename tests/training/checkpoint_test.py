@@ -14,6 +14,7 @@ from dlrm_jax.config import ConfigError, FeatureConfig, ModelConfig, TableConfig
 from dlrm_jax.host.mesh import MeshShape, make_mesh
 from dlrm_jax.tables import layout
 from dlrm_jax.tables.plan import make_plan
+from dlrm_jax.tables.reshard import Kind
 from dlrm_jax.training import checkpoint
 from dlrm_jax.training.checkpoint import BEST, LATEST, Checkpoints
 from dlrm_jax.training.placed import Placed, on_one_device
@@ -253,6 +254,18 @@ def test_a_zeroed_sector_is_seen_or_changes_nothing(saved, tmp_path):
             opened.write(bytes(min(512, path.stat().st_size - opened.tell())))
         found.append(require_equal_or_refused(copy, placements[trial % 2], good[trial % 2]))
     assert found.count("refused") >= 5, found
+
+
+def test_damage_is_said_in_one_line_where_rows_are_read_one_after_the_other(saved, tmp_path):
+    """As an export reads them."""
+    directory, (one, _), _ = saved
+    copy = shutil.copytree(directory, tmp_path / "copy")
+    path = max((copy / "checkpoints" / BEST / "0" / "tables").rglob("*"), key=lambda path: path.stat().st_size)
+    flip(path, path.stat().st_size // 2, 3)
+    with Checkpoints(copy, read_only=True) as checkpoints:
+        _, source = checkpoints.read_model(BEST, 0, one)
+        with pytest.raises(ConfigError, match=r"cannot read checkpoint .*best/0: .*; move it away"):
+            source.rows(Kind("tables", weights=False, per_row=False), "t", 0, 1, 900)
 
 
 def flip(path, offset: int, bit: int) -> None:

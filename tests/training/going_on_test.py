@@ -11,7 +11,7 @@ import pytest
 from dlrm_jax import evaluate
 from dlrm_jax.cli import trained
 from dlrm_jax.config import ConfigError
-from dlrm_jax.training import loop
+from dlrm_jax.training import loop, opening
 from dlrm_jax.training.loop import Progress, stopping
 from tests.training.resume_test import CONFIG, final_state
 
@@ -173,11 +173,11 @@ def test_what_a_batch_larger_than_the_data_and_a_late_evaluation_do_is_said(tmp_
 
 
 def test_stopping_rules_need_val_rows(tmp_path, monkeypatch, caplog):
-    honest = loop.load_dataset(CONFIG.data)
+    honest = opening.load_dataset(CONFIG.data)
     rows = honest.splits["val"]
     none = dataclasses.replace(rows, **{name: column[:0] for name, column in vars(rows).items() if column is not None})
     without = dataclasses.replace(honest, splits={**honest.splits, "val": none})
-    monkeypatch.setattr(loop, "load_dataset", lambda *_: without)
+    monkeypatch.setattr(opening, "load_dataset", lambda *_: without)
     with pytest.raises(ConfigError, match=r"--target_value=0\.7 needs val rows, and planted has none"):
         loop.train_and_evaluate(dataclasses.replace(CONFIG, target_value=0.7), tmp_path)
     with caplog.at_level("WARNING", logger="dlrm_jax"):

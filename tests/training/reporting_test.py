@@ -73,7 +73,7 @@ def test_run_killed_while_resuming_keeps_its_lines(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(reporting.os, "replace", killed)
+        patch.setattr(os, "replace", killed)
         with pytest.raises(KeyboardInterrupt):
             reporting.MetricsLog(tmp_path, 1)
     assert steps_in(tmp_path) == [1, 2]

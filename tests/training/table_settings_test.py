@@ -11,7 +11,7 @@ from dlrm_jax.config import ConfigError, LossConfig
 from dlrm_jax.host.mesh import MeshShape, make_mesh
 from dlrm_jax.tables.by_name import named_tables
 from dlrm_jax.tables.plan import make_plan
-from dlrm_jax.training import loop
+from dlrm_jax.training import loop, opening
 from dlrm_jax.training.placed import Placed, on_one_device
 from dlrm_jax.training.step import make_train_step
 from dlrm_jax.training.table_settings import read_table_settings, require_known
@@ -101,7 +101,7 @@ def test_a_run_takes_the_file(tmp_path):
     config = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, tables=text), num_steps=10)
     result = loop.train_and_evaluate(config, tmp_path / "run")
     assert result["step"] == 10
-    model = config.model.build(loop.load_dataset(config.data))
+    model = opening.read(config)[1]
     assert model.table("user").embedding_dim == 2 and model.table("item").dtype == "bfloat16"
     slots = trained_slots(model, config)
     assert {"mean", "square"} in slots and {"sum"} in slots

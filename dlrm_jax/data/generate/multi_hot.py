@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from dlrm_jax.config import ConfigError, FeatureConfig, require
-from dlrm_jax.data.batch import EMPTY_SLOT, Batch
+from dlrm_jax.config import EMPTY_SLOT, ConfigError, FeatureConfig, require
+from dlrm_jax.data.batch import Batch
 from dlrm_jax.data.read.dataset import Dataset
 
 MULTI_HOT = ("none", "compatible", "virtual")

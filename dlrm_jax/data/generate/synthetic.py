@@ -16,7 +16,7 @@ import numpy as np
 
 from dlrm_jax.config import ConfigError, FeatureConfig, require
 from dlrm_jax.data.generate import trace
-from dlrm_jax.data.read.dataset import Dataset, Split
+from dlrm_jax.data.read.dataset import SPLITS, Dataset, Split
 from dlrm_jax.data.read.windows import GeneratedSplit
 
 DEFAULT_EXAMPLES = 1_000_000
@@ -118,8 +118,7 @@ def generate(spec: Spec, seed: int, num_examples: int = DEFAULT_EXAMPLES) -> Dat
     )
     bounds = [0, int(num_examples * 0.8), int(num_examples * 0.9), num_examples]
     splits = {
-        name: GeneratedSplit(bounds[i], bounds[i + 1] - bounds[i], _BLOCK_ROWS, make)
-        for i, name in enumerate(("train", "val", "test"))
+        name: GeneratedSplit(bounds[i], bounds[i + 1] - bounds[i], _BLOCK_ROWS, make) for i, name in enumerate(SPLITS)
     }
     return Dataset(
         name="synthetic",

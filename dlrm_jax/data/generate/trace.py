@@ -2,10 +2,9 @@
 
 Ids lie on a stack. Stack distance d > 0 takes the d-th id from the top (1: the last one used), 0 one not used yet.
 A distribution file has three lines of numbers separated by ", ": the ids by first access, the stack distances that
-occur in ascending order, and their cumulative probabilities. A trace file has one such line, or 64-bit binary ids.
+occur in ascending order, and their cumulative probabilities.
 """
 
-import collections
 import dataclasses
 import itertools
 import pathlib
@@ -22,25 +21,6 @@ class Distribution:
     accesses: tuple[int, ...]
     distances: tuple[int, ...]
     cumulative: tuple[float, ...]
-
-
-def profile(ids: np.ndarray) -> Distribution:
-    """The distribution of a trace of ids."""
-    require(len(ids) > 0, "an empty trace has no distribution")
-    stack: list[int] = []
-    distances: collections.Counter[int] = collections.Counter()
-    for i in ids.tolist():
-        # Searched from the top: a trace that reuses at all finds most ids there.
-        depth = next((d for d, known in enumerate(reversed(stack), 1) if known == i), 0)
-        if depth:
-            del stack[-depth]
-        distances[depth] += 1
-        stack.append(i)
-    accesses = tuple(dict.fromkeys(ids.tolist()))
-    found = sorted(distances)
-    return Distribution(
-        accesses, tuple(found), tuple(itertools.accumulate(distances[distance] / len(ids) for distance in found))
-    )
 
 
 def generate(distribution: Distribution, count: int, rng: np.random.Generator) -> np.ndarray:
@@ -92,16 +72,3 @@ def _numbers(path: str, line: int, text: str, kind: type) -> tuple:
         return tuple(kind(part) for part in text.split(", "))
     except ValueError:
         raise ConfigError(f'{path}, line {line}: not numbers separated by ", "') from None
-
-
-def write_distribution(path: str, distribution: Distribution) -> None:
-    """Write a distribution file, as the reference reads it."""
-    lines = [", ".join(map(repr, part)) for part in dataclasses.astuple(distribution)]
-    pathlib.Path(path).write_text("\n".join(lines) + "\n")
-
-
-def read_trace(path: str, binary: bool = False) -> np.ndarray:
-    """The ids of a trace file."""
-    if binary:
-        return np.fromfile(path, np.uint64).astype(np.int64)
-    return np.asarray(_numbers(path, 1, pathlib.Path(path).read_text().splitlines()[0], int))

@@ -5,7 +5,6 @@ the raw log); dense (R, N) float32 if the log has numbers; weight (R,) float32 i
 """
 
 import json
-import os
 import pathlib
 import zlib
 from collections.abc import Iterable, Mapping
@@ -15,6 +14,7 @@ import numpy as np
 
 from dlrm_jax.data.prepare.hashes import write_hashes
 from dlrm_jax.data.prepare.staging import write_whole, writing
+from dlrm_jax.host.files import whole
 
 VERSION = "1.0.0"
 COMPRESSIONS = ("none", "zstd")
@@ -92,9 +92,8 @@ def write_shard(path: pathlib.Path, records: Iterable[bytes], compression: str) 
     """Write a shard so that it is whole or absent; the checksum of its records before compression."""
     from array_record.python import array_record_module
 
-    temporary = path.with_name("tmp." + path.name)
     checksum, count = 0, 0
-    with writing(path):
+    with writing(path), whole(path) as temporary:
         try:
             writer = array_record_module.ArrayRecordWriter(str(temporary), _OPTIONS[compression])
             for record in records:
@@ -105,7 +104,6 @@ def write_shard(path: pathlib.Path, records: Iterable[bytes], compression: str) 
                 raise OSError(f"{count} blocks were written, {num_records(temporary)} are there")
         except (RuntimeError, ValueError, IndexError) as error:
             raise OSError(str(error)) from error
-        os.replace(temporary, path)
     return checksum
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from dlrm_jax.config import ConfigError
 from dlrm_jax.data.read.prepared import is_prepared, read_json, read_schema
+from dlrm_jax.host.texts import aligned
 
 _MAX_CURVES = 12
 
@@ -72,18 +73,7 @@ def _dense(statistics: dict[str, Any]) -> str:
     for name, column in columns.items():
         numbers = ["-" if column[key] is None else f"{column[key]:,.5g}" for key in ("least", "most", "mean")]
         rows.append([name, *numbers, _percent(column["missing_share"])])
-    return _aligned(rows) if columns else "dense columns: none"
-
-
-def _aligned(rows: list[list[str]]) -> str:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join(
-            cell.rjust(width) if i else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    )
+    return aligned(rows) if columns else "dense columns: none"
 
 
 def _percent(share: float | None) -> str:
@@ -95,7 +85,7 @@ def _splits(statistics: dict[str, Any]) -> str:
     for name, split in statistics["splits"].items():
         rows.append([name, f"{split['rows']:,}", _percent(split["positive_rate"])])
     skipped = statistics["skipped"]["rows"]
-    return _aligned(rows) + (f"\nskipped: {skipped:,} rows" if skipped else "")
+    return aligned(rows) + (f"\nskipped: {skipped:,} rows" if skipped else "")
 
 
 def _features(statistics: dict[str, Any]) -> str:
@@ -103,7 +93,7 @@ def _features(statistics: dict[str, Any]) -> str:
     for name, feature in statistics["features"].items():
         mean, empty = f"{feature['mean_hotness']:.2f}", _percent(feature["empty_share"])
         rows.append([name, feature["table"], str(feature["hotness"]), mean, empty, f"{feature['truncated_ids']:,}"])
-    return _aligned(rows)
+    return aligned(rows)
 
 
 def _tables(statistics: dict[str, Any]) -> str:
@@ -125,7 +115,7 @@ def _tables(statistics: dict[str, Any]) -> str:
         most = f"{top['value'][:24]} ({_percent(top['share'])})" if top else "-"
         share = _percent(table["top_10_share"])
         rows.append([name, f"{table['rows']:,}", f"{table['distinct']:,}", coverage, *seen, share, most])
-    return _aligned(rows)
+    return aligned(rows)
 
 
 def _draw(statistics: dict[str, Any], clock: Callable[[float], datetime.datetime] | None, path: pathlib.Path) -> None:

@@ -95,7 +95,7 @@ def _read_dense(dense: Dense, nulls: tuple[str, ...], array: pa.Array) -> tuple[
 
 def _count_texts(schema: Schema, raw: Columns, kept_R: np.ndarray) -> dict[str, int]:
     """How often each text of the label occurs in the rows that are kept."""
-    distinct = column_readers.label_texts(schema.label, raw.arrays[schema.label.column], schema.null_values)
+    distinct = column_readers.label_texts(raw.arrays[schema.label.column], schema.null_values)
     index_R = distinct.index_R[kept_R]
     counts = np.bincount(index_R[index_R >= 0], minlength=len(distinct.values)).tolist()
     return {text: count for text, count in zip(distinct.values.to_pylist(), counts, strict=True) if count}

@@ -20,6 +20,7 @@ import numpy as np
 import pyarrow as pa
 
 from dlrm_jax.config import ConfigError, differences, tell
+from dlrm_jax.host.files import whole
 
 _VOCAB_SCHEMA = pa.schema([("key", pa.uint64()), ("check", pa.uint64()), ("text", pa.large_string())])
 _META = b"dlrm_jax"
@@ -169,11 +170,14 @@ def _vocab_batch(addition: Additions) -> pa.RecordBatch:
 
 
 def _write_arrow(path: pathlib.Path, schema: pa.Schema, batches: list[pa.RecordBatch]) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    with writing(path), pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+    with (
+        writing(path),
+        whole(path) as temporary,
+        pa.OSFile(str(temporary), "wb") as sink,
+        pa.ipc.new_file(sink, schema) as writer,
+    ):
         for batch in batches:
             writer.write_batch(batch)
-    os.replace(temporary, path)
 
 
 class writing:
@@ -196,7 +200,5 @@ class writing:
 
 def write_whole(path: pathlib.Path, data: bytes) -> None:
     """Write a small file so that it is whole or absent."""
-    temporary = path.with_name(path.name + ".tmp")
-    with writing(path):
+    with writing(path), whole(path) as temporary:
         temporary.write_bytes(data)
-        os.replace(temporary, path)

@@ -9,7 +9,8 @@ from types import TracebackType
 import jax
 import numpy as np
 
-from dlrm_jax.data.batch import EMPTY_SLOT, Batch
+from dlrm_jax.config import EMPTY_SLOT
+from dlrm_jax.data.batch import Batch
 from dlrm_jax.data.read.dataset import BatchExpander, Rows, Split
 
 

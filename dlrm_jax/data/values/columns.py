@@ -9,11 +9,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from dlrm_jax.data.read.dataset import SPLITS
 from dlrm_jax.data.schema.schema import Dense, Label, integer
 from dlrm_jax.data.values import times
 from dlrm_jax.data.values.dense import LARGEST, transform
-
-SPLIT_NAMES = ("train", "val", "test")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -247,7 +246,7 @@ def _filled(values: pa.Array) -> np.ndarray:
     return values.fill_null(0).to_numpy(zero_copy_only=False)
 
 
-def label_texts(label: Label, array: pa.Array, null_values: tuple[str, ...]) -> Distinct:
+def label_texts(array: pa.Array, null_values: tuple[str, ...]) -> Distinct:
     """The distinct texts of a label that names its positive ones, without the spaces around them."""
     if pa.types.is_dictionary(array.type):
         array = array.dictionary_decode()
@@ -260,7 +259,7 @@ def label_texts(label: Label, array: pa.Array, null_values: tuple[str, ...]) -> 
 def read_label(label: Label, array: pa.Array, null_values: tuple[str, ...]) -> tuple[np.ndarray, list[Bad]]:
     """(label_R as float32, bad rows)."""
     if label.positive:
-        distinct = label_texts(label, array, null_values)
+        distinct = label_texts(array, null_values)
         wanted = pa.array([text.strip() for text in label.positive])
         positive = pc.is_in(distinct.values, value_set=wanted).to_numpy(zero_copy_only=False)
         return distinct.spread(positive.astype(np.float32), 0), distinct.missing(label.column)
@@ -326,10 +325,10 @@ def to_times(values: pa.Array) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def read_split(column: str, array: pa.Array, null_values: tuple[str, ...]) -> tuple[np.ndarray, list[Bad]]:
     """(uint8 of each row: 0 train, 1 val, 2 test; bad rows)."""
     distinct = Distinct.of(array, null_values)
-    position = pc.index_in(pc.cast(distinct.values, pa.string()), value_set=pa.array(SPLIT_NAMES))
+    position = pc.index_in(pc.cast(distinct.values, pa.string()), value_set=pa.array(SPLITS))
     wrong = position.is_null().to_numpy(zero_copy_only=False)
     codes = position.fill_null(0).to_numpy(zero_copy_only=False).astype(np.uint8)
-    bad = distinct.missing(column) + distinct.bad(wrong, column, f"is none of {', '.join(SPLIT_NAMES)}")
+    bad = distinct.missing(column) + distinct.bad(wrong, column, f"is none of {', '.join(SPLITS)}")
     return distinct.spread(codes, 0), bad
 
 

@@ -22,8 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import export as jax_export
 
-from dlrm_jax.config import ConfigError, LossConfig, ModelConfig, how_to_install, require_choice, to_dict
-from dlrm_jax.data.batch import EMPTY_SLOT, Batch
+from dlrm_jax.config import EMPTY_SLOT, ConfigError, LossConfig, ModelConfig, how_to_install, require_choice, to_dict
+from dlrm_jax.data.batch import Batch
 from dlrm_jax.data.prepare.hashes import checked
 from dlrm_jax.data.read.dataset import Dataset, Rows
 from dlrm_jax.data.read.pipeline import Prefetcher, eval_batches, padded
@@ -32,8 +32,7 @@ from dlrm_jax.data.schema.schema import Sparse
 from dlrm_jax.data.schema.schema_io import from_dict as schema_from_dict
 from dlrm_jax.data.values.file_names import existing_file, file_names
 from dlrm_jax.model import metrics
-from dlrm_jax.model.dlrm import DLRM
-from dlrm_jax.model.loss import example_losses, probability
+from dlrm_jax.model.loss import example_losses
 from dlrm_jax.serving.artifact.loaded import MakeEngine
 from dlrm_jax.serving.artifact.quantise import TABLE_TYPES, stored_table, take_stored
 from dlrm_jax.serving.artifact.signature import ServedFeature, Signature
@@ -43,6 +42,7 @@ from dlrm_jax.tables.exchange import local_ops
 from dlrm_jax.tables.forms.base import POOLING_WEIGHTS
 from dlrm_jax.tables.layout import local_stacks
 from dlrm_jax.training import reporting
+from dlrm_jax.training.step import make_score
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 _CHECKED_ROWS = 16
@@ -57,14 +57,8 @@ Forward = Callable[[Weights, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
 
 def make_forward(model: ModelConfig, loss: LossConfig, kind: str) -> Forward:
     """(weights, dense_BxN, ids_BxK) -> (probability_B, logit_B); weights by flat names."""
-    ops = local_ops(model, take=functools.partial(take_stored, kind))
-
-    def forward(weights: Weights, dense_BxN: jax.Array, ids_BxK: jax.Array) -> tuple[jax.Array, jax.Array]:
-        pooled_BxFxD, _ = ops.lookup(weights, ops.route(ids_BxK, None))
-        logit_B = DLRM(model).apply({"params": nested(weights)}, dense_BxN, pooled_BxFxD)
-        return probability(logit_B, loss.threshold), logit_B
-
-    return forward
+    score = make_score(model, loss.threshold, local_ops(model, take=functools.partial(take_stored, kind)))
+    return lambda weights, dense_BxN, ids_BxK: score(weights, nested(weights), dense_BxN, ids_BxK)
 
 
 def _flat(tree: Any, path: str = "") -> dict[str, np.ndarray]:

@@ -16,8 +16,6 @@ from jax.sharding import NamedSharding
 from dlrm_jax.config import ModelConfig, OptimizerConfig, ScheduleConfig
 from dlrm_jax.host import memory
 from dlrm_jax.host.mesh import parse_mesh
-from dlrm_jax.model.dlrm import DLRM
-from dlrm_jax.model.loss import probability
 from dlrm_jax.planning.cost import Load
 from dlrm_jax.planning.hardware import of_device
 from dlrm_jax.planning.planner import Setting, auto_plan
@@ -30,6 +28,7 @@ from dlrm_jax.tables import reshard
 from dlrm_jax.tables.exchange import array_specs
 from dlrm_jax.training.options import AUTO, ShardingOptions, place
 from dlrm_jax.training.placed import Placed
+from dlrm_jax.training.step import make_score
 
 _UNUSED = OptimizerConfig(ScheduleConfig(1.0))
 """Placement asks for an optimizer; nothing is trained here."""
@@ -74,15 +73,9 @@ class SeveralDevices:
         return self._model, self._threshold, self.placed.plan, self.placed.options
 
     def _jit_forward(self) -> Forward:
-        model, threshold, placed = self._model, self._threshold, self.placed
-
-        def forward(tables: Any, dense_params: Any, dense_BxN: jax.Array, ids_BxK: jax.Array) -> Any:
-            pooled_BxFxD, _ = placed.ops.lookup(tables, placed.ops.route(ids_BxK, None))
-            logit_B = DLRM(model).apply({"params": dense_params}, dense_BxN, pooled_BxFxD)
-            return probability(logit_B, threshold), logit_B
-
-        split = placed.batch_sharding
-        return jax.jit(forward, in_shardings=(_shardings(placed), placed.everywhere, split, split))
+        placed, split = self.placed, self.placed.batch_sharding
+        score = make_score(self._model, self._threshold, placed.ops)
+        return jax.jit(score, in_shardings=(_shardings(placed), placed.everywhere, split, split))
 
 
 def _place(model: ModelConfig, options: ShardingOptions, largest_batch: int) -> Placed:

@@ -15,12 +15,10 @@ from dlrm_jax.config import ConfigError, ModelConfig, model_from_dict, require
 from dlrm_jax.serving.artifact import signature as signatures
 from dlrm_jax.serving.artifact.signature import ServedFeature, Signature
 from dlrm_jax.serving.artifact.store import Version, open_regular
+from dlrm_jax.tables.forms.base import POOLING_WEIGHTS
 
 _PIECE_BYTES = 1 << 26
 """What is read of a table's files at a time."""
-
-_POOLING_WEIGHTS = "/pooling_weights"
-"""Suffix of such an array's name (layout.py, which serving does not import)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,7 +174,7 @@ class TableFiles:
 
     def pooling_weights(self, table: str) -> ArrayFile:
         """(rows, 1) float32: what each row is multiplied with, where that was learned."""
-        return self.stored(table + _POOLING_WEIGHTS)
+        return self.stored(table + POOLING_WEIGHTS)
 
 
 def require_fitting_files(version: Version, signature: Signature) -> None:

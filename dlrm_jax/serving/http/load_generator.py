@@ -19,6 +19,8 @@ import httptools
 import numpy as np
 import uvloop
 
+from dlrm_jax.host.texts import aligned
+
 _DRAIN_SECONDS = 5.0
 _DISTINCT_REQUESTS = 200
 _STEP = 1.25
@@ -274,8 +276,7 @@ def format_runs(runs: list[Run]) -> str:
     rows = [one.summary() for one in runs]
     columns = list(dict.fromkeys(key for row in rows for key in row))
     cells = [columns] + [[f"{row.get(column, '-')}" for column in columns] for row in rows]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(columns))]
-    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in cells)
+    return aligned(cells, left=())
 
 
 def draw(outcome: Run, path: pathlib.Path) -> None:
