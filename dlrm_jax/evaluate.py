@@ -10,8 +10,9 @@ from absl import flags
 
 from dlrm_jax.cli.commands import run_command
 from dlrm_jax.cli.trained import restore
-from dlrm_jax.data.read.dataset import SPLITS, Rows
+from dlrm_jax.data.read.dataset import Rows
 from dlrm_jax.data.read.pipeline import rows_and_labels
+from dlrm_jax.data.schema.schema import SPLITS
 from dlrm_jax.host import files, heap
 from dlrm_jax.host.memory import TRY_ANYWAY_HELP
 from dlrm_jax.training import reporting

@@ -18,7 +18,8 @@ from dlrm_jax.config import (
     ScheduleConfig,
     TableConfig,
 )
-from dlrm_jax.data.batch import EMPTY_SLOT, Batch
+from dlrm_jax.data.batch import Batch
+from dlrm_jax.data.schema.schema import EMPTY_SLOT
 from dlrm_jax.model import interactions
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]

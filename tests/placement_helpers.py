@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from dlrm_jax.data.batch import EMPTY_SLOT, Batch
+from dlrm_jax.data.batch import Batch
+from dlrm_jax.data.schema.schema import EMPTY_SLOT
 from dlrm_jax.tables.exchange import stack_rule
 from dlrm_jax.tables.layout import COLUMNS, OWNED, POOLING_WEIGHTS, ROUTED
 from dlrm_jax.tables.rows import BITS

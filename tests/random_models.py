@@ -10,7 +10,8 @@ import numpy as np
 
 from dlrm_jax import config as configs
 from dlrm_jax.config import FeatureConfig, LossConfig, ModelConfig, OptimizerConfig, ScheduleConfig, TableConfig
-from dlrm_jax.data.batch import EMPTY_SLOT, Batch
+from dlrm_jax.data.batch import Batch
+from dlrm_jax.data.schema.schema import EMPTY_SLOT
 from dlrm_jax.host.mesh import MeshShape, make_mesh
 from dlrm_jax.tables.by_name import named_tables
 from dlrm_jax.tables.collective import ExchangeOptions

@@ -6,9 +6,7 @@ import numpy as np
 from flax import struct
 
 from dlrm_jax.config import ConfigError, ModelConfig
-
-EMPTY_SLOT = -1
-"""The id of an unused slot of a bag; it contributes nothing to the pooled vector."""
+from dlrm_jax.data.schema.schema import EMPTY_SLOT
 
 
 class Batch(struct.PyTreeNode):

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dlrm_jax.data.batch import EMPTY_SLOT
+from dlrm_jax.data.schema.schema import EMPTY_SLOT
 from dlrm_jax.host.formulations import by_platform
 from dlrm_jax.tables.rows import as_floats
 

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from dlrm_jax.config import ConfigError
-from dlrm_jax.data.batch import EMPTY_SLOT, check_ids, describe_nonfinite, pack_bags
+from dlrm_jax.data.batch import check_ids, describe_nonfinite, pack_bags
+from dlrm_jax.data.schema.schema import EMPTY_SLOT
 from tests.helpers import random_batch, tiny_model
 
 MODEL = tiny_model()

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from dlrm_jax.config import ConfigError, FeatureConfig
-from dlrm_jax.data.batch import EMPTY_SLOT
 from dlrm_jax.data.generate.multi_hot import DISTRIBUTIONS, compatible_tables, expand_dataset, virtual_ids
 from dlrm_jax.data.read.dataset import Dataset, Split
 from dlrm_jax.data.read.pipeline import Prefetcher, eval_batches
+from dlrm_jax.data.schema.schema import EMPTY_SLOT
 
 ROWS, SIZES = (7, 1000, 1), (3, 1, 4)
 

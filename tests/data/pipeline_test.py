@@ -8,9 +8,9 @@ import jax
 import numpy as np
 import pytest
 
-from dlrm_jax.data.batch import EMPTY_SLOT
 from dlrm_jax.data.read.dataset import Split
 from dlrm_jax.data.read.pipeline import Prefetcher, eval_batches, steps_per_epoch, train_batches
+from dlrm_jax.data.schema.schema import EMPTY_SLOT
 
 pytestmark = pytest.mark.timeout(300)  # A broken prefetcher waits for ever.
 

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from dlrm_jax.config import ConfigError
-from dlrm_jax.data.batch import EMPTY_SLOT, check_ids
+from dlrm_jax.data.batch import check_ids
 from dlrm_jax.data.generate import planted
+from dlrm_jax.data.schema.schema import EMPTY_SLOT
 from dlrm_jax.model.metrics import auc
 from dlrm_jax.training.run_config import ModelOptions
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dlrm_jax.config import FeatureConfig, ModelConfig, TableConfig
-from dlrm_jax.data.batch import EMPTY_SLOT
+from dlrm_jax.data.schema.schema import EMPTY_SLOT
 from dlrm_jax.host.mesh import MeshShape
 from dlrm_jax.tables import init, pooling
 from dlrm_jax.tables.by_name import named_tables, stack_tables

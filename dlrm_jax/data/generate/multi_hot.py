@@ -18,8 +18,9 @@ from typing import Any
 import numpy as np
 
 from dlrm_jax.config import ConfigError, FeatureConfig, require
-from dlrm_jax.data.batch import EMPTY_SLOT, Batch
+from dlrm_jax.data.batch import Batch
 from dlrm_jax.data.read.dataset import Dataset
+from dlrm_jax.data.schema.schema import EMPTY_SLOT
 
 MULTI_HOT = ("none", "compatible", "virtual")
 DISTRIBUTIONS = ("uniform", "pareto")

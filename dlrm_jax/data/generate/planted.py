@@ -9,9 +9,9 @@ import dataclasses
 import numpy as np
 
 from dlrm_jax.config import ConfigError, FeatureConfig
-from dlrm_jax.data.batch import EMPTY_SLOT
 from dlrm_jax.data.read.dataset import Dataset, Rows, Split
 from dlrm_jax.data.read.windows import GeneratedSplit, concatenate, slice_rows
+from dlrm_jax.data.schema.schema import EMPTY_SLOT, SPLITS
 from dlrm_jax.model.metrics import auc
 
 DEFAULT_EXAMPLES = 400_000
@@ -151,7 +151,7 @@ def generate(seed: int, num_examples: int = DEFAULT_EXAMPLES) -> Dataset:
     in_memory = num_examples <= _MAX_IN_MEMORY
     splits: dict[str, Rows] = {}
     optimum = {}
-    for name, start, stop in zip(("train", "val", "test"), bounds, bounds[1:], strict=False):
+    for name, start, stop in zip(SPLITS, bounds, bounds[1:], strict=False):
         judged, prob_R = log.rows(start, stop if in_memory else start + _MAX_JUDGED)
         optimum[name] = {"auc": auc(prob_R, judged.label_R), "log_loss": _log_loss(prob_R, judged.label_R)}
         splits[name] = judged if in_memory else GeneratedSplit(start, stop - start, _BLOCK_ROWS, log.make_block)

@@ -18,6 +18,7 @@ from dlrm_jax.config import ConfigError, FeatureConfig, require
 from dlrm_jax.data.generate import trace
 from dlrm_jax.data.read.dataset import Dataset, Split
 from dlrm_jax.data.read.windows import GeneratedSplit
+from dlrm_jax.data.schema.schema import SPLITS
 
 DEFAULT_EXAMPLES = 1_000_000
 _BLOCK_ROWS = 65_536
@@ -118,8 +119,7 @@ def generate(spec: Spec, seed: int, num_examples: int = DEFAULT_EXAMPLES) -> Dat
     )
     bounds = [0, int(num_examples * 0.8), int(num_examples * 0.9), num_examples]
     splits = {
-        name: GeneratedSplit(bounds[i], bounds[i + 1] - bounds[i], _BLOCK_ROWS, make)
-        for i, name in enumerate(("train", "val", "test"))
+        name: GeneratedSplit(bounds[i], bounds[i + 1] - bounds[i], _BLOCK_ROWS, make) for i, name in enumerate(SPLITS)
     }
     return Dataset(
         name="synthetic",

@@ -18,8 +18,7 @@ from dlrm_jax.data.prepare.final_ids import TablePlan, counting_groups, plan_tab
 from dlrm_jax.data.prepare.splits import Splitter
 from dlrm_jax.data.prepare.staging import Staging, wide_name, write_whole, writing
 from dlrm_jax.data.prepare.statistics import Counts, summarise_table, top_ids
-from dlrm_jax.data.schema.schema import Schema, Sparse
-from dlrm_jax.data.values.columns import SPLIT_NAMES
+from dlrm_jax.data.schema.schema import SPLITS, Schema, Sparse
 from dlrm_jax.data.values.dense import finish_dense
 from dlrm_jax.data.values.file_names import file_names
 
@@ -69,7 +68,7 @@ class SecondPass:
                     "checksum": _combine([checksum for _, checksum in shards[name]]),
                 }
                 for name, rows, positives in zip(
-                    SPLIT_NAMES, self._counts.rows_FxS.sum(axis=0), self._counts.positives_S, strict=True
+                    SPLITS, self._counts.rows_FxS.sum(axis=0), self._counts.positives_S, strict=True
                 )
             },
             "features": self._feature_statistics(),
@@ -89,7 +88,7 @@ class SecondPass:
     def shard_lengths(self) -> dict[str, list[int]]:
         """Blocks in each shard of the splits that have rows."""
         lengths = {}
-        for i, name in enumerate(SPLIT_NAMES):
+        for i, name in enumerate(SPLITS):
             rows = int(self._counts.rows_FxS[:, i].sum())
             num_blocks = -(-rows // blocks.BLOCK_ROWS)
             if num_blocks:
@@ -142,7 +141,7 @@ class SecondPass:
             out["infrequent_values"] = num_keys - len(kept)
             out["coverage"] = {
                 split: round(1 - float(infrequent_S[i] / padded_SxV[i].sum()), 6) if padded_SxV[i].sum() else None
-                for i, split in enumerate(SPLIT_NAMES)
+                for i, split in enumerate(SPLITS)
             }
         return out
 
@@ -209,7 +208,7 @@ class SecondPass:
     def _write_shards(self, progress: Callable[[int], None]) -> dict[str, list[tuple[int, int]]]:
         """Write the shards that are missing: (rows, checksum) of each, by split."""
         written = 0
-        shards: dict[str, list[tuple[int, int]]] = {name: [] for name in SPLIT_NAMES}
+        shards: dict[str, list[tuple[int, int]]] = {name: [] for name in SPLITS}
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
             futures = [
                 (name, pool.submit(self._write_shard, split, i, len(lengths), length))
@@ -227,10 +226,10 @@ class SecondPass:
         return shards
 
     def _numbered_lengths(self) -> list[tuple[int, tuple[str, list[int]]]]:
-        return [(SPLIT_NAMES.index(name), (name, lengths)) for name, lengths in self.shard_lengths().items()]
+        return [(SPLITS.index(name), (name, lengths)) for name, lengths in self.shard_lengths().items()]
 
     def _write_shard(self, split: int, index: int, count: int, num_blocks: int) -> tuple[int, int]:
-        name = blocks.shard_name(self._schema.name, SPLIT_NAMES[split], index, count)
+        name = blocks.shard_name(self._schema.name, SPLITS[split], index, count)
         path, note = self._output / name, self._staging.directory / f"{name}.json"
         if path.exists() and note.exists():
             done = json.loads(note.read_text())

@@ -7,11 +7,10 @@ import numpy as np
 
 from dlrm_jax.config import ConfigError
 from dlrm_jax.data.prepare.staging import Staging
-from dlrm_jax.data.schema.schema import Split
-from dlrm_jax.data.values.columns import SPLIT_NAMES
+from dlrm_jax.data.schema.schema import HELD_OUT, SPLITS, Split
 from dlrm_jax.data.values.hashing import hash_integers
 
-_CODE = {name: np.uint8(code) for code, name in enumerate(SPLIT_NAMES)}
+_CODE = {name: np.uint8(code) for code, name in enumerate(SPLITS)}
 
 
 @dataclasses.dataclass
@@ -47,7 +46,7 @@ class Splitter:
         return int(self.first_row_F[file]) + sum(rows for _, rows in self.batches_F[file][:batch])
 
     def codes(self, file: int, batch: int, columns: dict[str, np.ndarray]) -> np.ndarray | int:
-        """The split (an index of SPLIT_NAMES) of each row of a batch; one number where all have the same."""
+        """The split (an index of SPLITS) of each row of a batch; one number where all have the same."""
         log_file, num_rows = self.batches_F[file][batch]
         first = self.first_row(file, batch)
         codes = np.asarray([_CODE[name] for name in self.order], np.uint8)
@@ -71,7 +70,7 @@ def make_splitter(rule: Split, staging: Staging, num_files: int, paths: tuple[st
     """The Splitter of a staged log; ConfigError where the rule leaves nothing to train on."""
     metas = [staging.meta(i) for i in range(num_files)]
     batches_F = [[(file, rows) for file, rows in meta["batches"]] for meta in metas]
-    splitter = Splitter(rule, staging, batches_F, np.zeros(0, np.uint8), np.zeros(0), SPLIT_NAMES)
+    splitter = Splitter(rule, staging, batches_F, np.zeros(0, np.uint8), np.zeros(0), SPLITS)
     num_rows = splitter.num_rows
     if not num_rows:
         examples = [example for meta in metas for example in meta["examples"]]
@@ -93,7 +92,7 @@ def make_splitter(rule: Split, staging: Staging, num_files: int, paths: tuple[st
             rows_of_file[file] += count
         start = num_rows - (int(rows_of_file[-1]) if not rule.parts else num_rows // rule.parts)
         splitter.bounds = np.asarray([start, start + (num_rows - start + 1) // 2])
-        splitter.order = ("train", *(("val", "test") if rule.first_half == "val" else ("test", "val")))
+        splitter.order = (SPLITS[0], rule.first_half, *(name for name in HELD_OUT if name != rule.first_half))
     return splitter
 
 

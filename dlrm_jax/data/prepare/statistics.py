@@ -9,8 +9,7 @@ import numpy as np
 from dlrm_jax.config import ConfigError
 from dlrm_jax.data.prepare.splits import Splitter
 from dlrm_jax.data.prepare.staging import Staging, wide_name
-from dlrm_jax.data.schema.schema import Schema, Sparse
-from dlrm_jax.data.values.columns import SPLIT_NAMES
+from dlrm_jax.data.schema.schema import SPLITS, Schema, Sparse
 from dlrm_jax.data.values.dense import DenseRange, DenseStatistics, inverse
 
 NUM_TIME_BINS = 100
@@ -33,8 +32,8 @@ class Counts:
     def __init__(self, schema: Schema, staging: Staging, num_files: int, splitter: Splitter) -> None:
         self._schema, self._staging, self._num_files, self._splitter = schema, staging, num_files, splitter
         self._slots = np.cumsum([0, *(feature.hotness for feature in schema.sparse)])
-        self.rows_FxS = np.zeros((num_files, len(SPLIT_NAMES)), np.int64)
-        self.positives_S = np.zeros(len(SPLIT_NAMES), np.int64)
+        self.rows_FxS = np.zeros((num_files, len(SPLITS)), np.int64)
+        self.positives_S = np.zeros(len(SPLITS), np.int64)
         self.time_bins: list[list[float]] = []
         self.features = {f.name: FeatureCount(np.zeros(3, np.int64), np.zeros(3, np.int64)) for f in schema.sparse}
         self.ranges = [DenseRange() for _ in schema.dense]
@@ -143,7 +142,7 @@ def summarise_table(counts_SxV: np.ndarray, top: np.ndarray, texts: list[str]) -
         "lookups": lookups,
         "seen_in_train": {
             name: _share(int(counts_SxV[i][seen_V].sum()), int(counts_SxV[i].sum()))
-            for i, name in enumerate(SPLIT_NAMES)
+            for i, name in enumerate(SPLITS)
             if i
         },
         "top": [

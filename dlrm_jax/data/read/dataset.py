@@ -8,8 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from dlrm_jax.config import ConfigError, FeatureConfig
-
-SPLITS = ("train", "val", "test")
+from dlrm_jax.data.schema.schema import SPLITS
 
 
 class Rows(Protocol):

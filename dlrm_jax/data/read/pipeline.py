@@ -9,8 +9,9 @@ from types import TracebackType
 import jax
 import numpy as np
 
-from dlrm_jax.data.batch import EMPTY_SLOT, Batch
+from dlrm_jax.data.batch import Batch
 from dlrm_jax.data.read.dataset import BatchExpander, Rows, Split
+from dlrm_jax.data.schema.schema import EMPTY_SLOT
 
 
 def steps_per_epoch(num_rows: int, batch_size: int) -> int:

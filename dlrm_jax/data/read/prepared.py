@@ -13,9 +13,9 @@ import numpy as np
 from dlrm_jax.config import ConfigError
 from dlrm_jax.data.prepare.blocks import BLOCK_ROWS
 from dlrm_jax.data.prepare.hashes import checked, require_lengths
-from dlrm_jax.data.read.dataset import SPLITS, Dataset, Split
+from dlrm_jax.data.read.dataset import Dataset, Split
 from dlrm_jax.data.read.windows import blocked_windows
-from dlrm_jax.data.schema.schema import Schema
+from dlrm_jax.data.schema.schema import SPLITS, Schema
 from dlrm_jax.data.schema.schema_io import from_dict, to_dict
 from dlrm_jax.data.values.label_values import only_label
 

@@ -9,6 +9,8 @@ from dlrm_jax.data.formats.encoding import UTF8, require_encoding
 from dlrm_jax.data.formats.readers import READERS
 from dlrm_jax.data.values import transforms
 
+EMPTY_SLOT = -1
+"""The id of an unused slot of a bag; it contributes nothing to the pooled vector."""
 FORMATS = ("text", "parquet", "jsonl", "dlrm_npz", "mlperf_bin", "torchrec_npy", "mlperf_multi_hot", "movielens")
 TYPES = ("string", "int", "hex")
 ID_RULES = ("vocabulary", "hash", "raw")
@@ -18,6 +20,9 @@ SPARSE_MISSING = ("empty", "fill", "error")
 _INTEGER = re.compile(r"[+-]?0*([0-9]{1,19})", re.ASCII)
 MAX_NAME_BYTES = 100
 """Of a dataset's name, with which its files' names begin."""
+SPLITS = ("train", "val", "test")
+HELD_OUT = SPLITS[1:]
+"""Rows that are scored and not learned from."""
 SPLITS_BY = ("order", "random", "time", "column", "files", "last_part")
 
 
@@ -173,7 +178,7 @@ class Split:
 
     def __post_init__(self) -> None:
         require_choice("split: by", self.by, SPLITS_BY)
-        require_choice("split: first_half", self.first_half, ("val", "test"))
+        require_choice("split: first_half", self.first_half, HELD_OUT)
         require(
             self.val >= 0 and self.test >= 0 and self.val + self.test < 1,
             f"split: val is {self.val} and test {self.test}; they are fractions that leave something for train",

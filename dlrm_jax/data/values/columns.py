@@ -9,11 +9,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from dlrm_jax.data.schema.schema import Dense, Label, integer
+from dlrm_jax.data.schema.schema import SPLITS, Dense, Label, integer
 from dlrm_jax.data.values import times
 from dlrm_jax.data.values.dense import LARGEST, transform
-
-SPLIT_NAMES = ("train", "val", "test")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -326,10 +324,10 @@ def to_times(values: pa.Array) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def read_split(column: str, array: pa.Array, null_values: tuple[str, ...]) -> tuple[np.ndarray, list[Bad]]:
     """(uint8 of each row: 0 train, 1 val, 2 test; bad rows)."""
     distinct = Distinct.of(array, null_values)
-    position = pc.index_in(pc.cast(distinct.values, pa.string()), value_set=pa.array(SPLIT_NAMES))
+    position = pc.index_in(pc.cast(distinct.values, pa.string()), value_set=pa.array(SPLITS))
     wrong = position.is_null().to_numpy(zero_copy_only=False)
     codes = position.fill_null(0).to_numpy(zero_copy_only=False).astype(np.uint8)
-    bad = distinct.missing(column) + distinct.bad(wrong, column, f"is none of {', '.join(SPLIT_NAMES)}")
+    bad = distinct.missing(column) + distinct.bad(wrong, column, f"is none of {', '.join(SPLITS)}")
     return distinct.spread(codes, 0), bad
 
 

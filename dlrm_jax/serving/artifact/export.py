@@ -24,12 +24,12 @@ import numpy as np
 from jax import export as jax_export
 
 from dlrm_jax.config import ConfigError, LossConfig, ModelConfig, how_to_install, require_choice
-from dlrm_jax.data.batch import EMPTY_SLOT, Batch
+from dlrm_jax.data.batch import Batch
 from dlrm_jax.data.prepare.hashes import checked
 from dlrm_jax.data.read.dataset import Dataset, Rows
 from dlrm_jax.data.read.pipeline import Prefetcher, eval_batches, padded
 from dlrm_jax.data.read.prepared import is_prepared, read_json
-from dlrm_jax.data.schema.schema import Sparse
+from dlrm_jax.data.schema.schema import EMPTY_SLOT, HELD_OUT, Sparse
 from dlrm_jax.data.schema.schema_io import from_dict as schema_from_dict
 from dlrm_jax.data.values.file_names import existing_file, file_names
 from dlrm_jax.model import metrics
@@ -111,7 +111,7 @@ def export_model(
     kind: str = "float32",
     data_dir: pathlib.Path | None = None,
     facts: dict[str, Any] | None = None,
-    evaluated: tuple[str, ...] = ("val", "test"),
+    evaluated: tuple[str, ...] = HELD_OUT,
     make_engine: MakeEngine | None = None,
 ) -> Version:
     """Write the next version, its tables by `pieces`, so that no table need be in memory as a whole.

@@ -12,12 +12,13 @@ import numpy as np
 from jax import export as jax_export
 
 from dlrm_jax.config import ConfigError, how_to_install, require
+from dlrm_jax.data.schema.schema import EMPTY_SLOT
 from dlrm_jax.data.schema.schema_io import from_dict as schema_from_dict
 from dlrm_jax.data.values.vocabulary import Vocabulary
 from dlrm_jax.host import memory
 from dlrm_jax.serving.artifact import signature as signatures
 from dlrm_jax.serving.artifact.errors import BadRequest
-from dlrm_jax.serving.artifact.signature import EMPTY_SLOT, Signature
+from dlrm_jax.serving.artifact.signature import Signature
 from dlrm_jax.serving.artifact.store import Version, open_version
 from dlrm_jax.serving.artifact.transform import Reader
 from dlrm_jax.serving.artifact.weights import ArrayFile, read_index, read_weights, require_fitting_files

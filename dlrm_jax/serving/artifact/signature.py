@@ -9,8 +9,6 @@ TABLE_TYPES = ("float32", "bfloat16", "int8", "int4")
 """How tables are stored (quantise.py)."""
 
 OUTPUTS = ("probability", "logit")
-EMPTY_SLOT = -1
-"""The id of an unused slot of a bag, as in training (dlrm_jax/data/batch.py, which serving does not import)."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,13 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from dlrm_jax.data.schema.schema import Dense, Schema, Sparse, integer
+from dlrm_jax.data.schema.schema import EMPTY_SLOT, Dense, Schema, Sparse, integer
 from dlrm_jax.data.schema.schema_io import from_dict as schema_from_dict
 from dlrm_jax.data.values.dense import LARGEST, DenseStatistics, finish_dense, transform
 from dlrm_jax.data.values.hashing import hash_integer, hash_text
 from dlrm_jax.data.values.vocabulary import Vocabulary
 from dlrm_jax.serving.artifact.errors import BadRequest, TooLate, shown
-from dlrm_jax.serving.artifact.signature import EMPTY_SLOT, Signature
+from dlrm_jax.serving.artifact.signature import Signature
 
 _HEX = re.compile(r"[0-9a-fA-F]{1,16}")
 _REMEMBERED = 1 << 16
