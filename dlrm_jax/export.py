@@ -57,7 +57,6 @@ def main() -> None:
             lambda name: _pieces(run, name),
             run.dataset,
             kind=FLAGS.tables,
-            data_dir=pathlib.Path(run.config.data.data_dir) if run.config.data.data_dir else None,
             facts={"step": run.step},
             evaluated=tuple(FLAGS.evaluate),
             make_engine=_engine(run.model, largest),

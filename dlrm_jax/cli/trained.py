@@ -49,7 +49,7 @@ class Stored(Opened):
 
 
 def load_config(workdir: pathlib.Path, data_dir: str | None = None) -> RunConfig:
-    """The RunConfig saved in a workdir; `data_dir` says where the raw log is now, if it moved."""
+    """The RunConfig saved in a workdir; `data_dir` says where its data is now, if it moved."""
     path = workdir / "config.json"
     try:
         config = run_config.from_dict(json.loads(path.read_text()))
@@ -98,7 +98,7 @@ def _open(workdir: pathlib.Path, data_dir: str | None, oversubscribe: bool) -> t
     config = dataclasses.replace(
         config, sharding=ShardingOptions(), cpu_kernels=XLA, allow_oversubscription=oversubscribe
     )
-    raw = load_dataset(config.data, oversubscribe)
+    raw = load_dataset(config.data, oversubscribe, workdir)
     model = config.model.build(raw)
     dataset, _ = run_config.check_dataset(raw, model, config.ids_out_of_range)
     return Opened(config, model, dataset), raw

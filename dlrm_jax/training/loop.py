@@ -50,7 +50,7 @@ class Run:
     def __init__(self, config: RunConfig, workdir: pathlib.Path) -> None:
         self.config, self.workdir = config, workdir
         _LOG.info("loading %s", config.data.data_dir or config.data.dataset)
-        raw = load_dataset(config.data, config.allow_oversubscription)
+        raw = load_dataset(config.data, config.allow_oversubscription, workdir)
         self.model = config.model.build(raw)
         self.identity = json.loads(json.dumps(config.identity(self.model, raw)))
         self.dataset, self.ids_out_of_range = check_dataset(raw, self.model, config.ids_out_of_range)

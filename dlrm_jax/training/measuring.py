@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import pathlib
 import resource
 import time
 from collections.abc import Callable, Mapping
@@ -27,13 +28,19 @@ TRAIN, FORWARD, INPUT = "train", "forward", "input"
 _BATCHES, _WARM_STEPS, _LEAST_STEPS, _TRACED_STEPS = 4, 2, 5, 5
 
 
-def measure(config: RunConfig, seconds: float, hardware: Hardware | None = None, parts: bool = True) -> dict[str, Any]:
+def measure(
+    config: RunConfig,
+    seconds: float,
+    hardware: Hardware | None = None,
+    parts: bool = True,
+    workdir: pathlib.Path | None = None,
+) -> dict[str, Any]:
     """Numbers of `train`, `forward` and `input`, as JSON has them; each is repeated for `seconds`.
 
     `hardware` is what the work is held against, by default the table's entry for the device at hand. Times are in
     seconds, memory and traffic in bytes of the device that has most, `samples_per_second` of all devices together.
     """
-    placed, batches, input_numbers = _placed_batches(config, seconds)
+    placed, batches, input_numbers = _placed_batches(config, seconds, workdir)
     setting = setting_of(config, placed.model, placed.plan.mesh)
     hardware = hardware or setting.hardware
     cost = estimate(placed.model, config.optimizer, placed.plan, setting.load, hardware, placed.options)
@@ -54,9 +61,11 @@ def measure(config: RunConfig, seconds: float, hardware: Hardware | None = None,
     }
 
 
-def _placed_batches(config: RunConfig, seconds: float) -> tuple[Placed, list[Batch], dict[str, float]]:
+def _placed_batches(
+    config: RunConfig, seconds: float, workdir: pathlib.Path | None
+) -> tuple[Placed, list[Batch], dict[str, float]]:
     """The run's model where it lies, some of its batches on the devices, and how long the input takes for one."""
-    raw = load_dataset(config.data, config.allow_oversubscription)
+    raw = load_dataset(config.data, config.allow_oversubscription, workdir)
     model = config.model.build(raw)
     dataset, _ = check_dataset(raw, model, config.ids_out_of_range)
     placed = place_run(config, model, dataset)

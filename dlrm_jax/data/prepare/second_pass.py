@@ -120,12 +120,12 @@ class SecondPass:
         values: pa.Array | None = None
         if features[0].ids == "vocabulary":
             values = self._values(index, features[0])
-        num_keys = counts_SxV.shape[1] if values is None else len(values)
-        plan, kept = plan_table(features, counts_SxV, num_keys)
+        plan, kept = plan_table(features, counts_SxV, values)
         self._plans[name] = plan
         if values is None:
             final_SxV = _widened(counts_SxV, plan.rows)
         else:
+            num_keys = len(values)
             padded_SxV = _widened(counts_SxV, num_keys)
             first = int(features[0].oov)
             final_SxV = np.zeros((3, plan.rows), counts_SxV.dtype)
