@@ -16,7 +16,6 @@ XLA, NATIVE = CPU_KERNELS = ("xla", "native")
 LOSSES = ("bce", "wbce", "mse")
 DENSE_OPTIMIZERS = ("sgd", "momentum", "adagrad", "adam", "adamw")
 SCHEDULE_COMPAT = ("none", "dlrm")
-OUT_OF_RANGE_POLICIES = ("error", "hash", "drop_and_count")
 
 
 class ConfigError(ValueError):

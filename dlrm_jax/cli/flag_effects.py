@@ -4,12 +4,10 @@ A flag counts as given where its value is not its default: `--flagfile=WORKDIR/f
 """
 
 import dataclasses
-import pathlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from dlrm_jax.config import ConfigError
-from dlrm_jax.data.read.prepared import is_prepared
 from dlrm_jax.model import interactions
 from dlrm_jax.tables.rules import Adagrad, RowwiseAdagrad, rule_type
 from dlrm_jax.training.run_config import RunConfig
@@ -66,11 +64,6 @@ EFFECTS: dict[str, Effect] = {
     "multi_hot_sizes": Effect(lambda run: run.data.multi_hot != "none", "it needs --multi_hot"),
     "multi_hot_distribution": Effect(lambda run: run.data.multi_hot != "none", "it needs --multi_hot"),
     "shuffle": _ALWAYS,
-    "ids_out_of_range": Effect(
-        lambda run: run.data.dataset != "synthetic" and not is_prepared(pathlib.Path(run.data.data_dir)),
-        "synthetic and prepared ids lie inside their tables, and one that does not stops the run",
-        refused=False,
-    ),
     "embedding_dim": _ALWAYS,
     "bottom_mlp": _ALWAYS,
     "top_mlp": _ALWAYS,

@@ -14,7 +14,6 @@ from dlrm_jax.config import (
     DENSE_INITS,
     DENSE_OPTIMIZERS,
     LOSSES,
-    OUT_OF_RANGE_POLICIES,
     SCHEDULE_COMPAT,
     TABLE_DTYPES,
     TABLE_INITS,
@@ -66,7 +65,10 @@ def define_run_flags() -> None:
 def _define_data_flags() -> None:
     flags.DEFINE_enum("dataset", "planted", DATASETS, "Which data to train on; planted and synthetic are generated.")
     flags.DEFINE_string(
-        "data_dir", "", "A directory that dlrm_jax.prepare made, which says all by itself; or the raw log of --dataset."
+        "data_dir",
+        "",
+        "A directory that dlrm_jax.prepare made, which says all by itself; or the raw log of --dataset, prepared first "
+        "in the workdir.",
     )
     flags.DEFINE_enum("split", "random", ("random", "time"), "How movielens_100k is split into train, val and test.")
     flags.DEFINE_integer("num_examples", 0, "Examples to generate for planted and synthetic; 0 for their default.")
@@ -96,12 +98,6 @@ def _define_data_flags() -> None:
     flags.DEFINE_list("multi_hot_sizes", [], "Ids in each feature's bag under --multi_hot.")
     flags.DEFINE_enum("multi_hot_distribution", "uniform", DISTRIBUTIONS, "How --multi_hot draws the further ids.")
     flags.DEFINE_bool("shuffle", True, "Shuffle the training rows anew in every epoch.")
-    flags.DEFINE_enum(
-        "ids_out_of_range",
-        "error",
-        OUT_OF_RANGE_POLICIES,
-        "An id outside its table stops the run, is taken modulo the table's rows, or is left out; counts are reported.",
-    )
 
 
 def _define_model_flags() -> None:
@@ -320,7 +316,7 @@ def unchecked_config() -> RunConfig:
             "eval_every",
         ),
         **_values("checkpoint_every", "log_every", "target_metric", "target_value", "patience", "shuffle"),
-        **_values("ids_out_of_range", "cpu_kernels", "allow_oversubscription", "seed", "allow_schedule_change"),
+        **_values("cpu_kernels", "allow_oversubscription", "seed", "allow_schedule_change"),
         sharding=sharding_from_flags(),
     )
 

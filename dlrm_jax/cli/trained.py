@@ -73,40 +73,37 @@ def restore(workdir: pathlib.Path, which: str, data_dir: str | None = None, over
 
     ConfigError if its data has changed since, or, unless `oversubscribe`, if it does not fit into the memory at hand.
     """
-    run, raw = _open(workdir, data_dir, oversubscribe)
+    run = _open(workdir, data_dir, oversubscribe)
     placed = place_run(run.config, run.model, run.dataset)
     with failing_in_one_line(run.config, placed):
-        state = _reading(
-            workdir, which, run, raw, lambda checkpoints, kind, step: checkpoints.restore(kind, placed, step)
-        )
+        state = _reading(workdir, which, run, lambda checkpoints, kind, step: checkpoints.restore(kind, placed, step))
     return Trained(**vars(run), placed=placed, state=state)
 
 
 def open_stored(workdir: pathlib.Path, which: str, data_dir: str | None = None, oversubscribe: bool = False) -> Stored:
     """As `restore`, but tables and their optimizer's state are not read: they may be larger than any memory."""
-    run, raw = _open(workdir, data_dir, oversubscribe)
+    run = _open(workdir, data_dir, oversubscribe)
     placed = on_one_device(run.model, run.config.optimizer)
     dense, rows = _reading(
-        workdir, which, run, raw, lambda checkpoints, kind, step: checkpoints.read_model(kind, step, placed)
+        workdir, which, run, lambda checkpoints, kind, step: checkpoints.read_model(kind, step, placed)
     )
     return Stored(**vars(run), step=int(dense["step"]), dense_params=dense["dense_params"], rows=rows)
 
 
-def _open(workdir: pathlib.Path, data_dir: str | None, oversubscribe: bool) -> tuple[Opened, Dataset]:
-    """(the run, its dataset as it was read)."""
+def _open(workdir: pathlib.Path, data_dir: str | None, oversubscribe: bool) -> Opened:
     config = load_config(workdir, data_dir)
     config = dataclasses.replace(
         config, sharding=ShardingOptions(), cpu_kernels=XLA, allow_oversubscription=oversubscribe
     )
-    raw = load_dataset(config.data, oversubscribe, workdir)
-    model = config.model.build(raw)
-    dataset, _ = run_config.check_dataset(raw, model, config.ids_out_of_range)
-    return Opened(config, model, dataset), raw
+    dataset = load_dataset(config.data, oversubscribe, workdir)
+    model = config.model.build(dataset)
+    run_config.check_dataset(dataset, model)
+    return Opened(config, model, dataset)
 
 
-def _reading(workdir: pathlib.Path, which: str, run: Opened, raw: Dataset, read: Callable[..., T]) -> T:
+def _reading(workdir: pathlib.Path, which: str, run: Opened, read: Callable[..., T]) -> T:
     """`read(checkpoints, kind, step)` of checkpoint `which`; of the next one if a training deletes that meanwhile."""
-    identity = run_config.without_schedule(json.loads(json.dumps(run.config.identity(run.model, raw))))
+    identity = run_config.without_schedule(json.loads(json.dumps(run.config.identity(run.model, run.dataset))))
     failure: ConfigError | None = None
     tried: tuple[str, int] | None = None
     while True:

@@ -50,10 +50,10 @@ class Run:
     def __init__(self, config: RunConfig, workdir: pathlib.Path) -> None:
         self.config, self.workdir = config, workdir
         _LOG.info("loading %s", config.data.data_dir or config.data.dataset)
-        raw = load_dataset(config.data, config.allow_oversubscription, workdir)
-        self.model = config.model.build(raw)
-        self.identity = json.loads(json.dumps(config.identity(self.model, raw)))
-        self.dataset, self.ids_out_of_range = check_dataset(raw, self.model, config.ids_out_of_range)
+        self.dataset = load_dataset(config.data, config.allow_oversubscription, workdir)
+        self.model = config.model.build(self.dataset)
+        self.identity = json.loads(json.dumps(config.identity(self.model, self.dataset)))
+        check_dataset(self.dataset, self.model)
         num_rows = len(self.dataset.splits["train"])
         per_epoch = steps_per_epoch(num_rows, config.batch_size)
         self.num_steps = config.num_steps or config.num_epochs * per_epoch
@@ -69,7 +69,7 @@ class Run:
         self.eval_every = config.eval_every or per_epoch
         self.checkpoint_every = config.checkpoint_every or per_epoch
         self.placed = place_run(config, self.model, self.dataset, checkpoint.COPIES)
-        self.evaluate = Evaluator(config, self.placed, raw.expander)
+        self.evaluate = Evaluator(config, self.placed, self.dataset.expander)
         self.writes = processes.is_first()
 
     def _require_val_rows(self) -> None:
@@ -147,9 +147,6 @@ def _train_and_evaluate(
 ) -> dict[str, Any]:
     run = Run(config, workdir)
     processes.agree("data", run.identity["data"] | {"plan": run.placed.plan.to_dict()})
-    for split, counts in run.ids_out_of_range.items():
-        for feature, count in counts.items():
-            _LOG.warning("%s, feature %r: %d ids out of range (%s)", split, feature, count, config.ids_out_of_range)
     for name, rows in run.dataset.splits.items():
         if rows.only_label is not None:
             _LOG.warning("%s", describe_one_class(name, len(rows), rows.only_label))
@@ -358,5 +355,4 @@ def final_result(
             state = checkpoints.restore(checkpoint.LATEST, run.placed)
     if progress.stopped:
         _LOG.info("stopped early: %s", progress.stopped)
-    result = evaluate_splits(run.config, run.dataset, run.evaluate, state) | speed.summary()
-    return result | ({"ids_out_of_range": run.ids_out_of_range} if run.ids_out_of_range else {})
+    return evaluate_splits(run.config, run.dataset, run.evaluate, state) | speed.summary()

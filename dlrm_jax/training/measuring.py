@@ -65,9 +65,9 @@ def _placed_batches(
     config: RunConfig, seconds: float, workdir: pathlib.Path | None
 ) -> tuple[Placed, list[Batch], dict[str, float]]:
     """The run's model where it lies, some of its batches on the devices, and how long the input takes for one."""
-    raw = load_dataset(config.data, config.allow_oversubscription, workdir)
-    model = config.model.build(raw)
-    dataset, _ = check_dataset(raw, model, config.ids_out_of_range)
+    dataset = load_dataset(config.data, config.allow_oversubscription, workdir)
+    model = config.model.build(dataset)
+    check_dataset(dataset, model)
     placed = place_run(config, model, dataset)
     multiple = placed.num_devices * config.num_micro_batches
     rows = dataset.splits["train"]

@@ -9,7 +9,6 @@ from typing import Any
 from dlrm_jax.config import (
     CPU_KERNELS,
     DOT,
-    OUT_OF_RANGE_POLICIES,
     XLA,
     ConfigError,
     InteractionConfig,
@@ -23,7 +22,7 @@ from dlrm_jax.config import (
     require_finite,
 )
 from dlrm_jax.data.batch import check_ids
-from dlrm_jax.data.read.dataset import Dataset, Rows, Split
+from dlrm_jax.data.read.dataset import Dataset, Split
 from dlrm_jax.data.read.load import DataConfig
 from dlrm_jax.model import interactions
 from dlrm_jax.tables.compress import compressed
@@ -32,6 +31,8 @@ from dlrm_jax.training.options import ShardingOptions
 from dlrm_jax.training.table_settings import read_table_settings
 
 TARGET_METRICS = ("auc", "log_loss", "accuracy", "normalized_entropy")
+OF_OLDER_VERSIONS = "ids_out_of_range"
+"""Key of older versions, under which no id of prepared or generated data ever was."""
 EARLIER_SCHEDULES = "earlier_schedules"
 """Key in config.json beside a RunConfig's fields, of a run that went on with another schedule: what it had before."""
 _SMALLER_IS_BETTER = ("log_loss", "normalized_entropy")
@@ -97,7 +98,6 @@ class RunConfig:
     target_value: float | None = None
     patience: int = 0
     shuffle: bool = True
-    ids_out_of_range: str = "error"
     cpu_kernels: str = XLA
     allow_oversubscription: bool = False
     seed: int = 0
@@ -136,10 +136,6 @@ class RunConfig:
             )
         if self.cpu_kernels not in CPU_KERNELS:
             raise ConfigError(f"cpu_kernels is {self.cpu_kernels!r}; choose one of {', '.join(CPU_KERNELS)}")
-        if self.ids_out_of_range not in OUT_OF_RANGE_POLICIES:
-            raise ConfigError(
-                f"ids_out_of_range is {self.ids_out_of_range!r}; choose one of {', '.join(OUT_OF_RANGE_POLICIES)}"
-            )
 
     def is_better(self, value: float, than: float | None) -> bool:
         """Whether the target metric improved; NaN never does."""
@@ -163,14 +159,13 @@ class RunConfig:
             "batch_size": self.batch_size,
             "num_micro_batches": self.num_micro_batches,
             "shuffle": self.shuffle,
-            "ids_out_of_range": self.ids_out_of_range,
             "seed": self.seed,
         }
 
 
 def identity_of(record: Mapping[str, Any]) -> dict[str, Any]:
     """The `identity` that a checkpoint's record holds, as it would be written today."""
-    identity = record["identity"]
+    identity = {key: value for key, value in record["identity"].items() if key != OF_OLDER_VERSIONS}
     model = model_from_dict(identity["model"])
     model = dataclasses.replace(model, interaction=interactions.complete(model.interaction))
     fields = [field for field in dataclasses.fields(OptimizerConfig) if field.default is not dataclasses.MISSING]
@@ -183,26 +178,18 @@ def without_schedule(identity: dict[str, Any]) -> dict[str, Any]:
     return identity | {"optimizer": {k: v for k, v in identity["optimizer"].items() if k != "schedule"}}
 
 
-def check_dataset(dataset: Dataset, model: ModelConfig, policy: str) -> tuple[Dataset, dict[str, dict[str, int]]]:
-    """The dataset with every id inside its table, and how many were not, by split and feature (batch.check_ids)."""
+def check_dataset(dataset: Dataset, model: ModelConfig) -> None:
+    """ConfigError for an id in memory outside its table; those that are not are checked as they are read."""
     if dataset.expander is not None:  # What is in memory are one-hot ids still.
         model = dataclasses.replace(model, features=tuple(dataclasses.replace(f, hotness=1) for f in model.features))
-    splits: dict[str, Rows] = {}
-    counts = {}
-    for name, split in dataset.splits.items():
-        if not isinstance(split, Split):
-            splits[name] = split  # Not in memory: its ids are checked as they are read, or made in range.
-            continue
-        ids_RxK, count = check_ids(model, split.ids_RxK, policy, split.row_R)
-        splits[name] = dataclasses.replace(split, ids_RxK=ids_RxK)
-        if count:
-            counts[name] = count
-    return dataclasses.replace(dataset, splits=splits), counts
+    for split in dataset.splits.values():
+        if isinstance(split, Split):
+            check_ids(model, split.ids_RxK, split.row_R)
 
 
 def from_dict(values: dict[str, Any]) -> RunConfig:
     """The RunConfig that `dataclasses.asdict` (through JSON) came from."""
-    values = {name: value for name, value in values.items() if name != EARLIER_SCHEDULES}
+    values = {name: value for name, value in values.items() if name not in (EARLIER_SCHEDULES, OF_OLDER_VERSIONS)}
     model = nested_interaction(_tuples(values.pop("model")))
     model["interaction"] = InteractionConfig(**model["interaction"])
     loss = values.pop("loss")
