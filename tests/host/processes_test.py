@@ -183,14 +183,26 @@ except processes.Disagreement as error:
 """
 
 
-@pytest.mark.parametrize(("bad_row", "says"), [("", "[0-9a-f]{8}"), ("x\n", r".*train\.txt, line 301: 1 columns; .*")])
-def test_the_first_process_prepares_a_raw_log_and_the_others_wait_for_how_it_ends(tmp_path, bad_row, says):
-    """The second has no log of its own to look at."""
+@pytest.mark.parametrize(
+    ("bad_row", "place", "says"),
+    [
+        ("", "no", "[0-9a-f]{8}"),
+        ("x\n", "no", r".*train\.txt, line 301: 1 columns; .*"),
+        ("", "out", "the processes have different data_dir .*: prepared: False != True; start all with the same"),
+    ],
+)
+def test_the_first_process_prepares_a_raw_log_and_the_others_wait_for_how_it_ends(tmp_path, bad_row, place, says):
+    """The second has no log of its own to look at; one that has prepared data would wait in vain."""
+    if place == "out":
+        prepare_text(tmp_path, kaggle_text(50), PRESETS["criteo_kaggle"][1]())
     (tmp_path / "train.txt").write_text(kaggle_text(300) + bad_row)
     command = [sys.executable, "-c", RAW, f"127.0.0.1:{free_port()}"]
-    running = [start([*command, str(i), str(place), f"{tmp_path}/run"], 1) for i, place in enumerate((tmp_path, "no"))]
+    running = [
+        start([*command, str(i), str(where), f"{tmp_path}/run"], 1)
+        for i, where in enumerate((tmp_path, tmp_path / place))
+    ]
     first, second = outputs(running)
-    assert f"preparing {tmp_path} in {tmp_path}/run/data\n" in first and "preparing" not in second
+    assert (f"preparing {tmp_path} in {tmp_path}/run/data\n" in first) == (place == "no") and "preparing" not in second
     assert first.splitlines()[-1] == second.splitlines()[-1] and re.fullmatch(says, second.splitlines()[-1])
     assert [process.returncode for process in running] == [0, 0]
 

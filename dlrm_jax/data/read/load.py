@@ -112,8 +112,11 @@ def _require_room(config: DataConfig, oversubscribe: bool) -> None:
 
 def _load(config: DataConfig, workdir: pathlib.Path | None) -> Dataset:
     directory = pathlib.Path(config.data_dir)
-    if config.data_dir and is_prepared(directory):
-        return _open_prepared(config, directory)
+    if config.data_dir:
+        prepared = is_prepared(directory)
+        processes.agree("data_dir", {"prepared": prepared})  # Else one would wait for another that prepares nothing.
+        if prepared:
+            return _open_prepared(config, directory)
     if config.data_dir and (config.dataset in _GENERATED or config.dataset not in DATASETS):
         unfinished = (directory / "staging").exists()
         what = (
