@@ -156,12 +156,13 @@ def main() -> None:
         raise ConfigError(f"--seconds={FLAGS.seconds} never ends; give a number")
     configs = swept(config, FLAGS.sweep, FLAGS.sweep_values) if FLAGS.sweep else {}
     hardware = calibrate() if FLAGS.calibrate else None
+    workdir = pathlib.Path(FLAGS.workdir) if FLAGS.workdir else None
     if not configs:
-        numbers = measure(config, FLAGS.seconds, hardware)
+        numbers = measure(config, FLAGS.seconds, hardware, workdir=workdir)
         print(text(numbers))
         result: dict[str, Any] = numbers
     else:
-        points = {value: measure(one, FLAGS.seconds, hardware, parts=False) for value, one in configs.items()}
+        points = {value: measure(one, FLAGS.seconds, hardware, False, workdir) for value, one in configs.items()}
         print(sweep_text(FLAGS.sweep, points))
         result = {"sweep": FLAGS.sweep, "points": {str(value): one for value, one in points.items()}}
     if FLAGS.json:

@@ -10,8 +10,9 @@ from absl import flags
 
 from dlrm_jax.cli.commands import run_command
 from dlrm_jax.cli.trained import restore
-from dlrm_jax.data.read.dataset import SPLITS, Rows
+from dlrm_jax.data.read.dataset import Rows
 from dlrm_jax.data.read.pipeline import rows_and_labels
+from dlrm_jax.data.schema.schema import SPLITS
 from dlrm_jax.host import files, heap
 from dlrm_jax.host.memory import TRY_ANYWAY_HELP
 from dlrm_jax.training import reporting
@@ -30,7 +31,7 @@ def define_flags() -> None:
     flags.DEFINE_enum("split", "test", SPLITS, "Rows that are printed, and predicted with --predictions_out.")
     flags.DEFINE_string("predictions_out", None, "CSV file for row number, label and probability of every row.")
     flags.DEFINE_bool("allow_oversubscription", False, TRY_ANYWAY_HELP)
-    flags.DEFINE_string("data_dir", None, "Where the raw log is now, if it moved since training.")
+    flags.DEFINE_string("data_dir", None, "Where the data is now, if it moved since training.")
 
 
 def write_predictions(path: pathlib.Path, split: Rows, probabilities: list[float]) -> None:

@@ -11,7 +11,7 @@ from absl import flags
 from dlrm_jax.cli.commands import run_command
 from dlrm_jax.cli.trained import Stored, open_stored
 from dlrm_jax.config import ModelConfig
-from dlrm_jax.data.read.dataset import SPLITS
+from dlrm_jax.data.schema.schema import HELD_OUT, SPLITS
 from dlrm_jax.host import files, memory
 from dlrm_jax.serving.artifact.export import export_model
 from dlrm_jax.serving.artifact.loaded import MakeEngine
@@ -38,7 +38,7 @@ def define_flags() -> None:
     flags.DEFINE_string("checkpoint", "best", "best, latest, or a step number.")
     flags.DEFINE_string("data_dir", None, "Where the data is now, if it moved since training.")
     flags.DEFINE_bool("allow_oversubscription", False, memory.TRY_ANYWAY_HELP)
-    flags.DEFINE_multi_enum("evaluate", ["val", "test"], SPLITS, "Splits that the exported model is evaluated on.")
+    flags.DEFINE_multi_enum("evaluate", list(HELD_OUT), SPLITS, "Splits that the exported model is evaluated on.")
 
 
 def main() -> None:
@@ -56,7 +56,6 @@ def main() -> None:
             lambda name: _pieces(run, name),
             run.dataset,
             kind=FLAGS.tables,
-            data_dir=pathlib.Path(run.config.data.data_dir) if run.config.data.data_dir else None,
             facts={"step": run.step},
             evaluated=tuple(FLAGS.evaluate),
             make_engine=_engine(run.model, largest),

@@ -37,11 +37,11 @@ def define_plan_flags() -> None:
     flags.DEFINE_string("picture", "", "Draw bytes and time of every strategy here, as PNG.")
 
 
-def model_of(config: RunConfig) -> ModelConfig:
+def model_of(config: RunConfig, workdir: pathlib.Path | None = None) -> ModelConfig:
     """The model that the run would train, under the names that its data gives to tables."""
     if config.data.multi_hot != "none":  # Both ways give bags of the same sizes, and this one holds nothing in memory.
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, multi_hot="virtual"))
-    return read(config)[1]
+    return read(config, workdir)[1]
 
 
 def hardware_of() -> hardware.Hardware:
@@ -69,7 +69,7 @@ def main() -> None:
         raise ConfigError(f"--devices={num_devices} is not a number of devices")
     mesh = parse_mesh(config.sharding.mesh, num_devices or 2**31, "" if topology else "plan for --devices={0}")
     setting = planner.Setting(
-        model=model_of(config),
+        model=model_of(config, pathlib.Path(FLAGS.workdir) if FLAGS.workdir else None),
         optimizer=config.optimizer,
         mesh=mesh,
         load=load_of(config),

@@ -1,22 +1,20 @@
 """Prepare a click log for training: `python -m dlrm_jax.prepare --input='day_*.gz' --output=data/x --schema=infer`."""
 
-import dataclasses
 import os
 import pathlib
 import sys
 import time
 
 from absl import flags
-from tqdm import tqdm
 
 from dlrm_jax.cli import commands
 from dlrm_jax.config import ConfigError
 from dlrm_jax.data.formats.source import expand
+from dlrm_jax.data.infer.choose import choose_schema
+from dlrm_jax.data.prepare.bar import Bar
 from dlrm_jax.data.prepare.blocks import COMPRESSIONS
-from dlrm_jax.data.prepare.preparation import BAD_ROW_POLICIES, Options, Progress, prepare
-from dlrm_jax.data.schema import schema_io
+from dlrm_jax.data.prepare.preparation import BAD_ROW_POLICIES, Options, prepare
 from dlrm_jax.data.schema.presets import PRESETS
-from dlrm_jax.data.schema.schema import Schema
 from dlrm_jax.data.values.label_values import one_class_warnings, shown_texts
 from dlrm_jax.host import files
 from dlrm_jax.host.heap import keep_freed_chunks
@@ -65,38 +63,9 @@ def main() -> None:
         print(f"schema: {reason}", file=sys.stderr)
     keep_freed_chunks()
     start = time.perf_counter()
-    with _Bar() as bar:
+    with Bar() as bar:
         statistics = prepare(paths, output, schema, options, bar.show)
     _print_summary(output, statistics, time.perf_counter() - start)
-
-
-def choose_schema(name: str, paths: tuple[str, ...]) -> Schema:
-    """The schema that --schema names."""
-    if name == "infer":
-        from dlrm_jax.data.infer.infer import infer
-
-        return infer(paths)
-    if name in PRESETS:
-        schema = PRESETS[name][1]()
-        if schema.format == "mlperf_multi_hot":
-            from dlrm_jax.data.formats.array_source import fit_hotness
-
-            return fit_hotness(schema, paths[0])
-        if schema.format == "text" and schema.columns and _has_header(paths[0], schema):
-            return dataclasses.replace(schema, header=True, columns=(), delimiter=",", quote='"')
-        return schema
-    path = pathlib.Path(name)
-    if path.is_file():
-        return schema_io.load(path)
-    raise ConfigError(f"--schema={name} is neither a file, nor infer, nor one of {', '.join(PRESETS)}")
-
-
-def _has_header(path: str, schema: Schema) -> bool:
-    """Whether a file that usually has no header has one (as the public sample of Criteo's log, a CSV)."""
-    from dlrm_jax.data.formats.records import read_head
-
-    first = read_head(path, 1 << 16).split(b"\n")[0].decode("utf8", "replace")
-    return set(schema.source_columns()) <= {name.strip().strip('"') for name in first.split(",")}
 
 
 def parse_bytes(text: str) -> int:
@@ -110,46 +79,6 @@ def parse_bytes(text: str) -> int:
     if not 0 <= value < 2**63:
         raise ConfigError(f"--max_memory={text} is no amount of memory, as 4GB or 512MB")
     return int(value)
-
-
-class _Bar:
-    """One bar a pass with rows/s and time left on a terminal, and a plain line every few seconds elsewhere."""
-
-    def __init__(self) -> None:
-        self._terminal = sys.stderr.isatty()
-        self._bar: tqdm | None = None
-        self._phase = ""
-        self._start = self._last = time.perf_counter()
-        self._start_rows = 0
-        self._start_fraction = 0.0
-
-    def __enter__(self) -> "_Bar":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.close()
-
-    def show(self, progress: Progress) -> None:
-        """Show how far it is."""
-        now = time.perf_counter()
-        if progress.phase != self._phase:
-            self._phase, self._start, self._last = progress.phase, now, now
-            self._start_rows, self._start_fraction = progress.rows, progress.fraction
-            if self._bar is not None:
-                self._bar.close()
-            layout = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}, {remaining} left{postfix}"
-            self._bar = tqdm(total=1.0, desc=progress.phase, bar_format=layout, disable=not self._terminal)
-        seconds, done = max(now - self._start, 1e-9), progress.fraction - self._start_fraction
-        rate = (progress.rows - self._start_rows) / seconds
-        if self._bar is not None and self._terminal:
-            self._bar.set_postfix_str(f"{progress.rows:,} rows, {rate:,.0f} rows/s", refresh=False)
-            self._bar.update(progress.fraction - self._bar.n)
-        elif now - self._last > 5 and done > 0:
-            self._last = now
-            left = (1 - progress.fraction) * seconds / done
-            rows = f"{progress.rows:,} rows  {rate:,.0f} rows/s  {left:.0f} s left"
-            print(f"{progress.phase} {progress.fraction:.0%}  {rows}", file=sys.stderr, flush=True)
 
 
 def _print_summary(output: pathlib.Path, statistics: dict, seconds: float) -> None:

@@ -11,6 +11,7 @@ from dlrm_jax.cli.commands import run_command
 from dlrm_jax.cli.flags import config_from_flags, defaults_taken, define_run_flags, flagfile_text, settings_text
 from dlrm_jax.config import ConfigError
 from dlrm_jax.data.read.prepared import is_prepared, read_schema
+from dlrm_jax.data.schema.schema import HELD_OUT
 from dlrm_jax.host import files, processes
 from dlrm_jax.training.loop import ResultNotWritten, train_and_evaluate
 from dlrm_jax.training.monitor import Interrupted
@@ -56,7 +57,7 @@ def main() -> None:
         sys.exit(128 + interrupted.signum)
     if not processes.is_first():
         return
-    print(format_table({name: result[name] for name in ("val", "test")}, result.get("optimum")))
+    print(format_table({name: result[name] for name in HELD_OUT}, result.get("optimum")))
     if result["input_wait_fraction"] is not None:
         wait = f"{result['input_wait_fraction']:.1%} of the time waiting for input"
         print(f"{result['samples_per_second']:,.0f} samples/s; {wait}")

@@ -17,11 +17,10 @@ from dlrm_jax.config import EMPTY_SLOT
 from dlrm_jax.data.generate import planted
 from dlrm_jax.data.infer.infer import infer
 from dlrm_jax.data.prepare.preparation import Options, prepare
-from dlrm_jax.data.read.dataset import SPLITS
 from dlrm_jax.data.read.dataset import Split as Rows
 from dlrm_jax.data.read.prepared import is_prepared, open_prepared
 from dlrm_jax.data.schema.presets import PRESETS
-from dlrm_jax.data.schema.schema import Schema, Sparse, Split
+from dlrm_jax.data.schema.schema import SPLITS, Schema, Sparse, Split
 from dlrm_jax.model.metrics import auc
 
 PLANTED_ROWS = 100_000

@@ -148,6 +148,17 @@ CASES: dict[str, tuple[Case, ...]] = {
         Case("prepare log.csv data", "unexpected argument 'log.csv'"),
         Case("train --data_dir=nope --workdir=w", "--data_dir=nope"),
         Case("train --data_dir=data --workdir=log.csv", "--workdir=log.csv"),
+        Case("train --dataset=criteo_kaggle --data_dir=nope --workdir=raw1", "nope holds none of train.txt, train.csv"),
+        Case("train --dataset=criteo_kaggle --data_dir=empty.csv --workdir=raw2", "no rows in empty.csv"),
+        Case("train --dataset=criteo_kaggle --data_dir=log.csv --workdir=raw3", "line 1: 5 columns; expected 40"),
+        Case("train --dataset=movielens_100k --data_dir=nope --workdir=raw4", "nope is not a directory"),
+        Case("train --dataset=movielens_100k --data_dir=data --workdir=raw5", "data holds none of ml-100k.inter"),
+        Case("train --dataset=movielens --data_dir=data --workdir=raw6", "--dataset=movielens: value should be one of"),
+        Case("train --dataset=criteo_kaggle --data_dir=log.csv", "--workdir is missing"),
+        Case("plan --dataset=criteo_kaggle --data_dir=log.csv", "say in which --workdir"),
+        Case(
+            "plan --dataset=criteo_kaggle --data_dir=log.csv --workdir=log.csv", "--workdir=log.csv must be a directory"
+        ),
         Case("train --flagfile=nope.flags", "--flagfile"),
         Case("evaluate --workdir=nope", "nope/config.json does not exist"),
         Case("evaluate --workdir=runs/mine --checkpoint=best5", "no checkpoint 'best5'"),

@@ -41,7 +41,7 @@ class Stored(Opened):
 
 
 def load_config(workdir: pathlib.Path, data_dir: str | None = None) -> RunConfig:
-    """The RunConfig saved in a workdir; `data_dir` says where the raw log is now, if it moved."""
+    """The RunConfig saved in a workdir; `data_dir` says where its data is now, if it moved."""
     path = workdir / "config.json"
     try:
         config = run_config.from_dict(json.loads(path.read_text()))
@@ -85,7 +85,7 @@ def open_stored(workdir: pathlib.Path, which: str, data_dir: str | None = None, 
 def _open(workdir: pathlib.Path, data_dir: str | None, oversubscribe: bool) -> Opened:
     config = load_config(workdir, data_dir)
     placed_anew = dataclasses.replace(config, sharding=ShardingOptions(), cpu_kernels=XLA)
-    return open_run(dataclasses.replace(placed_anew, allow_oversubscription=oversubscribe))
+    return open_run(dataclasses.replace(placed_anew, allow_oversubscription=oversubscribe), workdir)
 
 
 def _reading(workdir: pathlib.Path, which: str, run: Opened, read: Callable[..., T]) -> T:

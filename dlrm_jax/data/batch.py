@@ -7,9 +7,6 @@ from flax import struct
 
 from dlrm_jax.config import EMPTY_SLOT, ConfigError, ModelConfig
 
-OUT_OF_RANGE_POLICIES = ("error", "hash", "drop_and_count")
-"""What `check_ids` does about an id outside its table."""
-
 
 class Batch(struct.PyTreeNode):
     """B examples side by side: NumPy arrays on the host, jax.Array on a device.
@@ -43,41 +40,25 @@ def without_unweighted(batch: Batch) -> Batch:
     )
 
 
-def check_ids(
-    config: ModelConfig, ids_BxK: np.ndarray, policy: str = "error", row_B: np.ndarray | None = None
-) -> tuple[np.ndarray, dict[str, int]]:
-    """(ids as int32, each inside its table or EMPTY_SLOT; how many were out of range, by feature).
+def check_ids(config: ModelConfig, ids_BxK: np.ndarray, row_B: np.ndarray | None = None) -> None:
+    """ConfigError naming feature, row, value and limit of the first id outside its table that is no EMPTY_SLOT.
 
-    Args:
-      ids_BxK: integer ids; floats are refused, since float32 cannot hold ids beyond 2^24.
-      policy: `error` raises ConfigError naming feature, row, value and limit; `hash` takes the id modulo the
-        table's rows; `drop_and_count` empties the slot.
-      row_B: numbers of the rows for the error text, by default their positions.
+    `row_B` are numbers of the rows for the error text, by default their positions. Ids must be integers.
     """
     if not np.issubdtype(ids_BxK.dtype, np.integer):
         raise ConfigError(f"ids have dtype {ids_BxK.dtype}; they must be integers (float32 rounds ids beyond 2^24)")
     if ids_BxK.ndim != 2 or ids_BxK.shape[1] != config.num_slots:
         raise ConfigError(f"ids have shape {ids_BxK.shape}; expected (rows, {config.num_slots}), one column a slot")
-    hotness = [feature.hotness for feature in config.features]
-    limit_K = np.repeat([config.num_ids(feature) for feature in config.features], hotness)
-    bad_BxK = (ids_BxK >= limit_K) | (ids_BxK < EMPTY_SLOT)
-    if not bad_BxK.any():
-        return ids_BxK.astype(np.int32, copy=False), {}
     feature_K = [feature for feature in config.features for _ in range(feature.hotness)]
-    if policy == "error":
+    limit_K = np.array([config.num_ids(feature) for feature in feature_K])
+    bad_BxK = (ids_BxK >= limit_K) | (ids_BxK < EMPTY_SLOT)
+    if bad_BxK.any():
         row, slot = np.argwhere(bad_BxK)[0]
         feature, last = feature_K[slot], limit_K[slot] - 1
         raise ConfigError(
             f"feature {feature.name!r}, row {row if row_B is None else row_B[row]}: id {ids_BxK[row, slot]} is outside "
-            f"table {feature.table!r} of {last + 1} rows (ids 0 to {last}, {EMPTY_SLOT} for an empty slot); "
-            "mend the data or set --ids_out_of_range=hash or drop_and_count"
+            f"table {feature.table!r} of {last + 1} rows (ids 0 to {last}, {EMPTY_SLOT} for an empty slot)"
         )
-    counts: dict[str, int] = {}
-    for i in np.flatnonzero(bad_BxK.any(axis=0)):
-        name = feature_K[i].name
-        counts[name] = counts.get(name, 0) + int(bad_BxK[:, i].sum())
-    replacement_BxK = ids_BxK % limit_K if policy == "hash" else EMPTY_SLOT
-    return np.where(bad_BxK, replacement_BxK, ids_BxK).astype(np.int32), counts
 
 
 def pack_bags(name: str, values: np.ndarray, lengths_B: np.ndarray, hotness: int) -> np.ndarray:

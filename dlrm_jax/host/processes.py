@@ -7,7 +7,7 @@ import json
 import os
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NoReturn
 
 import jax
@@ -28,7 +28,7 @@ HEARTBEAT_SECONDS = 15
 
 
 class Disagreement(ConfigError):
-    """What all processes raise together, since their settings differ."""
+    """What all processes raise together, as where their settings differ."""
 
 
 def join(
@@ -76,6 +76,7 @@ def agree(what: str, settings: Mapping[str, Any]) -> None:
         first, second = (
             json.loads(state.client.blocking_key_value_get(f"{what}/text/{number}", _DAY)) for number in (0, other)
         )
+        _let_all_read(what)
     except RuntimeError as error:
         raise ConfigError(
             f"the processes could not compare their {what}: {' '.join(str(error).split())[:300]}"
@@ -84,6 +85,35 @@ def agree(what: str, settings: Mapping[str, Any]) -> None:
         f"the processes have different {what} (process 0 != process {other}): {tell(differences(first, second))}; "
         "start all with the same"
     )
+
+
+def first_does(what: str, work: Callable[[], None]) -> None:
+    """`work` by the first process, for whose end the others wait while it lives; what it raises is raised by all.
+
+    Every process must ask, once for a `what`.
+    """
+    client = distributed.global_state.client
+    if client is None:
+        return work()
+    failure = ""
+    if is_first():
+        try:
+            work()
+        except Exception as error:
+            failure = str(error) or type(error).__name__
+        client.key_value_set(what, failure)
+    else:
+        failure = client.blocking_key_value_get(what, _DAY)
+    _let_all_read(what)
+    if failure:
+        raise Disagreement(failure)
+
+
+def _let_all_read(what: str) -> None:
+    """Wait until every process has read what is in the store; before that the first must not end, and it with it."""
+    client = distributed.global_state.client
+    assert client is not None
+    client.wait_at_barrier(f"{what} is known to all", _DAY)
 
 
 def _in_a_cluster() -> bool:

@@ -9,6 +9,7 @@ import numpy as np
 from dlrm_jax.data.batch import Batch
 from dlrm_jax.data.read.dataset import BatchExpander, Dataset, Rows
 from dlrm_jax.data.read.pipeline import Prefetcher, eval_batches, padded, process_shard
+from dlrm_jax.data.schema.schema import HELD_OUT
 from dlrm_jax.model import metrics
 from dlrm_jax.training import reporting
 from dlrm_jax.training.placed import Placed
@@ -49,7 +50,7 @@ class Evaluator:
 def evaluate_splits(config: RunConfig, dataset: Dataset, evaluate: Evaluator, state: TrainState) -> dict[str, Any]:
     """`step`, metrics on val and test (None for an empty split), the optimum where known, seed and versions."""
     result: dict[str, Any] = {"step": int(state.step)}
-    for name in ("val", "test"):
+    for name in HELD_OUT:
         result[name] = evaluate(state, dataset.splits[name]) if len(dataset.splits[name]) else None
     if dataset.optimum is not None:
         result["optimum"] = dict(dataset.optimum["test"])

@@ -52,9 +52,8 @@ class Run:
     def __init__(self, config: RunConfig, workdir: pathlib.Path) -> None:
         self.config, self.workdir = config, workdir
         _LOG.info("loading %s", config.data.data_dir or config.data.dataset)
-        opened = open_run(config)
+        opened = open_run(config, workdir)
         self.model, self.dataset, self.identity = opened.model, opened.dataset, opened.identity
-        self.ids_out_of_range = opened.ids_out_of_range
         num_rows = len(self.dataset.splits["train"])
         per_epoch = steps_per_epoch(num_rows, config.batch_size)
         self.num_steps = config.num_steps or config.num_epochs * per_epoch
@@ -148,9 +147,6 @@ def _train_and_evaluate(
 ) -> dict[str, Any]:
     run = Run(config, workdir)
     processes.agree("data", run.identity["data"] | {"plan": run.placed.plan.to_dict()})
-    for split, counts in run.ids_out_of_range.items():
-        for feature, count in counts.items():
-            _LOG.warning("%s, feature %r: %d ids out of range (%s)", split, feature, count, config.ids_out_of_range)
     for name, rows in run.dataset.splits.items():
         if rows.only_label is not None:
             _LOG.warning("%s", describe_one_class(name, len(rows), rows.only_label))
@@ -360,5 +356,4 @@ def final_result(
             state = checkpoints.restore(checkpoint.LATEST, run.placed)
     if progress.stopped:
         _LOG.info("stopped early: %s", progress.stopped)
-    result = evaluate_splits(run.config, run.dataset, run.evaluate, state) | speed.summary()
-    return result | ({"ids_out_of_range": run.ids_out_of_range} if run.ids_out_of_range else {})
+    return evaluate_splits(run.config, run.dataset, run.evaluate, state) | speed.summary()

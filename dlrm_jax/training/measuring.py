@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import pathlib
 import resource
 import time
 from collections.abc import Callable, Mapping
@@ -28,13 +29,19 @@ TRAIN, FORWARD, INPUT = "train", "forward", "input"
 _BATCHES, _WARM_STEPS, _LEAST_STEPS, _TRACED_STEPS = 4, 2, 5, 5
 
 
-def measure(config: RunConfig, seconds: float, hardware: Hardware | None = None, parts: bool = True) -> dict[str, Any]:
+def measure(
+    config: RunConfig,
+    seconds: float,
+    hardware: Hardware | None = None,
+    parts: bool = True,
+    workdir: pathlib.Path | None = None,
+) -> dict[str, Any]:
     """Numbers of `train`, `forward` and `input`, as JSON has them; each is repeated for `seconds`.
 
     `hardware` is what the work is held against, by default the table's entry for the device at hand. Times are in
     seconds, memory and traffic in bytes of the device that has most, `samples_per_second` of all devices together.
     """
-    placed, batches, input_numbers = _placed_batches(config, seconds)
+    placed, batches, input_numbers = _placed_batches(config, seconds, workdir)
     setting = setting_of(config, placed.model, placed.plan.mesh)
     hardware = hardware or setting.hardware
     cost = estimate(placed.model, config.optimizer, placed.plan, setting.load, hardware, placed.options)
@@ -55,9 +62,11 @@ def measure(config: RunConfig, seconds: float, hardware: Hardware | None = None,
     }
 
 
-def _placed_batches(config: RunConfig, seconds: float) -> tuple[Placed, list[Batch], dict[str, float]]:
+def _placed_batches(
+    config: RunConfig, seconds: float, workdir: pathlib.Path | None
+) -> tuple[Placed, list[Batch], dict[str, float]]:
     """The run's model where it lies, some of its batches on the devices, and how long the input takes for one."""
-    opened = open_run(config)
+    opened = open_run(config, workdir)
     placed, dataset = opened.place(), opened.dataset
     multiple = placed.num_devices * config.num_micro_batches
     rows = dataset.splits["train"]

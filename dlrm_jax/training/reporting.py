@@ -202,7 +202,7 @@ def with_earlier_speed(result: dict[str, Any], earlier: dict[str, Any]) -> dict[
     """`result`, with the speed and cost that an earlier one has where this run took no step and so measured none."""
     if result.get("samples_per_second") is not None:
         return result
-    names = ("samples_per_second", "input_wait_fraction", "step_cost", "ids_out_of_range")
+    names = ("samples_per_second", "input_wait_fraction", "step_cost")
     return result | {name: earlier[name] for name in names if earlier.get(name) is not None}
 
 

@@ -23,9 +23,8 @@ from dlrm_jax.config import (
 )
 from dlrm_jax.config import from_dict as decoded
 from dlrm_jax.config.learning import ALL_ROWS
-from dlrm_jax.data.batch import OUT_OF_RANGE_POLICIES
 from dlrm_jax.data.read.dataset import Dataset
-from dlrm_jax.data.read.load import DataConfig, ids_lie_inside
+from dlrm_jax.data.read.load import DataConfig
 from dlrm_jax.host.formulations import KERNELS, XLA
 from dlrm_jax.host.memory import TRY_ANYWAY_HELP
 from dlrm_jax.model import interactions
@@ -36,6 +35,8 @@ from dlrm_jax.training.options import ShardingOptions
 from dlrm_jax.training.table_settings import read_table_settings, require_known
 
 TARGET_METRICS = ("auc", "log_loss", "accuracy", "normalized_entropy")
+OF_OLDER_VERSIONS = "ids_out_of_range"
+"""Key of older versions, under which no id of prepared or generated data ever was."""
 EARLIER_SCHEDULES = "earlier_schedules"
 """Key in config.json beside a RunConfig's fields, of a run that went on with another schedule: what it had before."""
 _SMALLER_IS_BETTER = ("log_loss", "normalized_entropy")
@@ -121,16 +122,6 @@ class RunConfig:
     target_value: float | None = setting(None, "Stop when the target metric reaches this.")
     patience: int = setting(0, "Stop after this many evaluations without improvement; 0: never.", at_least=0)
     shuffle: bool = setting(True, "Shuffle the training rows anew in every epoch.")
-    ids_out_of_range: str = setting(
-        "error",
-        "An id outside its table stops the run, is taken modulo the table's rows, or is left out; counts are reported.",
-        choices=OUT_OF_RANGE_POLICIES,
-        needs=Needs(
-            lambda run: not ids_lie_inside(run.data),
-            "synthetic and prepared ids lie inside their tables, and one that does not stops the run",
-            refused=False,
-        ),
-    )
     cpu_kernels: str = setting(
         XLA,
         "What looks up and updates the tables of a CPU: XLA, or C++ that is compiled here at the first use (needs a "
@@ -201,18 +192,18 @@ class RunConfig:
             "batch_size": self.batch_size,
             "num_micro_batches": self.num_micro_batches,
             "shuffle": self.shuffle,
-            "ids_out_of_range": self.ids_out_of_range,
             "seed": self.seed,
         }
 
 
 def identity_of(record: Mapping[str, Any]) -> dict[str, Any]:
     """The `identity` that a checkpoint's record holds, as it would be written today."""
-    identity = record["identity"]
+    identity = {key: value for key, value in record["identity"].items() if key != OF_OLDER_VERSIONS}
     model = model_from_dict(identity["model"])
     model = dataclasses.replace(model, interaction=interactions.complete(model.interaction))
-    optimizer = to_dict(decoded(OptimizerConfig, identity["optimizer"], "the checkpoint's optimizer"))
-    return {**identity, "model": json.loads(json.dumps(to_dict(model))), "optimizer": optimizer}
+    if "optimizer" in identity:
+        identity["optimizer"] = to_dict(decoded(OptimizerConfig, identity["optimizer"], "the checkpoint's optimizer"))
+    return {**identity, "model": json.loads(json.dumps(to_dict(model)))}
 
 
 def without_schedule(identity: dict[str, Any]) -> dict[str, Any]:
@@ -222,7 +213,7 @@ def without_schedule(identity: dict[str, Any]) -> dict[str, Any]:
 
 def from_dict(values: dict[str, Any]) -> RunConfig:
     """The RunConfig that `to_dict` (through JSON) wrote; ConfigError for what no run wrote."""
-    values = {name: value for name, value in values.items() if name != EARLIER_SCHEDULES}
+    values = {name: value for name, value in values.items() if name not in (EARLIER_SCHEDULES, OF_OLDER_VERSIONS)}
     if isinstance(values.get("model"), dict):
         values["model"] = nested_interaction(values["model"])
     config: RunConfig = decoded(RunConfig, values, "the run")

@@ -13,6 +13,7 @@ import pytest
 
 from dlrm_jax.cli import commands
 from dlrm_jax.host import files, interrupts
+from dlrm_jax.serving import load
 from tests.helpers import ROOT, SHARED
 
 pytestmark = pytest.mark.end_to_end
@@ -119,7 +120,7 @@ def test_movielens_reaches_the_reference(tmp_path, name, least):
     assert result_of(tmp_path)["test"]["auc"] >= least
 
 
-def test_criteo_flag_file_runs_on_the_sample(tmp_path):
+def test_criteo_flag_file_runs_on_the_sample_and_its_model_takes_raw_rows(tmp_path):
     data = SHARED / "data" / "criteo_sample"
     if not data.exists():
         pytest.skip("the Criteo sample is not beside this checkout")
@@ -128,6 +129,14 @@ def test_criteo_flag_file_runs_on_the_sample(tmp_path):
     assert finished.returncode == 0, finished.stderr
     result = result_of(tmp_path)
     assert result["step"] == 14 and result["test"]["num_samples"] == 143 and 0.4 < result["test"]["log_loss"] < 0.6
+    exported = run("export", f"--workdir={tmp_path}", f"--out={tmp_path}/model", "--evaluate=test")
+    assert exported.returncode == 0 and "preparing" not in exported.stderr, exported.stderr
+    model = load(tmp_path / "model")
+    with (data / "train.csv").open() as file:
+        rows = list(csv.DictReader(file))[1714 : 1714 + 143]
+    scores = model.predict_rows([{name: row[name] for name in model.reader.columns} for row in rows])
+    calibration = scores.sum() / sum(int(row["Label"]) for row in rows)
+    assert calibration == pytest.approx(result["test"]["calibration"], rel=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,6 @@ SETTINGS = {
     "multi_hot_distribution": ("pareto", "data.multi_hot_distribution", "pareto"),
     "seed": ("5", "seed", 5),
     "shuffle": ("false", "shuffle", False),
-    "ids_out_of_range": ("hash", "ids_out_of_range", "hash"),
     "cpu_kernels": ("native", "cpu_kernels", "native"),
     "allow_oversubscription": ("true", "allow_oversubscription", True),
     "embedding_dim": ("8", "model.embedding_dim", 8),
@@ -194,7 +193,6 @@ NEEDS = {
     "hotness": ("dataset=synthetic", "table_sizes=50,60"),
     "multi_hot_sizes": ("multi_hot=virtual",),
     "multi_hot_distribution": ("multi_hot=virtual", "multi_hot_sizes=2,5"),
-    "ids_out_of_range": (),
     "self_interaction": (),
     **dict.fromkeys(("cross_layers", "cross_rank"), ("interaction=cross",)),
     "tower_mlp": ("interaction=parallel_cross",),
@@ -210,7 +208,6 @@ NEEDS = {
 # Settings under which it has none, where that is not so by default.
 WITHOUT = {
     "num_examples": ("dataset=criteo_kaggle", "data_dir=raw"),
-    "ids_out_of_range": ("dataset=synthetic",),
     "self_interaction": ("interaction=cat",),
     "num_epochs": ("num_steps=50",),
     "adagrad_eps": ("dense_optimizer=sgd", "table_optimizer=sgd"),

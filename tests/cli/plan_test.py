@@ -59,7 +59,7 @@ def run_of(data: DataConfig, **sharding) -> RunConfig:
 def planned(config: RunConfig, path: pathlib.Path) -> dict:
     """What `dlrm_jax.plan --json=path` does."""
     mesh = parse_mesh(config.sharding.mesh, 8)
-    setting = planner.Setting(model_of(config), config.optimizer, mesh, load_of(config), HARDWARE["cpu"])
+    setting = planner.Setting(model_of(config, path.parent), config.optimizer, mesh, load_of(config), HARDWARE["cpu"])
     ranked = planner.ranking(setting)
     plan = choose_plan(setting.model, config.sharding, mesh, dict(ranked)[planner.AUTO].plan)
     write_json_atomically(path, report.as_dict(setting, setting.cost_of(plan), ranked))
@@ -69,9 +69,9 @@ def planned(config: RunConfig, path: pathlib.Path) -> dict:
 @pytest.mark.parametrize("name", DATA)
 def test_a_plan_goes_back_into_training_unchanged(tmp_path, name):
     data = DATA[name](tmp_path)
-    dataset = load_dataset(data)
+    dataset = load_dataset(data, workdir=tmp_path)
     model = MODEL.build(dataset)
-    assert model_of(run_of(data)) == model
+    assert model_of(run_of(data), tmp_path) == model
     for mesh, shardings in (
         ("model:8", (*SHARDINGS, planner.AUTO)),
         ("data:2,model:2", ["auto"]),

@@ -27,7 +27,7 @@ def prepared(tmp_path_factory):
 def taken(directory: pathlib.Path, into: pathlib.Path) -> tuple:
     """What training and an export take from a dataset's files: each value's id, how numbers are read, the rows."""
     dataset = open_prepared(directory)
-    signature = make_signature(tiny_model(), dataset, "float32", directory)
+    signature = make_signature(tiny_model(), dataset, "float32")
     into.mkdir()
     _write_vocabularies(into, signature, directory)
     rows = dataset.splits["train"].read(np.arange(1))

@@ -10,7 +10,7 @@ import pytest
 import tensorflow_datasets as tfds
 
 from dlrm_jax.config import ConfigError
-from dlrm_jax.data.formats import criteo, records, text_source
+from dlrm_jax.data.formats import records, text_source
 from dlrm_jax.data.prepare import blocks, second_pass
 from dlrm_jax.data.prepare.final_ids import counting_groups
 from dlrm_jax.data.prepare.preparation import prepare
@@ -18,7 +18,7 @@ from dlrm_jax.data.read.prepared import open_prepared, read_json
 from dlrm_jax.data.schema.presets import PRESETS
 from dlrm_jax.data.schema.schema import Dense, Label, Sparse, Split
 from dlrm_jax.data.values.hashing import hash_integers, hash_strings
-from tests.helpers import SHARED
+from tests.data.criteo_test import plain
 from tests.prepared_helpers import csv_rows, digest, prepare_text, rows_of, schema
 
 COLOURS = ["red", "green", "", "blue", "red", "red", "green", "black"]
@@ -253,38 +253,17 @@ def kaggle_text(num_rows: int, seed: int = 0) -> str:
 
 
 @pytest.mark.parametrize("chunk_bytes", [700, 5_000, 1 << 20])
-def test_criteo_equals_the_plain_reader_at_any_chunk_size(tmp_path, monkeypatch, chunk_bytes):
-    """`criteo.read` holds everything in memory and is the oracle; the dataset must not depend on chunks."""
+def test_criteo_equals_a_plain_reader_at_any_chunk_size(tmp_path, monkeypatch, chunk_bytes):
     monkeypatch.setattr(text_source.TextSource.__init__, "__defaults__", (False, chunk_bytes))
     (tmp_path / "train.txt").write_text(kaggle_text(400))
     output = tmp_path / "out"
     prepare((str(tmp_path / "train.txt"),), output, PRESETS["criteo_kaggle"][1]())
-    plain, ours = criteo.read(str(tmp_path)), open_prepared(output)
-    assert dict(plain.table_sizes) == dict(ours.table_sizes)
-    for name in ("train", "val", "test"):
-        for field in dataclasses.fields(plain.splits[name])[:4]:
-            expected, got = getattr(plain.splits[name], field.name), getattr(rows_of(output, name), field.name)
+    splits, sizes = plain(tmp_path / "train.txt")
+    assert sizes == list(open_prepared(output).table_sizes.values())
+    for name, split in splits.items():
+        for field in dataclasses.fields(split)[:4]:
+            expected, got = getattr(split, field.name), getattr(rows_of(output, name), field.name)
             np.testing.assert_array_equal(got, expected, err_msg=f"{name} {field.name}")
-
-
-@pytest.mark.golden
-def test_the_references_fake_log_is_reproduced(tmp_path):
-    folder = SHARED / "goldens" / "fake_kaggle"
-    if not folder.exists():
-        pytest.skip("the reference's fake log is not beside this checkout")
-    kaggle = PRESETS["criteo_kaggle"][1]()
-    capped = dataclasses.replace(
-        kaggle,
-        sparse=tuple(dataclasses.replace(sparse, modulo=1000) for sparse in kaggle.sparse),
-        split=Split("files", test_files="nothing"),
-    )
-    prepare((str(folder / "train.txt"),), tmp_path / "out", capped)
-    rows = rows_of(tmp_path / "out")
-    with np.load(folder / "kaggleAdDisplayChallenge_processed.npz") as golden:
-        np.testing.assert_array_equal(rows.label_R, golden["y"])
-        np.testing.assert_array_equal(rows.dense_RxN, np.log(golden["X_int"].astype(np.float32) + 1))
-        np.testing.assert_array_equal(rows.ids_RxK, golden["X_cat"])
-        assert list(open_prepared(tmp_path / "out").table_sizes.values()) == golden["counts"].tolist()
 
 
 def test_tfds_reads_it(tmp_path):

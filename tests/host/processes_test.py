@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 
 from dlrm_jax.config import ConfigError
+from dlrm_jax.data.schema.presets import PRESETS
 from dlrm_jax.host.processes import join
 from tests.data.preparation_test import kaggle_text
 from tests.helpers import ROOT, has_logged, until
+from tests.prepared_helpers import prepare_text
 
 FLAGS = {
     **{"num_examples": 2000, "embedding_dim": 4, "bottom_mlp": "8,4", "top_mlp": "8,1", "batch_size": 64},
@@ -136,7 +138,7 @@ def test_flags_that_do_not_go_together(flags, message):
 
 JOIN = """
 import sys
-from dlrm_jax.host import processes
+from dlrm_jax.host import (processes)
 processes.JOIN_SECONDS = int(sys.argv[4])
 try:
     processes.join(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), {"batch_size": 64})
@@ -167,6 +169,43 @@ def test_processes_with_other_settings_say_so_each_in_one_line(second, says):
     assert re.match(f"the processes have different {says}; start all with the same", texts[0])
 
 
+RAW = """
+import logging, pathlib, sys
+from dlrm_jax.data.read.load import DataConfig, load_dataset
+
+logging.basicConfig(format="%(message)s", level=logging.INFO)
+processes.join(sys.argv[1], 2, int(sys.argv[2]))
+try:
+    print(load_dataset(DataConfig("criteo_kaggle", sys.argv[3]), workdir=pathlib.Path(sys.argv[4])).fingerprint())
+except processes.Disagreement as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize(
+    ("bad_row", "place", "says"),
+    [
+        ("", "no", "[0-9a-f]{8}"),
+        ("x\n", "no", r".*train\.txt, line 301: 1 columns; .*"),
+        ("", "out", "the processes have different data_dir .*: prepared: False != True; start all with the same"),
+    ],
+)
+def test_the_first_process_prepares_a_raw_log_and_the_others_wait_for_how_it_ends(tmp_path, bad_row, place, says):
+    """The second has no log of its own to look at; one that has prepared data would wait in vain."""
+    if place == "out":
+        prepare_text(tmp_path, kaggle_text(50), PRESETS["criteo_kaggle"][1]())
+    (tmp_path / "train.txt").write_text(kaggle_text(300) + bad_row)
+    command = [sys.executable, "-c", RAW, f"127.0.0.1:{free_port()}"]
+    running = [
+        start([*command, str(i), str(where), f"{tmp_path}/run"], 1)
+        for i, where in enumerate((tmp_path, tmp_path / place))
+    ]
+    first, second = outputs(running)
+    assert (f"preparing {tmp_path} in {tmp_path}/run/data\n" in first) == (place == "no") and "preparing" not in second
+    assert first.splitlines()[-1] == second.splitlines()[-1] and re.fullmatch(says, second.splitlines()[-1])
+    assert [process.returncode for process in running] == [0, 0]
+
+
 @pytest.mark.parametrize("number", [0, 1])
 def test_one_that_waits_in_vain_for_another_ends_in_one_line(number):
     """JAX aborts when its own wait is over, with a stack of C++ and no word of what was missing."""
@@ -180,7 +219,6 @@ LEAVE = """
 import sys, time
 from jax._src import distributed
 from dlrm_jax.cli import commands
-from dlrm_jax.host import processes
 processes.join(sys.argv[1], 2, int(sys.argv[2]))
 if sys.argv[2] == "1":
     time.sleep(2)
@@ -209,7 +247,8 @@ def test_trainings_with_other_settings_end_in_one_line_each(tmp_path, flag, says
         values, flags = (tmp_path / "a", tmp_path / "b"), {"dataset": "criteo_kaggle", "num_examples": 0}
         for path, rows in zip(values, (300, 310), strict=True):
             path.mkdir()
-            (path / "train.txt").write_text(kaggle_text(rows))
+            prepare_text(path, kaggle_text(rows), PRESETS["criteo_kaggle"][1]())
+        values = tuple(path / "out" for path in values)
     running = train(tmp_path / "run", 2, 1, tuple([f"--{flag}={value}"] for value in values), **flags)
     for process, text in zip(running, outputs(running), strict=True):
         (line,) = [line for line in text.splitlines() if "error: " in line]

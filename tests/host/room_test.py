@@ -112,15 +112,6 @@ def test_data_that_is_held_as_a_whole_is_refused_before_it_is_made(monkeypatch, 
         load_dataset(dataclasses.replace(DATA, **changes))
 
 
-def test_a_raw_log_that_is_read_as_a_whole_names_the_way_that_streams(monkeypatch, tmp_path):
-    (tmp_path / "train.txt").write_text("x" * 1000)
-    monkeypatch.setattr(load, "host_available", lambda: 999)
-    with pytest.raises(
-        ConfigError, match=r"train\.txt as a whole needs .*python -m dlrm_jax\.prepare, which is streamed"
-    ):
-        load_dataset(DataConfig(dataset="criteo_kaggle", data_dir=str(tmp_path)))
-
-
 def test_a_model_that_does_not_fit_is_not_served(tmp_path, monkeypatch):
     version = export_tiny(tmp_path, tiny_model(bottom_mlp=(500, 4)))
     loaded.require_room(version, True, oversubscribe=False)

@@ -102,7 +102,6 @@ def prepared(tmp_path_factory):
         of_arrays(tables),
         dataset,
         "float32",
-        output,
         evaluated=(),
     )
     return rows, output, directory / "model", model, state
@@ -121,7 +120,7 @@ def test_a_log_without_numbers_is_prepared_trained_exported_and_served(tmp_path)
     assert run.model.num_dense == 0 and run.model.bottom_mlp == () and set(run.dense_params) == {"top_mlp"}
     pieces = functools.partial(export._pieces, run)
     where = (tmp_path / "model", run.model, LossConfig(), run.dense_params, pieces, run.dataset)
-    version = export_model(*where, data_dir=tmp_path / "out", evaluated=("test",))
+    version = export_model(*where, evaluated=("test",))
     served = load(tmp_path / "model")
     assert served.self_check() < 1e-6 and served.signature.dense_names == ()
     assert version.read_json("metrics.json")["test"]["log_loss"] == pytest.approx(result["test"]["log_loss"], abs=1e-6)

@@ -177,22 +177,15 @@ def test_divergence_is_named(tmp_path):
         loop.train_and_evaluate(dataclasses.replace(CONFIG, optimizer=wild), tmp_path)
 
 
-@pytest.mark.parametrize("policy", ["error", "hash", "drop_and_count"])
-def test_ids_out_of_range_follow_the_policy(tmp_path, monkeypatch, policy, caplog):
+def test_an_id_outside_its_table_stops_the_run(tmp_path, monkeypatch):
     honest = planted.generate(0, 2000)
     train = honest.splits["train"]
     ids = train.ids_RxK.copy()
     ids[100, 0] = 5000
     splits = {**honest.splits, "train": Split(train.dense_RxN, ids, train.label_R, train.row_R)}
     monkeypatch.setattr(planted, "generate", lambda seed, count: dataclasses.replace(honest, splits=splits))
-    config = dataclasses.replace(CONFIG, ids_out_of_range=policy, num_steps=25)
-    if policy == "error":
-        with pytest.raises(ConfigError, match="feature 'user', row 100: id 5000 is outside table 'user' of 600 rows"):
-            loop.train_and_evaluate(config, tmp_path)
-    else:
-        result = loop.train_and_evaluate(config, tmp_path)
-        assert "train, feature 'user': 1 ids out of range" in caplog.text
-        assert result["ids_out_of_range"] == {"train": {"user": 1}}
+    with pytest.raises(ConfigError, match="feature 'user', row 100: id 5000 is outside table 'user' of 600 rows"):
+        loop.train_and_evaluate(CONFIG, tmp_path)
 
 
 @pytest.mark.parametrize(("examples", "batch_size"), [(10, 64), (10, 1), (2000, 1999)])

@@ -1,21 +1,21 @@
-"""MovieLens 100k and 1M: did a user rate a film 4 or 5?
+"""MovieLens 100k and 1M: did a user rate a film 4 or 5? The three files of a directory, joined into one table.
 
 Reads `ml-100k.{inter,item,user}` (also ml-1m), `u.{data,item,user}`, or `{ratings,users,movies}.dat`.
 """
 
 import dataclasses
 import pathlib
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from pyarrow import csv
 
-from dlrm_jax.config import ConfigError, FeatureConfig
-from dlrm_jax.data.batch import pack_bags
-from dlrm_jax.data.formats import text
-from dlrm_jax.data.read.dataset import Dataset, Split
+from dlrm_jax.config import ConfigError
+from dlrm_jax.data.values.columns import to_integers
 
-_GENRES = [
+GENRES = (
     "unknown",
     "Action",
     "Adventure",
@@ -35,7 +35,7 @@ _GENRES = [
     "Thriller",
     "War",
     "Western",
-]
+)
 """Genre flags of GroupLens' u.item, in its column order (u.genre)."""
 
 _UNKNOWN_YEAR = 1980
@@ -43,221 +43,171 @@ _UNKNOWN_YEAR = 1980
 
 
 @dataclasses.dataclass(frozen=True)
-class _Log:
-    """The three files, joined: `user_R` and `item_R` are positions among `users` and `items`."""
+class _Layout:
+    """One way in which the files of ratings, users and items are given, each in this order.
 
-    user_R: np.ndarray
-    item_R: np.ndarray
-    users: dict
-    items: dict
-    timestamp_R: np.ndarray
-    label_R: np.ndarray
+    `headings`, of files with a header, are the names there of `columns`. `year` and `genres` make a film's of its row.
+    """
 
-    def dense(self) -> dict[str, np.ndarray]:
-        """The dense features: age / 50, (year - 1980) / 20, time from 0 to 1, hour of the day / 24."""
-        start, span = self.timestamp_R.min(), max(int(self.timestamp_R.max() - self.timestamp_R.min()), 1)
-        return {
-            "age": self.users["age"].astype(np.float64)[self.user_R] / 50,
-            "year": (self.items["year"][self.item_R] - 1980) / 20,
-            "time": (self.timestamp_R - start) / span,
-            "hour": (self.timestamp_R // 3600 % 24) / 24,
-        }
+    names: tuple[tuple[str, ...], ...]
+    delimiters: tuple[str, str, str]
+    columns: tuple[tuple[str, ...], ...]
+    year: Callable[[dict[str, str]], str]
+    genres: Callable[[dict[str, str]], Iterable[str]]
+    headings: tuple[tuple[str, ...], ...] = ()
+    encoding: str = "latin-1"
 
 
-def _read_log(data_dir: str) -> _Log:
-    directory = pathlib.Path(data_dir)
-    if not directory.is_dir():
-        raise ConfigError(f"{data_dir} is not a directory; it must hold MovieLens' files")
-    if (directory / "ratings.dat").is_file():
-        ratings, users, items = _read_one_million(directory)
-    elif (directory / "u.data").is_file():
-        ratings, users, items = _read_grouplens(directory)
-    else:
-        ratings, users, items = _read_atomic(directory)
-    return _Log(
-        user_R=_index(ratings["user"], users["id"], "user"),
-        item_R=_index(ratings["item"], items["id"], "item"),
-        users=users,
-        items=items,
-        timestamp_R=ratings["timestamp"].astype(np.int64),
-        label_R=(ratings["rating"].astype(np.int64) >= 4).astype(np.float32),
-    )
+_RATINGS = ("user", "item", "rating", "timestamp")
+_LAYOUTS = (
+    _Layout(  # MovieLens 1M: a film's year ends its title in brackets.
+        names=(("ratings.dat",), ("users.dat",), ("movies.dat",)),
+        delimiters=("::", "::", "::"),
+        columns=(_RATINGS, ("id", "gender", "age", "occupation", "zip"), ("id", "title", "genres")),
+        year=lambda film: film["title"].rstrip()[-5:-1],
+        genres=lambda film: film["genres"].split("|"),
+    ),
+    _Layout(  # GroupLens' own files of 100k.
+        names=(("u.data",), ("u.user",), ("u.item",)),
+        delimiters=("\t", "|", "|"),
+        columns=(
+            _RATINGS,
+            ("id", "age", "gender", "occupation", "zip"),
+            ("id", "title", "date", "video_date", "url", *GENRES),
+        ),
+        year=lambda film: film["date"][-4:],
+        genres=lambda film: (genre for genre in GENRES if film[genre] == "1"),
+    ),
+    _Layout(  # RecBole's atomic files, whose header is `name:type`.
+        names=tuple((f"ml-100k.{kind}", f"ml-1m.{kind}") for kind in ("inter", "user", "item")),
+        delimiters=("\t", "\t", "\t"),
+        columns=(_RATINGS, ("id", "age", "gender", "occupation", "zip"), ("id", "year", "genres")),
+        headings=(
+            ("user_id", "item_id", "rating", "timestamp"),
+            ("user_id", "age", "gender", "occupation", "zip_code"),
+            ("item_id", "release_year", "class"),
+        ),
+        year=lambda film: film["year"],
+        genres=lambda film: film["genres"].split(),
+        encoding="utf8",
+    ),
+)
 
 
-def read(data_dir: str, split: str) -> Dataset:
-    """The data set of a directory, split at `random` (80/10/10 of a fixed permutation) or by `time`."""
-    log = _read_log(data_dir)
-    columns = {"user": (log.user_R, len(log.users["id"])), "item": (log.item_R, len(log.items["id"]))}
-    for name in ("gender", "occupation", "zip"):
-        ids, size = _vocabulary(log.users[name])
-        columns[name] = (ids[log.user_R], size)
-    genres_IxH, num_genres = _genre_bags(log.items["genres"])
-    dense = log.dense()
-    dense_RxN = np.stack(list(dense.values()), axis=1).astype(np.float32)
-    ids_RxK = np.concatenate([ids[:, None] for ids, _ in columns.values()] + [genres_IxH[log.item_R]], axis=1)
-    hot = FeatureConfig("genres", "genres", hotness=genres_IxH.shape[1])
-    return Dataset(
-        name=f"movielens_100k/{split}",
-        dense_names=tuple(dense),
-        features=(*(FeatureConfig(name, name) for name in columns), hot),
-        table_sizes={**{name: size for name, (_, size) in columns.items()}, "genres": num_genres},
-        splits=_split(split, log.timestamp_R, dense_RxN, ids_RxK.astype(np.int32), log.label_R),
-    )
+def find_files(directory: str) -> tuple[str, ...]:
+    """The files of ratings, users and items in a directory; ConfigError naming what is missing."""
+    return tuple(map(str, _find(directory)[1]))
 
 
-def read_table(data_dir: str) -> pa.Table:
-    """The joined log as a table, for preparation; `split` is the random one of `read`."""
-    log = _read_log(data_dir)
-    num_rows = len(log.label_R)
-    codes_R = np.empty(num_rows, np.int64)
-    order = np.random.default_rng(0).permutation(num_rows)
-    codes_R[order] = np.searchsorted(_bounds(num_rows), np.arange(num_rows), side="right")
-    columns: dict = {
-        "user": log.users["id"][log.user_R],
-        "item": log.items["id"][log.item_R],
-        **{name: pa.array(log.users[name]).take(pa.array(log.user_R)) for name in ("gender", "occupation", "zip")},
-        "genres": pa.array(log.items["genres"], pa.list_(pa.string())).take(pa.array(log.item_R)),
-        **log.dense(),
-        "timestamp": log.timestamp_R,
-        "split": pa.array(["train", "val", "test"]).take(pa.array(codes_R)),
-        "label": log.label_R,
-    }
-    return pa.table(columns)
+def read_table(directory: str, by_time: bool) -> tuple[pa.Table, np.ndarray]:
+    """(the joined log, each row's number in the file of ratings); ConfigError for what cannot be read.
 
-
-def _split(
-    rule: str, timestamp_R: np.ndarray, dense_RxN: np.ndarray, ids_RxK: np.ndarray, label_R: np.ndarray
-) -> dict[str, Split]:
-    """80/10/10 in the order of `numpy.random.default_rng(0).permutation`, or of time (ties in file order)."""
-    num_rows = len(label_R)
-    if rule == "random":
-        order = np.random.default_rng(0).permutation(num_rows)
-    else:
-        order = np.argsort(timestamp_R, kind="stable")
-    first, second = _bounds(num_rows)
-    parts = {"train": order[:first], "val": order[first:second], "test": order[second:]}
-    return {name: Split(dense_RxN[rows], ids_RxK[rows], label_R[rows], rows) for name, rows in parts.items()}
-
-
-def _bounds(num_rows: int) -> tuple[int, int]:
-    return int(0.8 * num_rows), int(0.9 * num_rows)
-
-
-def _read_atomic(directory: pathlib.Path) -> tuple[dict, dict, dict]:
-    """RecBole's atomic files: tab separated, header `name:type`."""
-    paths = {
-        kind: text.find_file(str(directory), (f"ml-100k.{kind}", f"ml-1m.{kind}")) for kind in ("inter", "user", "item")
-    }
-    tables = {}
-    for kind, path in paths.items():
-        table = text.read_strings(path, "\t")
-        tables[kind] = (path, table.rename_columns([name.split(":")[0] for name in table.column_names]))
-    ratings = _numbers(tables["inter"], 2, user="user_id", item="item_id", rating="rating", timestamp="timestamp")
-    path, user_table = tables["user"]
-    users = _numbers(tables["user"], 2, id="user_id", age="age") | _strings(
-        path, user_table, gender="gender", occupation="occupation", zip="zip_code"
-    )
-    path, item_table = tables["item"]
-    items = _numbers(tables["item"], 2, id="item_id") | _strings(path, item_table, year="release_year", genres="class")
-    items["year"] = _years(items["year"])
-    items["genres"] = [genres.split() for genres in items["genres"]]
-    users["zip"] = _zip_prefix(users["zip"])
-    return ratings, users, items
-
-
-def _read_grouplens(directory: pathlib.Path) -> tuple[dict, dict, dict]:
-    """GroupLens' own files: u.data tab separated; u.user and u.item separated by `|`, in latin-1; no headers."""
+    Rows come in the fixed order of `numpy.random.default_rng(0).permutation`, or by time (ties as in the file).
+    Dense columns are age / 50, (year - 1980) / 20, time from 0 to 1, hour of the day / 24.
+    """
+    layout, paths = _find(directory)
+    ratings, users, items = (_File(layout, kind, path) for kind, path in enumerate(paths))
+    user_R = _index(ratings.numbers("user"), users.numbers("id"), "user")
+    item_R = _index(ratings.numbers("item"), items.numbers("id"), "item")
+    time_R = ratings.numbers("timestamp")
+    films = items.table.to_pylist()
+    years = [layout.year(film) for film in films]
+    year_I = np.array([int(year) if year.isdecimal() else _UNKNOWN_YEAR for year in years])
+    genres_I = pa.array([sorted(layout.genres(film)) for film in films], pa.list_(pa.string()))
+    zip_U = pc.utf8_slice_codeunits(users.table["zip"], 0, 3)
     columns = {
-        "u.data": ("\t", ("user", "item", "rating", "timestamp")),
-        "u.user": ("|", ("id", "age", "gender", "occupation", "zip")),
-        "u.item": ("|", ("id", "title", "date", "video_date", "url", *_GENRES)),
+        "user": users.numbers("id")[user_R],
+        "item": items.numbers("id")[item_R],
+        "gender": users.table["gender"].take(pa.array(user_R)),
+        "occupation": users.table["occupation"].take(pa.array(user_R)),
+        "zip": zip_U.take(pa.array(user_R)),
+        "genres": genres_I.take(pa.array(item_R)),
+        "age": users.numbers("age")[user_R] / 50,
+        "year": (year_I[item_R] - _UNKNOWN_YEAR) / 20,
+        "time": (time_R - time_R.min()) / max(int(time_R.max() - time_R.min()), 1),
+        "hour": (time_R // 3600 % 24) / 24,
+        "timestamp": time_R,
+        "label": (ratings.numbers("rating") >= 4).astype(np.float32),
     }
-    tables = {}
-    for name, (delimiter, names) in columns.items():
-        path = text.find_file(str(directory), (name,))
-        tables[name] = (path, text.read_strings(path, delimiter, names, encoding="latin-1"))
-    ratings = _numbers(tables["u.data"], 1, user="user", item="item", rating="rating", timestamp="timestamp")
-    users = _numbers(tables["u.user"], 1, id="id", age="age") | _strings(
-        *tables["u.user"], gender="gender", occupation="occupation", zip="zip"
-    )
-    path, item_table = tables["u.item"]
-    items = _numbers(tables["u.item"], 1, id="id") | _strings(path, item_table, year="date")
-    items["year"] = _years([date[-4:] for date in items["year"]])
-    flags_IxG = np.stack([np.asarray(item_table[genre].to_pylist()) == "1" for genre in _GENRES], axis=1)
-    items["genres"] = [[genre for genre, flag in zip(_GENRES, flags, strict=True) if flag] for flags in flags_IxG]
-    users["zip"] = _zip_prefix(users["zip"])
-    return ratings, users, items
+    order_R = np.argsort(time_R, kind="stable") if by_time else np.random.default_rng(0).permutation(len(time_R))
+    return pa.table(columns).take(pa.array(order_R)), order_R
 
 
-def _read_one_million(directory: pathlib.Path) -> tuple[dict, dict, dict]:
-    """MovieLens 1M: fields separated by `::`, in latin-1, no headers; a film's year ends its title in brackets."""
-    columns = {
-        "ratings.dat": ("user", "item", "rating", "timestamp"),
-        "users.dat": ("id", "gender", "age", "occupation", "zip"),
-        "movies.dat": ("id", "title", "genres"),
-    }
-    tables = {}
-    for name, names in columns.items():
-        path = text.find_file(str(directory), (name,))
-        # One character separates fields for the parser; it cannot stand in latin-1 text.
-        data = path.read_bytes().replace(b"::", b"\x1f")
-        tables[name] = (path, text.parse_strings(path, data, "\x1f", names, encoding="latin-1"))
-    ratings = _numbers(tables["ratings.dat"], 1, user="user", item="item", rating="rating", timestamp="timestamp")
-    users = _numbers(tables["users.dat"], 1, id="id", age="age") | _strings(
-        *tables["users.dat"], gender="gender", occupation="occupation", zip="zip"
-    )
-    items = _numbers(tables["movies.dat"], 1, id="id") | _strings(*tables["movies.dat"], title="title", genres="genres")
-    items["year"] = _years([title.rstrip()[-5:-1] for title in items.pop("title")])
-    items["genres"] = [genres.split("|") for genres in items["genres"]]
-    users["zip"] = _zip_prefix(users["zip"])
-    return ratings, users, items
+def _find(directory: str) -> tuple[_Layout, list[pathlib.Path]]:
+    """How the files are given, and where each lies."""
+    folder = pathlib.Path(directory)
+    if not folder.is_dir():
+        raise ConfigError(f"{directory} is not a directory; it must hold MovieLens' files")
+    layout = next((layout for layout in _LAYOUTS if (folder / layout.names[0][0]).is_file()), _LAYOUTS[-1])
+    paths = []
+    for names in layout.names:
+        found = next((folder / name for name in names if (folder / name).is_file()), None)
+        if found is None:
+            raise ConfigError(f"{directory} holds none of {', '.join(names)}, which MovieLens' log needs")
+        paths.append(found)
+    return layout, paths
 
 
-def _numbers(source: tuple[pathlib.Path, pa.Table], first_line: int, **names: str) -> dict[str, np.ndarray]:
-    path, table = source
-    return {
-        key: text.to_integers(path, name, _column(path, table, name), first_line).to_numpy()
-        for key, name in names.items()
-    }
+class _File:
+    """One of the files, its columns texts under the names of its layout."""
+
+    def __init__(self, layout: _Layout, kind: int, path: pathlib.Path) -> None:
+        self._path, self._first_line = path, 2 if layout.headings else 1
+        columns = layout.columns[kind]
+        if not layout.headings:
+            self.table = _parse(path, layout.delimiters[kind], columns, layout.encoding)
+            return
+        table = _parse(path, layout.delimiters[kind], None, layout.encoding)
+        named = table.rename_columns([name.split(":")[0] for name in table.column_names])
+        for heading in layout.headings[kind]:
+            if heading not in named.column_names:
+                raise ConfigError(f"{path}: no column {heading!r} in the header {', '.join(named.column_names)}")
+        self.table = named.select(list(layout.headings[kind])).rename_columns(list(columns))
+
+    def numbers(self, column: str) -> np.ndarray:
+        """A column as int64; ConfigError naming line and value of the first that is no whole number."""
+        texts = self.table[column].combine_chunks()
+        values, wrong = to_integers(texts, "int")
+        if wrong.any():
+            row = int(np.flatnonzero(wrong)[0])
+            raise ConfigError(
+                f"{self._path}, line {self._first_line + row}, column {column}: {texts[row].as_py()!r} is not a whole "
+                "number of 64 bits"
+            )
+        return values
 
 
-def _strings(path: pathlib.Path, table: pa.Table, **names: str) -> dict:
-    return {key: _column(path, table, name).to_pylist() for key, name in names.items()}
+def _parse(path: pathlib.Path, delimiter: str, columns: tuple[str, ...] | None, encoding: str) -> pa.Table:
+    """All columns as texts. `columns` names those of a file without a header; None takes the first line as header."""
+    data = path.read_bytes()
+    if len(delimiter) > 1:  # One character separates fields for the parser; it cannot stand in latin-1 text.
+        data, delimiter = data.replace(delimiter.encode(), b"\x1f"), "\x1f"
+    if not data:
+        raise ConfigError(f"{path} is empty")
+    refusals: list[str] = []
+
+    def refuse(row: csv.InvalidRow) -> str:
+        # pyarrow swallows what its handler raises, so the reason is kept for afterwards.
+        refusals.append(f"{path}: line {row.number} has {row.actual_columns} columns; expected {row.expected_columns}")
+        return "error"
+
+    names = columns or data.split(b"\n", 1)[0].decode(encoding, "replace").rstrip("\r").split(delimiter)
+    try:
+        return csv.read_csv(
+            pa.BufferReader(data),
+            # One thread keeps line numbers, which pyarrow gives up otherwise.
+            csv.ReadOptions(column_names=list(columns or ()), encoding=encoding, use_threads=False, block_size=2**24),
+            csv.ParseOptions(delimiter=delimiter, quote_char=False, invalid_row_handler=refuse),
+            csv.ConvertOptions(column_types=dict.fromkeys(names, pa.string()), strings_can_be_null=False),
+        )
+    except pa.ArrowInvalid as error:
+        raise ConfigError(refusals[0] if refusals else f"{path}: {str(error).splitlines()[0]}") from error
 
 
-def _column(path: pathlib.Path, table: pa.Table, name: str) -> pa.ChunkedArray:
-    if name not in table.column_names:
-        raise ConfigError(f"{path}: no column {name!r} in the header {', '.join(table.column_names)}")
-    return table[name]
-
-
-def _years(values: list[str]) -> np.ndarray:
-    return np.array([int(value) if value.isdecimal() else _UNKNOWN_YEAR for value in values])
-
-
-def _zip_prefix(codes: list[str]) -> list[str]:
-    return [code[:3] for code in codes]
-
-
-def _index(values: np.ndarray, known: np.ndarray, what: str) -> np.ndarray:
+def _index(values_R: np.ndarray, known: np.ndarray, what: str) -> np.ndarray:
     """Position of each value among `known`; ConfigError for one that is not there."""
-    positions = pc.index_in(pa.array(values), value_set=pa.array(known)).to_numpy(zero_copy_only=False)
-    bad = np.flatnonzero(np.isnan(positions.astype(np.float64)))
-    if len(bad):
-        raise ConfigError(f"rating {bad[0]} names {what} {values[bad[0]]}, which the {what} file does not have")
-    return positions.astype(np.int32)
-
-
-def _vocabulary(values: list[str]) -> tuple[np.ndarray, int]:
-    """Ids in alphabetical order, and how many."""
-    names, ids = np.unique(np.asarray(values), return_inverse=True)
-    return ids.astype(np.int32), len(names)
-
-
-def _genre_bags(genres: list[list[str]]) -> tuple[np.ndarray, int]:
-    """(items, most genres of an item) ids of each item's genres in alphabetical order, and the number of genres."""
-    names = sorted({name for bag in genres for name in bag})
-    id_of = {name: i for i, name in enumerate(names)}
-    lengths = np.array([len(bag) for bag in genres])
-    values = np.array([id_of[name] for bag in genres for name in sorted(bag)], np.int32)
-    return pack_bags("genres", values, lengths, max(1, int(lengths.max()))), max(1, len(names))
+    positions = pc.index_in(pa.array(values_R), value_set=pa.array(known))
+    if positions.null_count:
+        row = int(np.flatnonzero(positions.is_null())[0])
+        raise ConfigError(f"rating {row} names {what} {values_R[row]}, which the {what} file does not have")
+    return positions.to_numpy()

@@ -54,12 +54,16 @@ class ParquetSource:
 
 
 class TableSource:
-    """Rows of one table in memory, which a reader made of `path`."""
+    """Rows of one table in memory, which a reader made of `path`.
 
-    def __init__(self, path: str, table: pa.Table, schema: Schema) -> None:
+    `row_R` numbers them as the log does, where they do not stand in its order.
+    """
+
+    def __init__(self, path: str, table: pa.Table, schema: Schema, row_R: np.ndarray | None = None) -> None:
         self.paths, self.num_bytes = (path,), table.nbytes
         require_columns(path, table.column_names, schema.source_columns())
         self._table = table.select(schema.source_columns())
+        self._row_R = np.arange(len(table)) if row_R is None else row_R
         require_usable(path, {field.name: field.type for field in self._table.schema}, schema.roles())
 
     def chunks(self, start: Position) -> Iterator[Chunk]:
@@ -68,20 +72,22 @@ class TableSource:
             part = self._table.slice(first, _CHUNK_ROWS)
             row = first + len(part)
             batch = part.combine_chunks().to_batches()[0]
-            yield _chunk(0, batch, row, self.num_bytes * row // len(self._table))
+            yield _chunk(0, batch, row, self.num_bytes * row // len(self._table), self._row_R[first:row] - first)
 
 
-def _chunk(file: int, batch: pa.RecordBatch, end_row: int, done: int) -> Chunk:
-    return Chunk(file, Position(file, end_row), done, functools.partial(_columns, batch, end_row - batch.num_rows))
+def _chunk(file: int, batch: pa.RecordBatch, end_row: int, done: int, row_R: np.ndarray | None = None) -> Chunk:
+    parse = functools.partial(_columns, batch, end_row - batch.num_rows, row_R)
+    return Chunk(file, Position(file, end_row), done, parse)
 
 
-def _columns(batch: pa.RecordBatch, first_row: int) -> Columns:
+def _columns(batch: pa.RecordBatch, first_row: int, row_R: np.ndarray | None) -> Columns:
     arrays = {name: plain(batch.column(name)) for name in batch.schema.names}
     bad = _undecodable(arrays, first_row)
     rows = np.delete(np.arange(batch.num_rows), [wrong.row for wrong in bad])
     if bad:
         arrays = {name: array.take(pa.array(rows)) for name, array in arrays.items()}
-    return Columns(arrays, rows, batch.num_rows, bad, lambda row: first_row + row, "row")
+    numbers = rows if row_R is None else row_R[rows]
+    return Columns(arrays, numbers, batch.num_rows, bad, lambda row: first_row + row, "row")
 
 
 def _undecodable(arrays: dict[str, pa.Array], first_row: int) -> list[BadRow]:

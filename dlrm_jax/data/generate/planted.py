@@ -9,8 +9,9 @@ import dataclasses
 import numpy as np
 
 from dlrm_jax.config import EMPTY_SLOT, ConfigError, FeatureConfig
-from dlrm_jax.data.read.dataset import SPLITS, Dataset, Rows, Split
+from dlrm_jax.data.read.dataset import Dataset, Rows, Split
 from dlrm_jax.data.read.windows import GeneratedSplit, concatenate, slice_rows
+from dlrm_jax.data.schema.schema import SPLITS
 from dlrm_jax.model.metrics import auc
 
 DEFAULT_EXAMPLES = 400_000

@@ -16,8 +16,9 @@ import numpy as np
 
 from dlrm_jax.config import ConfigError, FeatureConfig, require
 from dlrm_jax.data.generate import trace
-from dlrm_jax.data.read.dataset import SPLITS, Dataset, Split
+from dlrm_jax.data.read.dataset import Dataset, Split
 from dlrm_jax.data.read.windows import GeneratedSplit
+from dlrm_jax.data.schema.schema import SPLITS
 
 DEFAULT_EXAMPLES = 1_000_000
 _BLOCK_ROWS = 65_536

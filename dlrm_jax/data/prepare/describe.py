@@ -8,6 +8,7 @@ from typing import Any
 
 from dlrm_jax.config import ConfigError
 from dlrm_jax.data.read.prepared import is_prepared, read_json, read_schema
+from dlrm_jax.data.schema.schema import HELD_OUT
 from dlrm_jax.host.texts import aligned
 
 _MAX_CURVES = 12
@@ -110,7 +111,7 @@ def _tables(statistics: dict[str, Any]) -> str:
     rows = [header]
     for name, table in statistics["tables"].items():
         top = table["top"][0] if table["top"] else None
-        seen = [_percent(table["seen_in_train"][split]) for split in ("val", "test")]
+        seen = [_percent(table["seen_in_train"][split]) for split in HELD_OUT]
         coverage = _percent(table.get("coverage", {}).get("train"))
         most = f"{top['value'][:24]} ({_percent(top['share'])})" if top else "-"
         share = _percent(table["top_10_share"])

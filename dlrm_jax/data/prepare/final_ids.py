@@ -3,6 +3,8 @@
 import dataclasses
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from dlrm_jax.data.schema.schema import Sparse
 
@@ -15,17 +17,23 @@ class TablePlan:
     remap_V: np.ndarray | None = None
 
 
-def plan_table(features: list[Sparse], counts_SxV: np.ndarray, num_keys: int) -> tuple[TablePlan, np.ndarray]:
-    """(the plan, provisional ids in the order of their final ones; those of infrequent values are left out)."""
+def plan_table(features: list[Sparse], counts_SxV: np.ndarray, values: pa.Array | None) -> tuple[TablePlan, np.ndarray]:
+    """(the plan, provisional ids in the order of their final ones; those of infrequent values are left out).
+
+    `values` are those of a vocabulary, by provisional id.
+    """
     rule = features[0]
-    if rule.ids != "vocabulary":
+    if values is None:
         rows = rule.size or (rule.modulo if rule.ids == "raw" else 0) or counts_SxV.shape[1]
         return TablePlan(max(rows, 1)), np.zeros(0, np.int64)
+    num_keys = len(values)
     total_V = np.zeros(num_keys, np.int64)
     total_V[: counts_SxV.shape[1]] = counts_SxV[:, :num_keys].sum(axis=0)
     kept = np.flatnonzero(total_V >= rule.min_count)
     if rule.order == "frequency":
         kept = kept[np.argsort(-total_V[kept], kind="stable")]
+    elif rule.order == "value":
+        kept = kept[pc.array_sort_indices(values.take(pa.array(kept))).to_numpy()]
     first = int(rule.oov)
     remap_V = np.full(num_keys + 1, 0 if rule.oov else -1, np.int32)
     remap_V[kept] = np.arange(first, first + len(kept), dtype=np.int32)

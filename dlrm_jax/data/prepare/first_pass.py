@@ -190,8 +190,9 @@ class FirstPass:
 
     def _refuse_bad(self, parsed: Parsed) -> None:
         if parsed.bad and not self._skip_bad:
-            described = parsed.bad[0].describe(self._source.paths[parsed.chunk.file])
-            raise ConfigError(f"{described}; mend the row or say --on_bad_row=skip_and_count{_hint(parsed.bad[0])}")
+            first = parsed.bad[0]
+            described = first.describe(self._source.paths[parsed.chunk.file])
+            raise ConfigError(f"{described}; mend the row or prepare with --on_bad_row=skip_and_count{_hint(first)}")
 
     def _parse(self, chunk: Chunk) -> Parsed:
         return parse_chunk(self._schema, chunk, self._skip_bad, self._vocabularies)

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from dlrm_jax.config import ConfigError, differences, require, tell
-from dlrm_jax.data.formats.open_log import open_log
+from dlrm_jax.data.formats.open_log import log_files, open_log
 from dlrm_jax.data.formats.source import list_names
 from dlrm_jax.data.prepare import blocks
 from dlrm_jax.data.prepare.first_pass import FirstPass
@@ -77,7 +77,7 @@ def prepare(
     elif not (output / "staging").exists() and not (output / files.LOCK).exists():
         return _finished(output, job)
     staging = Staging(output)
-    times = {"modified": [pathlib.Path(path).stat().st_mtime_ns for path in paths]}
+    times = {"modified": [pathlib.Path(path).stat().st_mtime_ns for path in log_files(paths, schema)]}
     with _alone(output):
         if is_prepared(output):  # By another since the first look, or by a run that was killed at the very end.
             shutil.rmtree(staging.directory, ignore_errors=True)
@@ -124,7 +124,8 @@ def _run(
 
 
 def _job(paths: tuple[str, ...], schema: Schema, options: Options) -> dict[str, Any]:
-    inputs = [{"file": pathlib.Path(path).name, "bytes": pathlib.Path(path).stat().st_size} for path in paths]
+    files_of_log = map(pathlib.Path, log_files(paths, schema))
+    inputs = [{"file": path.name, "bytes": path.stat().st_size} for path in files_of_log]
     return {
         "schema": {key: value for key, value in to_dict(schema).items() if key != "reasons"},
         "inputs": inputs,
@@ -139,17 +140,18 @@ def _finished(output: pathlib.Path, job: dict[str, Any]) -> dict[str, Any]:
     if different:
         raise ConfigError(
             f"{output} holds a dataset prepared from something else (now != then): {tell(different)}; "
-            "choose another --output or delete it"
+            "choose another directory, or delete it"
         )
     return read_json(output / "statistics.json")
 
 
 def _require_usable(output: pathlib.Path) -> None:
     if output.exists() and not output.is_dir():
-        raise ConfigError(f"--output={output} is a file; it must be a directory, new or empty")
+        raise ConfigError(f"{output} is a file; it must be a directory, new or empty")
     strangers = sorted(path.name for path in output.iterdir()) if output.exists() else []
     if strangers and "staging" not in strangers and strangers != [".lock"]:
-        raise ConfigError(f"--output={output} is not empty (it holds {strangers[0]}); choose a new directory")
+        what = f"{output} is not empty (it holds {strangers[0]}) and no prepared dataset"
+        raise ConfigError(f"{what}; choose a new directory, or delete it")
 
 
 @contextlib.contextmanager

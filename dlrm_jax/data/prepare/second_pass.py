@@ -18,8 +18,7 @@ from dlrm_jax.data.prepare.final_ids import TablePlan, counting_groups, plan_tab
 from dlrm_jax.data.prepare.splits import Splitter
 from dlrm_jax.data.prepare.staging import Staging, wide_name, write_whole, writing
 from dlrm_jax.data.prepare.statistics import Counts, summarise_table, top_ids
-from dlrm_jax.data.read.dataset import SPLITS
-from dlrm_jax.data.schema.schema import Schema, Sparse
+from dlrm_jax.data.schema.schema import SPLITS, Schema, Sparse
 from dlrm_jax.data.values.dense import finish_dense
 from dlrm_jax.data.values.file_names import file_names
 from dlrm_jax.host.files import whole
@@ -122,12 +121,12 @@ class SecondPass:
         values: pa.Array | None = None
         if features[0].ids == "vocabulary":
             values = self._values(index, features[0])
-        num_keys = counts_SxV.shape[1] if values is None else len(values)
-        plan, kept = plan_table(features, counts_SxV, num_keys)
+        plan, kept = plan_table(features, counts_SxV, values)
         self._plans[name] = plan
         if values is None:
             final_SxV = _widened(counts_SxV, plan.rows)
         else:
+            num_keys = len(values)
             padded_SxV = _widened(counts_SxV, num_keys)
             first = int(features[0].oov)
             final_SxV = np.zeros((3, plan.rows), counts_SxV.dtype)

@@ -7,8 +7,7 @@ import numpy as np
 
 from dlrm_jax.config import ConfigError
 from dlrm_jax.data.prepare.staging import Staging
-from dlrm_jax.data.read.dataset import SPLITS
-from dlrm_jax.data.schema.schema import Split
+from dlrm_jax.data.schema.schema import HELD_OUT, SPLITS, Split
 from dlrm_jax.data.values.hashing import hash_integers
 
 _CODE = {name: np.uint8(code) for code, name in enumerate(SPLITS)}
@@ -93,7 +92,7 @@ def make_splitter(rule: Split, staging: Staging, num_files: int, paths: tuple[st
             rows_of_file[file] += count
         start = num_rows - (int(rows_of_file[-1]) if not rule.parts else num_rows // rule.parts)
         splitter.bounds = np.asarray([start, start + (num_rows - start + 1) // 2])
-        splitter.order = ("train", *(("val", "test") if rule.first_half == "val" else ("test", "val")))
+        splitter.order = (SPLITS[0], rule.first_half, *(name for name in HELD_OUT if name != rule.first_half))
     return splitter
 
 

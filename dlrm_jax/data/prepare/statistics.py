@@ -9,8 +9,7 @@ import numpy as np
 from dlrm_jax.config import ConfigError
 from dlrm_jax.data.prepare.splits import Splitter
 from dlrm_jax.data.prepare.staging import Staging, wide_name
-from dlrm_jax.data.read.dataset import SPLITS
-from dlrm_jax.data.schema.schema import Schema, Sparse
+from dlrm_jax.data.schema.schema import SPLITS, Schema, Sparse
 from dlrm_jax.data.values.dense import DenseRange, DenseStatistics, inverse
 
 NUM_TIME_BINS = 100

@@ -1,6 +1,7 @@
 """Dataset: named columns and their splits; what every reader in this folder returns."""
 
 import dataclasses
+import pathlib
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
@@ -8,8 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from dlrm_jax.config import ConfigError, FeatureConfig
-
-SPLITS = ("train", "val", "test")
+from dlrm_jax.data.schema.schema import SPLITS
 
 
 class Rows(Protocol):
@@ -85,7 +85,8 @@ class Dataset:
     `table_sizes` maps table name to rows; `optimum`, where the data was planted, holds per split the AUC and
     log loss of the teacher's own probabilities, which no model can beat in expectation. `checksum` stands for all
     values where they are not in memory. `expander`, where given, makes bags of the one-hot ids, batch by batch.
-    `schema` says what the raw log's columns were (schema_io.to_dict); checkpoints keep it.
+    `schema` says what the raw log's columns were (schema_io.to_dict), which checkpoints keep; `directory` where it
+    was prepared.
     """
 
     name: str
@@ -97,6 +98,7 @@ class Dataset:
     checksum: str = ""
     expander: "BatchExpander | None" = None
     schema: Mapping[str, Any] | None = None
+    directory: pathlib.Path | None = None
 
     def __post_init__(self) -> None:
         for name in SPLITS:

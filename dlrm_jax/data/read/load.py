@@ -1,21 +1,29 @@
-"""Which data a run asks for, and how it is opened: a prepared dataset, a raw log read into memory, or generated."""
+"""Which data a run asks for, and how it is opened: prepared, a raw log that is prepared on the way, or generated."""
 
 import dataclasses
+import logging
 import pathlib
 from collections.abc import Callable
 from typing import Any
 
 from dlrm_jax.config import ConfigError, Needs, check_settings, require, require_choice, setting
-from dlrm_jax.data.formats import criteo, movielens
-from dlrm_jax.data.formats.text import find_file
 from dlrm_jax.data.generate import multi_hot, planted, synthetic
 from dlrm_jax.data.generate.multi_hot import DISTRIBUTIONS, MULTI_HOT
+from dlrm_jax.data.infer.choose import choose_schema
+from dlrm_jax.data.prepare.bar import Bar
+from dlrm_jax.data.prepare.preparation import prepare
 from dlrm_jax.data.read.dataset import Dataset
-from dlrm_jax.data.read.prepared import is_prepared, open_prepared
+from dlrm_jax.data.read.prepared import WINDOW_ROWS, in_memory, is_prepared, open_prepared
+from dlrm_jax.data.schema.schema import Schema
+from dlrm_jax.host import files, processes
 from dlrm_jax.host.memory import gigabytes, host_available, require_room
 
-DATASETS = ("planted", "synthetic", "movielens_100k", "criteo_kaggle")
 _GENERATED = ("planted", "synthetic")
+_CRITEO_FILES = ("train.txt", "train.csv")
+DATASETS = (*_GENERATED, "movielens_100k", "criteo_kaggle")
+CACHE = "data"
+"""Where in a run's workdir its raw log is prepared."""
+_LOG = logging.getLogger("dlrm_jax")
 
 
 def _generated(*names: str) -> Callable[[Any], bool]:
@@ -35,7 +43,9 @@ class DataConfig:
 
     dataset: str = setting("planted", "Which data to train on; planted and synthetic are generated.")
     data_dir: str = setting(
-        "", "A directory that dlrm_jax.prepare made, which says all by itself; or the raw log of --dataset."
+        "",
+        "A directory that dlrm_jax.prepare made, which says all by itself; or the raw log of --dataset, prepared first "
+        "in the workdir.",
     )
     split: str = setting(
         "random",
@@ -102,11 +112,6 @@ class DataConfig:
         )
 
 
-def ids_lie_inside(config: DataConfig) -> bool:
-    """Whether all ids are known to lie inside their tables."""
-    return config.dataset == "synthetic" or is_prepared(pathlib.Path(config.data_dir))
-
-
 def synthetic_spec(config: DataConfig) -> synthetic.Spec:
     """What a synthetic log looks like, its tables cut to `max_rows_per_table`."""
     sizes = config.table_sizes
@@ -122,13 +127,13 @@ def named(config: DataConfig, dataset: Dataset) -> DataConfig:
     return dataclasses.replace(config, dataset=dataset.name)
 
 
-def load_dataset(config: DataConfig, oversubscribe: bool = False) -> Dataset:
-    """Open, read, or generate the data set that `config` names.
+def load_dataset(config: DataConfig, oversubscribe: bool = False, workdir: pathlib.Path | None = None) -> Dataset:
+    """Open, prepare, or generate the data set that `config` names; a raw log is prepared in `workdir`, once.
 
     ConfigError, unless `oversubscribe`, where what must be in memory does not fit there.
     """
     _require_room(config, oversubscribe)
-    dataset = _load(config)
+    dataset = _load(config, workdir)
     if config.multi_hot == "none":
         return dataset
     if config.multi_hot == "compatible" and len(config.multi_hot_sizes) == len(dataset.features):
@@ -144,20 +149,8 @@ def load_dataset(config: DataConfig, oversubscribe: bool = False) -> Dataset:
 
 
 def _require_room(config: DataConfig, oversubscribe: bool) -> None:
-    """ConfigError for rows that are read or made as a whole and are more than memory holds."""
-    if config.data_dir and is_prepared(pathlib.Path(config.data_dir)):
-        return
-    if config.dataset == "criteo_kaggle":
-        path = find_file(config.data_dir, criteo.FILE_NAMES)
-        needs = (
-            f"reading {path} as a whole",
-            path.stat().st_size,
-            host_available(),
-            "this machine's memory",
-            "its text",
-        )
-        require_room(*needs, "the log prepared by python -m dlrm_jax.prepare, which is streamed", oversubscribe)
-    if config.dataset == "synthetic" and config.id_trace:
+    """ConfigError for rows that are made as a whole and are more than memory holds."""
+    if config.dataset == "synthetic" and config.id_trace and not config.data_dir:
         spec, rows = synthetic_spec(config), config.num_examples or synthetic.DEFAULT_EXAMPLES
         size = 4 * rows * (spec.num_dense + sum(spec.bag_sizes) + 3)
         needs = ("a log of --id_trace", size, host_available(), "this machine's memory", f"its {rows:,} rows")
@@ -166,10 +159,13 @@ def _require_room(config: DataConfig, oversubscribe: bool) -> None:
         )
 
 
-def _load(config: DataConfig) -> Dataset:
+def _load(config: DataConfig, workdir: pathlib.Path | None) -> Dataset:
     directory = pathlib.Path(config.data_dir)
-    if config.data_dir and is_prepared(directory):
-        return _open_prepared(config, directory)
+    if config.data_dir:
+        prepared = is_prepared(directory)
+        processes.agree("data_dir", {"prepared": prepared})  # Else one would wait for another that prepares nothing.
+        if prepared:
+            return _open_prepared(config, directory)
     if config.data_dir and (config.dataset in _GENERATED or config.dataset not in DATASETS):
         unfinished = (directory / "staging").exists()
         what = (
@@ -180,15 +176,55 @@ def _load(config: DataConfig) -> Dataset:
             )
         )
         raise ConfigError(f"--data_dir={config.data_dir} holds {what}")
-    readers: dict[str, Callable[[], Dataset]] = {
-        "planted": lambda: planted.generate(config.seed, config.num_examples or planted.DEFAULT_EXAMPLES),
-        "synthetic": lambda: synthetic.generate(
-            synthetic_spec(config), config.seed, config.num_examples or synthetic.DEFAULT_EXAMPLES
-        ),
-        "movielens_100k": lambda: movielens.read(config.data_dir, config.split),
-        "criteo_kaggle": lambda: criteo.read(config.data_dir, config.max_rows_per_table),
-    }
-    return readers[config.dataset]()
+    if config.dataset == "planted":
+        return planted.generate(config.seed, config.num_examples or planted.DEFAULT_EXAMPLES)
+    if config.dataset == "synthetic":
+        num_examples = config.num_examples or synthetic.DEFAULT_EXAMPLES
+        return synthetic.generate(synthetic_spec(config), config.seed, num_examples)
+    return _open_raw(config, workdir)
+
+
+def _open_raw(config: DataConfig, workdir: pathlib.Path | None) -> Dataset:
+    """A raw log as it was prepared in `workdir`; prepared there now, by the first process, where it was not."""
+    if workdir is None:
+        raise ConfigError(
+            f"--data_dir={config.data_dir} is a raw log, which is prepared first: say in which --workdir, where "
+            "training finds it again, or give the directory of a prepared one"
+        )
+    cache = workdir / CACHE
+    try:
+        processes.first_does(f"preparing {cache}", lambda: _prepare_raw(config, cache))
+        dataset = open_prepared(cache)
+        # What fits into a window is in memory at once, and need not be shuffled block by block.
+        small = max(map(len, dataset.splits.values())) <= WINDOW_ROWS
+        return in_memory(dataset) if small else dataset
+    except ConfigError as error:
+        if not is_prepared(cache):
+            raise
+        raise type(error)(f"{error} (here: delete {cache}, or choose another --workdir)") from error
+
+
+def _prepare_raw(config: DataConfig, cache: pathlib.Path) -> None:
+    paths, schema = _raw_log(config)
+    if not is_prepared(cache):
+        files.require_output_directory("workdir", cache.parent)
+        _LOG.info("preparing %s in %s", config.data_dir, cache)
+    with Bar() as bar:
+        prepare(paths, cache, schema, progress=bar.show)
+
+
+def _raw_log(config: DataConfig) -> tuple[tuple[str, ...], Schema]:
+    """(what to prepare, the preset that says how), with what flags say otherwise."""
+    if config.dataset == "movielens_100k":
+        of_directory = (config.data_dir,)
+        return of_directory, choose_schema(config.dataset + ("_time" if config.split == "time" else ""), of_directory)
+    directory = pathlib.Path(config.data_dir)
+    places = [directory, *(directory / name for name in _CRITEO_FILES)]
+    paths = tuple(str(path) for path in places if path.is_file())[:1]
+    require(bool(paths), f"--data_dir={directory} holds none of {', '.join(_CRITEO_FILES)}")
+    schema = choose_schema(config.dataset, paths)
+    capped = tuple(dataclasses.replace(sparse, modulo=config.max_rows_per_table) for sparse in schema.sparse)
+    return paths, dataclasses.replace(schema, sparse=capped)
 
 
 def _open_prepared(config: DataConfig, directory: pathlib.Path) -> Dataset:

@@ -48,23 +48,23 @@ def _multi_hot() -> Schema:
     return Schema(base.name, base.label, base.dense, sparse, split=base.split, format=base.format)
 
 
-def _movielens(name: str) -> Schema:
-    # The reader joins the three files, and makes the columns that movielens.py describes.
+def _movielens(name: str, kind: str = "movielens") -> Schema:
+    # The reader joins the three files, and makes the columns and the order of rows that movielens.py describes.
     return Schema(
         name=name,
         label=Label("label"),
         dense=tuple(Dense(column) for column in ("age", "year", "time", "hour")),
         sparse=(
-            Sparse("user", type="int"),
-            Sparse("item", type="int"),
-            Sparse("gender"),
-            Sparse("occupation"),
-            Sparse("zip"),
-            Sparse("genres", hotness=6),
+            Sparse("user", type="int", order="value"),
+            Sparse("item", type="int", order="value"),
+            Sparse("gender", order="value"),
+            Sparse("occupation", order="value"),
+            Sparse("zip", order="value"),
+            Sparse("genres", hotness=6, order="value"),
         ),
         timestamp="timestamp",
-        split=Split("column", column="split"),
-        format="movielens",
+        split=Split("order"),
+        format=kind,
     )
 
 
@@ -104,6 +104,10 @@ PRESETS: dict[str, tuple[str, Callable[[], Schema]]] = {
     "movielens_100k": (
         "MovieLens 100k, a directory: rated 4 or 5? 80/10/10 at random",
         lambda: _movielens("movielens_100k"),
+    ),
+    "movielens_100k_time": (
+        "the same 80/10/10 by time",
+        lambda: _movielens("movielens_100k_time", "movielens_by_time"),
     ),
     "movielens_1m": ("MovieLens 1M, a directory: rated 4 or 5? 80/10/10 at random", lambda: _movielens("movielens_1m")),
 }

@@ -10,15 +10,19 @@ from dlrm_jax.data.formats.encoding import UTF8, require_encoding
 from dlrm_jax.data.formats.readers import READERS
 from dlrm_jax.data.values import transforms
 
-FORMATS = ("text", "parquet", "jsonl", "dlrm_npz", "mlperf_bin", "torchrec_npy", "mlperf_multi_hot", "movielens")
+MOVIELENS = ("movielens", "movielens_by_time")
+FORMATS = ("text", "parquet", "jsonl", "dlrm_npz", "mlperf_bin", "torchrec_npy", "mlperf_multi_hot", *MOVIELENS)
 TYPES = ("string", "int", "hex")
 ID_RULES = ("vocabulary", "hash", "raw")
-ORDERS = ("first", "frequency")
+ORDERS = ("first", "frequency", "value")
 DENSE_MISSING = ("fill", "mean", "error")
 SPARSE_MISSING = ("empty", "fill", "error")
 _INTEGER = re.compile(r"[+-]?0*([0-9]{1,19})", re.ASCII)
 MAX_NAME_BYTES = 100
 """Of a dataset's name, with which its files' names begin."""
+SPLITS = ("train", "val", "test")
+HELD_OUT = SPLITS[1:]
+"""Rows that are scored and not learned from."""
 SPLITS_BY = ("order", "random", "time", "column", "files", "last_part")
 
 
@@ -83,8 +87,9 @@ class Sparse:
     """A categorical value, or a list of them.
 
     `type` says how text is read: string, int, or hex (both whole numbers, so that 00ff is ff). `ids`:
-    vocabulary, a table row for each distinct value, by first appearance or by frequency; hash, hash64(value) mod
-    `size`, see hashing.py; raw, the number itself, which must be less than `size` (0: the greatest one + 1).
+    vocabulary, a table row for each distinct value, by first appearance, by frequency, or by value (numbers by size,
+    texts by code points); hash, hash64(value) mod `size`, see hashing.py; raw, the number itself, which must be less
+    than `size` (0: the greatest one + 1).
     `modulo` takes whole numbers modulo itself first, as the reference's --max-ind-range.
     Values that occur less than `min_count` times, and at serving unknown ones, share id 0 if `oov`, else they are
     left out of the bag. A missing value is an empty bag, or the value `fill`, or an error.
@@ -174,7 +179,7 @@ class Split:
 
     def __post_init__(self) -> None:
         require_choice("split: by", self.by, SPLITS_BY)
-        require_choice("split: first_half", self.first_half, ("val", "test"))
+        require_choice("split: first_half", self.first_half, HELD_OUT)
         require(
             self.val >= 0 and self.test >= 0 and self.val + self.test < 1,
             f"split: val is {self.val} and test {self.test}; they are fractions that leave something for train",

@@ -9,8 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from dlrm_jax.data.read.dataset import SPLITS
-from dlrm_jax.data.schema.schema import Dense, Label, integer
+from dlrm_jax.data.schema.schema import SPLITS, Dense, Label, integer
 from dlrm_jax.data.values import times
 from dlrm_jax.data.values.dense import LARGEST, transform
 

@@ -22,13 +22,22 @@ import jax.numpy as jnp
 import numpy as np
 from jax import export as jax_export
 
-from dlrm_jax.config import EMPTY_SLOT, ConfigError, LossConfig, ModelConfig, how_to_install, require_choice, to_dict
+from dlrm_jax.config import (
+    EMPTY_SLOT,
+    ConfigError,
+    LossConfig,
+    ModelConfig,
+    how_to_install,
+    require,
+    require_choice,
+    to_dict,
+)
 from dlrm_jax.data.batch import Batch
 from dlrm_jax.data.prepare.hashes import checked
 from dlrm_jax.data.read.dataset import Dataset, Rows
 from dlrm_jax.data.read.pipeline import Prefetcher, eval_batches, padded
-from dlrm_jax.data.read.prepared import is_prepared, read_json
-from dlrm_jax.data.schema.schema import Sparse
+from dlrm_jax.data.read.prepared import read_json
+from dlrm_jax.data.schema.schema import HELD_OUT, Sparse
 from dlrm_jax.data.schema.schema_io import from_dict as schema_from_dict
 from dlrm_jax.data.values.file_names import existing_file, file_names
 from dlrm_jax.model import metrics
@@ -103,18 +112,17 @@ def export_model(
     pieces: Pieces,
     dataset: Dataset,
     kind: str = "float32",
-    data_dir: pathlib.Path | None = None,
     facts: dict[str, Any] | None = None,
-    evaluated: tuple[str, ...] = ("val", "test"),
+    evaluated: tuple[str, ...] = HELD_OUT,
     make_engine: MakeEngine | None = None,
 ) -> Version:
     """Write the next version, its tables by `pieces`, so that no table need be in memory as a whole.
 
-    `data_dir`, where the dataset was prepared, has its vocabularies. `evaluated` are the splits that metrics are of.
+    `evaluated` are the splits that metrics are of.
     What is written is scored by the very program, on the first device; by `make_engine` where it does not fit there.
     """
     require_choice("tables", kind, TABLE_TYPES)
-    signature = make_signature(model, dataset, kind, data_dir)
+    signature = make_signature(model, dataset, kind)
     dense, forward = _flat(dense_params), make_forward(model, loss, kind)
     facts = {"name": signature.name, "tables": kind, "table_bytes": 0, **(facts or {})}
 
@@ -126,8 +134,8 @@ def export_model(
         _write_json(directory / "model.json", described)
         _write_json(directory / "signature.json", to_dict(signature))
         _write_json(directory / "weights.json", index)
-        if signature.schema is not None and data_dir is not None:
-            _write_vocabularies(directory, signature, data_dir)
+        if signature.schema is not None and dataset.directory is not None:
+            _write_vocabularies(directory, signature, dataset.directory)
         score, multiple, facts["evaluated_on"] = _scorer(Version(0, directory, {}), forward, make_engine)
         scores = {name: _evaluate(score, multiple, loss, dataset, name) for name in evaluated}
         _write_json(directory / "metrics.json", reporting.json_ready(scores))
@@ -152,25 +160,26 @@ def _scorer(version: Version, forward: Forward, make_engine: MakeEngine | None) 
     return lambda dense, ids: jitted(weights, dense, ids), 1, "the exported program on one device"
 
 
-def make_signature(model: ModelConfig, dataset: Dataset, kind: str, data_dir: pathlib.Path | None = None) -> Signature:
+def make_signature(model: ModelConfig, dataset: Dataset, kind: str) -> Signature:
     """The inputs of a model on a dataset. Where bags are made of one-hot ids (--multi_hot), bags are what is served."""
     features = tuple(ServedFeature(f.name, f.table, f.hotness, f.pooling, model.num_ids(f)) for f in model.features)
-    raw = dataset.schema is not None and dataset.expander is None and data_dir is not None and is_prepared(data_dir)
-    statistics = read_json(data_dir / "statistics.json").get("dense", {}) if raw and data_dir else None
-    if raw and dataset.schema is not None and statistics is not None:
-        for dense in schema_from_dict(dict(dataset.schema)).dense:
-            if dense.needs_statistics and dense.name not in statistics:
-                raise ConfigError(
-                    f"{data_dir}/statistics.json lacks the statistics of dense column {dense.name!r}, which was "
-                    "prepared by an older version; prepare the dataset anew"
-                )
+    schema = statistics = None
+    if dataset.directory is not None and dataset.expander is None:  # Bags made of one-hot ids are of no column.
+        schema = dict(dataset.schema or {})
+        statistics = read_json(dataset.directory / "statistics.json").get("dense", {})
+        for dense in schema_from_dict(schema).dense:
+            require(
+                not dense.needs_statistics or dense.name in statistics,
+                f"{dataset.directory}/statistics.json lacks the statistics of dense column {dense.name!r}, which was "
+                "prepared by an older version; prepare the dataset anew",
+            )
     return Signature(
         name=re.sub(r"[^A-Za-z0-9_.-]", "_", dataset.name),
         dense_names=dataset.dense_names,
         features=features,
         embedding_dim=model.embedding_dim,
         kind=kind,
-        schema=dict(dataset.schema) if raw and dataset.schema is not None else None,
+        schema=schema,
         dense_statistics=statistics,
     )
 
