@@ -29,7 +29,7 @@ from dlrm_jax.config import (
 )
 from dlrm_jax.data.batch import Batch, pack_bags
 from dlrm_jax.tables.by_name import named_tables, stack_tables
-from dlrm_jax.tables.forms.base import POOLING_WEIGHTS
+from dlrm_jax.tables.pooling import POOLING_WEIGHTS
 from dlrm_jax.training.state import TrainState, new_state
 from dlrm_jax.training.step import make_train_step
 

@@ -19,7 +19,7 @@ from dlrm_jax.serving.artifact.placed import engine_maker
 from dlrm_jax.serving.artifact.quantise import TABLE_TYPES, stored_table
 from dlrm_jax.tables import reshard
 from dlrm_jax.tables.dtypes import table_dtype
-from dlrm_jax.tables.forms.base import POOLING_WEIGHTS
+from dlrm_jax.tables.pooling import POOLING_WEIGHTS
 from dlrm_jax.training.options import ShardingOptions
 from dlrm_jax.training.reporting import format_table, json_ready
 

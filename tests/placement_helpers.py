@@ -11,7 +11,7 @@ from dlrm_jax.config import EMPTY_SLOT
 from dlrm_jax.data.batch import Batch
 from dlrm_jax.tables.exchange import stack_rule
 from dlrm_jax.tables.forms import form_of
-from dlrm_jax.tables.forms.base import POOLING_WEIGHTS
+from dlrm_jax.tables.pooling import POOLING_WEIGHTS
 from dlrm_jax.tables.rules import ROW
 
 

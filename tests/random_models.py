@@ -22,8 +22,8 @@ from dlrm_jax.data.batch import Batch
 from dlrm_jax.host.mesh import MeshShape, make_mesh
 from dlrm_jax.tables.by_name import named_tables
 from dlrm_jax.tables.collective import ExchangeOptions
-from dlrm_jax.tables.forms.base import POOLING_WEIGHTS
 from dlrm_jax.tables.plan import make_plan
+from dlrm_jax.tables.pooling import POOLING_WEIGHTS
 from dlrm_jax.training.placed import Placed
 from dlrm_jax.training.state import TrainState, init_dense, new_state
 from dlrm_jax.training.step import dense_gradients, make_train_step

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from dlrm_jax.config import ModelConfig
-from dlrm_jax.tables.forms.base import POOLING_WEIGHTS
 from dlrm_jax.tables.layout import local_stacks
+from dlrm_jax.tables.pooling import POOLING_WEIGHTS
 
 
 def named_tables(model: ModelConfig, tables: dict[str, jax.Array]) -> Iterator[tuple[str, jax.Array]]:

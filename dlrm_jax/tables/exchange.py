@@ -26,11 +26,11 @@ from dlrm_jax.config.learning import ALL_ROWS
 from dlrm_jax.host.mesh import BATCH_SPEC, DATA, MODEL
 from dlrm_jax.tables.collective import ExchangeOptions, shard_index, sum_over_shards
 from dlrm_jax.tables.forms.bags import slot_scale
-from dlrm_jax.tables.forms.base import POOLING_WEIGHTS, Here, Learning, Stack
+from dlrm_jax.tables.forms.base import Here, Learning, Stack
 from dlrm_jax.tables.forms.whole import update_whole, whole_gradient
 from dlrm_jax.tables.hashing import mix, table_keys
 from dlrm_jax.tables.layout import local_stacks
-from dlrm_jax.tables.pooling import Take
+from dlrm_jax.tables.pooling import POOLING_WEIGHTS, Take
 from dlrm_jax.tables.rules import ROW, Rule, Slot, make_rule
 from dlrm_jax.tables.updates import SUM, Stored, Update, squares
 

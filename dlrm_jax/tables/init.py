@@ -13,9 +13,10 @@ from jax.sharding import Mesh
 
 from dlrm_jax.config import ModelConfig, TableConfig
 from dlrm_jax.tables.collective import shard_index
-from dlrm_jax.tables.forms.base import POOLING_WEIGHTS, Stack
+from dlrm_jax.tables.forms.base import Stack
 from dlrm_jax.tables.hashing import mix, table_keys
 from dlrm_jax.tables.layout import local_stacks
+from dlrm_jax.tables.pooling import POOLING_WEIGHTS
 
 FILL_FLOATS = 2**23
 """Floats drawn at a time."""

@@ -10,6 +10,9 @@ import jax.numpy as jnp
 from dlrm_jax.config import EMPTY_SLOT
 from dlrm_jax.host.formulations import by_platform
 
+POOLING_WEIGHTS = "/pooling_weights"
+"""Suffix of the (rows, 1) array beside each stack when pooling weights are learned."""
+
 IN_FLIGHT = 4
 """Rows of a bag that a CPU reads at a time; it waits for memory less, the more reads are under way."""
 

@@ -13,7 +13,8 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
-from dlrm_jax.tables.forms.base import POOLING_WEIGHTS, Stack
+from dlrm_jax.tables.forms.base import Stack
+from dlrm_jax.tables.pooling import POOLING_WEIGHTS
 
 _PIECE_FLOATS = 2**22
 """Floats read at a time."""

@@ -21,9 +21,10 @@ import tensorstore
 
 from dlrm_jax.config import ConfigError
 from dlrm_jax.tables.exchange import stack_rule
-from dlrm_jax.tables.forms.base import POOLING_WEIGHTS, Stack
+from dlrm_jax.tables.forms.base import Stack
 from dlrm_jax.tables.layout import place_stacks
 from dlrm_jax.tables.plan import plan_from_dict
+from dlrm_jax.tables.pooling import POOLING_WEIGHTS
 from dlrm_jax.tables.reshard import Kind, Source, read_array
 from dlrm_jax.tables.rules import ROW
 from dlrm_jax.training import checksums

@@ -10,10 +10,10 @@ from dlrm_jax.host.mesh import MeshShape
 from dlrm_jax.tables import init, pooling
 from dlrm_jax.tables.by_name import named_tables, stack_tables
 from dlrm_jax.tables.exchange import init_slots, local_ops
-from dlrm_jax.tables.forms.base import POOLING_WEIGHTS
 from dlrm_jax.tables.init import init_tables
 from dlrm_jax.tables.layout import MAX_STACK_ROWS, place_stacks
 from dlrm_jax.tables.plan import DATA_PARALLEL, make_plan
+from dlrm_jax.tables.pooling import POOLING_WEIGHTS
 from tests.helpers import optimizer, random_batch, tiny_model
 
 MEAN = tuple(

@@ -48,8 +48,8 @@ from dlrm_jax.serving.artifact.signature import ServedFeature, Signature
 from dlrm_jax.serving.artifact.store import Version, write_version
 from dlrm_jax.serving.artifact.weights import read_weights
 from dlrm_jax.tables.exchange import local_ops
-from dlrm_jax.tables.forms.base import POOLING_WEIGHTS
 from dlrm_jax.tables.layout import local_stacks
+from dlrm_jax.tables.pooling import POOLING_WEIGHTS
 from dlrm_jax.training import reporting
 from dlrm_jax.training.step import make_score
 

@@ -15,7 +15,7 @@ from dlrm_jax.config import ConfigError, ModelConfig, model_from_dict, require
 from dlrm_jax.serving.artifact import signature as signatures
 from dlrm_jax.serving.artifact.signature import ServedFeature, Signature
 from dlrm_jax.serving.artifact.store import Version, open_regular
-from dlrm_jax.tables.forms.base import POOLING_WEIGHTS
+from dlrm_jax.tables.pooling import POOLING_WEIGHTS
 
 _PIECE_BYTES = 1 << 26
 """What is read of a table's files at a time."""

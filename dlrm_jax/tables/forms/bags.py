@@ -16,8 +16,8 @@ from dlrm_jax.config import ModelConfig
 from dlrm_jax.host.formulations import by_platform
 from dlrm_jax.tables import pooling
 from dlrm_jax.tables.collective import ExchangeOptions
-from dlrm_jax.tables.forms.base import POOLING_WEIGHTS, Here, Learning, Sent, Stack, States
-from dlrm_jax.tables.pooling import Take
+from dlrm_jax.tables.forms.base import Here, Learning, Sent, Stack, States
+from dlrm_jax.tables.pooling import POOLING_WEIGHTS, Take
 from dlrm_jax.tables.rows import take_rows
 from dlrm_jax.tables.rules import Arrays, row_means
 from dlrm_jax.tables.updates import BagGrad, SparseGrad, Stored

@@ -20,13 +20,10 @@ from dlrm_jax.host.registry import Registry
 from dlrm_jax.tables.collective import ExchangeOptions
 from dlrm_jax.tables.dtypes import TableDtype, table_dtype
 from dlrm_jax.tables.id_maps import row_numbers
-from dlrm_jax.tables.pooling import Take
+from dlrm_jax.tables.pooling import POOLING_WEIGHTS, Take
 from dlrm_jax.tables.rows import LANES
 from dlrm_jax.tables.rules import Arrays, Rule
 from dlrm_jax.tables.updates import Update
-
-POOLING_WEIGHTS = "/pooling_weights"
-"""Suffix of the (rows, 1) array beside each stack when pooling weights are learned."""
 
 ALL, GROUP, ONE = "all", "group", "one"
 
