@@ -9,8 +9,14 @@ from typing import Any
 POOLINGS = ("sum", "mean")
 COMBINES = ("sum", "mul", "concat")
 TABLE_DTYPES = ("float32", "bfloat16", "float16")
-DENSE_INITS = ("dlrm", "torch", "flax")
+DENSE_INITS = ("dlrm", "torch", "flax", "xavier")
 TABLE_INITS = ("dlrm", "flax")
+NORMAL = "normal:"
+"""What begins a `table_init` that says a standard deviation, as `normal:1e-4`."""
+ACTIVATIONS = ("relu", "gelu", "silu", "prelu")
+NO_NORM, BATCH_NORM, LAYER_NORM = NORMS = ("none", "batch", "layer")
+NORM_EPSILON = 1e-5
+"""Added to a variance before its root, as PyTorch does."""
 COMPUTE_DTYPES = ("float32", "bfloat16")
 XLA, NATIVE = CPU_KERNELS = ("xla", "native")
 LOSSES = ("bce", "wbce", "mse")
@@ -149,6 +155,24 @@ DOT = InteractionConfig()
 
 
 @dataclasses.dataclass(frozen=True)
+class HiddenConfig:
+    """What follows the product of a hidden layer, in this order: a `norm`, an `activation`, `dropout` at this rate."""
+
+    activation: str = "relu"
+    norm: str = NO_NORM
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        require_choice("activation", self.activation, ACTIVATIONS)
+        require_choice("norm", self.norm, NORMS)
+        require(0 <= self.dropout < 1, f"dropout is {self.dropout}; it must lie in [0, 1)")
+
+
+PLAIN = HiddenConfig()
+"""The reference's hidden layers: a ReLU."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Lookup:
     """One part of one feature: what the tables see of it. `feature` is its number in the model."""
 
@@ -165,6 +189,8 @@ class ModelConfig:
     `bottom_mlp` and `top_mlp` are the widths after each layer, without the input: Criteo Kaggle's
     reference "13-512-256-64-16" is `num_dense=13, bottom_mlp=(512, 256, 64, 16)`. Without numbers (`num_dense=0`) there
     is no bottom MLP: `bottom_mlp=()`.
+    `bottom_hidden` and `top_hidden` say what their hidden layers are made of; the top MLP's last layer is a product
+    alone, the bottom MLP's a product and the activation.
     `learned_pooling` multiplies each pooled row with a trainable weight of that row. `compute_dtype` is what MLPs and
     layers of interactions compute in; parameters, tables, dot products, logits and gradients of weights are float32.
     """
@@ -179,6 +205,8 @@ class ModelConfig:
     dense_init: str = "dlrm"
     table_init: str = "dlrm"
     compute_dtype: str = "float32"
+    bottom_hidden: HiddenConfig = PLAIN
+    top_hidden: HiddenConfig = PLAIN
 
     def __post_init__(self) -> None:
         require(self.num_dense >= 0, f"num_dense is {self.num_dense}; it must not be negative")
@@ -188,7 +216,7 @@ class ModelConfig:
             f"interaction is {self.interaction!r}; it must be an InteractionConfig: a name and options",
         )
         require_choice("dense_init", self.dense_init, DENSE_INITS)
-        require_choice("table_init", self.table_init, TABLE_INITS)
+        _check_table_init(self.table_init)
         require_choice("compute_dtype", self.compute_dtype, COMPUTE_DTYPES)
         require_unique("table", [table.name for table in self.tables])
         require_unique("feature", [feature.name for feature in self.features])
@@ -258,6 +286,16 @@ class ModelConfig:
         return feature.num_ids or self.table(feature.table).num_embeddings
 
     @property
+    def has_batch_norm(self) -> bool:
+        """Whether the batch decides what becomes of an example in training, and running averages in use."""
+        return BATCH_NORM in (self.bottom_hidden.norm, self.top_hidden.norm)
+
+    @property
+    def has_dropout(self) -> bool:
+        """Whether training draws random numbers."""
+        return max(self.bottom_hidden.dropout, self.top_hidden.dropout) > 0
+
+    @property
     def num_slots(self) -> int:
         """K: id slots per example, the sum of the features' hotness."""
         return sum(feature.hotness for feature in self.features)
@@ -265,6 +303,18 @@ class ModelConfig:
     def table(self, name: str) -> TableConfig:
         """The table called `name`."""
         return next(table for table in self.tables if table.name == name)
+
+
+def _check_table_init(name: str) -> None:
+    """ConfigError for a `table_init` that is none of the choices, nor a standard deviation."""
+    if not name.startswith(NORMAL):
+        require_choice("table_init", name, (*TABLE_INITS, f"{NORMAL}DEVIATION, as {NORMAL}1e-4"))
+        return
+    try:
+        deviation = float(name.removeprefix(NORMAL))
+    except ValueError:
+        deviation = math.nan
+    require(0 <= deviation < math.inf, f"table_init is {name!r}; give a standard deviation, as {NORMAL}1e-4")
 
 
 _EARLIER_OPTIONS = {"dot": ("self_interaction",), "cross": ("cross_layers", "cross_rank")}
@@ -294,7 +344,11 @@ def model_from_dict(values: Mapping[str, Any]) -> ModelConfig:
         FeatureConfig(**{**feature, "parts": tuple(Part(**part) for part in feature.get("parts", ()))})
         for feature in values["features"]
     )
-    return ModelConfig(**{**values, **lists, "tables": tables, "features": features, "interaction": interaction})
+    made: dict[str, Any] = {"tables": tables, "features": features, "interaction": interaction}
+    for name in ("bottom_hidden", "top_hidden"):
+        if name in values:
+            made[name] = HiddenConfig(**values[name])
+    return ModelConfig(**{**values, **lists, **made})
 
 
 @dataclasses.dataclass(frozen=True)

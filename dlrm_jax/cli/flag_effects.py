@@ -43,6 +43,14 @@ def _adagrad(run: RunConfig) -> bool:
     return run.optimizer.dense == "adagrad" or rule_type(run.optimizer.table) in (Adagrad, RowwiseAdagrad)
 
 
+def _hidden_layers(run: RunConfig) -> bool:
+    model = run.model
+    return len(model.bottom_mlp) > 1 or len(model.top_mlp) > 1 or "tower_mlp" in model.interaction.options
+
+
+_HIDDEN = Effect(_hidden_layers, "it needs a hidden layer: a --bottom_mlp or --top_mlp of at least two widths")
+
+
 EFFECTS: dict[str, Effect] = {
     "dataset": _ALWAYS,
     "data_dir": _ALWAYS,
@@ -79,6 +87,9 @@ EFFECTS: dict[str, Effect] = {
     "tables": _ALWAYS,
     "compress_tables": _ALWAYS,
     "table_dtype": _ALWAYS,
+    "activation": _ALWAYS,
+    "norm": _HIDDEN,
+    "dropout": _HIDDEN,
     "dense_init": _ALWAYS,
     "table_init": _ALWAYS,
     "compute_dtype": _ALWAYS,

@@ -9,6 +9,7 @@ from absl import flags
 
 from dlrm_jax.cli.flag_effects import effects, without_effect
 from dlrm_jax.config import (
+    ACTIVATIONS,
     COMPUTE_DTYPES,
     CPU_KERNELS,
     DENSE_INITS,
@@ -17,7 +18,6 @@ from dlrm_jax.config import (
     OUT_OF_RANGE_POLICIES,
     SCHEDULE_COMPAT,
     TABLE_DTYPES,
-    TABLE_INITS,
     XLA,
     ConfigError,
     InteractionConfig,
@@ -126,11 +126,34 @@ def _define_model_flags() -> None:
         f"A way to store large tables in fewer numbers, with its options behind commas: {compress.help_text()}.",
     )
     flags.DEFINE_bool("learned_pooling", False, "Multiply each looked-up row with a trainable weight of that row.")
-    flags.DEFINE_enum(
-        "dense_init", "dlrm", DENSE_INITS, "Initial MLP weights: the reference's formula, PyTorch's, Flax's."
+    of_each = "for both MLPs, or bottom:...,top:... (the other then has the default)"
+    flags.DEFINE_string(
+        "activation",
+        "relu",
+        f"After each hidden layer, and the bottom MLP's last: one of {', '.join(ACTIVATIONS)}; {of_each}.",
+    )
+    flags.DEFINE_string(
+        "norm",
+        "none",
+        "Between a hidden layer's product and its activation: none, batch (over the examples of a batch, in use by "
+        f"running averages) or layer (over the layer's outputs); {of_each}.",
+    )
+    flags.DEFINE_string(
+        "dropout",
+        "0",
+        "Share of each hidden layer's outputs, after the activation, that a training step leaves out at random; "
+        f"{of_each}.",
     )
     flags.DEFINE_enum(
-        "table_init", "dlrm", TABLE_INITS, "Initial rows: U(+-sqrt(1/rows)), or N(0, 1/sqrt(dim)) as Flax."
+        "dense_init",
+        "dlrm",
+        DENSE_INITS,
+        "Initial MLP weights: the reference's formula, PyTorch's, Flax's, or Xavier's normal with biases of 0.",
+    )
+    flags.DEFINE_string(
+        "table_init",
+        "dlrm",
+        "Initial rows: dlrm, U(+-sqrt(1/rows)); flax, N(0, 1/sqrt(dim)); or normal:S, N(0, S), as normal:1e-4.",
     )
     flags.DEFINE_enum(
         "compute_dtype", "float32", COMPUTE_DTYPES, "What MLPs and cross layers compute in; weights stay float32."
@@ -295,7 +318,7 @@ def unchecked_config() -> RunConfig:
             interaction=_interaction(),
             **_values("embedding_dim", "learned_pooling", "dense_init", "table_init", "compute_dtype"),
             tables=_table_settings(),
-            **_values("compress_tables", "table_dtype"),
+            **_values("compress_tables", "table_dtype", "activation", "norm", "dropout"),
         ),
         loss=LossConfig(FLAGS.loss, _numbers("class_weights", float), FLAGS.loss_threshold),
         optimizer=OptimizerConfig(

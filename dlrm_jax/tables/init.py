@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from dlrm_jax.config import ModelConfig, TableConfig
+from dlrm_jax.config import NORMAL, ModelConfig, TableConfig
 from dlrm_jax.tables.collective import shard_index
 from dlrm_jax.tables.hashing import mix, table_keys
 from dlrm_jax.tables.layout import COLUMNS, POOLING_WEIGHTS, Stack, local_stacks
@@ -32,13 +32,13 @@ def init_tables(model: ModelConfig, seed: int) -> dict[str, jax.Array]:
 def init_stack(model: ModelConfig, stack: Stack, mesh: Mesh | None, seed: int) -> dict[str, jax.Array]:
     """A stack's arrays, split over `mesh` as its specs say. For use under jit with those shardings for its outputs.
 
-    `table_init="dlrm"` is U(+-sqrt(1 / num_embeddings)), `"flax"` N(0, 1/sqrt(D)) as flax.linen.Embed; a table's own
-    `init_range` goes before. Padding is 0.
+    `table_init="dlrm"` is U(+-sqrt(1 / num_embeddings)), `"flax"` N(0, 1/sqrt(D)) as flax.linen.Embed, `"normal:S"`
+    N(0, S); a table's own `init_range` goes before. Padding is 0.
     Learned pooling weights start at 1.
     """
     keys = jnp.asarray(table_keys(stack.tables, seed))
     scales, shifts = map(jnp.asarray, table_scales(model, stack.tables))
-    fill = functools.partial(_fill_shard, stack, keys, scales, shifts, model.table_init == "flax")
+    fill = functools.partial(_fill_shard, stack, keys, scales, shifts, model.table_init != "dlrm")
     if mesh is not None:
         fill = jax.shard_map(fill, mesh=mesh, in_specs=(), out_specs=stack.spec, check_vma=False)
     rows = {stack.name: fill() if mesh is not None else jax.jit(fill)()}
@@ -67,6 +67,8 @@ def table_scales(model: ModelConfig, tables: tuple[TableConfig, ...]) -> tuple[n
         uniform = model.table_init == "dlrm"
         if table.init_range:  # Of a normal distribution the deviation that such a uniform one has.
             scales.append((high - low) / (2 if uniform else math.sqrt(12)))
+        elif model.table_init.startswith(NORMAL):
+            scales.append(float(model.table_init.removeprefix(NORMAL)))
         else:
             scales.append(math.sqrt(1 / table.num_embeddings) if uniform else table.embedding_dim**-0.5)
         shifts.append((high + low) / 2)

@@ -10,6 +10,7 @@ from dlrm_jax.config import (
     CPU_KERNELS,
     DOT,
     OUT_OF_RANGE_POLICIES,
+    PLAIN,
     XLA,
     ConfigError,
     InteractionConfig,
@@ -28,6 +29,7 @@ from dlrm_jax.data.read.load import DataConfig
 from dlrm_jax.model import interactions
 from dlrm_jax.tables.compress import compressed
 from dlrm_jax.tables.rules import make_rule
+from dlrm_jax.training.hidden_options import read_hidden
 from dlrm_jax.training.options import ShardingOptions
 from dlrm_jax.training.table_settings import read_table_settings
 
@@ -42,7 +44,8 @@ class ModelOptions:
     """A ModelConfig but for what the data decides: dense width, tables and features.
 
     `tables` are settings of single tables as JSON (table_settings.py), `compress_tables` a way to store large ones
-    in fewer numbers (tables/compress.py).
+    in fewer numbers (tables/compress.py). `activation`, `norm` and `dropout` are of the hidden layers of both MLPs, or
+    of each (hidden_options.py).
     """
 
     embedding_dim: int
@@ -56,8 +59,12 @@ class ModelOptions:
     tables: str = ""
     compress_tables: str = ""
     table_dtype: str = "float32"
+    activation: str = "relu"
+    norm: str = "none"
+    dropout: str = "0"
 
     def __post_init__(self) -> None:
+        read_hidden(self.activation, self.norm, self.dropout)  # It checks them.
         object.__setattr__(self, "interaction", interactions.complete(self.interaction))
 
     def build(self, dataset: Dataset) -> ModelConfig:
@@ -66,7 +73,9 @@ class ModelOptions:
         dim, dtype = options.pop("embedding_dim"), options.pop("table_dtype")
         settings, way = options.pop("tables"), options.pop("compress_tables")
         num_dense = len(dataset.dense_names)
+        bottom, top = read_hidden(*(options.pop(name) for name in ("activation", "norm", "dropout")))
         options["bottom_mlp"] = self.bottom_mlp if num_dense else ()
+        options |= {"bottom_hidden": bottom if num_dense else PLAIN, "top_hidden": top}
         own = read_table_settings(settings, set(dataset.table_sizes)) if settings else {}
         tables = tuple(
             TableConfig(name, rows, **{"embedding_dim": dim, "dtype": dtype, **own.get(name, {})})
