@@ -413,6 +413,8 @@ def _with_slots(found: dict[str, Any], tables: dict[str, Any]) -> dict[str, Any]
 def _split(state: TrainState) -> tuple[dict[str, Any], dict[str, Any]]:
     """(what a plan places, the rest), by field."""
     fields = dict(vars(state))
+    if not fields["batch_stats"]:  # As in checkpoints of before there were any.
+        del fields["batch_stats"]
     return {name: fields.pop(name) for name in TABLES}, fields
 
 

@@ -7,14 +7,15 @@ import jax.numpy as jnp
 from dlrm_jax.config import require
 from dlrm_jax.model.interactions.base import option, register, side_by_side
 from dlrm_jax.model.interactions.cross import LowRankCross
-from dlrm_jax.model.mlp import MLP
+from dlrm_jax.model.mlp import HIDDEN, MLP
 
 
 @register("parallel_cross")
 class ParallelCross(LowRankCross):
     """(B, I + T): low-rank cross layers and an MLP of last width T, both from all vectors side by side (I of them).
 
-    Parameters: `cross/...` (cross.py) and `tower/layer_0 ...`. With `--top_mlp=1` it is the paper's model.
+    The tower's layers are as the top MLP's hidden ones, the last too. Parameters: `cross/...` (cross.py) and
+    `tower/layer_0 ...`. With `--top_mlp=1` it is the paper's model.
     """
 
     tower_mlp: tuple[int, ...] = option((64, 32), "Widths of the tower's layers beside the cross layers.")
@@ -26,7 +27,7 @@ class ParallelCross(LowRankCross):
     @nn.compact
     def __call__(self, bottom_BxD: jax.Array | None, pooled_BxFxD: jax.Array) -> jax.Array:
         """(B, D) or None, (B, F, D) to (B, I + T)."""
-        cross = LowRankCross(self.dtype, self.dense_init, self.cross_layers, self.cross_rank, name="cross")
-        tower = MLP(self.tower_mlp, final_relu=True, init_name=self.dense_init, dtype=self.dtype, name="tower")
+        cross = LowRankCross(self.dtype, cross_layers=self.cross_layers, cross_rank=self.cross_rank, name="cross")
+        tower = MLP(self.tower_mlp, HIDDEN, self.dense_init, self.dtype, self.hidden, self.training, name="tower")
         crossed_BxI = cross(bottom_BxD, pooled_BxFxD)
         return jnp.concatenate([crossed_BxI, tower(side_by_side(bottom_BxD, pooled_BxFxD))], axis=1)
