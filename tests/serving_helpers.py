@@ -32,9 +32,10 @@ def random_dataset(model: ModelConfig, rows: int = 200) -> Dataset:
 
 
 def lively_state(model: ModelConfig, seed: int = 0) -> TrainState:
-    """A fresh state with tables large enough that each id shows in the probability."""
+    """A fresh state with tables large enough that each id shows in the probability, and averages of batch norms."""
     state = init_state(model, optimizer(), seed)
-    return state.replace(tables={name: _tripled(table) for name, table in state.tables.items()})
+    stats = jax.tree.map(lambda leaf: leaf + jnp.linspace(0.1, 1, len(leaf)), state.batch_stats)
+    return state.replace(tables={name: _tripled(table) for name, table in state.tables.items()}, batch_stats=stats)
 
 
 def _tripled(table: jax.Array) -> jax.Array:
@@ -51,4 +52,8 @@ def export_tiny(
     tables = {name: np.asarray(rows) for name, rows in named_tables(model, state.tables)}
     data = random_dataset(model)
     loss = loss or LossConfig()
-    return export_model(model_dir, model, loss, state.dense_params, of_arrays(tables), data, kind, evaluated=("test",))
+    return export_model(
+        *(model_dir, model, loss, state.dense_params, of_arrays(tables), data, kind),
+        evaluated=("test",),
+        batch_stats=state.batch_stats,
+    )
