@@ -82,7 +82,9 @@ def export_random(model_dir, model, kind):
     draw = lambda array: rng.normal(size=array.shape).astype(np.float32)  # noqa: E731
     state = lively_state(model)
     tables = {name: draw(rows) for name, rows in named_tables(model, state.tables)}
-    dense_params = jax.tree.map(lambda array: draw(array) / (len(array) if array.ndim == 2 else 1) ** 0.5, state.dense_params)
+    dense_params = jax.tree.map(
+        lambda array: draw(array) / (len(array) if array.ndim == 2 else 1) ** 0.5, state.dense_params
+    )
     parts = (dense_params, of_arrays(tables), random_dataset(model), kind)
     return export_model(model_dir, model, LossConfig(), *parts, evaluated=(), batch_stats=state.batch_stats)
 
