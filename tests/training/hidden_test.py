@@ -9,6 +9,7 @@ import pytest
 from dlrm_jax.config import PLAIN, ConfigError, HiddenConfig, LossConfig, OptimizerConfig, ScheduleConfig
 from dlrm_jax.data.read.load import DataConfig
 from dlrm_jax.host.mesh import MeshShape, make_mesh
+from dlrm_jax.tables.by_name import named_tables
 from dlrm_jax.tables.plan import make_plan
 from dlrm_jax.training import loop
 from dlrm_jax.training.hidden_options import read_hidden
@@ -19,7 +20,7 @@ from dlrm_jax.training.state import init_state
 from dlrm_jax.training.step import make_pipelined_step, make_train_step
 from dlrm_jax.training.stepper import Stepper
 from tests.helpers import optimizer, random_batch, tiny_model
-from tests.placement_helpers import by_name, pad
+from tests.placement_helpers import by_name, local, pad
 from tests.training.resume_test import assert_same_bits, final_state
 
 BATCH = 22
@@ -42,16 +43,27 @@ def placed_on(model, devices: int) -> Placed:
     return Placed(model, SETTINGS, plan, make_mesh(shape))
 
 
-def trained(model, devices: int = 1, parts: int = 1, steps: int = 4):
+def trained(model, devices: int, parts: int = 1, steps: int = 4):
     """What is known of a run on so many devices: everything but tables as it is, and these by name."""
     placed = placed_on(model, devices)
     step = placed.jit_step(make_train_step(model, LossConfig(), SETTINGS, parts, placed.ops, seed=7))
     state, losses = placed.init_state(0), []
     for i in range(steps):
-        state, metrics = step(state, placed.put(pad(random_batch(model, BATCH, seed=i), 8)))
+        state, metrics = step(state, placed.put(local(pad(random_batch(model, BATCH, seed=i), 8))))
         losses.append(float(metrics["loss"]))
     dense = jax.tree.map(np.asarray, (state.dense_params, state.batch_stats))
     return losses, dense, by_name(placed, state.tables)
+
+
+def trained_alone(model, parts: int = 1, steps: int = 4):
+    """The same without a mesh, in one process; nothing is padded."""
+    step = jax.jit(make_train_step(model, LossConfig(), SETTINGS, parts, seed=7))
+    state, losses = init_state(model, SETTINGS, 0), []
+    for i in range(steps):
+        state, metrics = step(state, pad(random_batch(model, BATCH, seed=i), parts))
+        losses.append(float(metrics["loss"]))
+    tables = {name: np.asarray(rows) for name, rows in named_tables(model, state.tables)}
+    return losses, jax.tree.map(np.asarray, (state.dense_params, state.batch_stats)), tables
 
 
 def assert_close(a, b, atol=1e-5):
@@ -59,18 +71,18 @@ def assert_close(a, b, atol=1e-5):
 
 
 def test_twenty_steps_on_several_devices_are_those_on_one():
-    one = trained(EVERYWHERE, steps=20)
+    one = trained_alone(EVERYWHERE, steps=20)
     assert len(jax.tree.leaves(one[1][1])) == 2 * 3 and len(set(one[0])) == 20
     for devices in (2, 8):
         assert_close(trained(EVERYWHERE, devices, steps=20), one)
 
 
 def test_parts_of_a_batch_drop_what_the_whole_drops():
-    assert_close(trained(in_top(DROPOUT), 2, parts=4), trained(in_top(DROPOUT)))
+    assert_close(trained(in_top(DROPOUT), 2, parts=4), trained_alone(in_top(DROPOUT)))
 
 
 def test_parts_of_a_batch_are_normalised_each_by_itself_on_any_devices():
-    assert_close(trained(in_top(NORM), 2, parts=4), trained(in_top(NORM), parts=4))
+    assert_close(trained(in_top(NORM), 2, parts=4), trained_alone(in_top(NORM), parts=4))
 
 
 def test_padding_rows_count_in_no_statistic_and_a_part_without_others_changes_nothing():
