@@ -98,11 +98,14 @@ def test_padding_rows_count_in_no_statistic_and_a_part_without_others_changes_no
     assert_close(of_parts, alone, 1e-6)
 
 
-def test_a_pipelined_step_drops_the_same():
+def test_a_pipelined_step_drops_the_same_and_every_step_something_else():
     placed = placed_on(in_top(BOTH), 1)
     batches = [placed.put(random_batch(placed.model, 8, seed=i)) for i in range(3)]
     settings = (placed.model, LossConfig(), SETTINGS, 1, placed.ops)
     plain, piped = placed.jit_step(make_train_step(*settings, 3)), jax.jit(make_pipelined_step(*settings, 3))
+    starts = [placed.init_state(0).replace(step=np.int32(i)) for i in range(2)]
+    losses = [float(plain(state, batches[0])[1]["loss"]) for state in starts]
+    assert abs(losses[0] - losses[1]) > 1e-3
     a, b, routes = placed.init_state(0), placed.init_state(0), placed.jit_route()(batches[0])
     for i in range(2):
         a, _ = plain(a, batches[i])
