@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dlrm_jax.config import (
+    PLAIN,
     ConfigError,
     FeatureConfig,
     InteractionConfig,
@@ -144,6 +145,9 @@ def save_reference_state(model: ModelConfig, state: TrainState) -> dict[str, np.
     if model.interaction.name not in ("dot", "cat") or not model.num_dense:
         what = f"{model.interaction.name} interaction" if model.num_dense else "model without numbers"
         raise ConfigError(f"the reference has no {what}, so this state has no names there")
+    for hidden in (model.bottom_hidden, model.top_hidden):
+        if (hidden.activation, hidden.norm) != (PLAIN.activation, PLAIN.norm):
+            raise ConfigError(f"the reference's hidden layers are products and ReLUs, not {hidden}")
     arrays = {}
     ends = {part.table: f"weight_{part.id_map[0]}" for feature in model.features for part in feature.parts}
     # Where one table of the reference is of mixed dimensions, all are.

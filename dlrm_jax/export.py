@@ -59,6 +59,7 @@ def main() -> None:
             facts={"step": run.step},
             evaluated=tuple(FLAGS.evaluate),
             make_engine=_engine(run.model, largest),
+            batch_stats=run.batch_stats,
         )
     metrics = version.read_json("metrics.json")
     print(format_table(metrics))

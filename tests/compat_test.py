@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from dlrm_jax import compat
-from dlrm_jax.config import ConfigError
+from dlrm_jax.config import ConfigError, HiddenConfig
 from experiments.replay_reference import main as replay_main
-from tests.helpers import ROOT, SHARED
+from tests.helpers import ROOT, SHARED, tiny_model
 
 FIXTURES = sorted((ROOT / "tests" / "fixtures").glob("*.npz"))
 TRAJECTORIES = [path for path in FIXTURES if "crossnet" not in path.name]
@@ -81,6 +81,12 @@ def test_state_round_trips(name):
     assert saved.keys() == init.keys()
     for key in init:
         np.testing.assert_array_equal(saved[key], init[key], err_msg=key)
+
+
+def test_hidden_layers_that_the_reference_has_not_are_refused():
+    model = tiny_model(top_hidden=HiddenConfig(norm="batch"))
+    with pytest.raises(ConfigError, match=r"are products and ReLUs, not HiddenConfig\(.*norm='batch'"):
+        compat.save_reference_state(model, None)
 
 
 def test_weights_of_an_unknown_kind_are_refused_by_name():

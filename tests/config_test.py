@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from dlrm_jax.config import (
     ConfigError,
     FeatureConfig,
+    HiddenConfig,
     LossConfig,
     OptimizerConfig,
     ScheduleConfig,
@@ -36,6 +37,16 @@ def run_config(**changes) -> RunConfig:
         (lambda: TableConfig("t", 2**31, 4), "2147483648; ids are int32"),
         (lambda: FeatureConfig("f", "t", hotness=0), "'f': hotness is 0"),
         (lambda: FeatureConfig("f", "t", pooling="max"), "'max'; choose one of sum, mean"),
+        (
+            lambda: tiny_model(table_init="uniform"),
+            "table_init is 'uniform'; choose one of dlrm, flax, normal:DEVIATION",
+        ),
+        (lambda: tiny_model(table_init="normal:-1"), "table_init is 'normal:-1'; give a standard deviation"),
+        (
+            lambda: tiny_model(table_init="normal:x"),
+            "table_init is 'normal:x'; give a standard deviation, as normal:1e-4",
+        ),
+        (lambda: HiddenConfig(dropout=-0.1), "dropout is -0.1; it must lie in [0, 1)"),
         (lambda: tiny_model(bottom_mlp=(5, 3)), "ends in 3 but embedding_dim is 4"),
         (lambda: tiny_model(top_mlp=(6, 2)), "ends in 2; the last width must be 1"),
         (lambda: dataclasses.replace(tiny_model(), interaction="cat"), "'cat'; it must be an InteractionConfig"),

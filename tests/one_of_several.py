@@ -12,6 +12,7 @@ def main() -> None:
     jax.config.update("jax_num_cpu_devices", devices)
     processes.join(f"127.0.0.1:{port}", count, number)
     from tests.tables.placement_test import OPTIMIZERS, SHARDINGS, assert_equals_one_device, place
+    from tests.training.hidden_test import BOTH, assert_close, in_top, trained, trained_alone
 
     total = count * devices
     for i, sharding in enumerate((*SHARDINGS, "mix")):
@@ -19,6 +20,9 @@ def main() -> None:
         mesh = (1, total) if i % 2 else (2, total // 2)
         assert_equals_one_device(place(mesh, sharding, table, capacity=2), table, weighted=True)
         print(f"{sharding} on {mesh} equals one device", flush=True)
+    model = in_top(BOTH)
+    assert_close(trained(model, total), trained_alone(model))
+    print("with batch norm and dropout it equals one device", flush=True)
 
 
 if __name__ == "__main__":

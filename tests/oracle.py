@@ -65,7 +65,7 @@ def interaction(model: ModelConfig, dense, numbers, vectors):
             for q in range(columns)
         ]
         return jnp.concatenate([*numbers, jnp.stack(dots, axis=1)], axis=1)
-    if name == "parallel_cross":
+    if name.startswith("parallel_"):
         return jnp.concatenate([crossed(own["cross"], together), mlp(own["tower"], together, True)], axis=1)
     return together if name == "cat" else crossed(own, together)
 

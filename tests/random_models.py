@@ -219,7 +219,7 @@ def make_gradients(case: Case):
     def step(state: TrainState, batch: Batch):
         pooled, routes = placed.ops.lookup(state.tables, placed.ops.route(batch.ids_BxK, batch.id_weights_BxK))
         parts = (case.model, case.loss, state.dense_params, batch, pooled, case.micro_batches, placed.ops)
-        _, d_dense, d_pooled, _ = dense_gradients(*parts)
+        _, d_dense, d_pooled, *_ = dense_gradients(*parts)
         # What SGD adds at a rate of -1 is the gradient, to the last bit of the weight that it is added to.
         return d_dense, placed.ops.update(state.tables, state.table_opt_state, routes, d_pooled, jnp.float32(-1), 1)[0]
 

@@ -33,10 +33,11 @@ class Trained(Opened):
 
 @dataclasses.dataclass(frozen=True)
 class Stored(Opened):
-    """A run with one checkpoint's `step` and dense parameters, and its tables' rows where they are stored."""
+    """With one checkpoint's `step`, dense parameters and batch norms' averages, and its tables' rows as stored."""
 
     step: int
     dense_params: Any
+    batch_stats: Any
     rows: reshard.Rows
 
 
@@ -79,7 +80,14 @@ def open_stored(workdir: pathlib.Path, which: str, data_dir: str | None = None, 
     dense, rows = _reading(
         workdir, which, run, lambda checkpoints, kind, step: checkpoints.read_model(kind, step, placed)
     )
-    return Stored(**vars(run), step=int(dense["step"]), dense_params=dense["dense_params"], rows=rows)
+    batch_stats = dense.get("batch_stats", {})
+    return Stored(
+        **vars(run),
+        step=int(dense["step"]),
+        dense_params=dense["dense_params"],
+        batch_stats=batch_stats,
+        rows=rows,
+    )
 
 
 def _open(workdir: pathlib.Path, data_dir: str | None, oversubscribe: bool) -> Opened:

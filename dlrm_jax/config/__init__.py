@@ -4,10 +4,19 @@ from dlrm_jax.config.difference import differences, tell
 from dlrm_jax.config.errors import ConfigError, how_to_install, require, require_choice, require_unique
 from dlrm_jax.config.learning import LossConfig, OptimizerConfig, ScheduleConfig
 from dlrm_jax.config.model import (
+    ACTIVATIONS,
+    BATCH_NORM,
     DOT,
     EMPTY_SLOT,
+    LAYER_NORM,
+    NO_NORM,
+    NORM_EPSILON,
+    NORMAL,
+    NORMS,
+    PLAIN,
     DenseConfig,
     FeatureConfig,
+    HiddenConfig,
     InteractionConfig,
     Lookup,
     ModelConfig,
@@ -21,11 +30,20 @@ from dlrm_jax.config.settings import Needs, Setting, check_settings, setting, se
 from dlrm_jax.config.values import from_dict, to_dict
 
 __all__ = [
+    "ACTIVATIONS",
+    "BATCH_NORM",
     "DOT",
     "EMPTY_SLOT",
+    "LAYER_NORM",
+    "NORMAL",
+    "NORMS",
+    "NORM_EPSILON",
+    "NO_NORM",
+    "PLAIN",
     "ConfigError",
     "DenseConfig",
     "FeatureConfig",
+    "HiddenConfig",
     "InteractionConfig",
     "Lookup",
     "LossConfig",

@@ -12,8 +12,14 @@ from dlrm_jax.config.values import from_dict
 
 POOLINGS = ("sum", "mean")
 COMBINES = ("sum", "mul", "concat")
-DENSE_INITS = ("dlrm", "torch", "flax")
+DENSE_INITS = ("dlrm", "torch", "flax", "xavier")
 TABLE_INITS = ("dlrm", "flax")
+NORMAL = "normal:"
+"""What begins a `table_init` that says a standard deviation, as `normal:1e-4`."""
+ACTIVATIONS = ("relu", "gelu", "silu", "prelu")
+NO_NORM, BATCH_NORM, LAYER_NORM = NORMS = ("none", "batch", "layer")
+NORM_EPSILON = 1e-5
+"""Added to a variance before its root, as PyTorch does."""
 COMPUTE_DTYPES = ("float32", "bfloat16")
 EMPTY_SLOT = -1
 """The id of an unused slot of a bag; it contributes nothing to the pooled vector."""
@@ -112,6 +118,24 @@ DOT = InteractionConfig()
 
 
 @dataclasses.dataclass(frozen=True)
+class HiddenConfig:
+    """What follows the product of a hidden layer, in this order: a `norm`, an `activation`, `dropout` at this rate."""
+
+    activation: str = "relu"
+    norm: str = NO_NORM
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        require_choice("activation", self.activation, ACTIVATIONS)
+        require_choice("norm", self.norm, NORMS)
+        require(0 <= self.dropout < 1, f"dropout is {self.dropout}; it must lie in [0, 1)")
+
+
+PLAIN = HiddenConfig()
+"""The reference's hidden layers: a ReLU."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Lookup:
     """One part of one feature: what the tables see of it. `feature` is its number in the model."""
 
@@ -136,10 +160,12 @@ class DenseConfig:
     interaction: InteractionConfig = setting(DOT, "How features meet (dlrm_jax/model/interactions).")  # noqa: RUF009
     learned_pooling: bool = setting(False, "Multiply each looked-up row with a trainable weight of that row.")
     dense_init: str = setting(
-        "dlrm", "Initial MLP weights: the reference's formula, PyTorch's, Flax's.", choices=DENSE_INITS
+        "dlrm",
+        "Initial MLP weights: the reference's formula, PyTorch's, Flax's, or Xavier's normal with biases of 0.",
+        choices=DENSE_INITS,
     )
     table_init: str = setting(
-        "dlrm", "Initial rows: U(+-sqrt(1/rows)), or N(0, 1/sqrt(dim)) as Flax.", choices=TABLE_INITS
+        "dlrm", "Initial rows: dlrm, U(+-sqrt(1/rows)); flax, N(0, 1/sqrt(dim)); or normal:S, N(0, S), as normal:1e-4."
     )
     compute_dtype: str = setting(
         "float32", "What MLPs and cross layers compute in; weights stay float32.", choices=COMPUTE_DTYPES
@@ -151,15 +177,22 @@ class DenseConfig:
             f"interaction is {self.interaction!r}; it must be an InteractionConfig: a name and options",
         )
         check_settings(self)
+        _check_table_init(self.table_init)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig(DenseConfig):
-    """Shape of a DLRM (arXiv:1906.00091, section 2). Without numbers (`num_dense=0`) `bottom_mlp` is empty."""
+    """Shape of a DLRM (arXiv:1906.00091, section 2). Without numbers (`num_dense=0`) `bottom_mlp` is empty.
+
+    `bottom_hidden` and `top_hidden` say what their hidden layers are made of; the top MLP's last layer is a product
+    alone, the bottom MLP's a product and the activation.
+    """
 
     num_dense: int
     tables: tuple[TableConfig, ...]
     features: tuple[FeatureConfig, ...]
+    bottom_hidden: HiddenConfig = PLAIN
+    top_hidden: HiddenConfig = PLAIN
 
     def __post_init__(self) -> None:
         require(self.num_dense >= 0, f"num_dense is {self.num_dense}; it must not be negative")
@@ -233,6 +266,16 @@ class ModelConfig(DenseConfig):
         return feature.num_ids or self.table(feature.table).num_embeddings
 
     @property
+    def has_batch_norm(self) -> bool:
+        """Whether the batch decides what becomes of an example in training, and running averages in use."""
+        return BATCH_NORM in (self.bottom_hidden.norm, self.top_hidden.norm)
+
+    @property
+    def has_dropout(self) -> bool:
+        """Whether training draws random numbers."""
+        return max(self.bottom_hidden.dropout, self.top_hidden.dropout) > 0
+
+    @property
     def num_slots(self) -> int:
         """K: id slots per example, the sum of the features' hotness."""
         return sum(feature.hotness for feature in self.features)
@@ -240,6 +283,18 @@ class ModelConfig(DenseConfig):
     def table(self, name: str) -> TableConfig:
         """The table called `name`."""
         return next(table for table in self.tables if table.name == name)
+
+
+def _check_table_init(name: str) -> None:
+    """ConfigError for a `table_init` that is none of the choices, nor a standard deviation."""
+    if not name.startswith(NORMAL):
+        require_choice("table_init", name, (*TABLE_INITS, f"{NORMAL}DEVIATION, as {NORMAL}1e-4"))
+        return
+    try:
+        deviation = float(name.removeprefix(NORMAL))
+    except ValueError:
+        deviation = math.nan
+    require(0 <= deviation < math.inf, f"table_init is {name!r}; give a standard deviation, as {NORMAL}1e-4")
 
 
 _EARLIER_OPTIONS = {"dot": ("self_interaction",), "cross": ("cross_layers", "cross_rank")}

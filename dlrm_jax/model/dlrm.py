@@ -7,7 +7,7 @@ import jax
 
 from dlrm_jax.config import ModelConfig, require
 from dlrm_jax.model import interactions
-from dlrm_jax.model.mlp import MLP
+from dlrm_jax.model.mlp import ACTIVATED, MLP, Training
 from dlrm_jax.model.vectors import FeatureVectors
 
 
@@ -17,19 +17,22 @@ class DLRM(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, dense_BxN: jax.Array, pooled: Any) -> jax.Array:
+    def __call__(self, dense_BxN: jax.Array, pooled: Any, training: Training | None = None) -> jax.Array:
         """(B, N) and what the tables' lookup gives (tables/exchange.py, Pooled) to (B,).
 
-        ConfigError where nothing comes out of the interaction.
+        With `training` numbers are dropped, under the key "dropout", and batch norms normalise by the examples that
+        count and update their running averages, in the collection "batch_stats". ConfigError where nothing comes out of
+        the interaction.
         """
         config = self.config
         pooled_BxFxD = FeatureVectors(config, name="vectors")(pooled)
-        common = {"init_name": config.dense_init, "dtype": config.compute_dtype}
+        common = {"init_name": config.dense_init, "dtype": config.compute_dtype, "training": training}
         bottom_BxD = None
         if config.num_dense:
-            bottom_BxD = MLP(config.bottom_mlp, final_relu=True, **common, name="bottom_mlp")(dense_BxN)
+            bottom = MLP(config.bottom_mlp, ACTIVATED, hidden=config.bottom_hidden, **common, name="bottom_mlp")
+            bottom_BxD = bottom(dense_BxN)
         # The interaction's parameters stand under its name.
-        interact = interactions.of_model(config)
+        interact = interactions.of_model(config, training)
         with jax.named_scope("interaction"):
             interaction_BxI = interact(bottom_BxD, pooled_BxFxD)
         require(
@@ -37,4 +40,4 @@ class DLRM(nn.Module):
             f"interaction {config.interaction.name!r} gives nothing for {pooled_BxFxD.shape[1]} sparse and "
             f"{config.num_dense} dense features; choose another --interaction",
         )
-        return MLP(config.top_mlp, final_relu=False, **common, name="top_mlp")(interaction_BxI)[:, 0]
+        return MLP(config.top_mlp, hidden=config.top_hidden, **common, name="top_mlp")(interaction_BxI)[:, 0]

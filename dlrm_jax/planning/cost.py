@@ -155,7 +155,7 @@ def estimate(
     options = options or ExchangeOptions(load.exchange_dtype, capacities(stacks, load))
     pieces = [piece for stack in stacks for piece in exchanged(model, optimizer, stack, load, options)]
     if plan.mesh.size > 1:
-        pieces.append(("all-reduce", (dense_parameters(model) + 1) * FLOAT))  # The loss travels with the gradients.
+        pieces.append(("all-reduce", _summed(model, load.num_micro_batches) * FLOAT))
     by_kind: dict[str, int] = {}
     for kind, num_bytes in pieces:
         by_kind[kind] = by_kind.get(kind, 0) + num_bytes
@@ -171,6 +171,15 @@ def estimate(
     }
     memory = _memory(model, optimizer, stacks, load, sent, options, hardware.on_chip_bytes)
     return Cost(plan, stacks, options, memory, sent, flops, traffic + row_traffic, seconds)
+
+
+def _summed(model: ModelConfig, num_micro_batches: int) -> int:
+    """Floats that are summed over devices: the loss and the gradients; with batch norms of each part for itself.
+
+    These send of every column a mean and a variance, and going back four sums; and how many examples count.
+    """
+    dense, averages = dense_parameters(model) + 1, dense_work(model).averages
+    return num_micro_batches * (dense + 3 * averages) + 1 if averages else dense
 
 
 def forward_work(
@@ -244,7 +253,7 @@ def _memory(
     return {
         "tables": tables,
         "optimizer state": states,
-        "dense parameters": dense * (1 + _OPT_COPIES[optimizer.dense]),
+        "dense parameters": dense * (1 + _OPT_COPIES[optimizer.dense]) + dense_work(model).averages * FLOAT,
         "activations": batch + activations,
         "exchange buffers": exchange,
     }

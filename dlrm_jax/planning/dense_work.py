@@ -17,7 +17,7 @@ _ELEMENTWISE = ("mul", "square", "integer_pow")
 
 @dataclasses.dataclass(frozen=True)
 class DenseWork:
-    """`parameters` are floats; the others are of one example, going forward.
+    """`parameters` and `averages`, those of batch norms, are floats; the others are of one example, going forward.
 
     `outputs` are the numbers that the layers of MLPs give, `interaction_width` those that the top MLP takes. `flops`
     are two for each multiplication, as an addition goes with it.
@@ -27,6 +27,7 @@ class DenseWork:
     flops: int
     outputs: int
     interaction_width: int
+    averages: int = 0
 
 
 @functools.lru_cache(maxsize=256)
@@ -36,12 +37,14 @@ def dense_work(model: ModelConfig) -> DenseWork:
     pooled = pooled_shapes(model, 1)
     variables = jax.eval_shape(lambda *inputs: DLRM(model).init(jax.random.key(0), *inputs), dense, pooled)
     program = jax.make_jaxpr(DLRM(model).apply)(variables, dense, pooled)
-    weights = {tuple(str(key.key) for key in path): leaf.shape for path, leaf in jax.tree.leaves_with_path(variables)}
+    of_layers, averages = variables["params"], jax.tree.leaves(variables.get("batch_stats", {}))
+    weights = {tuple(str(key.key) for key in path): leaf.shape for path, leaf in jax.tree.leaves_with_path(of_layers)}
     return DenseWork(
         parameters=sum(math.prod(shape) for shape in weights.values()),
         flops=2 * _multiplications(program.jaxpr),
         outputs=sum(shape[-1] for path, shape in weights.items() if path[-1] == "kernel"),
-        interaction_width=weights["params", "top_mlp", "layer_0", "kernel"][0],
+        interaction_width=weights["top_mlp", "layer_0", "kernel"][0],
+        averages=sum(math.prod(leaf.shape) for leaf in averages),
     )
 
 

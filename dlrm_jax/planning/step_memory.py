@@ -7,13 +7,17 @@ the interaction, or at the tables, whatever else the step does.
 
 import itertools
 
-from dlrm_jax.config import ModelConfig
+from dlrm_jax.config import BATCH_NORM, LAYER_NORM, NO_NORM, HiddenConfig, ModelConfig
 from dlrm_jax.model import interactions
 from dlrm_jax.planning.dense_work import dense_work
 from dlrm_jax.tables.forms.base import Work
 
 _OF_A_GRADIENT = 2.25
 """Arrays of a kernel's size where its gradient is made: it, what becomes of the kernel, and whether it is finite."""
+_OF_NORM = {NO_NORM: 0.0, BATCH_NORM: 1.0, LAYER_NORM: 3.0}
+_OF_ACTIVATION = {"relu": 0.0, "gelu": 2.0, "silu": 1.0, "prelu": 1.0}
+_OF_DROPOUT = 2.0
+"""Arrays of a hidden layer's size that each keeps for the backward pass, beside those before and after a ReLU."""
 
 
 def pooled_floats(model: ModelConfig) -> int:
@@ -49,6 +53,7 @@ def _dense(model: ModelConfig, examples: int, pooled: int) -> int:
     interaction = model.interaction
     top, bottom, width = model.top_mlp, model.bottom_mlp, dense_work(model).interaction_width
     vectors, saved = len(model.features) + 1, _saved_of_bottom(model)
+    of_hidden, of_bottoms = _kept(model.top_hidden), _kept(model.bottom_hidden)
     joined = vectors * model.embedding_dim
     below_top = saved + joined + (width if interaction.name == "dot" else 0)
     options = interactions.complete(interaction).options
@@ -60,8 +65,8 @@ def _dense(model: ModelConfig, examples: int, pooled: int) -> int:
     moments = []
     for j, (output, below) in enumerate(zip(top, (width, *top[:-1]), strict=True)):
         arriving = below if output > 1 else 0  # Of one output the gradient is multiplied out where it is read.
-        moments.append(examples * (below_top + 2 * sum(top[:j]) + output + arriving) + sum(kernels))
-        kept = below_top + 2 * sum(top[: max(j - 1, 0)]) + (below if j else 0)
+        moments.append(examples * (below_top + of_hidden * sum(top[:j]) + output + arriving) + sum(kernels))
+        kept = below_top + of_hidden * sum(top[: max(j - 1, 0)]) + (below if j else 0)
         others = sum(of_bottom[1:]) + sum(of_top[:j])
         moments.append(examples * kept + others + int(_OF_A_GRADIENT * of_top[j]))
     if interaction.name == "dot":
@@ -69,11 +74,16 @@ def _dense(model: ModelConfig, examples: int, pooled: int) -> int:
     elif crosses:
         moments.append(examples * (below_top + 2 * joined) + sum(kernels))
     for j, output in enumerate(bottom):
-        kept = 2 * sum(bottom[:j]) + output + (bottom[j - 1] if j else 0)
+        kept = of_bottoms * sum(bottom[:j]) + output + (bottom[j - 1] if j else 0)
         moments.append(examples * kept + pooled + sum(of_bottom[1:j]) + int(_OF_A_GRADIENT * of_bottom[j]))
-    return max(moments)
+    return int(max(moments))
 
 
 def _saved_of_bottom(model: ModelConfig) -> int:
     """Floats an example that the bottom MLP keeps; its last layer's output goes on to the interaction."""
-    return 2 * sum(model.bottom_mlp) - sum(model.bottom_mlp[-1:])
+    return int(_kept(model.bottom_hidden) * sum(model.bottom_mlp[:-1])) + sum(model.bottom_mlp[-1:])
+
+
+def _kept(hidden: HiddenConfig) -> float:
+    """Floats that a hidden layer keeps for each of its outputs until the backward pass has come to it."""
+    return 2 + _OF_NORM[hidden.norm] + _OF_ACTIVATION[hidden.activation] + _OF_DROPOUT * (hidden.dropout > 0)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from dlrm_jax.config import ModelConfig, TableConfig
+from dlrm_jax.config import NORMAL, ModelConfig, TableConfig
 from dlrm_jax.tables.collective import shard_index
 from dlrm_jax.tables.forms.base import Stack
 from dlrm_jax.tables.hashing import mix, table_keys
@@ -33,8 +33,8 @@ def init_tables(model: ModelConfig, seed: int) -> dict[str, jax.Array]:
 def init_stack(model: ModelConfig, stack: Stack, mesh: Mesh | None, seed: int) -> dict[str, jax.Array]:
     """A stack's arrays, split over `mesh` as its specs say. For use under jit with those shardings for its outputs.
 
-    `table_init="dlrm"` is U(+-sqrt(1 / num_embeddings)), `"flax"` N(0, 1/sqrt(D)) as flax.linen.Embed; a table's own
-    `init_range` goes before. Padding is 0.
+    `table_init="dlrm"` is U(+-sqrt(1 / num_embeddings)), `"flax"` N(0, 1/sqrt(D)) as flax.linen.Embed, `"normal:S"`
+    N(0, S); a table's own `init_range` goes before. Padding is 0.
     Learned pooling weights start at 1.
     """
     fill = functools.partial(_fill_shard, model, stack, jnp.asarray(table_keys(stack.tables, seed)))
@@ -66,6 +66,8 @@ def table_scales(model: ModelConfig, tables: tuple[TableConfig, ...]) -> tuple[n
         uniform = model.table_init == "dlrm"
         if table.init_range:  # Of a normal distribution the deviation that such a uniform one has.
             scales.append((high - low) / (2 if uniform else math.sqrt(12)))
+        elif model.table_init.startswith(NORMAL):
+            scales.append(float(model.table_init.removeprefix(NORMAL)))
         else:
             scales.append(math.sqrt(1 / table.num_embeddings) if uniform else table.embedding_dim**-0.5)
         shifts.append((high + low) / 2)
@@ -90,7 +92,7 @@ def _fill_shard(model: ModelConfig, stack: Stack, key_Tx2: jax.Array) -> jax.Arr
             jnp.broadcast_to(column_1xw, (len(local_P), stack.width)).astype(jnp.uint32),
             key_Tx2[table_P][:, None],
             scale_T[table_P][:, None],
-            model.table_init == "flax",
+            model.table_init != "dlrm",
         )
         weights = weights + shift_T[table_P][:, None]
         return jnp.where(valid_P[:, None] & (column_1xw < stack.dim), weights, 0).reshape(piece, lanes)

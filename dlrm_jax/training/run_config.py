@@ -8,6 +8,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from dlrm_jax.config import (
+    ACTIVATIONS,
+    NO_NORM,
+    PLAIN,
     DenseConfig,
     LossConfig,
     ModelConfig,
@@ -31,6 +34,7 @@ from dlrm_jax.model import interactions
 from dlrm_jax.tables.compress import compressed
 from dlrm_jax.tables.dtypes import DTYPES
 from dlrm_jax.tables.rules import make_rule
+from dlrm_jax.training.hidden_options import read_hidden
 from dlrm_jax.training.options import ShardingOptions
 from dlrm_jax.training.table_settings import read_table_settings, require_known
 
@@ -42,12 +46,22 @@ EARLIER_SCHEDULES = "earlier_schedules"
 _SMALLER_IS_BETTER = ("log_loss", "normalized_entropy")
 
 
+def _has_hidden_layers(run: Any) -> bool:
+    model = run.model
+    return len(model.bottom_mlp) > 1 or len(model.top_mlp) > 1 or "tower_mlp" in model.interaction.options
+
+
+_HIDDEN = Needs(_has_hidden_layers, "it needs a hidden layer: a --bottom_mlp or --top_mlp of at least two widths")
+_OF_EACH = "for both MLPs, or bottom:...,top:... (the other then has the default)"
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelOptions(DenseConfig):
     """What a user says of a model; the data says how wide the numbers are, which tables there are, and their rows.
 
     `tables` are settings of single tables as JSON (table_settings.py), `compress_tables` a way to store large ones
-    in fewer numbers (tables/compress.py).
+    in fewer numbers (tables/compress.py). `activation`, `norm` and `dropout` are of the hidden layers of both MLPs, or
+    of each (hidden_options.py).
     """
 
     embedding_dim: int = setting(16, "Columns of every embedding table.", at_least=1)
@@ -64,8 +78,24 @@ class ModelOptions(DenseConfig):
         choices=lambda: tuple(DTYPES.all()),
     )
 
+    activation: str = setting(
+        "relu", f"After each hidden layer, and the bottom MLP's last: one of {', '.join(ACTIVATIONS)}; {_OF_EACH}."
+    )
+    norm: str = setting(
+        NO_NORM,
+        "Between a hidden layer's product and its activation: none, batch (over the examples of a batch, in use by "
+        f"running averages) or layer (over the layer's outputs); {_OF_EACH}.",
+        needs=_HIDDEN,
+    )
+    dropout: str = setting(
+        "0",
+        f"Share of each hidden layer's outputs, after the activation, that a step leaves out at random; {_OF_EACH}.",
+        needs=_HIDDEN,
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
+        read_hidden(self.activation, self.norm, self.dropout)  # It checks them.
         object.__setattr__(self, "interaction", interactions.complete(self.interaction))
 
     @functools.cached_property
@@ -84,6 +114,8 @@ class ModelOptions(DenseConfig):
         dense = {field.name: getattr(self, field.name) for field in dataclasses.fields(DenseConfig)}
         num_dense = len(dataset.dense_names)
         dense["bottom_mlp"] = self.bottom_mlp if num_dense else ()
+        bottom, dense["top_hidden"] = read_hidden(self.activation, self.norm, self.dropout)
+        dense["bottom_hidden"] = bottom if num_dense else PLAIN
         model = ModelConfig(num_dense=num_dense, tables=tables, features=dataset.features, **dense)
         return compressed(model, self.compress_tables)
 

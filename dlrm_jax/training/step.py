@@ -5,7 +5,7 @@ embeddings is all that the sparse optimizer ever sees.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from dlrm_jax.model import metrics
 from dlrm_jax.model.dense_optimizer import make_dense_optimizer, norm_factor, regularised
 from dlrm_jax.model.dlrm import DLRM
 from dlrm_jax.model.loss import clipped, example_losses, probability
+from dlrm_jax.model.mlp import Training
 from dlrm_jax.model.schedule import make_schedule
 from dlrm_jax.tables.exchange import Pooled, TableOps, local_ops
 from dlrm_jax.training.state import TrainState
@@ -28,21 +29,25 @@ def forward(
     model: ModelConfig,
     ops: TableOps,
     tables: Any,
-    dense_params: Any,
+    variables: dict[str, Any],
     dense_BxN: jax.Array,
     ids_BxK: jax.Array,
     id_weights_BxK: jax.Array | None = None,
 ) -> jax.Array:
-    """logits_B, in training's evaluations as where a model is served; `ops` says where the tables are, and how kept."""
+    """logits_B, in training's evaluations as where a model is served; `ops` says where the tables are, and how kept.
+
+    `variables` are Flax's: `params`, and `batch_stats` where there are batch norms.
+    """
     with jax.named_scope("lookup"):
         pooled_BxFxD, _ = ops.lookup(tables, ops.route(ids_BxK, id_weights_BxK))
-    return DLRM(model).apply({"params": dense_params}, dense_BxN, pooled_BxFxD)
+    return DLRM(model).apply(variables, dense_BxN, pooled_BxFxD)
 
 
 def logits(model: ModelConfig, state: TrainState, batch: Batch, ops: TableOps | None = None) -> jax.Array:
     """logits_B of a batch; `ops` says where the tables are, by default on one device."""
     inputs = (batch.dense_BxN, batch.ids_BxK, batch.id_weights_BxK)
-    return forward(model, ops or local_ops(model), state.tables, state.dense_params, *inputs)
+    variables = {"params": state.dense_params, "batch_stats": state.batch_stats}
+    return forward(model, ops or local_ops(model), state.tables, variables, *inputs)
 
 
 def make_score(
@@ -54,7 +59,7 @@ def make_score(
     """
 
     def score(tables: Any, dense_params: Any, dense_BxN: jax.Array, ids_BxK: jax.Array) -> tuple[jax.Array, jax.Array]:
-        logit_B = forward(model, ops, tables, dense_params, dense_BxN, ids_BxK)
+        logit_B = forward(model, ops, tables, {"params": dense_params}, dense_BxN, ids_BxK)
         return probability(logit_B, threshold), logit_B
 
     return score
@@ -66,17 +71,20 @@ def make_train_step(
     optimizer: OptimizerConfig,
     num_micro_batches: int = 1,
     ops: TableOps | None = None,
+    seed: int = 0,
 ) -> TrainStep:
     """`(state, batch) -> (state, metrics)`; jit it with `donate_argnums=0`, so that tables are updated in place.
 
     `ops` says where the tables are; by default on one device. With `num_micro_batches` G > 1 the dense model works off
     the batch in G parts, whose gradients are added: one update, equal to that of the whole batch up to rounding, with a
-    G-th of the dense model's activations.
+    G-th of the dense model's activations. Batch norms are the exception: each part, every G-th row of the batch, is
+    normalised by itself, and the running averages are updated part after part.
+    Dropout follows from (`seed`, step, layer, the example's place in the batch, column).
     Metrics: `loss`, the mean over weighted examples; `learning_rate`; `finite`, whether loss and gradients are; and the
     counters of `ops`.
     """
     ops = ops or local_ops(model, optimizer)
-    finish = make_routed_step(model, loss, optimizer, num_micro_batches, ops)
+    finish = make_routed_step(model, loss, optimizer, num_micro_batches, ops, seed)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         batch = without_unweighted(batch)
@@ -88,14 +96,19 @@ def make_train_step(
 
 
 def make_pipelined_step(
-    model: ModelConfig, loss: LossConfig, optimizer: OptimizerConfig, num_micro_batches: int, ops: TableOps
+    model: ModelConfig,
+    loss: LossConfig,
+    optimizer: OptimizerConfig,
+    num_micro_batches: int,
+    ops: TableOps,
+    seed: int = 0,
 ) -> Callable[[TrainState, Batch, Any, Batch], tuple[TrainState, dict[str, jax.Array], Any]]:
     """`(state, batch, its routes, next batch) -> (state, metrics, the next batch's routes)`.
 
     Routes do not depend on the tables, so that the next batch's ids travel while this one is computed; the numbers are
     those of `make_train_step`.
     """
-    finish = make_routed_step(model, loss, optimizer, num_micro_batches, ops)
+    finish = make_routed_step(model, loss, optimizer, num_micro_batches, ops, seed)
 
     def train_step(
         state: TrainState, batch: Batch, routes: Any, next_batch: Batch
@@ -123,7 +136,12 @@ def make_scanned_step(step: TrainStep) -> Callable[..., tuple[TrainState, list[d
 
 
 def make_routed_step(
-    model: ModelConfig, loss: LossConfig, optimizer: OptimizerConfig, num_micro_batches: int, ops: TableOps
+    model: ModelConfig,
+    loss: LossConfig,
+    optimizer: OptimizerConfig,
+    num_micro_batches: int,
+    ops: TableOps,
+    seed: int = 0,
 ) -> Callable[[TrainState, Batch, Any], tuple[TrainState, dict[str, jax.Array]]]:
     """The train step from where it is known which rows a batch needs."""
     schedule = make_schedule(optimizer.schedule)
@@ -132,8 +150,11 @@ def make_routed_step(
     def train_step(state: TrainState, batch: Batch, routes: Any) -> tuple[TrainState, dict[str, jax.Array]]:
         with jax.named_scope("lookup"):
             pooled_BxFxD, routes = ops.lookup(state.tables, routes)
-        loss_value, d_params, d_pooled_BxFxD, finite = dense_gradients(
-            model, loss, state.dense_params, batch, pooled_BxFxD, num_micro_batches, ops
+        hidden = HiddenState(state.batch_stats)
+        if model.has_dropout:
+            hidden = hidden._replace(key=jax.random.fold_in(jax.random.key(seed), state.step))
+        loss_value, d_params, d_pooled_BxFxD, finite, batch_stats = dense_gradients(
+            model, loss, state.dense_params, batch, pooled_BxFxD, num_micro_batches, ops, hidden
         )
         rate = schedule(state.step)
         if state.rate_factor is not None:
@@ -159,10 +180,21 @@ def make_routed_step(
             dense_opt_state=dense_opt_state,
             tables=tables,
             table_opt_state=table_opt_state,
+            batch_stats=batch_stats,
         )
         return new_state, {"loss": loss_value, "learning_rate": rate, "finite": finite, **counters}
 
     return train_step
+
+
+class HiddenState(NamedTuple):
+    """What hidden layers need besides parameters: running averages of batch norms, and the step's key for dropout."""
+
+    batch_stats: Any
+    key: Any = None
+
+
+_PLAIN = HiddenState({})
 
 
 def dense_gradients(
@@ -173,46 +205,80 @@ def dense_gradients(
     pooled_BxFxD: Pooled,
     num_micro_batches: int,
     ops: TableOps,
-) -> tuple[jax.Array, Any, Pooled, jax.Array]:
-    """(mean loss, gradient of the dense parameters, d_pooled_BxFxD, whether all are finite).
+    hidden: HiddenState = _PLAIN,
+) -> tuple[jax.Array, Any, Pooled, jax.Array, Any]:
+    """(mean loss, gradient of the dense parameters, d_pooled_BxFxD, whether all are finite, new batch_stats).
 
-    Each device adds the gradients of its own examples, part after part; only their sum is sent.
+    Each device adds the gradients of its own examples, part after part; only their sum is sent. Where there are batch
+    norms all devices work off a part together, as its means and variances are those of all its examples.
     """
     total_weight = jnp.maximum(batch.weight_B.sum(), 1e-30)
+    row_B = jnp.arange(len(batch.weight_B)) if model.has_dropout or model.has_batch_norm else None
 
-    def part_loss(
-        params: Any, pooled: jax.Array, total_weight: jax.Array, dense: jax.Array, label: jax.Array, weight: jax.Array
-    ) -> jax.Array:
-        logits = DLRM(model).apply({"params": params}, dense, pooled)
-        return (example_losses(loss, logits, label) * weight).sum() / total_weight
+    def part_gradients(shared: Any, part: tuple[Any, ...]) -> tuple[tuple[jax.Array, Any, Any], Any]:
+        (params, total_weight, hidden), (pooled, *others) = shared, part
 
-    def part_gradients(shared: Any, part: tuple[Any, ...]) -> tuple[tuple[jax.Array, Any], jax.Array]:
-        (params, total_weight), (pooled, *others) = shared, part
-        value, (d_params, d_pooled) = jax.value_and_grad(part_loss, argnums=(0, 1))(
-            params, pooled, total_weight, *others
-        )
-        return (value, d_params), d_pooled
+        def mean_loss(params: Any, pooled: Any) -> tuple[jax.Array, Any]:
+            dense, row, label, weight = others
+            logits, batch_stats = training_logits(model, params, hidden, dense, pooled, row, weight)
+            return (example_losses(loss, logits, label) * weight).sum() / total_weight, batch_stats
 
-    def gradients(shared: Any, columns: tuple[Any, ...]) -> tuple[tuple[jax.Array, Any], jax.Array]:
+        compute = jax.value_and_grad(mean_loss, argnums=(0, 1), has_aux=True)
+        (value, batch_stats), (d_params, d_pooled) = compute(params, pooled)
+        return (value, d_params, batch_stats), d_pooled
+
+    def gradients(shared: Any, columns: tuple[Any, ...]) -> tuple[tuple[jax.Array, Any, Any], Any]:
         if num_micro_batches == 1:
             return part_gradients(shared, columns)
+        params, total_weight, hidden = shared
         split = (len(columns[-1]) // num_micro_batches, num_micro_batches)
         parts = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(*split, *x.shape[1:]), 1, 0), columns)
 
-        def add(sums: tuple[jax.Array, Any], part: tuple[jax.Array, ...]) -> tuple[tuple[jax.Array, Any], jax.Array]:
-            more, d_pooled = part_gradients(shared, part)
-            return jax.tree.map(jnp.add, sums, more), d_pooled
+        def add(so_far: tuple[jax.Array, Any, Any], part: tuple[Any, ...]) -> tuple[tuple[jax.Array, Any, Any], Any]:
+            *sums, batch_stats = so_far
+            now = (params, total_weight, hidden._replace(batch_stats=batch_stats))
+            (*more, batch_stats), d_pooled = part_gradients(now, part)
+            return (*jax.tree.map(jnp.add, sums, more), batch_stats), d_pooled
 
-        sums, d_pooled = jax.lax.scan(add, (jnp.zeros(()), jax.tree.map(jnp.zeros_like, shared[0])), parts)
+        first = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params), hidden.batch_stats)
+        sums, d_pooled = jax.lax.scan(add, first, parts)
         whole = lambda d, pooled: jnp.moveaxis(d, 0, 1).reshape(pooled.shape)  # noqa: E731
         return sums, jax.tree.map(whole, d_pooled, columns[0])
 
-    columns = (pooled_BxFxD, batch.dense_BxN, batch.label_B, batch.weight_B)
-    (value, d_params), d_pooled_BxFxD = ops.on_each(gradients, (dense_params, total_weight), columns)
+    shared = (dense_params, total_weight, hidden)
+    columns = (pooled_BxFxD, batch.dense_BxN, row_B, batch.label_B, batch.weight_B)
+    on_each = _together if model.has_batch_norm else ops.on_each
+    (value, d_params, batch_stats), d_pooled_BxFxD = on_each(gradients, shared, columns)
     finite = jnp.isfinite(value)
     for leaf in jax.tree.leaves((d_params, d_pooled_BxFxD)):
         finite &= jnp.isfinite(leaf).all()
-    return value, d_params, d_pooled_BxFxD, finite
+    return value, d_params, d_pooled_BxFxD, finite, batch_stats
+
+
+def _together(function: Callable[[Any, Any], tuple[Any, Any]], shared: Any, columns: Any) -> tuple[Any, Any]:
+    """In place of TableOps.on_each: of all devices' examples at once, which XLA splits over them."""
+    return function(shared, columns)
+
+
+def training_logits(
+    model: ModelConfig,
+    params: Any,
+    hidden: HiddenState,
+    dense_BxN: jax.Array,
+    pooled_BxFxD: Pooled,
+    row_B: jax.Array | None,
+    weight_B: jax.Array,
+) -> tuple[jax.Array, Any]:
+    """(logits_B, new batch_stats) in training; `row_B` numbers the examples in their batch, None if nobody asks."""
+    training, rngs = None, None if hidden.key is None else {"dropout": hidden.key}
+    counts_B = weight_B > 0
+    if row_B is not None:
+        # The mean of no example would be no number: of a part that is all padding nothing is kept.
+        training = Training(row_B, counts_B | ~counts_B.any())
+    variables = {"params": params, "batch_stats": hidden.batch_stats}
+    logits_B, new = DLRM(model).apply(variables, dense_BxN, pooled_BxFxD, training, rngs=rngs, mutable=["batch_stats"])
+    keep = lambda new, old: jnp.where(counts_B.any(), new, old)  # noqa: E731
+    return logits_B, jax.tree.map(keep, new.get("batch_stats", {}), hidden.batch_stats)
 
 
 def make_eval_step(

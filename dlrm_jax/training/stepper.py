@@ -34,7 +34,7 @@ class Stepper:
         self._at_once = config.steps_per_dispatch
         together = self._at_once > 1 and config.sharding.pipeline
         require(not together, "--steps_per_dispatch and --pipeline_exchange are two ways to run ahead; choose one")
-        settings = (placed.model, config.loss, config.optimizer, config.num_micro_batches, placed.ops)
+        settings = (placed.model, config.loss, config.optimizer, config.num_micro_batches, placed.ops, config.seed)
         self._pipeline = _Pipeline(placed, make_pipelined_step(*settings)) if config.sharding.pipeline else None
         step = make_train_step(*settings)
         self._step = placed.jit_step(step)

@@ -62,7 +62,7 @@ def test_every_placement_on_two_processes_equals_one_device():
     running = [start([*command, str(i), "2", str(devices)], devices) for i in range(2)]
     texts = outputs(running)
     assert [process.returncode for process in running] == [0, 0], texts
-    assert all(text.count("equals one device") == 6 for text in texts)
+    assert all(text.count("equals one device") == 7 for text in texts)
 
 
 @pytest.fixture(scope="module")

@@ -53,6 +53,7 @@ TABLE = {
     "cross": ({"interaction": "cross", **CROSS}, 20),
     "full_cross": ({"interaction": "full_cross", "cross_layers": 2}, 20),
     "parallel_cross": ({"interaction": "parallel_cross", **CROSS, "tower_mlp": (6, 3)}, 20 + 3),
+    "parallel_full_cross": ({"interaction": "parallel_full_cross", "cross_layers": 2, "tower_mlp": (6, 3)}, 20 + 3),
     "fm": ({"interaction": "fm"}, 8),
     "projection": ({"interaction": "projection", **BRANCHES}, 4 + 2 * 3),
 }

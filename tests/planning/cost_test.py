@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dlrm_jax.config import FeatureConfig, LossConfig, ModelConfig, TableConfig
+from dlrm_jax.config import FeatureConfig, HiddenConfig, LossConfig, ModelConfig, TableConfig
 from dlrm_jax.host.mesh import MeshShape, make_mesh
 from dlrm_jax.model import interactions
 from dlrm_jax.model.interactions import base
@@ -75,6 +75,18 @@ SHAPES = [
     (step_of(26, 16, 2, (8,), (8, 1), learned_pooling=True), (1, 1), "data_parallel", "rowwise_adagrad", 8192, 1),
     (step_of(8, 128, 1, (256,), (512, 1), interaction="cross", cross_rank=64), (1, 1), "data_parallel", "sgd", 2048, 1),
     (step_of(26, 16, 5, *KAGGLE), MANY, "row_wise", "rowwise_adagrad", 16384, 1),
+]
+NORMED, FREE = HiddenConfig(norm="batch", dropout=0.2), HiddenConfig("prelu", "layer", 0.5)
+SHAPES += [
+    (
+        step_of(10, 10, 1, (), (400, 400, 1), interaction="cat", top_hidden=NORMED),
+        (1, 1),
+        "data_parallel",
+        "sgd",
+        4096,
+        1,
+    ),
+    (step_of(26, 16, 5, *KAGGLE, bottom_hidden=NORMED, top_hidden=FREE), (1, 1), "data_parallel", "sgd", 8192, 4),
 ]
 MORE_SHAPES = [
     *((step_of(26, 16, 5, *KAGGLE), MANY, kind, table, 16384, 1) for kind in SHARDINGS for table in ("sgd", "adagrad")),
@@ -164,6 +176,18 @@ def test_rows_of_two_bytes_travel_as_they_are_stored():
     assert sent == dict(cost.sent.bytes_by_kind)
     (capacity,) = cost.options.capacity.values()
     assert sent["all-to-all"] == 4 * capacity * (4 + 16 * (2 + 4))  # Numbers, rows there, gradients back.
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_what_batch_norms_send_is_counted(parts):
+    """Theirs are of many columns each: what has few is control."""
+    hidden = HiddenConfig(norm="batch", dropout=0.1)
+    changes = {"bottom_mlp": (128, 16), "top_mlp": (256, 1), "bottom_hidden": hidden, "top_hidden": hidden}
+    cost, compiled = predicted_and_compiled((1, 2), "data_parallel", table="sgd", parts=parts, **changes)
+    found = collectives(compiled.as_text())
+    sent = (parts * totals(found, in_loop=True)["all-reduce"] if parts > 1 else totals(found)["all-reduce"]) / 4
+    assert dense_work(model(**changes)).averages == 2 * (128 + 256)
+    assert abs(cost.sent.bytes_by_kind["all-reduce"] / 4 - sent) <= parts
 
 
 @pytest.mark.parametrize("sharding", ["row_wise", "column_wise"])

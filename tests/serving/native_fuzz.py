@@ -19,7 +19,17 @@ from unittest import mock
 import jax
 import numpy as np
 
-from dlrm_jax.config import ConfigError, FeatureConfig, ModelConfig, TableConfig, to_dict
+from dlrm_jax.config import (
+    ACTIVATIONS,
+    LAYER_NORM,
+    NO_NORM,
+    ConfigError,
+    FeatureConfig,
+    HiddenConfig,
+    ModelConfig,
+    TableConfig,
+    to_dict,
+)
 from dlrm_jax.serving.artifact import native
 from dlrm_jax.serving.artifact.errors import BadRequest
 from dlrm_jax.serving.artifact.export import _flat, _write_json, _write_weights
@@ -101,6 +111,8 @@ class Fuzz:
             "cross_rank": int(self.rng.integers(1, 40)),
             "learned_pooling": self.pick(True, False),
         }
+        hidden = [HiddenConfig(self.pick(*ACTIVATIONS), self.pick(NO_NORM, LAYER_NORM)) for _ in range(2)]
+        fields |= {"bottom_hidden": hidden[0], "top_hidden": hidden[1]}
         return ModelConfig(**meeting(fields))
 
     def write(self, directory: pathlib.Path, model: ModelConfig, kind: str) -> Version:
@@ -199,7 +211,8 @@ class Fuzz:
             (copy, self.pick(*numbers)),
             (features[0], self.pick("hotness", "mean")),
             (features[-1], "hotness"),
-            (top[0], self.pick("inputs", "outputs", "relu")),
+            (top[0], self.pick("inputs", "outputs", "activation")),
+            (top[0].norm, self.pick("type", "rows", "columns", "row_stride")),
             (top[-1].panels, self.pick("type", "rows", "columns", "row_stride")),
             (features[0].rows, self.pick("type", "columns", "row_stride", "column_stride")),
         )
@@ -216,7 +229,7 @@ class Fuzz:
         path = self.pick(*arrays) if name == "array" else version.directory / name
         whole = path.read_bytes()
         if name == "array":
-            array = np.load(path)
+            array = np.atleast_1d(np.load(path))  # One of a single number has no rows.
             np.save(path, self.pick(array[:-1], array.astype("f8"), array[..., None], array.ravel(), array.T, array[0]))
         else:
             values = json.loads(whole)

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from dlrm_jax.config import ConfigError, FeatureConfig, LossConfig, TableConfig
+from dlrm_jax.config import ConfigError, FeatureConfig, HiddenConfig, LossConfig, TableConfig
 from dlrm_jax.serving.artifact import native
 from dlrm_jax.serving.artifact.export import export_model, of_arrays
 from dlrm_jax.serving.artifact.loaded import OneDevice, load
@@ -47,6 +47,15 @@ MODELS = {
     "bfloat16": ("bfloat16", {}),
     "int8": ("int8", MANY),
     "int4": ("int4", {}),
+    "batch norm, gelu": (
+        "float32",
+        {"interaction": "cross", "cross_layers": 1, "cross_rank": 3, **WIDE}
+        | {"bottom_hidden": HiddenConfig("gelu", "batch"), "top_hidden": HiddenConfig("silu", "batch", 0.5)},
+    ),
+    "layer norm, prelu": (
+        "float32",
+        {**WIDE, "bottom_hidden": HiddenConfig("prelu", "layer"), "top_hidden": HiddenConfig("relu", "layer")},
+    ),
     "int4, odd": (
         "int4",
         {"tables": tuple(TableConfig(n, 8, 5) for n in ("user", "item", "flag")), "bottom_mlp": (5,)},
@@ -73,9 +82,11 @@ def export_random(model_dir, model, kind):
     draw = lambda array: rng.normal(size=array.shape).astype(np.float32)  # noqa: E731
     state = lively_state(model)
     tables = {name: draw(rows) for name, rows in named_tables(model, state.tables)}
-    dense_params = jax.tree.map(lambda array: draw(array) / len(array) ** 0.5, state.dense_params)
-    data = random_dataset(model)
-    return export_model(model_dir, model, LossConfig(), dense_params, of_arrays(tables), data, kind, evaluated=())
+    dense_params = jax.tree.map(
+        lambda array: draw(array) / (len(array) if array.ndim == 2 else 1) ** 0.5, state.dense_params
+    )
+    parts = (dense_params, of_arrays(tables), random_dataset(model), kind)
+    return export_model(model_dir, model, LossConfig(), *parts, evaluated=(), batch_stats=state.batch_stats)
 
 
 @needs_compiler

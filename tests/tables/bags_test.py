@@ -111,7 +111,9 @@ def test_init_in_pieces_equals_init_at_once(monkeypatch):
     np.testing.assert_array_equal(init_tables(tiny_model(), 1)["stack_0"], whole)
 
 
-@pytest.mark.parametrize(("name", "std", "limit"), [("dlrm", 0.01 / 3**0.5, 0.01), ("flax", 0.25, np.inf)])
+@pytest.mark.parametrize(
+    ("name", "std", "limit"), [("dlrm", 0.01 / 3**0.5, 0.01), ("flax", 0.25, np.inf), ("normal:1e-4", 1e-4, 1e-3)]
+)
 def test_init_has_the_stated_distribution(name, std, limit):
     config = tiny_model(
         tables=(TableConfig("big", 10000, 16),),

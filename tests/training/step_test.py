@@ -237,11 +237,14 @@ def test_same_seed_same_bits_other_seed_other_weights():
     ).any()
 
 
-@pytest.mark.parametrize("init", ["dlrm", "torch", "flax"])
+@pytest.mark.parametrize("init", ["dlrm", "torch", "flax", "xavier"])
 def test_dense_init_has_the_stated_scale(init):
     model = tiny_model(num_dense=300, bottom_mlp=(200, 4), dense_init=init)
     layer = init_state(model, optimizer(), 0).dense_params["bottom_mlp"]["layer_0"]
-    std = {"dlrm": (2 / 500) ** 0.5, "torch": (1 / 300 / 3) ** 0.5, "flax": (1 / 300) ** 0.5}[init]
-    bias_std = {"dlrm": (1 / 200) ** 0.5, "torch": (1 / 300 / 3) ** 0.5, "flax": 0}[init]
+    xavier = (2 / 500) ** 0.5
+    std = {"dlrm": xavier, "torch": (1 / 300 / 3) ** 0.5, "flax": (1 / 300) ** 0.5, "xavier": xavier}[init]
+    bias_std = {"dlrm": (1 / 200) ** 0.5, "torch": (1 / 300 / 3) ** 0.5, "flax": 0, "xavier": 0}[init]
     np.testing.assert_allclose(np.std(layer["kernel"]), std, rtol=0.03)
+    if init == "xavier":  # Not cut off at two deviations.
+        assert np.abs(layer["kernel"]).max() > 3.5 * std
     np.testing.assert_allclose(np.std(layer["bias"]), bias_std, rtol=0.2, atol=1e-9)

@@ -7,21 +7,34 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dlrm_jax.config import ConfigError, InteractionConfig, ModelConfig, Setting, require, require_choice
+from dlrm_jax.config import (
+    PLAIN,
+    ConfigError,
+    HiddenConfig,
+    InteractionConfig,
+    ModelConfig,
+    Setting,
+    require,
+    require_choice,
+)
 from dlrm_jax.config.settings import setting_of
 from dlrm_jax.host.registry import Registry
+from dlrm_jax.model.mlp import Training
 
 
 class Interaction(nn.Module):
     """How the numbers of an example and its pooled embeddings meet: (bottom_BxD or None, pooled_BxFxD) -> (B, I).
 
     `bottom_BxD` is the bottom MLP's output, None for a model without numbers. The fields of a subclass are its options;
-    each has a default, whose type is the option's: bool, int, float, str or a tuple of int. The two fields here are the
-    model's: what products with weights are computed in (the result is float32), and how MLPs are initialised.
+    each has a default, whose type is the option's: bool, int, float, str or a tuple of int. The fields here are the
+    model's: what products with weights are computed in (the result is float32), how MLPs are initialised, what the top
+    MLP's hidden layers are made of, which a tower's may be too, and in a pass that trains which examples these are.
     """
 
     dtype: str = "float32"
     dense_init: str = "dlrm"
+    hidden: HiddenConfig = PLAIN
+    training: Training | None = None
 
 
 INTERACTIONS: Registry[type[Interaction]] = Registry(
@@ -66,9 +79,10 @@ def make(config: InteractionConfig, **common: Any) -> Interaction:
     return registered()[config.name](**config.options, **common)
 
 
-def of_model(model: ModelConfig) -> Interaction:
+def of_model(model: ModelConfig, training: Training | None = None) -> Interaction:
     """The module as a part of its model."""
-    return make(model.interaction, dtype=model.compute_dtype, dense_init=model.dense_init, name=model.interaction.name)
+    common = {"dtype": model.compute_dtype, "dense_init": model.dense_init, "hidden": model.top_hidden}
+    return make(model.interaction, **common, training=training, name=model.interaction.name)
 
 
 def complete(config: InteractionConfig) -> InteractionConfig:

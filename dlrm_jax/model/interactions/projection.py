@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 from dlrm_jax.config import require, setting
 from dlrm_jax.model.interactions.base import Interaction, behind, register, side_by_side
-from dlrm_jax.model.mlp import MLP
+from dlrm_jax.model.mlp import ACTIVATED, MLP
 
 _BRANCHES = {"branch1": "projection_branch1", "branch2": "projection_branch2"}
 """Module -> the option with its widths."""
@@ -40,7 +40,7 @@ class Projection(Interaction):
                 widths[-1] % dim == 0,
                 f"{option_name} ends in {widths[-1]}, no multiple of embedding_dim, {dim}; the last width must be one",
             )
-            mlp = MLP(widths, final_relu=True, init_name=self.dense_init, dtype=self.dtype, name=name)
+            mlp = MLP(widths, ACTIVATED, init_name=self.dense_init, dtype=self.dtype, name=name)
             branches.append(mlp(x_BxI))
         rows, columns = (branch_BxW.shape[1] // dim for branch_BxW in branches)
         y_BxPxD, z_BxDxQ = branches[0].reshape(batch, rows, dim), branches[1].reshape(batch, dim, columns)

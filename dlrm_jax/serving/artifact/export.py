@@ -42,6 +42,7 @@ from dlrm_jax.data.schema.schema_io import from_dict as schema_from_dict
 from dlrm_jax.data.values.file_names import existing_file, file_names
 from dlrm_jax.model import metrics
 from dlrm_jax.model.loss import example_losses
+from dlrm_jax.serving.artifact.folded import folded
 from dlrm_jax.serving.artifact.loaded import MakeEngine
 from dlrm_jax.serving.artifact.quantise import TABLE_TYPES, stored_table, take_stored
 from dlrm_jax.serving.artifact.signature import ServedFeature, Signature
@@ -115,13 +116,16 @@ def export_model(
     facts: dict[str, Any] | None = None,
     evaluated: tuple[str, ...] = HELD_OUT,
     make_engine: MakeEngine | None = None,
+    batch_stats: Mapping[str, Any] | None = None,
 ) -> Version:
     """Write the next version, its tables by `pieces`, so that no table need be in memory as a whole.
 
+    Batch norms, whose running averages are `batch_stats`, go into the products before them (folded.py).
     `evaluated` are the splits that metrics are of.
     What is written is scored by the very program, on the first device; by `make_engine` where it does not fit there.
     """
     require_choice("tables", kind, TABLE_TYPES)
+    model, dense_params = folded(model, dense_params, batch_stats or {})
     signature = make_signature(model, dataset, kind)
     dense, forward = _flat(dense_params), make_forward(model, loss, kind)
     facts = {"name": signature.name, "tables": kind, "table_bytes": 0, **(facts or {})}

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from dlrm_jax.config import ConfigError, ModelConfig
+from dlrm_jax.config import ACTIVATIONS, BATCH_NORM, LAYER_NORM, ConfigError, HiddenConfig, ModelConfig
 from dlrm_jax.serving.artifact.loaded import Engine
 from dlrm_jax.serving.artifact.signature import TABLE_TYPES
 from dlrm_jax.serving.artifact.store import Version
@@ -36,7 +36,11 @@ class _Array(ctypes.Structure):
 
 
 class _Layer(ctypes.Structure):
-    _fields_ = (("panels", _Array), ("bias", _Array), ("inputs", _INT), ("outputs", _INT), ("relu", _INT))
+    _fields_ = (
+        *((name, _Array) for name in ("panels", "bias", "norm")),
+        *((name, _INT) for name in ("inputs", "outputs", "activation")),
+        ("slope", ctypes.c_float),
+    )
 
 
 class _Feature(ctypes.Structure):
@@ -117,8 +121,8 @@ class NativeCpu:
         """The address of what score.cc calls a Model; all that it points to is kept."""
         files, dense = TableFiles(version), read_dense(version)
         features = self._features(files, model)
-        bottom = self._mlp(dense, "bottom_mlp", len(model.bottom_mlp), final_relu=True)
-        top = self._mlp(dense, "top_mlp", len(model.top_mlp), final_relu=False)
+        bottom = self._mlp(dense, "bottom_mlp", len(model.bottom_mlp), model.bottom_hidden, last_is_activated=True)
+        top = self._mlp(dense, "top_mlp", len(model.top_mlp), model.top_hidden, last_is_activated=False)
         cross = self._cross(dense, model.interaction.options.get("cross_layers", 0))
         hotness = [feature.hotness for feature in model.features]
         feature_of_slot = np.repeat(np.arange(len(hotness), dtype=np.int64), hotness)
@@ -162,11 +166,23 @@ class NativeCpu:
         ]
         return (_Feature * len(features))(*features)
 
-    def _mlp(self, dense: dict[str, np.ndarray], name: str, depth: int, final_relu: bool) -> ctypes.Array[_Layer]:
+    def _mlp(
+        self, dense: dict[str, np.ndarray], name: str, depth: int, hidden: HiddenConfig, last_is_activated: bool
+    ) -> ctypes.Array[_Layer]:
+        if hidden.norm == BATCH_NORM:
+            raise ValueError("an export has no batch norms")
         layers = []
         for i in range(depth):
-            kernel, bias = (dense[f"{name}/layer_{i}/{leaf}"] for leaf in ("kernel", "bias"))
-            layers.append(self._layer(kernel, bias, relu=final_relu or i < depth - 1))
+            layer = self._layer(*(dense[f"{name}/layer_{i}/{leaf}"] for leaf in ("kernel", "bias")))
+            is_hidden = i < depth - 1
+            if is_hidden and hidden.norm == LAYER_NORM:
+                norm_2xW = np.stack([dense[f"{name}/norm_{i}/{leaf}"] for leaf in ("scale", "bias")])
+                layer.norm = _described(self._keep(norm_2xW))
+            if is_hidden or last_is_activated:
+                layer.activation = 1 + ACTIVATIONS.index(hidden.activation)
+                if hidden.activation == "prelu":
+                    layer.slope = dense[f"{name}/activation_{i}/negative_slope"].item()
+            layers.append(layer)
         return (_Layer * len(layers))(*layers)
 
     def _cross(self, dense: dict[str, np.ndarray], depth: int) -> ctypes.Array[_Layer]:
@@ -176,14 +192,14 @@ class NativeCpu:
             layers += [self._layer(v_IxR, np.zeros(v_IxR.shape[1], np.float32)), self._layer(w_RxI, b_I)]
         return (_Layer * len(layers))(*layers)
 
-    def _layer(self, kernel: np.ndarray, bias: np.ndarray, relu: bool = False) -> _Layer:
+    def _layer(self, kernel: np.ndarray, bias: np.ndarray) -> _Layer:
         panel = _library().dlrm_panel()
         inputs, outputs = kernel.shape
         padding = -outputs % panel
         columns = np.pad(kernel, ((0, 0), (0, padding))).reshape(inputs, -1, panel)
         panels = self._keep(columns.transpose(1, 0, 2).reshape(-1, panel))
         padded_bias = self._keep(np.pad(bias, (0, -bias.size % panel))[None])
-        return _Layer(_described(panels), _described(padded_bias), inputs, outputs, relu)
+        return _Layer(panels=_described(panels), bias=_described(padded_bias), inputs=inputs, outputs=outputs)
 
     def _keep(self, array: np.ndarray | ArrayFile) -> np.ndarray:
         """A copy at the start of a cache line, which this object holds; NumPy puts large ones on huge pages."""

@@ -63,9 +63,9 @@ class ArrayFile:
             raise ConfigError(f"{self._path} is not an array: {' '.join(str(error).split())}; export anew") from error
         self.dtype = np.dtype(ml_dtypes.bfloat16) if dtype == "bfloat16" and found == np.uint16 else found
         require(self.dtype.name == dtype, f"{self._path} holds {found.name}, not {dtype}; export anew")
-        whole = not (fortran_order and len(self.shape) > 1) and bool(self.shape) and min(self.shape) >= 0
+        whole = not (fortran_order and len(self.shape) > 1) and min(self.shape, default=0) >= 0
         self._row_bytes = self.dtype.itemsize * int(np.prod(self.shape[1:], dtype=object)) if whole else 0
-        whole = whole and length == self._start + self.shape[0] * self._row_bytes
+        whole = whole and length == self._start + (self.shape or (1,))[0] * self._row_bytes
         require(whole, f"{self._path} is not as long as its {list(self.shape)} numbers; export anew")
 
     def rows(self, start: int, stop: int, step: int = 1) -> np.ndarray:
@@ -81,6 +81,12 @@ class ArrayFile:
             part[...] = self.rows(begin, begin + (len(part) - 1) * step + 1)[::step]
         return out
 
+    def whole(self) -> np.ndarray:
+        """All of it, also of one that is a single number and has no rows."""
+        out = np.empty(self.shape, self.dtype)
+        self.read_into(out)
+        return out
+
     def read_into(self, out: np.ndarray, start: int = 0) -> None:
         """Fill `out`, which lies in one piece, with the rows from `start` on."""
         with open_regular(self._path) as opened:
@@ -94,6 +100,10 @@ def read_weights(version: Version) -> dict[str, jax.Array]:
     weights = {}
     for name, stored in read_index(version).items():
         files = [ArrayFile(version, file, stored.dtype) for file in stored.files]
+        if len(files) == 1 and not files[0].shape:
+            weights[name] = jax.device_put(files[0].whole())
+            continue
+        require(all(file.shape for file in files), f"{version.directory}: array {name!r} has no rows; export anew")
         rows, row_shape = sum(file.shape[0] for file in files), files[0].shape[1:]
         piece = max(1, _PIECE_BYTES // max(1, files[0].dtype.itemsize * int(np.prod(row_shape))))
         if rows <= piece:
@@ -152,7 +162,7 @@ def read_dense(version: Version) -> dict[str, np.ndarray]:
     """Weights that are no table's, by name."""
     dense = {name: stored for name, stored in read_index(version).items() if not stored.tables}
     files = {name: ArrayFile(version, stored.files[0], stored.dtype) for name, stored in dense.items()}
-    return {name: file.rows(0, file.shape[0]) for name, file in files.items()}
+    return {name: file.whole() for name, file in files.items()}
 
 
 class TableFiles:

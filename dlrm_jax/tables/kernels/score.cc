@@ -47,6 +47,8 @@ typedef float Lanes __attribute__((vector_size(kLanes * 4), aligned(4), may_alia
 
 enum Kind : int64_t { kFloat32, kBfloat16, kInt8, kInt4 };
 enum Interaction : int64_t { kDot, kCat, kCross };
+enum Activation : int64_t { kNone, kRelu, kGelu, kSilu, kPrelu };
+constexpr double kNormEpsilon = 1e-5;  // NORM_EPSILON of config.
 
 }  // namespace
 
@@ -60,9 +62,12 @@ struct Array {
 };
 
 // y = x W + b, W (in, out) in panels of kPanel columns, (in, kPanel) each; columns beyond `out`, and of the bias, are 0.
+// Then a layer norm, if it has data: (2, out), what is multiplied with and what is added. Then the activation; `slope`
+// is that of kPrelu below 0.
 struct Layer {
-  Array panels, bias;
-  int64_t in, out, relu;
+  Array panels, bias, norm;
+  int64_t in, out, activation;
+  float slope;
 };
 
 struct Feature {
@@ -132,6 +137,8 @@ bool Chained(const Layer* layers, int64_t count, int64_t in, int64_t out) {
     const int64_t columns = Padded(layer.out);
     if (!Holds(layer.panels, kFloats, columns / kPanel * in, kPanel)) return false;
     if (!Holds(layer.bias, kFloats, 1, columns)) return false;
+    if (layer.norm.data != nullptr && !Holds(layer.norm, kFloats, 2, layer.out)) return false;
+    if (!Within(layer.activation, kNone, kPrelu)) return false;
   }
   return in == out;
 }
@@ -175,6 +182,7 @@ const char* Wrong(const Model& model) {
 template <int R, int P>
 void Tile(const float* x, int64_t x_stride, const Layer& layer, int64_t panel, float* y, int64_t y_stride) {
   constexpr int kSums = 2 * P;
+  const bool relu = layer.activation == kRelu && layer.norm.data == nullptr;
   const float* weights = Floats(layer.panels) + panel * layer.in * kPanel;
   Lanes sums[R][kSums];
 #pragma GCC unroll 8
@@ -198,7 +206,7 @@ void Tile(const float* x, int64_t x_stride, const Layer& layer, int64_t panel, f
 #pragma GCC unroll 8
     for (int j = 0; j < kSums; ++j) {
       const Lanes zero = {};
-      const Lanes sum = layer.relu ? (sums[r][j] < zero ? zero : sums[r][j]) : sums[r][j];
+      const Lanes sum = relu ? (sums[r][j] < zero ? zero : sums[r][j]) : sums[r][j];
       *reinterpret_cast<Lanes*>(y + r * y_stride + panel * kPanel + j * kLanes) = sum;
     }
   }
@@ -224,6 +232,33 @@ void Apply(const Layer& layer, const float* x, int64_t x_stride, int64_t rows, f
                                 : step == 2 ? Tile<2, 2>
                                             : TileOf(std::make_integer_sequence<int, kTileRows>(), count);
       tile(x + first * x_stride, x_stride, layer, panel, y + first * y_stride, y_stride);
+    }
+  }
+}
+
+// Of one row, (y - mean) / sqrt(variance + epsilon), times and plus what the norm says.
+void Normalise(const Array& norm, float* y, int64_t width) {
+  double mean = 0, variance = 0;
+  for (int64_t d = 0; d < width; ++d) mean += y[d];
+  mean /= width;
+  for (int64_t d = 0; d < width; ++d) variance += (y[d] - mean) * (y[d] - mean);
+  const double inverse = 1 / std::sqrt(variance / width + kNormEpsilon);
+  const float *scale = Floats(norm), *shift = scale + width;
+  for (int64_t d = 0; d < width; ++d) y[d] = static_cast<float>((y[d] - mean) * inverse) * scale[d] + shift[d];
+}
+
+// What of a layer comes after its product and is not done there.
+void Finish(const Layer& layer, float* y, int64_t y_stride, int64_t rows) {
+  const bool normed = layer.norm.data != nullptr;
+  if (!normed && layer.activation <= kRelu) return;
+  for (const float* end = y + rows * y_stride; y != end; y += y_stride) {
+    if (normed) Normalise(layer.norm, y, layer.out);
+    const auto each = [&](auto function) { std::transform(y, y + layer.out, y, function); };
+    switch (layer.activation) {
+      case kRelu: each([](float v) { return v < 0 ? 0.0f : v; }); break;
+      case kGelu: each([](float v) { return 0.5f * v * std::erfc(-v * 0.70710678f); }); break;
+      case kSilu: each([](float v) { return v / (1 + std::exp(-v)); }); break;
+      case kPrelu: each([&](float v) { return v >= 0 ? v : layer.slope * v; }); break;
     }
   }
 }
@@ -303,6 +338,7 @@ class Block {
     for (int64_t i = 0; i < count; ++i, x = y, x_stride = stride_) {
       y = Other(x);
       Apply(layers[i], x, x_stride, rows_, y, stride_);
+      Finish(layers[i], y, stride_, rows_);
     }
     return y;
   }
@@ -364,7 +400,7 @@ class Block {
       float* column = panels.data() + v / kPanel * width * kPanel + v % kPanel;
       for (int64_t d = 0; d < width; ++d) column[d * kPanel] = v < num_vectors_ ? vectors[v * width + d] : 0.0f;
     }
-    const Layer all{{panels.data()}, {scratch_.zeros.data()}, width, num_vectors_, 0};
+    const Layer all{{panels.data()}, {scratch_.zeros.data()}, {}, width, num_vectors_, kNone, 0};
     Apply(all, vectors, width, num_vectors_, scratch_.products.data(), columns);
     out = std::copy_n(vectors, width, out);
     for (int64_t v = 0; v < num_vectors_; ++v) {
