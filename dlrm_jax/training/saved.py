@@ -230,8 +230,7 @@ def _with_slots(found: dict[str, Any], tables: dict[str, Any]) -> dict[str, Any]
 
 def split(state: TrainState) -> tuple[dict[str, Any], dict[str, Any]]:
     """(what a plan places, the rest), by field; what the run does without is left out."""
-    without = (type(None), dict)
-    fields = {name: value for name, value in vars(state).items() if value or not isinstance(value, without)}
+    fields = {name: value for name, value in vars(state).items() if jax.tree.leaves(value)}
     return {name: fields.pop(name) for name in TABLES}, fields
 
 

@@ -126,7 +126,14 @@ def test_a_runs_seed_decides_what_is_dropped_and_nothing_else_of_a_step(hidden):
 
 RUN = RunConfig(
     data=DataConfig(num_examples=500),
-    model=ModelOptions(4, (8, 4), (8, 1), norm="batch", dropout="bottom:0.1,top:0.4", table_init="normal:0.01"),
+    model=ModelOptions(
+        embedding_dim=4,
+        bottom_mlp=(8, 4),
+        top_mlp=(8, 1),
+        norm="batch",
+        dropout="bottom:0.1,top:0.4",
+        table_init="normal:0.01",
+    ),
     loss=LossConfig(),
     optimizer=OptimizerConfig(ScheduleConfig(0.01), dense="adam", table="adam"),
     batch_size=64,
