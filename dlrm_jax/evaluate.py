@@ -78,7 +78,11 @@ def main() -> None:
     print(reporting.format_table({FLAGS.split: shown}, result.get("optimum") if FLAGS.split == "test" else None))
     print(json.dumps(reporting.json_ready({"step": result["step"], "split": FLAGS.split} | (shown or {}))))
     if FLAGS.predictions_out:
-        write_predictions(pathlib.Path(FLAGS.predictions_out), split, evaluate.predict(state, split).tolist())
+        write_predictions(
+            pathlib.Path(FLAGS.predictions_out),
+            split,
+            evaluate.score(state, split).scored(first=len(split)).prob_R.tolist(),
+        )
     renew_result(workdir, result)
 
 

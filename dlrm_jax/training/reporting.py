@@ -17,7 +17,16 @@ from tqdm import tqdm
 
 from dlrm_jax.config import ConfigError
 
-METRIC_COLUMNS = ("auc", "log_loss", "normalized_entropy", "calibration", "accuracy", "num_samples")
+METRIC_COLUMNS = (
+    "auc",
+    "log_loss",
+    "normalized_entropy",
+    "calibration",
+    "accuracy",
+    "pr_auc",
+    "brier",
+    "num_samples",
+)
 _PLAIN_PROGRESS_SECONDS = 5.0
 
 
@@ -175,8 +184,17 @@ def format_table(results: dict[str, dict[str, Any] | None], optimum: dict[str, f
         rows.append([name, *(_cell((values or {}).get(column)) for column in METRIC_COLUMNS)])
     if optimum is not None:
         rows.append(["optimum", *(_cell(optimum.get(column)) for column in METRIC_COLUMNS)])
+    return aligned(rows)
+
+
+def aligned(rows: list[list[str]], first_left: bool = False) -> str:
+    """A table whose columns are as wide as their widest cell, to the right; the first, where asked, to the left."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+    lines = []
+    for row in rows:
+        cells = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
+        lines.append("  ".join([row[0].ljust(widths[0]), *cells[1:]] if first_left else cells))
+    return "\n".join(lines)
 
 
 def format_cost(cost: dict[str, dict[str, Any]]) -> str:
