@@ -10,7 +10,7 @@ import pytest
 
 from tests.helpers import ROOT
 
-FOLDERS = ("config", "host", "model", "data", "tables", "planning", "training", "compat", "serving", "cli")
+FOLDERS = ("config", "host", "model", "data", "tables", "planning", "training", "judging", "compat", "serving", "cli")
 """From the lowest to the highest; what is in none of them is a command, and above them all."""
 
 
