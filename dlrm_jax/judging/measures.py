@@ -99,9 +99,8 @@ def _columns(rows: Scored) -> Mapping[str, np.ndarray]:
 
 
 def _entropy(rate_b: np.ndarray) -> np.ndarray:
-    """Entropy of a click with each probability, in nats; NaN where all or none are clicks."""
-    inside = np.where((rate_b > 0) & (rate_b < 1), rate_b, np.nan)
-    return -inside * np.log(inside) - (1 - inside) * np.log1p(-inside)
+    """Entropy of a click with each probability, in nats; NaN where all or none are clicks, as 0 times log 0 is."""
+    return -rate_b * np.log(rate_b) - (1 - rate_b) * np.log1p(-rate_b)
 
 
 def _share(part: float, whole: float) -> float:
