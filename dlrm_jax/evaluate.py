@@ -1,29 +1,22 @@
 """Evaluate a trained model: `python -m dlrm_jax.evaluate --workdir=runs/quickstart --split=test`."""
 
 import csv
-import dataclasses
 import json
 import logging
 import pathlib
 from typing import Any
 
-import jax
 from absl import flags
 
 from dlrm_jax.cli import judging_flags
 from dlrm_jax.cli.commands import run_command
-from dlrm_jax.cli.judging_flags import Judging, define_judging_flags, judging_from_flags
+from dlrm_jax.cli.judging import Subject
+from dlrm_jax.cli.judging_flags import define_judging_flags, judging_from_flags
 from dlrm_jax.cli.trained import Trained, load_config, restore
-from dlrm_jax.data.read.dataset import SPLITS, Dataset, Rows
+from dlrm_jax.data.read.dataset import SPLITS, Rows
 from dlrm_jax.data.read.pipeline import rows_and_labels
-from dlrm_jax.data.read.prepared import open_prepared
 from dlrm_jax.host import files, heap
 from dlrm_jax.host.memory import TRY_ANYWAY_HELP
-from dlrm_jax.judging import pictures
-from dlrm_jax.judging.importance import Importance, importances, sampled
-from dlrm_jax.judging.judge import compare, judge, require_possible, require_same_rows, units_of_split
-from dlrm_jax.judging.report import comparison_json, comparison_text, importance_text, report_json, report_text, summary
-from dlrm_jax.model.metrics import Scored
 from dlrm_jax.training import reporting
 from dlrm_jax.training.checkpoint import BEST, LATEST, Checkpoints
 from dlrm_jax.training.evaluation import Evaluator, evaluate_splits
@@ -78,11 +71,10 @@ def main() -> None:
     """Restore, evaluate, print, judge, and renew result.json."""
     files.require_output_file("predictions_out", FLAGS.predictions_out)
     asked, workdir = judging_from_flags(), pathlib.Path(FLAGS.workdir)
-    run = restore(workdir, FLAGS.checkpoint, FLAGS.data_dir, FLAGS.allow_oversubscription)
-    columns = columns_of(asked, run)
-    require_possible(columns.dataset, asked.options)
-    heap.keep_freed_temporaries()
+    run = restored(workdir)
     evaluate = Evaluator(run.config, run.placed, run.dataset.expander)
+    subject = Subject(FLAGS.workdir, run, evaluate, FLAGS.split, asked, restored)
+    heap.keep_freed_temporaries()
     result = evaluate_splits(run.config, run.dataset, evaluate, run.state) | Speed().summary()
     result = reporting.with_earlier_speed(result, reporting.earlier(workdir, "result.json"))
     split = run.dataset.splits[FLAGS.split]
@@ -93,64 +85,17 @@ def main() -> None:
         rows = evaluate.score(run.state, split).scored(first=len(split))
         if FLAGS.predictions_out:
             write_predictions(pathlib.Path(FLAGS.predictions_out), split, rows.prob_R.tolist())
-        line |= judged(asked, run, columns, evaluate, rows) if asked.anything else {}
+        line |= subject.judged(rows) if asked.anything else {}
     print(json.dumps(reporting.json_ready(line)))
     renew_result(workdir, result)
 
 
-@dataclasses.dataclass(frozen=True)
-class Columns:
-    """Where the columns of groups and slices are: a dataset with the rows of the run's, and its directory."""
-
-    dataset: Dataset
-    data_dir: str
-
-
-def columns_of(asked: Judging, run: Trained) -> Columns:
-    """The run's own, or what --columns_from names; ConfigError where that has other rows."""
-    if asked.columns_from is None:
-        return Columns(run.dataset, run.config.data.data_dir)
-    other = open_prepared(asked.columns_from)
-    where = f"--columns_from={asked.columns_from}: its {FLAGS.split} split"
-    require_same_rows(run.dataset.splits[FLAGS.split], other.splits[FLAGS.split], where)
-    return Columns(other, str(asked.columns_from))
-
-
-def judged(asked: Judging, run: Trained, columns: Columns, evaluate: Evaluator, rows: Scored) -> dict[str, Any]:
-    """Print, draw and write what is asked for; what the last line says of it."""
-    split, with_columns = run.dataset.splits[FLAGS.split], columns.dataset.splits[FLAGS.split]
-    report = judge(rows, with_columns, columns.dataset, asked.options, columns.data_dir)
-    written, models = report_json(report), {FLAGS.workdir: rows}
-    if text := report_text(report):
-        print(f"\n{text}")
-    found: list[Importance] = []
-    if asked.importance is not None:
-        part = sampled(split, asked.importance.rows, asked.importance.seed)
-        found = importances(lambda rows: evaluate.score(run.state, rows), run.dataset, part, asked.importance)
-        written["importance"] = [dataclasses.asdict(one) for one in found]
-        print(f"\n{importance_text(found, asked.importance.repeats, len(part))}")
-    if asked.compare is not None:
-        jax.tree.map(lambda array: array.delete(), run.state)  # Both models' tables together may not fit.
-        models[str(asked.compare)] = second = scored_by(asked.compare, run, split)
-        units = units_of_split(with_columns, columns.dataset, asked.options.group_by)
-        comparison = compare(rows, second, units, asked.comparison)
-        written["comparison"] = comparison_json(comparison)
-        print(f"\n{comparison_text(comparison, FLAGS.workdir, str(asked.compare))}")
-    if asked.plots is not None:
-        pictures.draw_all(asked.plots, models, found)
-    if asked.json is not None:
-        reporting.write_json_atomically(asked.json, {"split": FLAGS.split} | written)
-    return summary(report)
-
-
-def scored_by(workdir: pathlib.Path, run: Trained, split: Rows) -> Scored:
-    """The scores that another run's same checkpoint gives the rows of `split`; ConfigError where it has other rows."""
-    moved = FLAGS.data_dir if load_config(workdir).data == load_config(pathlib.Path(FLAGS.workdir)).data else None
-    other = restore(workdir, FLAGS.checkpoint, moved, FLAGS.allow_oversubscription)
-    its_split = other.dataset.splits[FLAGS.split]
-    require_same_rows(split, its_split, f"--compare={workdir}: its {FLAGS.split} split")
-    evaluate = Evaluator(other.config, other.placed, other.dataset.expander)
-    return evaluate.score(other.state, its_split).scored(first=len(its_split))
+def restored(workdir: pathlib.Path) -> Trained:
+    """The run of --workdir, or another at the same checkpoint; where data moved is said for both, if both had it."""
+    moved = FLAGS.data_dir
+    if moved is not None and load_config(workdir).data != load_config(pathlib.Path(FLAGS.workdir)).data:
+        moved = None
+    return restore(workdir, FLAGS.checkpoint, moved, FLAGS.allow_oversubscription)
 
 
 def command() -> None:
