@@ -8,8 +8,11 @@ from typing import Any
 
 from absl import flags
 
+from dlrm_jax.cli import judging_flags
 from dlrm_jax.cli.commands import run_command
-from dlrm_jax.cli.trained import restore
+from dlrm_jax.cli.judging import Subject
+from dlrm_jax.cli.judging_flags import define_judging_flags, judging_from_flags
+from dlrm_jax.cli.trained import Trained, load_config, restore
 from dlrm_jax.data.read.dataset import Rows
 from dlrm_jax.data.read.pipeline import rows_and_labels
 from dlrm_jax.data.schema.schema import SPLITS
@@ -32,6 +35,7 @@ def define_flags() -> None:
     flags.DEFINE_string("predictions_out", None, "CSV file for row number, label and probability of every row.")
     flags.DEFINE_bool("allow_oversubscription", False, TRY_ANYWAY_HELP)
     flags.DEFINE_string("data_dir", None, "Where the data is now, if it moved since training.")
+    define_judging_flags()
 
 
 def write_predictions(path: pathlib.Path, split: Rows, probabilities: list[float]) -> None:
@@ -65,27 +69,40 @@ def renew_result(workdir: pathlib.Path, result: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    """Restore, evaluate, print, and renew result.json."""
+    """Restore, evaluate, print, judge, and renew result.json."""
     files.require_output_file("predictions_out", FLAGS.predictions_out)
-    workdir = pathlib.Path(FLAGS.workdir)
-    run = restore(workdir, FLAGS.checkpoint, FLAGS.data_dir, FLAGS.allow_oversubscription)
+    asked, workdir = judging_from_flags(), pathlib.Path(FLAGS.workdir)
+    run = restored(workdir)
+    evaluate = Evaluator(run.config, run.placed, run.dataset.expander)
+    subject = Subject(FLAGS.workdir, run, evaluate, FLAGS.split, asked, restored)
     heap.keep_freed_temporaries()
-    dataset, state = run.dataset, run.state
-    evaluate = Evaluator(run.config, run.placed, dataset.expander)
-    result = evaluate_splits(run.config, dataset, evaluate, state) | Speed().summary()
+    result = evaluate_splits(run.config, run.dataset, evaluate, run.state) | Speed().summary()
     result = reporting.with_earlier_speed(result, reporting.earlier(workdir, "result.json"))
-    split = dataset.splits[FLAGS.split]
-    shown = result[FLAGS.split] if FLAGS.split in result else evaluate(state, split)
+    split = run.dataset.splits[FLAGS.split]
+    shown = result[FLAGS.split] if FLAGS.split in result else evaluate(run.state, split)
     print(reporting.format_table({FLAGS.split: shown}, result.get("optimum") if FLAGS.split == "test" else None))
-    print(json.dumps(reporting.json_ready({"step": result["step"], "split": FLAGS.split} | (shown or {}))))
-    if FLAGS.predictions_out:
-        write_predictions(pathlib.Path(FLAGS.predictions_out), split, evaluate.predict(state, split).tolist())
+    line = {"step": result["step"], "split": FLAGS.split} | (shown or {})
+    if asked.anything or FLAGS.predictions_out:
+        rows = evaluate.score(run.state, split).scored(first=len(split))
+        if FLAGS.predictions_out:
+            write_predictions(pathlib.Path(FLAGS.predictions_out), split, rows.prob_R.tolist())
+        line |= subject.judged(rows) if asked.anything else {}
+    print(json.dumps(reporting.json_ready(line)))
     renew_result(workdir, result)
+
+
+def restored(workdir: pathlib.Path) -> Trained:
+    """The run of --workdir, or another at the same checkpoint; where data moved is said for both, if both had it."""
+    moved = FLAGS.data_dir
+    if moved is not None and load_config(workdir).data != load_config(pathlib.Path(FLAGS.workdir)).data:
+        moved = None
+    return restore(workdir, FLAGS.checkpoint, moved, FLAGS.allow_oversubscription)
 
 
 def command() -> None:
     """The command, as a console script calls it too."""
     define_flags()
+    flags.adopt_module_key_flags(judging_flags)  # Else --help would not list them.
     run_command(main)
 
 

@@ -1,8 +1,10 @@
 """Train a DLRM: `python -m dlrm_jax.train --flagfile=experiments/quickstart.flags`."""
 
+import contextlib
 import logging
 import pathlib
 import sys
+from collections.abc import Iterator
 
 from absl import flags
 
@@ -16,6 +18,7 @@ from dlrm_jax.host import files, processes
 from dlrm_jax.training.loop import ResultNotWritten, train_and_evaluate
 from dlrm_jax.training.monitor import Interrupted
 from dlrm_jax.training.reporting import format_cost, format_table
+from dlrm_jax.training.seeds import SEEDS, format_seeds, train_seeds
 
 FLAGS = flags.FLAGS
 
@@ -38,6 +41,16 @@ def _workdir(data_dir: pathlib.Path) -> pathlib.Path:
     return workdir
 
 
+def define_seed_flags() -> None:
+    """How many runs: each keeps its own settings in its own directory, so that this is none of them."""
+    flags.DEFINE_integer(
+        "num_seeds",
+        1,
+        "Train this often, with --seed and the numbers after it on the same data, in WORKDIR/seed-N; the same command "
+        "goes on where it was stopped. WORKDIR/seeds.json has how far their metrics lie apart.",
+    )
+
+
 def main() -> None:
     """Flags to config, config to result, result to the screen."""
     processes.join(FLAGS.coordinator_address, FLAGS.num_processes, FLAGS.process_id, settings_text())
@@ -45,16 +58,17 @@ def main() -> None:
         logging.getLogger("dlrm_jax").setLevel(logging.WARNING)  # Said once is enough.
     config = config_from_flags()
     unwritten = None
-    try:
-        with processes.ending_together(but_for=Interrupted):
-            workdir = _workdir(pathlib.Path(config.data.data_dir))
-            try:
-                result = train_and_evaluate(config, workdir, flagfile_text(), defaults_taken())
-            except ResultNotWritten as error:
-                result, unwritten = error.result, error
-    except Interrupted as interrupted:
-        print(interrupted, file=sys.stderr)
-        sys.exit(128 + interrupted.signum)
+    with exiting_when_interrupted(), processes.ending_together(but_for=Interrupted):
+        workdir = _workdir(pathlib.Path(config.data.data_dir))
+        if FLAGS.num_seeds != 1:
+            written = train_seeds(config, workdir, FLAGS.num_seeds, flagfile_text(), defaults_taken())
+            print(format_seeds(written))
+            print(f"{FLAGS.num_seeds} seeds; all results are in {workdir / SEEDS}")
+            return
+        try:
+            result = train_and_evaluate(config, workdir, flagfile_text(), defaults_taken())
+        except ResultNotWritten as error:
+            result, unwritten = error.result, error
     if not processes.is_first():
         return
     print(format_table({name: result[name] for name in HELD_OUT}, result.get("optimum")))
@@ -67,9 +81,20 @@ def main() -> None:
     print(f"step {result['step']}; results, curves and checkpoints are in {workdir}")
 
 
+@contextlib.contextmanager
+def exiting_when_interrupted() -> Iterator[None]:
+    """A training that a signal stopped, once it is saved, ends with the shell's status for that signal."""
+    try:
+        yield
+    except Interrupted as interrupted:
+        print(interrupted, file=sys.stderr)
+        sys.exit(128 + interrupted.signum)
+
+
 def command() -> None:
     """The command, as a console script calls it too."""
     define_process_flags()
+    define_seed_flags()
     define_run_flags()
     flags.adopt_module_key_flags(run_flags)  # Else --help would not list them.
     run_command(main)

@@ -235,6 +235,26 @@ CASES: dict[str, tuple[Case, ...]] = {
         Case("benchmark --sweep_values=1,2", "--sweep"),
         Case("serve --model=models/mine --batch_sizes=0", "at least one row"),
     ),
+    "Judging a model": (
+        Case("evaluate --workdir=runs/mine --group_by=session", "mine has no column 'session', it has user, item"),
+        Case("evaluate --workdir=runs/mine --slice_by=user,colour", "--slice_by=colour: mine has no column"),
+        Case("evaluate --workdir=runs/mine --group_by=user --columns_from=runs", "runs is no prepared dataset"),
+        Case("evaluate --workdir=runs/mine --slice_by=user,user", "names a column twice"),
+        Case("evaluate --workdir=runs/mine --max_slices=5", "has no effect without --slice_by"),
+        Case("evaluate --workdir=runs/mine --slice_by=user --max_slices=1", "it must be at least 2"),
+        Case("evaluate --workdir=runs/mine --bootstrap=10", "at least 40 resamples"),
+        Case("evaluate --workdir=runs/mine --bootstrap=1000 --confidence=95", "a share between 0 and 1"),
+        Case("evaluate --workdir=runs/mine --confidence=0.9", "has no effect without --bootstrap"),
+        Case("evaluate --workdir=runs/mine --importance_repeats=3", "has no effect without --importance"),
+        Case("evaluate --workdir=runs/mine --importance --importance_rows=1", "--importance_rows=1"),
+        Case("evaluate --workdir=runs/mine --compare=nope", "--compare=nope is no workdir of a training run"),
+        Case("evaluate --workdir=runs/mine --compare=runs/planted", "its test split has other rows"),
+        Case("evaluate --workdir=runs/mine --plots=log.csv", "--plots=log.csv"),
+        Case("evaluate --workdir=runs/mine --json=nodir/x.json", "--json=nodir/x.json"),
+        Case("evaluate --workdir=runs/mine --seed=-1", "--seed=-1"),
+        Case("train --data_dir=data --workdir=runs/mine --num_seeds=2", "holds a run of one seed"),
+        Case("train --data_dir=data --workdir=w --num_seeds=0", "--num_seeds=0; it must be at least 1"),
+    ),
     "What does not fit": (
         Case(
             "train --dataset=synthetic --table_sizes=2000000000 --workdir=w --embedding_dim=128 --bottom_mlp=128",
@@ -264,6 +284,7 @@ def make_scratch(directory: pathlib.Path) -> None:
     for command in (
         "prepare --input=log.csv --output=data --schema=mine.yaml",
         f"train --data_dir=data --workdir=runs/mine --num_epochs=2 {SMALL}",
+        f"train --num_examples=500 --num_steps=1 --workdir=runs/planted {SMALL}",
         "export --workdir=runs/mine --out=models/mine",
     ):
         finished = run(directory, command)

@@ -10,7 +10,10 @@ import pytest
 
 from tests.helpers import ROOT
 
-FOLDERS = ("config", "host", "model", "data", "tables", "planning", "training", "compat", "serving", "tuning", "cli")
+FOLDERS = (
+    *("config", "host", "model", "data", "tables", "planning", "training", "judging"),
+    *("compat", "serving", "tuning", "cli"),
+)
 """From the lowest to the highest; what is in none of them is a command, and above them all."""
 
 

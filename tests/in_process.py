@@ -10,8 +10,8 @@ from absl import flags
 from dlrm_jax.cli import flags as run_flags
 
 _DEFINE = {
-    "train": ("define_process_flags",),
     "tune": ("define_tune_flags",),
+    "train": ("define_process_flags", "define_seed_flags"),
     "plan": ("define_plan_flags",),
     "benchmark": ("define_benchmark_flags",),
 }

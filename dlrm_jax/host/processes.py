@@ -153,6 +153,11 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
+def count() -> int:
+    """How many processes there are."""
+    return jax.process_count()
+
+
 def largest(value: int) -> int:
     """The largest of all processes' `value`; every process must ask."""
     if jax.process_count() == 1:

@@ -1,10 +1,9 @@
 """Metrics and predictions of a state on the splits of a dataset."""
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
-import numpy as np
 
 from dlrm_jax.data.batch import Batch
 from dlrm_jax.data.read.dataset import BatchExpander, Dataset, Rows
@@ -28,23 +27,35 @@ class Evaluator:
 
     def __call__(self, state: TrainState, split: Rows) -> dict[str, Any]:
         """The evaluation metrics of `state` on every row of `split`."""
-        collected = metrics.Metrics()
-        for _, sums in self._run(state, split):
-            collected.append(sums)
-        return collected.compute()
+        return self.score(state, split).compute()
 
-    def predict(self, state: TrainState, split: Rows) -> np.ndarray:
-        """The probability of each row of `split`, in its order."""
-        parts = [np.asarray(sums.prob_B) for _, sums in self._run(state, split)]
-        return np.concatenate([np.zeros(0, np.float32), *parts])[: len(split)]  # The rest pads the last batch.
+    def score(self, state: TrainState, split: Rows) -> metrics.Metrics:
+        """What evaluating every row of `split` gives: the metrics, and each row's score."""
+        batch_size = padded(min(self._config.eval_batch_size, max(len(split), 1)), self._placed.num_devices)
 
-    def _run(self, state: TrainState, split: Rows) -> Iterator[tuple[Batch, metrics.BatchSums]]:
-        devices = self._placed.num_devices
-        batch_size = padded(min(self._config.eval_batch_size, max(len(split), 1)), devices)
-        source = eval_batches(split, batch_size, process_shard())
-        with Prefetcher(source, expander=self._expander, put=self._placed.put) as batches:
-            for host_batch, batch in batches:
-                yield host_batch, self._step(state, batch)
+        def score(batch: Batch) -> metrics.BatchSums:
+            return self._step(state, batch)
+
+        return score_rows(split, batch_size, score, self._expander, self._placed.put)
+
+
+def score_rows(
+    split: Rows,
+    batch_size: int,
+    score: Callable[[Batch], metrics.BatchSums],
+    expander: BatchExpander | None = None,
+    put: Callable[[Batch], Batch] = jax.device_put,
+) -> metrics.Metrics:
+    """Every row of `split`, in its order, through `score`: the one way in which rows become metrics.
+
+    Training, `evaluate` and the check of an export call it, each with its own forward pass.
+    """
+    collected = metrics.Metrics()
+    source = eval_batches(split, batch_size, process_shard())
+    with Prefetcher(source, expander=expander, put=put) as batches:
+        for _, batch in batches:
+            collected.append(score(batch))
+    return collected
 
 
 def evaluate_splits(config: RunConfig, dataset: Dataset, evaluate: Evaluator, state: TrainState) -> dict[str, Any]:

@@ -17,7 +17,16 @@ from dlrm_jax.config import ConfigError
 from dlrm_jax.host import files
 from dlrm_jax.host.texts import aligned
 
-METRIC_COLUMNS = ("auc", "log_loss", "normalized_entropy", "calibration", "accuracy", "num_samples")
+METRIC_COLUMNS = (
+    "auc",
+    "log_loss",
+    "normalized_entropy",
+    "calibration",
+    "accuracy",
+    "pr_auc",
+    "brier",
+    "num_samples",
+)
 _PLAIN_PROGRESS_SECONDS = 5.0
 
 

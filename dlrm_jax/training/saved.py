@@ -230,7 +230,8 @@ def _with_slots(found: dict[str, Any], tables: dict[str, Any]) -> dict[str, Any]
 
 def split(state: TrainState) -> tuple[dict[str, Any], dict[str, Any]]:
     """(what a plan places, the rest), by field; what the run does without is left out."""
-    fields = {name: value for name, value in vars(state).items() if jax.tree.leaves(value)}
+    left_out = {name for name in ("rate_factor", "batch_stats") if not jax.tree.leaves(getattr(state, name))}
+    fields = {name: value for name, value in vars(state).items() if name not in left_out}
     return {name: fields.pop(name) for name in TABLES}, fields
 
 

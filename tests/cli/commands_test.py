@@ -14,6 +14,7 @@ import pytest
 from dlrm_jax.cli import commands
 from dlrm_jax.host import files, interrupts
 from dlrm_jax.serving import load
+from experiments.quality_gate import check, read_baselines
 from tests.helpers import ROOT, SHARED
 
 pytestmark = pytest.mark.end_to_end
@@ -46,6 +47,11 @@ def test_quickstart_comes_within_two_hundredths_of_the_optimum(quickstart):
     for words in ("optimum", "test", "calibration", "normalized_entropy", f"{result['test']['auc']:.5f}"):
         assert words in finished.stdout
     assert "Orbax" not in finished.stderr and "nan" not in finished.stderr
+
+
+def test_quickstart_is_as_good_as_it_was(quickstart):
+    verdict = check(result_of(quickstart[0])["test"], read_baselines("quickstart"))
+    assert not verdict.regressions, verdict.regressions
 
 
 def test_evaluate_says_what_training_said_and_writes_predictions(quickstart, tmp_path):

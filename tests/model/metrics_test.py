@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from sklearn import metrics as sk
 
-from dlrm_jax.model.metrics import Metrics, auc, batch_sums
+from dlrm_jax.model.metrics import Metrics, auc, average_precision, batch_sums
 
 
 def columns(seed: int, size: int = 300, levels: int = 7) -> tuple[np.ndarray, np.ndarray]:
@@ -30,12 +30,16 @@ def collect(logits: np.ndarray, labels: np.ndarray, weights: np.ndarray | None =
 def test_auc_equals_scikit_learn(levels):
     logits, labels = columns(0, levels=levels)
     assert auc(logits, labels) == pytest.approx(sk.roc_auc_score(labels, logits), abs=1e-12)
+    wanted = sk.average_precision_score(labels, logits)
+    assert average_precision(logits, labels) == pytest.approx(wanted, abs=1e-12)
 
 
-def test_weighted_auc_equals_scikit_learn():
+def test_weighted_areas_equal_scikit_learn():
     logits, labels = columns(1)
     weights = np.random.default_rng(0).integers(0, 4, len(labels))
     assert auc(logits, labels, weights) == pytest.approx(sk.roc_auc_score(labels, logits, sample_weight=weights))
+    wanted = sk.average_precision_score(labels, logits, sample_weight=weights)
+    assert average_precision(logits, labels, weights) == pytest.approx(wanted, abs=1e-12)
 
 
 @pytest.mark.parametrize("labels", [np.zeros(4), np.ones(4), np.zeros(0)])
@@ -62,6 +66,8 @@ def test_metrics_equal_scikit_learn_and_leave_padding_out():
     assert values["auc"] == pytest.approx(sk.roc_auc_score(t, z))
     assert values["log_loss"] == pytest.approx(sk.log_loss(t, p), rel=1e-6)
     assert values["accuracy"] == pytest.approx(sk.accuracy_score(t, np.round(p)))
+    assert values["pr_auc"] == pytest.approx(sk.average_precision_score(t, z))
+    assert values["brier"] == pytest.approx(sk.brier_score_loss(t, p), rel=1e-6)
     assert values["calibration"] == pytest.approx(p.sum() / t.sum(), rel=1e-6)
     base = sk.log_loss(t, np.full(200, t.mean()))
     assert values["normalized_entropy"] == pytest.approx(values["log_loss"] / base, rel=1e-6)

@@ -14,12 +14,17 @@ import pytest
 import tritonclient.http as triton
 
 from dlrm_jax.config import LossConfig
+from dlrm_jax.data.read.load import DataConfig
 from dlrm_jax.data.read.prepared import open_prepared
+from dlrm_jax.judging.measures import Measured, Units
 from dlrm_jax.serving import load
 from dlrm_jax.serving.artifact.export import export_model, of_arrays
 from dlrm_jax.serving.artifact.store import write_version
 from dlrm_jax.tables.by_name import named_tables
-from tests.helpers import tiny_model
+from dlrm_jax.training.evaluation import Evaluator
+from dlrm_jax.training.placed import on_one_device
+from dlrm_jax.training.run_config import ModelOptions, RunConfig
+from tests.helpers import optimizer, tiny_model
 from tests.prepared_helpers import digest, rows_of
 from tests.server_process import running
 from tests.serving.transform_test import prepared, without_label  # noqa: F401
@@ -102,6 +107,30 @@ def test_raw_rows_get_the_offline_scores(served):
     status, _, answer = server.ask("POST", "/v1/score", {"rows": rows[:64]})
     assert status == 200 and answer["model_version"] == "1"
     np.testing.assert_allclose(answer["probability"], offline[:64], atol=1e-6)
+
+
+def test_training_evaluate_export_and_server_score_alike(served, prepared, tmp_path):  # noqa: F811
+    """Each row's probability is one number, whoever says it, and so is each metric."""
+    server, rows, _, offline = served
+    _, output, _, model, state = prepared
+    dataset = open_prepared(output)
+    options = ModelOptions(embedding_dim=4, bottom_mlp=(4,), top_mlp=(8, 1))
+    run = RunConfig(DataConfig(), options, LossConfig(), optimizer(), batch_size=64, eval_batch_size=32)
+    split = dataset.splits["train"]
+    scores = Evaluator(run, on_one_device(model, optimizer())).score(state, split)
+    rows_of_split = scores.scored(first=len(split))
+    np.testing.assert_allclose(rows_of_split.prob_R, offline, atol=1e-6)
+    status, _, answer = server.ask("POST", "/v1/score", {"rows": rows[:64]})
+    assert status == 200
+    np.testing.assert_allclose(answer["probability"], rows_of_split.prob_R[:64], atol=1e-6)
+    # Metrics: of training's evaluation, of the judge that `evaluate` asks, and of the program that was exported.
+    of_training = scores.compute()
+    of_judge = Measured(rows_of_split, Units.of_rows(len(split))).values()
+    tables = of_arrays({name: np.asarray(table) for name, table in named_tables(model, state.tables)})
+    arguments = (model, LossConfig(), state.dense_params, tables, dataset, "float32", output)
+    of_export = export_model(tmp_path, *arguments, evaluated=("train",)).read_json("metrics.json")["train"]
+    assert of_judge == pytest.approx({name: of_training[name] for name in of_judge}, abs=1e-6)
+    assert of_export == pytest.approx(of_training, abs=1e-6)
 
 
 def test_one_user_with_many_candidates(served):

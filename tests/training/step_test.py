@@ -133,6 +133,8 @@ def test_with_a_threshold_every_metric_is_of_the_probabilities_that_are_predicte
         "normalized_entropy": log_loss / sk.log_loss(t, np.full(64, t.mean())),
         "calibration": p.sum() / t.sum(),
         "accuracy": sk.accuracy_score(t, p > 0.5),
+        "pr_auc": sk.average_precision_score(t, p),
+        "brier": sk.brier_score_loss(t, p),
         "num_samples": 64,
     }
     assert values == pytest.approx(wanted, rel=1e-5)

@@ -33,13 +33,12 @@ from dlrm_jax.config import (
     to_dict,
 )
 from dlrm_jax.data.batch import Batch
-from dlrm_jax.data.prepare.hashes import checked
 from dlrm_jax.data.read.dataset import Dataset, Rows
-from dlrm_jax.data.read.pipeline import Prefetcher, eval_batches, padded
+from dlrm_jax.data.read.pipeline import padded
 from dlrm_jax.data.read.prepared import read_json
+from dlrm_jax.data.read.raw_values import read_vocabulary
 from dlrm_jax.data.schema.schema import HELD_OUT, Sparse
 from dlrm_jax.data.schema.schema_io import from_dict as schema_from_dict
-from dlrm_jax.data.values.file_names import existing_file, file_names
 from dlrm_jax.model import metrics
 from dlrm_jax.model.loss import example_losses
 from dlrm_jax.serving.artifact.folded import folded
@@ -52,6 +51,7 @@ from dlrm_jax.tables.exchange import local_ops
 from dlrm_jax.tables.layout import local_stacks
 from dlrm_jax.tables.pooling import POOLING_WEIGHTS
 from dlrm_jax.training import reporting
+from dlrm_jax.training.evaluation import score_rows
 from dlrm_jax.training.step import make_score
 
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -260,24 +260,16 @@ def _append(path: pathlib.Path, pieces: Iterable[np.ndarray], rows: tuple[int, .
 
 def _write_vocabularies(directory: pathlib.Path, signature: Signature, data_dir: pathlib.Path) -> None:
     """Each vocabulary's keys in the order of ids, and a second hash of each where values are strings."""
-    import pyarrow.parquet as pq
-
     from dlrm_jax.data.values.hashing import hash_strings
 
     (directory / "vocabularies").mkdir()
     index: dict[str, list[str]] = {}
     schema = schema_from_dict(dict(signature.schema or {}))
-    names_of = file_names(schema.tables())
     for i, (table, features) in enumerate(schema.tables().items()):
         rule: Sparse = features[0]
         if rule.ids != "vocabulary":
             continue
-        path = existing_file(data_dir / "vocabularies", table, names_of[table], ".parquet")
-        checked(data_dir, f"vocabularies/{path.name}")
-        try:
-            values = pq.read_table(path, columns=["value"])["value"].combine_chunks()
-        except (OSError, ValueError, KeyError) as error:
-            raise ConfigError(f"{path} cannot be read: {' '.join(str(error).split())[:200]}") from error
+        values = read_vocabulary(data_dir, schema, table)
         if rule.type == "string":
             columns = [hash_strings(values), hash_strings(values, seed=1)]
         else:
@@ -313,18 +305,15 @@ def _evaluate(score: Score, multiple: int, loss: LossConfig, dataset: Dataset, n
     split = dataset.splits[name]
     if not len(split):
         return None
-    collected = metrics.Metrics()
-    batch_size = padded(min(16384, len(split)), multiple)
-    with Prefetcher(eval_batches(split, batch_size), expander=dataset.expander) as batches:
-        for _, batch in batches:
-            prob_B, logit_B = score(batch.dense_BxN, batch.ids_BxK)
-            collected.append(
-                metrics.batch_sums(
-                    loss_B=example_losses(loss, logit_B, batch.label_B),
-                    logits_B=logit_B,
-                    prob_B=prob_B,
-                    label_B=batch.label_B,
-                    weight_B=batch.weight_B,
-                )
-            )
-    return collected.compute()
+
+    def score_batch(batch: Batch) -> metrics.BatchSums:
+        prob_B, logit_B = score(batch.dense_BxN, batch.ids_BxK)
+        return metrics.batch_sums(
+            loss_B=example_losses(loss, logit_B, batch.label_B),
+            logits_B=logit_B,
+            prob_B=prob_B,
+            label_B=batch.label_B,
+            weight_B=batch.weight_B,
+        )
+
+    return score_rows(split, padded(min(16384, len(split)), multiple), score_batch, dataset.expander).compute()
