@@ -174,10 +174,7 @@ def estimate(
 
 
 def _summed(model: ModelConfig, num_micro_batches: int) -> int:
-    """Floats that are summed over devices: the loss and the gradients; with batch norms of each part for itself.
-
-    These send of every column a mean and a variance, and going back four sums; and how many examples count.
-    """
+    """Floats summed over devices: loss, gradients; with batch norms for each part, and six for each of its columns."""
     dense, averages = dense_parameters(model) + 1, dense_work(model).averages
     return num_micro_batches * (dense + 3 * averages) + 1 if averages else dense
 
