@@ -161,7 +161,8 @@ def make_signature(model: ModelConfig, dataset: Dataset, kind: str, data_dir: pa
     """The inputs of a model on a dataset. Where bags are made of one-hot ids (--multi_hot), bags are what is served."""
     features = tuple(ServedFeature(f.name, f.table, f.hotness, f.pooling, model.num_ids(f)) for f in model.features)
     raw = dataset.schema is not None and dataset.expander is None and data_dir is not None and is_prepared(data_dir)
-    statistics = read_json(data_dir / "statistics.json").get("dense", {}) if raw and data_dir else None
+    counted = read_json(data_dir / "statistics.json") if raw and data_dir else None
+    statistics = None if counted is None else counted.get("dense", {})
     if raw and dataset.schema is not None and statistics is not None:
         for dense in schema_from_dict(dict(dataset.schema)).dense:
             if dense.needs_statistics and dense.name not in statistics:
@@ -177,7 +178,13 @@ def make_signature(model: ModelConfig, dataset: Dataset, kind: str, data_dir: pa
         kind=kind,
         schema=dict(dataset.schema) if raw and dataset.schema is not None else None,
         dense_statistics=statistics,
+        bucket_edges=None if counted is None else _bucket_edges(counted),
     )
+
+
+def _bucket_edges(statistics: dict[str, Any]) -> dict[str, tuple[float, ...]]:
+    tables = statistics["tables"].items()
+    return {name: tuple(table["edges"]) for name, table in tables if "edges" in table}
 
 
 def _write_json(path: pathlib.Path, value: Any) -> None:
@@ -270,7 +277,7 @@ def _write_vocabularies(directory: pathlib.Path, signature: Signature, data_dir:
             values = pq.read_table(path, columns=["value"])["value"].combine_chunks()
         except (OSError, ValueError, KeyError) as error:
             raise ConfigError(f"{path} cannot be read: {' '.join(str(error).split())[:200]}") from error
-        if rule.type == "string":
+        if rule.value_type == "string":
             columns = [hash_strings(values), hash_strings(values, seed=1)]
         else:
             columns = [values.to_numpy().view(np.uint64)]
