@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from dlrm_jax.config import ConfigError
@@ -26,6 +26,9 @@ NUMBERS = st.one_of(st.integers(-(10**6), 10**6).map(float), st.floats(-1e15, 1e
 
 
 @given(NUMBERS)
+@example(2.0)
+@example(2.5)
+@example(3.0)
 def test_log_squared_is_that_of_criteos_winners(x):
     want = math.floor(math.log(x) ** 2) if x > 2 else int(x)
     (found,), (undefined,) = buckets.bucket("log_squared", np.array([x]))
