@@ -18,7 +18,7 @@ from dlrm_jax.data.read.prepared import read_json
 from dlrm_jax.data.schema.schema import Sparse, Split
 from dlrm_jax.data.schema.schema_io import from_dict
 from dlrm_jax.data.values import buckets, one_text, time_parts
-from dlrm_jax.data.values.bags import Elements
+from dlrm_jax.data.values.bags import Elements, read_bags
 from dlrm_jax.data.values.sparse_columns import crossed_texts
 from tests.prepared_helpers import ALL_TRAIN, prepare_text, rows_of, schema
 
@@ -163,6 +163,12 @@ def test_typed_columns_and_lists_of_numbers(tmp_path):
     prepare((str(tmp_path / "log.parquet"),), tmp_path / "out", log, Options())
     ids = rows_of(tmp_path / "out").ids_RxK
     assert ids[0, :4].tolist() == [5, 5, 1, 21] and ids[0, 4] >= 0 and set(ids[1]) == {-1}
+
+
+@pytest.mark.parametrize("column", [pa.array([7.0, None]), pa.array([7, None]), pa.array(["7", None])])
+def test_what_is_missing_is_filled_whatever_the_type_of_its_column(column):
+    bags, bad = read_bags(Sparse("c", missing="fill", fill="x"), column, ("",))
+    assert [bags.texts_U[i].as_py() for i in bags.index_hxR[0]] == ["7", "x"] and not bad
 
 
 def test_decimal_commas_are_read_in_buckets(tmp_path):

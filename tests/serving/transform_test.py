@@ -405,6 +405,36 @@ def test_any_text_of_a_sparse_column_is_read_alike(text, rule):
     np.testing.assert_array_equal(got[0], want[:, 0])
 
 
+OF_NUMBERS = (
+    Sparse("c", buckets="log_squared", ids="hash", size=997),
+    Sparse("c", buckets="log_squared", ids="hash", size=97, missing="fill", fill="-2.5"),
+    Sparse("c", buckets="quantile", size=len(EDGES) + 1),
+    Sparse("c", buckets="quantile", size=len(EDGES) + 1, missing="fill", fill="1e18"),
+    Sparse("c", part="hour", time_format="seconds", ids="raw", size=24),
+    Sparse("c", part="weekend", time_format="%y%m%d%H", ids="raw", size=2, missing="fill", fill="14102123"),
+)
+
+
+@hypothesis.given(
+    st.one_of(st.none(), st.floats(allow_nan=False), st.integers(-(2**53), 2**53).map(float), st.just(14102500.0)),
+    st.sampled_from(OF_NUMBERS),
+)
+@hypothesis.settings(max_examples=200, deadline=None)
+def test_any_number_of_a_sparse_column_is_read_alike(number, rule):
+    bags, bad = read_bags(rule, pa.array([number], pa.float64()), ("",))
+    try:
+        _, got, _ = reader_of_cached(rule).read([{"c": number}])
+    except BadRequest:
+        assert bad, f"preparation takes {number!r}"
+        return
+    assert not bad, f"preparation refuses {number!r}: {bad[0].reason}"
+    keys = bags.keys_U.view(np.float64)
+    bags.ids_U = among(EDGES, keys) if rule.is_quantile else bags.keys_U.astype(np.int32)
+    want = np.empty((1, 1), np.int32)
+    bags.slots(want)
+    np.testing.assert_array_equal(got, want)
+
+
 CROSSED = schema(
     dense=(),
     sparse=(

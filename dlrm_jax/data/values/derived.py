@@ -59,10 +59,14 @@ def moments_of(values: pa.Array, time_format: str) -> tuple[np.ndarray, np.ndarr
 
 
 def as_text(values: pa.Array) -> pa.Array:
-    """Texts as they are, whole numbers in decimal, 3.0 as 3 (a column of ids with gaps is often stored as float)."""
+    """Texts as they are, whole numbers in decimal, 3.0 as 3 (a column of ids with gaps is often stored as float).
+
+    A null stays one.
+    """
     if pa.types.is_floating(values.type):
         whole, _ = to_numbers(values)
-        integral = (whole == np.floor(whole)) & (np.abs(whole) < 2**53)
+        there = values.is_valid().to_numpy(zero_copy_only=False)
+        integral = there & (whole == np.floor(whole)) & (np.abs(whole) < 2**53)
         as_int = pc.cast(pa.array(np.where(integral, whole, 0).astype(np.int64)), pa.string())
         return pc.if_else(pa.array(integral), as_int, pc.cast(values, pa.string()))
     return pc.cast(values, pa.string())
