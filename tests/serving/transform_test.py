@@ -4,6 +4,7 @@ import functools
 import json
 import time
 import tracemalloc
+import types
 
 import hypothesis
 import hypothesis.strategies as st
@@ -32,6 +33,7 @@ from dlrm_jax.serving.artifact.native import NativeCpu
 from dlrm_jax.serving.artifact.signature import ServedFeature, Signature
 from dlrm_jax.serving.artifact.transform import Reader
 from dlrm_jax.serving.http import protocol
+from dlrm_jax.serving.http.page import example_row
 from dlrm_jax.tables.by_name import named_tables
 from dlrm_jax.training.loop import train_and_evaluate
 from dlrm_jax.training.run_config import ModelOptions, RunConfig
@@ -490,6 +492,19 @@ def test_a_cross_without_a_value_names_its_row():
     assert reader.columns == PARTS_OF_CROSSES
     with pytest.raises(BadRequest, match="row 1, feature 'both': is missing"):
         reader.read([{"word": "a", "whole": 1, "hex": "f"}, {"word": None, "whole": 1, "hex": "f"}])
+
+
+@pytest.mark.parametrize("time_format", ["", "seconds", "%y%m%d%H"])
+def test_the_example_of_a_page_can_be_scored(time_format):
+    hour = Sparse("hour", column="when", part="hour", time_format=time_format, ids="hash", size=9)
+    both = Sparse("both", cross=("hour", "word"), ids="hash", size=9, missing="error")
+    log = schema(dense=(), sparse=(Sparse("word", ids="hash", size=9), Sparse("else", ids="hash", size=9), hour, both))
+    features = tuple(ServedFeature(s.name, s.name, 1, "sum", 9) for s in log.sparse)
+    signature = Signature("x", (), features, 4, "float32", to_plain(log), {})
+    servable = types.SimpleNamespace(signature=signature, reader=Reader(signature, {}))
+    row = example_row(servable)
+    assert row["word"] == "0" and row["else"] is None and list(row) == ["word", "else", "when"]
+    assert servable.reader.read([row])[1].min(axis=0).tolist()[1] == -1
 
 
 def test_models_of_numbers_take_numbers():

@@ -14,6 +14,7 @@ from dlrm_jax.config import require
 from dlrm_jax.data.values import one_text
 
 _HOUR = 3600 * 10**6
+_A_DAY = datetime.datetime(2014, 10, 21, tzinfo=datetime.UTC)
 UNITS = {"seconds": 10**6, "milliseconds": 10**3, "microseconds": 1}
 """Microseconds of one."""
 
@@ -42,11 +43,15 @@ def require_format(where: str, time_format: str) -> None:
         return
     what = f"{where}: time_format is {time_format!r}"
     require("%" in time_format, f"{what}; give one of {', '.join(UNITS)}, or a pattern of strptime, as %y%m%d%H")
-    day = datetime.datetime(2014, 10, 21, tzinfo=datetime.UTC)
     try:
-        datetime.datetime.strptime(day.strftime(time_format), time_format)
+        datetime.datetime.strptime(_A_DAY.strftime(time_format), time_format)
     except ValueError as error:
         require(False, f"{what}, which strptime refuses: {' '.join(str(error).split())}")
+
+
+def example(time_format: str) -> str:
+    """Some time as a text in a format."""
+    return "0" if time_format in UNITS else _A_DAY.strftime(time_format or "%Y-%m-%d")
 
 
 def describe(time_format: str) -> str:

@@ -83,7 +83,9 @@ def bag_readers(
         fill = [id_of(sparse.fill)] if sparse.missing == "fill" else []
         if sparse.cross:
             parts = [by_name[name] for name in sparse.cross]
-            columns = [(part.source, _decimal(part, schema, nulls, _text_in_cross(part, nulls))) for part in parts]
+            columns = [
+                (part.source, _decimal(part, schema, nulls, _text_in_cross(part, nulls, max_bag))) for part in parts
+            ]
             out.append(BagReader(tuple(columns), when_unknown, _crossed(sparse, id_of, fill)))
         else:
             read = _decimal(sparse, schema, nulls, _bag_of(sparse, nulls, id_of, fill, max_bag))
@@ -138,9 +140,9 @@ def _require_small(count: int, max_bag: int) -> None:
         raise Refused(f"{count} values in one bag; at most {max_bag}")
 
 
-def _text_in_cross(part: Sparse, nulls: frozenset[str]) -> Column:
+def _text_in_cross(part: Sparse, nulls: frozenset[str], max_bag: int) -> Column:
     """A value to the text that it is in a cross; None where it is missing."""
-    values_of = _values_of(part, nulls, 1000)
+    values_of = _values_of(part, nulls, max_bag)
     whole_of = None if part.value_type == "string" else whole_number_of(part)
 
     def read(value: Any) -> str | None:
