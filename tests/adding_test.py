@@ -14,6 +14,7 @@ from dlrm_jax.config import ConfigError, LossConfig
 from dlrm_jax.data.formats.readers import READERS
 from dlrm_jax.data.schema.schema import Dense, Sparse
 from dlrm_jax.data.schema.schema_io import to_dict
+from dlrm_jax.data.values.buckets import BUCKETS
 from dlrm_jax.data.values.transforms import TRANSFORMS
 from dlrm_jax.host.mesh import MeshShape
 from dlrm_jax.model.interactions.base import INTERACTIONS
@@ -55,6 +56,7 @@ REGISTRIES = {
     "An id map": (ID_MAPS, "reversed"),
     "A way to compress tables": (WAYS, "reverse"),
     "A dense transform": (TRANSFORMS, "sqrt"),
+    "A rule of buckets": (BUCKETS, "tens"),
     "An input format": (READERS, "fixed"),
 }
 
@@ -163,6 +165,17 @@ def test_a_dense_transform_means_the_same_in_preparation_and_serving(added, tmp_
     (tmp_path / "bad").mkdir()
     with pytest.raises(ConfigError, match="column x: '-1'"):
         prepare_text(tmp_path / "bad", "label,x,c\n1,-1,a\n", log)
+
+
+def test_a_rule_of_buckets_means_the_same_in_preparation_and_serving(added, tmp_path):
+    added("A rule of buckets")
+    log = schema(dense=(), sparse=(Sparse("x", buckets="tens", ids="raw", size=9),))
+    prepared = rows_of(prepare_text(tmp_path, "label,x\n1,39.5\n0,7\n", log)).ids_RxK
+    signature = Signature("m", (), (ServedFeature("x", "x", 1, "sum", 9),), 4, "float32", to_dict(log), None)
+    _, served, _ = Reader(signature, {}).read([{"x": 39.5}, {"x": "7"}])
+    assert served.tolist() == prepared.tolist() == [[3], [0]]
+    with pytest.raises(BadRequest, match="row 0, feature 'x': -1 is outside the table's ids 0 to 8"):
+        Reader(signature, {}).read([{"x": -1}])
 
 
 def test_an_input_format_is_read(added, tmp_path):

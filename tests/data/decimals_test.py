@@ -11,7 +11,8 @@ from dlrm_jax.data.prepare.preparation import prepare
 from dlrm_jax.data.schema.schema import Dense, Label, Schema, Sparse, Split
 from dlrm_jax.data.values.columns import read_number
 from dlrm_jax.data.values.decimals import as_written, with_points
-from dlrm_jax.serving.artifact.transform import _dense_of, _Refused, _with_points
+from dlrm_jax.serving.artifact.raw_values import Refused, dense_of
+from dlrm_jax.serving.artifact.raw_values import with_points as served_with_points
 from tests.prepared_helpers import prepare_text, rows_of, schema
 
 COMMA = schema(
@@ -68,11 +69,11 @@ def test_served_texts_are_read_as_prepared_ones(texts):
     refused = {}
     for item in as_written(bad, array):
         refused |= dict(zip(item.row_M.tolist(), item.values.to_pylist(), strict=True))
-    read = _with_points(_dense_of(Dense("x"), frozenset(nulls)), ",", frozenset(nulls))
+    read = served_with_points(dense_of(Dense("x"), frozenset(nulls)), ",", frozenset(nulls))
     for row, text in enumerate(texts):
         try:
             value = read(text)
-        except _Refused:
+        except Refused:
             assert refused[row] == text
         else:
             assert row not in refused and (value == numbers[row] or (value != value and numbers[row] != numbers[row]))
@@ -82,7 +83,7 @@ def test_served_texts_are_read_as_prepared_ones(texts):
 def test_numbers_are_numbers(kind):
     array = pa.array([1, None, 3], kind)
     assert with_points(array, ",", ("",)) is array
-    read = _with_points(_dense_of(Dense("x"), frozenset()), ",", frozenset())
+    read = served_with_points(dense_of(Dense("x"), frozenset()), ",", frozenset())
     assert [read(1.5), read(2)] == [1.5, 2.0]
     with pytest.raises(ValueError, match=r"'1\.5' has a point"):
         read("1.5")

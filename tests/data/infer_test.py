@@ -146,7 +146,7 @@ def test_presets_survive_a_file(tmp_path, name):
 def test_the_readmes_schema_is_one():
     text = (ROOT / "README.md").read_text().split("```yaml\n")[1].split("```")[0]
     found = from_dict(yaml.safe_load(text))
-    assert found.name == "my_log" and len(found.sparse) == 6 and found.split == Split("time")
+    assert found.name == "my_log" and len(found.sparse) == 9 and found.split == Split("time")
     assert found.sparse[1].table_name == found.sparse[2].table_name == "item"
 
 

@@ -17,12 +17,12 @@ from dlrm_jax.data.formats.json_lines import parse_json
 from dlrm_jax.data.infer.infer import infer
 from dlrm_jax.data.prepare.preparation import Options, prepare
 from dlrm_jax.data.read.prepared import read_json
-from dlrm_jax.data.schema.schema import Dense, Label, Sparse, Split, integer
+from dlrm_jax.data.schema.schema import Dense, Label, Sparse, Split
 from dlrm_jax.data.schema.schema_io import dump_yaml, load
-from dlrm_jax.data.values import columns, times
+from dlrm_jax.data.values import columns, one_text, times
 from dlrm_jax.data.values.bags import read_bags
 from dlrm_jax.data.values.dense import DenseStatistics, finish_dense, transform
-from dlrm_jax.serving.artifact.transform import _integer, _parse_number, _Refused
+from dlrm_jax.serving.artifact.raw_values import Refused, integer_of, number_of_text
 from tests.prepared_helpers import prepare_text, rows_of, schema
 
 NULLS = ("", "NA")
@@ -202,16 +202,16 @@ def test_serving_reads_numbers_as_preparation_does(text):
     def served(parse):
         try:
             return parse(text)
-        except _Refused:
+        except Refused:
             return None
 
     numbers, wrong = columns.to_numbers(pa.array([text]))
-    number = served(_parse_number)
+    number = served(number_of_text)
     assert (number is None or abs(number) == np.inf) == bool(wrong[0])
     if not wrong[0]:
         assert repr(float(numbers[0])) == repr(number)
     integers, wrong = columns.to_integers(pa.array([text]), "int")
-    assert (None if wrong[0] else int(integers[0])) == served(_integer) == integer(text)
+    assert (None if wrong[0] else int(integers[0])) == served(integer_of) == one_text.integer(text)
 
 
 @given(text=TEXT)
@@ -219,7 +219,7 @@ def test_serving_reads_numbers_as_preparation_does(text):
 def test_the_fast_way_to_a_time_is_the_plain_one(text):
     fast = times.of_common_texts(pa.array([text]))
     if fast is not None:
-        assert fast[0] == times.of_text(text)
+        assert fast[0] == one_text.moment(text)
 
 
 @given(
@@ -233,7 +233,7 @@ def test_a_moment_has_one_number_in_every_form(utc, offset):
     basic = utc.isoformat().replace("-", "").replace(":", "").replace("+0000", "Z")
     forms = [utc.isoformat(), basic, moment.isoformat(), utc.isoformat(" ").replace("+00:00", " UTC")]
     forms += [utc.isoformat().replace("+00:00", ""), utc.isoformat().replace(".", ",")]
-    assert [times.of_text(form) for form in forms] == [expected] * len(forms)
+    assert [one_text.moment(form) for form in forms] == [expected] * len(forms)
     assert times.of_temporal(pa.array([utc], pa.timestamp("us", "UTC"))).tolist() == [expected]
 
 
@@ -253,7 +253,7 @@ def test_a_moment_has_one_number_in_every_form(utc, offset):
     ],
 )
 def test_times_in_many_forms(text, same):
-    assert times.of_text(text) == times.of_text(same) == times.of_common_texts(pa.array([same]))[0]
+    assert one_text.moment(text) == one_text.moment(same) == times.of_common_texts(pa.array([same]))[0]
 
 
 LOG = schema(dense=(Dense("x"),), sparse=(Sparse("c", type="int"),), timestamp="t", split=Split("time", 0, 0))

@@ -4,6 +4,7 @@ import functools
 import json
 import time
 import tracemalloc
+import types
 
 import hypothesis
 import hypothesis.strategies as st
@@ -18,9 +19,13 @@ from dlrm_jax.data.batch import Batch
 from dlrm_jax.data.read.load import DataConfig
 from dlrm_jax.data.read.prepared import open_prepared
 from dlrm_jax.data.schema.schema import Dense, Schema, Sparse, Split
+from dlrm_jax.data.values import time_parts
 from dlrm_jax.data.values.bags import read_bags
+from dlrm_jax.data.values.buckets import BUCKETS, among
 from dlrm_jax.data.values.columns import read_dense
+from dlrm_jax.data.values.sparse_columns import read_sparse
 from dlrm_jax.data.values.transforms import TRANSFORMS
+from dlrm_jax.data.values.vocabulary import Vocabulary
 from dlrm_jax.serving import load
 from dlrm_jax.serving.artifact.errors import BadRequest, TooLate, shown
 from dlrm_jax.serving.artifact.export import export_model, of_arrays
@@ -28,6 +33,7 @@ from dlrm_jax.serving.artifact.native import NativeCpu
 from dlrm_jax.serving.artifact.signature import ServedFeature, Signature
 from dlrm_jax.serving.artifact.transform import Reader
 from dlrm_jax.serving.http import protocol
+from dlrm_jax.serving.http.page import example_row
 from dlrm_jax.tables.by_name import named_tables
 from dlrm_jax.training.loop import train_and_evaluate
 from dlrm_jax.training.run_config import ModelOptions, RunConfig
@@ -56,6 +62,11 @@ SPARSE = (
     Sparse("slot", type="int", ids="raw"),
     Sparse("history", separator="|", hotness=3, pooling="mean"),
     Sparse("either", column="history", separator="|", hotness=2, table="history_filled", missing="fill", fill="ü"),
+    Sparse("squared", column="count", buckets="log_squared", missing="fill", fill="0", min_count=2, oov=True),
+    Sparse("quarter", column="count", buckets="quantile", size=4),
+    Sparse("weekday", column="when", part="weekday", time_format="%y%m%d%H"),
+    Sparse("crossed", cross=("slot", "squared", "wide", "weekday")),
+    Sparse("crossed_hash", cross=("again", "slot"), ids="hash", size=13, missing="fill", fill="gap"),
 )
 COLOURS = ["red", "green", "", "blue", "red", "ünïcode ✓", "green", "black", "a rather long name of a colour"]
 
@@ -76,6 +87,7 @@ def log_rows(count: int = 90) -> list[dict]:
                 "hex": "" if i % 11 == 0 else f"{int(rng.integers(2**62)) * 4 + 3:016x}",
                 "slot": str(int(rng.integers(6))),
                 "history": "|".join(bag),
+                "when": "" if i % 13 == 0 else f"1410{10 + i % 20}{i % 24:02d}",
             }
         )
     rows[5]["colour"] = "seen once"
@@ -152,7 +164,7 @@ def test_ids_and_dense_values_are_those_of_training(prepared):
     dense_BxN, ids_BxK, unknown = load(model_dir).reader.read(without_label(rows))
     np.testing.assert_array_equal(ids_BxK, trained.ids_RxK)
     np.testing.assert_array_equal(dense_BxN.view(np.uint32), trained.dense_RxN.view(np.uint32))
-    assert unknown["colour"] == 1 and set(unknown) == {"colour", "rare"}
+    assert unknown["colour"] == 1 and set(unknown) == {"colour", "rare", "squared"}
     for row, ids, dense in zip(without_label(rows), trained.ids_RxK, trained.dense_RxN, strict=True):
         one_dense, one_ids, _ = load_once(model_dir).reader.read([row])
         np.testing.assert_array_equal(one_ids[0], ids)
@@ -252,8 +264,9 @@ def test_bounds_come_before_any_value_is_read(prepared, change, words, monkeypat
     rows, _, model_dir, *_ = prepared
     reader = load_once(model_dir).reader
     row = without_label(rows)[1] | change
-    for module_function in ("hash_text", "integer", "_parse_number"):
-        monkeypatch.setattr(f"dlrm_jax.serving.artifact.transform.{module_function}", read)
+    for function in ("raw_bags.hash_text", "one_text.integer", "one_text.number"):
+        module = "data.values" if function.startswith("one_text") else "serving.artifact"
+        monkeypatch.setattr(f"dlrm_jax.{module}.{function}", read)
     row = {name: value if name in change else None for name, value in row.items()}
     with pytest.raises(BadRequest, match=words):
         reader.read([row])
@@ -300,7 +313,7 @@ def reader_of(one: Dense | Sparse) -> Reader:
     dense, sparse = ((one,), (Sparse("c"),)) if isinstance(one, Dense) else ((), (one,))
     values = json.loads(json.dumps(to_plain(schema(dense=dense, sparse=sparse))))
     features = tuple(ServedFeature(s.name, s.name, s.hotness, "sum", s.size or 1000) for s in sparse)
-    return Reader(Signature("x", ("x",), features, 4, "float32", values, {}), {})
+    return Reader(Signature("x", ("x",), features, 4, "float32", values, {}, {"c": EDGES}), {})
 
 
 def to_plain(of: Schema) -> dict:
@@ -332,6 +345,7 @@ def test_any_text_of_a_dense_column_is_read_alike(text, transform):
     np.testing.assert_array_equal(got[0].view(np.uint32), values.view(np.uint32))
 
 
+EDGES = (-5.5, 0.0, 1.0, 96.0, 1e18)
 RULES = (
     Sparse("c", ids="hash", size=97),
     Sparse("c", ids="hash", size=97, type="int"),
@@ -342,6 +356,14 @@ RULES = (
     Sparse("c", ids="raw", size=97, type="int", separator=";", hotness=2),
     Sparse("c", ids="hash", size=97, type="hex", separator=";", hotness=2),
     Sparse("c", ids="hash", size=97, separator=";", hotness=2, missing="fill", fill="f"),
+    *(Sparse("c", buckets=rule, ids="hash", size=997) for rule in BUCKETS.all()),
+    Sparse("c", buckets="log_squared", ids="raw", size=500, separator=";", hotness=2, missing="fill", fill="7"),
+    Sparse("c", buckets="quantile", size=len(EDGES) + 1, separator=";", hotness=2),
+    *(
+        Sparse("c", part=part, time_format=form, ids="raw", size=24)
+        for part in time_parts.PARTS
+        for form in ("", "seconds", "milliseconds", "%y%m%d%H", "%Y-%m-%d %H:%M:%S")
+    ),
 )
 _READERS: dict = {}
 
@@ -359,6 +381,8 @@ def reader_of_cached(rule):
         st.text(";ab", max_size=8),
         st.lists(st.sampled_from(["1", "96", "97", "x", "", "++5", " 2 "]), max_size=4).map(";".join),
         st.sampled_from(["++5", "9223372036854775807", "-9223372036854775808", "9223372036854775808", "0x1F"]),
+        st.sampled_from(["14102123", "1410212", "14109923", "2024-02-30", "2024-03-03T23", "2024-W01-1", "-0", "1;-0"]),
+        st.datetimes().map(str),
     ),
     st.sampled_from(RULES),
 )
@@ -375,10 +399,111 @@ def test_any_text_of_a_sparse_column_is_read_alike(text, rule):
         assert bad, f"preparation takes {text!r}"
         return
     assert not bad, f"preparation refuses {text!r}: {bad[0].reason}"
-    bags.ids_U = bags.keys_U.astype(np.int32)
+    quantile = rule.buckets == "quantile"
+    bags.ids_U = among(EDGES, bags.keys_U.view(np.float64)) if quantile else bags.keys_U.astype(np.int32)
     want = np.empty((rule.hotness, 1), np.int32)
     bags.slots(want)
     np.testing.assert_array_equal(got[0], want[:, 0])
+
+
+OF_NUMBERS = (
+    Sparse("c", buckets="log_squared", ids="hash", size=997),
+    Sparse("c", buckets="log_squared", ids="hash", size=97, missing="fill", fill="-2.5"),
+    Sparse("c", buckets="quantile", size=len(EDGES) + 1),
+    Sparse("c", buckets="quantile", size=len(EDGES) + 1, missing="fill", fill="1e18"),
+    Sparse("c", part="hour", time_format="seconds", ids="raw", size=24),
+    Sparse("c", part="weekend", time_format="%y%m%d%H", ids="raw", size=2, missing="fill", fill="14102123"),
+)
+
+
+@hypothesis.given(
+    st.one_of(st.none(), st.floats(allow_nan=False), st.integers(-(2**53), 2**53).map(float), st.just(14102500.0)),
+    st.sampled_from(OF_NUMBERS),
+)
+@hypothesis.settings(max_examples=200, deadline=None)
+def test_any_number_of_a_sparse_column_is_read_alike(number, rule):
+    bags, bad = read_bags(rule, pa.array([number], pa.float64()), ("",))
+    try:
+        _, got, _ = reader_of_cached(rule).read([{"c": number}])
+    except BadRequest:
+        assert bad, f"preparation takes {number!r}"
+        return
+    assert not bad, f"preparation refuses {number!r}: {bad[0].reason}"
+    keys = bags.keys_U.view(np.float64)
+    bags.ids_U = among(EDGES, keys) if rule.is_quantile else bags.keys_U.astype(np.int32)
+    want = np.empty((1, 1), np.int32)
+    bags.slots(want)
+    np.testing.assert_array_equal(got, want)
+
+
+CROSSED = schema(
+    dense=(),
+    sparse=(
+        Sparse("word"),
+        Sparse("whole", type="int", modulo=7),
+        Sparse("hex", type="hex", missing="fill", fill="ff"),
+        Sparse("bucket", column="whole", buckets="log_squared"),
+        Sparse("hour", column="word", part="hour"),
+        Sparse("three", cross=("word", "whole", "hex"), ids="hash", size=10**6),
+        Sparse("filled", cross=("bucket", "hex", "word"), ids="hash", size=10**6, missing="fill", fill="gap"),
+        Sparse("timed", cross=("hour", "bucket"), ids="hash", size=10**6),
+    ),
+)
+PARTS_OF_CROSSES = ("word", "whole", "hex")
+
+
+@functools.cache
+def crossed_reader() -> Reader:
+    features = tuple(ServedFeature(s.name, s.name, 1, "sum", s.size or 10) for s in CROSSED.sparse)
+    no_vocabularies = {s.name: Vocabulary(s.name, s.value_type == "string") for s in CROSSED.sparse}
+    return Reader(Signature("x", (), features, 4, "float32", to_plain(CROSSED), {}), no_vocabularies)
+
+
+@hypothesis.given(
+    st.fixed_dictionaries(
+        {
+            "word": st.sampled_from(["", "a & b", "\\&", "2024-03-03T23", "1"]) | st.text(max_size=8),
+            "whole": NUMBERS,
+            "hex": st.sampled_from(["", "ffffffffffffffff", "00ff", "x"]),
+        }
+    )
+)
+@hypothesis.settings(max_examples=200, deadline=None)
+def test_any_texts_are_crossed_alike(row):
+    hypothesis.assume("\x00" not in "".join(row.values()))
+    read = read_sparse(CROSSED, {name: pa.array([row[name]]) for name in PARTS_OF_CROSSES})
+    bad = [reason for _, found in read for reason in found]
+    try:
+        _, got, _ = crossed_reader().read([row])
+    except BadRequest:
+        assert bad, f"preparation takes {row}"
+        return
+    assert not bad, f"preparation refuses {row}: {bad[0].reason}"
+    want = [bags.keys_U[index] if (index := bags.index_hxR[0, 0]) >= 0 else -1 for bags, _ in read[5:]]
+    assert got[0, 5:].tolist() == want
+
+
+def test_a_cross_without_a_value_names_its_row():
+    log = schema(dense=(), sparse=(*CROSSED.sparse[:3], Sparse("both", cross=("word", "hex"), missing="error")))
+    features = tuple(ServedFeature(s.name, s.name, 1, "sum", 10) for s in log.sparse)
+    vocabularies = {s.name: Vocabulary(s.name, s.value_type == "string") for s in log.sparse}
+    reader = Reader(Signature("x", (), features, 4, "float32", to_plain(log), {}), vocabularies)
+    assert reader.columns == PARTS_OF_CROSSES
+    with pytest.raises(BadRequest, match="row 1, feature 'both': is missing"):
+        reader.read([{"word": "a", "whole": 1, "hex": "f"}, {"word": None, "whole": 1, "hex": "f"}])
+
+
+@pytest.mark.parametrize("time_format", ["", "seconds", "%y%m%d%H"])
+def test_the_example_of_a_page_can_be_scored(time_format):
+    hour = Sparse("hour", column="when", part="hour", time_format=time_format, ids="hash", size=9)
+    both = Sparse("both", cross=("hour", "word"), ids="hash", size=9, missing="error")
+    log = schema(dense=(), sparse=(Sparse("word", ids="hash", size=9), Sparse("else", ids="hash", size=9), hour, both))
+    features = tuple(ServedFeature(s.name, s.name, 1, "sum", 9) for s in log.sparse)
+    signature = Signature("x", (), features, 4, "float32", to_plain(log), {})
+    servable = types.SimpleNamespace(signature=signature, reader=Reader(signature, {}))
+    row = example_row(servable)
+    assert row["word"] == "0" and row["else"] is None and list(row) == ["word", "else", "when"]
+    assert servable.reader.read([row])[1].min(axis=0).tolist()[1] == -1
 
 
 def test_models_of_numbers_take_numbers():

@@ -21,8 +21,8 @@ from dlrm_jax.data.prepare.numbering import IS_DATE, MAX_EXAMPLES, Background, P
 from dlrm_jax.data.prepare.staging import Staging, wide_name
 from dlrm_jax.data.schema.schema import Dense, Schema
 from dlrm_jax.data.values import columns as column_readers
-from dlrm_jax.data.values.bags import read_bags
 from dlrm_jax.data.values.decimals import as_written, with_points
+from dlrm_jax.data.values.sparse_columns import read_sparse
 from dlrm_jax.data.values.vocabulary import Vocabulary
 
 CHUNKS_PER_FILE = 4
@@ -72,7 +72,7 @@ def parse_chunk(schema: Schema, chunk: Chunk, skip_bad: bool, vocabularies: dict
         else:
             out["dense"][:, i] = values
     out["missing"] = np.packbits(_missing(schema, raw.arrays, len(raw.row_R)), axis=1)
-    bags = [taken(read_bags(sparse, raw.arrays[sparse.source], nulls)) for sparse in schema.sparse]
+    bags = [taken(pair) for pair in read_sparse(schema, raw.arrays)]
     bad_rows = raw.bad + _explain(found, raw)
     kept = np.ones(len(raw.row_R), bool)
     for item in found:
@@ -149,9 +149,9 @@ class FirstPass:
         self._tables = schema.tables()
         self._table_index = {name: i for i, name in enumerate(self._tables)}
         self._vocabularies = {
-            name: Vocabulary(name, checked=features[0].type == "string")
+            name: Vocabulary(name, checked=features[0].value_type == "string")
             for name, features in self._tables.items()
-            if features[0].ids == "vocabulary"
+            if features[0].ids == "vocabulary" or features[0].is_quantile
         }
         self._feature_index = {feature.name: i for i, feature in enumerate(schema.sparse)}
 

@@ -11,17 +11,17 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from dlrm_jax.data.prepare import blocks
 from dlrm_jax.data.prepare.final_ids import TablePlan, counting_groups, plan_table
 from dlrm_jax.data.prepare.splits import Splitter
-from dlrm_jax.data.prepare.staging import Staging, wide_name, write_whole, writing
+from dlrm_jax.data.prepare.staging import Staging, wide_name, write_whole
 from dlrm_jax.data.prepare.statistics import Counts, summarise_table, top_ids
-from dlrm_jax.data.schema.schema import SPLITS, Schema, Sparse
+from dlrm_jax.data.prepare.vocabularies import describe_buckets, describe_ids, vocabulary_values, write_vocabulary
+from dlrm_jax.data.schema.schema import SPLITS, Schema
+from dlrm_jax.data.values import buckets
 from dlrm_jax.data.values.dense import finish_dense
 from dlrm_jax.data.values.file_names import file_names
-from dlrm_jax.host.files import whole
 
 _BLOCKS_PER_SHARD = 64
 _COUNT_BYTES = 20
@@ -119,8 +119,10 @@ class SecondPass:
         """Give a table its final ids and write its vocabulary; its statistics."""
         features = self._tables[name]
         values: pa.Array | None = None
+        if features[0].is_quantile:
+            return self._finish_quantiles(index, name, counts_SxV)
         if features[0].ids == "vocabulary":
-            values = self._values(index, features[0])
+            values = vocabulary_values(self._staging, self._num_files, index, features[0])
         plan, kept = plan_table(features, counts_SxV, values)
         self._plans[name] = plan
         if values is None:
@@ -135,9 +137,10 @@ class SecondPass:
             if first:
                 final_SxV[:, 0] = infrequent_S
             values = values.take(pa.array(kept))
-            self._write_vocabulary(name, values, final_SxV.sum(axis=0)[first:], first)
+            path = self._output / "vocabularies" / f"{self._file_names[name]}.parquet"
+            write_vocabulary(path, values, final_SxV.sum(axis=0)[first:], first)
         top = top_ids(final_SxV.sum(axis=0))
-        out = summarise_table(final_SxV, top, self._describe(top, values, int(features[0].oov)))
+        out = summarise_table(final_SxV, top, describe_ids(top, values, int(features[0].oov)))
         if values is not None:
             out["infrequent_values"] = num_keys - len(kept)
             out["coverage"] = {
@@ -146,37 +149,17 @@ class SecondPass:
             }
         return out
 
-    def _values(self, table: int, rule: Sparse) -> pa.Array:
-        """The values of a vocabulary, in the order of provisional ids."""
-        parts = []
-        for file in range(self._num_files):
-            for addition in self._staging.additions(file, table):
-                parts.append(addition.texts if addition.texts is not None else pa.array(addition.keys))
-        if rule.type == "string":
-            return pa.concat_arrays(parts) if parts else pa.array([], pa.large_string())
-        keys = np.concatenate([part.to_numpy() for part in parts]) if parts else np.zeros(0, np.uint64)
-        return pa.array(keys if rule.type == "hex" else keys.view(np.int64))
-
-    def _write_vocabulary(self, name: str, values: pa.Array, counts: np.ndarray, first: int) -> None:
-        path = self._output / "vocabularies" / f"{self._file_names[name]}.parquet"
-        path.parent.mkdir(exist_ok=True)
-        ids = pa.array(np.arange(first, first + len(values), dtype=np.int32))
-        table = pa.table({"id": ids, "value": values, "count": pa.array(counts[: len(values)])})
-        with writing(path), whole(path) as temporary:
-            pq.write_table(table, temporary, use_dictionary=False)
-
-    def _describe(self, top: np.ndarray, values: pa.Array | None, first: int) -> list[str]:
-        """The values of the most frequent ids, as text."""
-        texts = []
-        for i in top:
-            if values is None:
-                texts.append(str(i))
-            elif i < first:
-                texts.append("(infrequent)")
-            else:
-                value = values[int(i) - first].as_py()
-                texts.append(f"{value:08x}" if pa.types.is_uint64(values.type) else str(value)[:80])
-        return texts
+    def _finish_quantiles(self, index: int, name: str, counts_SxV: np.ndarray) -> dict[str, Any]:
+        """Give a table of quantile buckets its edges, of the rows for training, and its final ids; its statistics."""
+        rule = self._tables[name][0]
+        numbers_V = vocabulary_values(self._staging, self._num_files, index, rule).to_numpy()
+        counts_SxV = _widened(counts_SxV, len(numbers_V))
+        edges_E = buckets.edges(numbers_V, counts_SxV[0], rule.size)
+        bucket_V = buckets.among(edges_E, numbers_V)
+        self._plans[name] = TablePlan(rule.size, np.append(bucket_V, np.int32(-1)))
+        final_SxV = np.stack([np.bincount(bucket_V, counts_V, rule.size) for counts_V in counts_SxV]).astype(np.int64)
+        top = top_ids(final_SxV.sum(axis=0))
+        return summarise_table(final_SxV, top, describe_buckets(top, edges_E)) | {"edges": edges_E.tolist()}
 
     def _feature_statistics(self) -> dict[str, Any]:
         metas = [self._staging.meta(file) for file in range(self._num_files)]

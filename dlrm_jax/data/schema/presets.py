@@ -68,6 +68,51 @@ def _movielens(name: str, kind: str = "movielens") -> Schema:
     )
 
 
+def _bars(name: str, label: str, sparse: tuple[Sparse, ...], dense: tuple[Dense, ...] = ()) -> Schema:
+    """A data set as BARS publishes it (github.com/reczoo/BARS, the dataset_config of its runs): train.csv, valid.csv,
+    test.csv with a header.
+
+    BARS counts what is rare, and knows what is known, by train.csv alone; here all three count.
+    """
+    split = Split("files", val_files="valid.*", test_files="test.*")
+    return Schema(name=name, label=Label(label), dense=dense, sparse=sparse, split=split)
+
+
+def _criteo_x1() -> Schema:
+    # Numbers that AFN's authors scaled, ids that they gave.
+    dense = tuple(Dense(column) for column in CRITEO_DENSE)
+    return _bars("criteo_x1", "label", tuple(Sparse(column, type="int") for column in CRITEO_SPARSE), dense)
+
+
+def _criteo_x4() -> Schema:
+    # Infrequent values, and in BARS missing categories too, share one id; here a missing one has an id of its own.
+    rule: dict = {"missing": "fill", "fill": "0", "min_count": 10, "oov": True}
+    numbers = tuple(Sparse(column, buckets="log_squared", **rule) for column in CRITEO_DENSE)
+    return _bars("criteo_x4", "Label", numbers + tuple(Sparse(c, type="hex", **rule) for c in CRITEO_SPARSE))
+
+
+_AVAZU_COLUMNS = (
+    *("C1", "banner_pos", "site_id", "site_domain", "site_category", "app_id", "app_domain", "app_category"),
+    *("device_id", "device_ip", "device_model", "device_type", "device_conn_type", *(f"C{i}" for i in range(14, 22))),
+)
+
+
+def _avazu_x4() -> Schema:
+    rare: dict = {"min_count": 2, "oov": True}
+    parts = tuple(
+        Sparse(part, column="hour", part=part, time_format="%y%m%d%H", **rare)
+        for part in ("hour", "weekday", "weekend")
+    )
+    columns = tuple(Sparse(column, **rare) for column in _AVAZU_COLUMNS)
+    return _bars("avazu_x4", "click", (parts[0], *columns, *parts[1:]))
+
+
+_FRAPPE_COLUMNS = (
+    *("user", "item", "daytime", "weekday", "isweekend"),
+    *("homework", "cost", "weather", "country", "city"),
+)
+
+
 _DAYS = Split("last_part", parts=7, first_half="test")
 _LAST_DAY = Split("last_part", parts=0, first_half="val")
 
@@ -110,4 +155,31 @@ PRESETS: dict[str, tuple[str, Callable[[], Schema]]] = {
         lambda: _movielens("movielens_100k_time", "movielens_by_time"),
     ),
     "movielens_1m": ("MovieLens 1M, a directory: rated 4 or 5? 80/10/10 at random", lambda: _movielens("movielens_1m")),
+    "frappe_x1": (
+        "Frappe as BARS has it: use of apps in ten contexts, no numbers; train.csv, valid.csv, test.csv",
+        lambda: _bars("frappe_x1", "label", tuple(map(Sparse, _FRAPPE_COLUMNS))),
+    ),
+    "criteo_x1": ("Criteo as BARS and AFN have it: scaled numbers, ids; train.csv, valid.csv, test.csv", _criteo_x1),
+    "criteo_x4": (
+        "Criteo as BARS (Criteo_x4_001) and AutoInt have it: numbers in buckets of floor(log(x)^2), values that occur "
+        "less than ten times share an id; train.csv, valid.csv, test.csv",
+        _criteo_x4,
+    ),
+    "avazu_x1": (
+        "Avazu as BARS and AFN have it: 22 columns of ids; train.csv, valid.csv, test.csv",
+        lambda: _bars("avazu_x1", "label", tuple(Sparse(f"feat_{i}", type="int") for i in range(1, 23))),
+    ),
+    "avazu_x4": (
+        "Avazu as BARS (Avazu_x4_001) and AutoInt have it: hour, weekday and weekend of the time, values that occur "
+        "once share an id; train.csv, valid.csv, test.csv",
+        _avazu_x4,
+    ),
+    "movielenslatest_x1": (
+        "MovieLens' tags as BARS and AFN have them: user, film, tag; train.csv, valid.csv, test.csv",
+        lambda: _bars(
+            "movielenslatest_x1",
+            "label",
+            tuple(Sparse(column, type="int") for column in ("user_id", "item_id", "tag_id")),
+        ),
+    ),
 }

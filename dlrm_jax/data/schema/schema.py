@@ -1,38 +1,22 @@
 """Schema: what the columns of a log mean. From a file (schema_io.py), a preset (presets.py), or guessed (infer.py)."""
 
 import dataclasses
-import re
-from typing import Any
 
 from dlrm_jax.config import FeatureConfig, require, require_choice, require_unique
-from dlrm_jax.config.model import POOLINGS
 from dlrm_jax.data.formats.encoding import UTF8, require_encoding
 from dlrm_jax.data.formats.readers import READERS
+from dlrm_jax.data.schema.sparse import Sparse, check_crosses
 from dlrm_jax.data.values import transforms
 
 MOVIELENS = ("movielens", "movielens_by_time")
 FORMATS = ("text", "parquet", "jsonl", "dlrm_npz", "mlperf_bin", "torchrec_npy", "mlperf_multi_hot", *MOVIELENS)
-TYPES = ("string", "int", "hex")
-ID_RULES = ("vocabulary", "hash", "raw")
-ORDERS = ("first", "frequency", "value")
 DENSE_MISSING = ("fill", "mean", "error")
-SPARSE_MISSING = ("empty", "fill", "error")
-_INTEGER = re.compile(r"[+-]?0*([0-9]{1,19})", re.ASCII)
 MAX_NAME_BYTES = 100
 """Of a dataset's name, with which its files' names begin."""
 SPLITS = ("train", "val", "test")
 HELD_OUT = SPLITS[1:]
 """Rows that are scored and not learned from."""
 SPLITS_BY = ("order", "random", "time", "column", "files", "last_part")
-
-
-def integer(text: str) -> int | None:
-    """The whole number of 64 bits that a text is: digits with at most one sign, and space around; None for others."""
-    match = _INTEGER.fullmatch(text.strip())
-    if match is None:
-        return None
-    number = -int(match[1]) if text.strip()[0] == "-" else int(match[1])
-    return number if -(2**63) <= number < 2**63 else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,81 +64,6 @@ class Dense:
     def needs_statistics(self) -> bool:
         """Whether its values depend on the whole log."""
         return self.transform in ("torchrec_log", "standardise") or self.missing == "mean"
-
-
-@dataclasses.dataclass(frozen=True)
-class Sparse:
-    """A categorical value, or a list of them.
-
-    `type` says how text is read: string, int, or hex (both whole numbers, so that 00ff is ff). `ids`:
-    vocabulary, a table row for each distinct value, by first appearance, by frequency, or by value (numbers by size,
-    texts by code points); hash, hash64(value) mod `size`, see hashing.py; raw, the number itself, which must be less
-    than `size` (0: the greatest one + 1).
-    `modulo` takes whole numbers modulo itself first, as the reference's --max-ind-range.
-    Values that occur less than `min_count` times, and at serving unknown ones, share id 0 if `oov`, else they are
-    left out of the bag. A missing value is an empty bag, or the value `fill`, or an error.
-    Lists: text is cut at `separator`; a bag keeps its first `hotness` ids, the rest is counted as truncated.
-    Features that name one `table` share its rows and its vocabulary.
-    """
-
-    name: str
-    column: str = ""
-    type: str = "string"
-    ids: str = "vocabulary"
-    size: int = 0
-    modulo: int = 0
-    min_count: int = 1
-    order: str = "first"
-    oov: bool = False
-    missing: str = "empty"
-    fill: str = ""
-    separator: str = ""
-    hotness: int = 1
-    pooling: str = "sum"
-    table: str = ""
-
-    def __post_init__(self) -> None:
-        where = f"sparse column {self.name!r}"
-        for field, choices in (
-            ("type", TYPES),
-            ("ids", ID_RULES),
-            ("order", ORDERS),
-            ("missing", SPARSE_MISSING),
-            ("pooling", POOLINGS),
-        ):
-            require_choice(f"{where}: {field}", getattr(self, field), choices)
-        for field, least in (("size", 0), ("modulo", 0), ("min_count", 1), ("hotness", 1)):
-            require(getattr(self, field) >= least, f"{where}: {field} is {getattr(self, field)}; at least {least}")
-        require(self.size < 2**31, f"{where}: size is {self.size}; ids are int32, so at most {2**31 - 1}")
-        require(self.ids != "hash" or self.size > 0, f"{where}: ids: hash needs size, the number of buckets")
-        require(self.ids != "raw" or self.type != "string", f"{where}: ids: raw needs type: int or hex")
-        require(self.modulo == 0 or self.type != "string", f"{where}: modulo needs type: int or hex")
-        require(self.modulo < 2**31, f"{where}: modulo is {self.modulo}; at most {2**31 - 1}")
-        vocabulary = self.ids == "vocabulary"
-        require(vocabulary or self.min_count == 1, f"{where}: min_count needs ids: vocabulary")
-        require(vocabulary or not self.oov, f"{where}: oov needs ids: vocabulary")
-        require(vocabulary or self.order == "first", f"{where}: order needs ids: vocabulary")
-        require(not vocabulary or self.size == 0, f"{where}: the data decides the size of a vocabulary; leave size out")
-        require(self.missing == "fill" or not self.fill, f"{where}: fill needs missing: fill")
-        if self.missing == "fill" and self.type != "string":
-            fits = (
-                re.fullmatch("[0-9a-fA-F]{1,16}", self.fill) if self.type == "hex" else integer(self.fill) is not None
-            )
-            require(bool(fits), f"{where}: fill {self.fill!r} is not of type {self.type}")
-
-    @property
-    def source(self) -> str:
-        """The column of the log."""
-        return self.column or self.name
-
-    @property
-    def table_name(self) -> str:
-        """The table whose rows its ids name."""
-        return self.table or self.name
-
-    def rule(self) -> tuple[Any, ...]:
-        """What features of one table must agree on."""
-        return (self.type, self.ids, self.size, self.modulo, self.min_count, self.order, self.oov)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,6 +140,7 @@ class Schema:
         require_unique("column", list(self.columns))
         require_unique("dense and sparse", [column.name for column in self.dense] + [s.name for s in self.sparse])
         require(self.split.by != "time" or bool(self.timestamp), "split: by: time needs the schema's timestamp")
+        check_crosses(self.sparse)
         for table, features in self.tables().items():
             rules = {feature.rule() for feature in features}
             names = ", ".join(feature.name for feature in features)
@@ -251,7 +161,9 @@ class Schema:
         """Columns of the log that are read, and what each is for; all but sparse want one value a row."""
         named = [("label", self.label.column), ("weight", self.weight), ("timestamp", self.timestamp)]
         named += [("split", self.split.column)] if self.split.by == "column" else []
-        named += [("dense", dense.source) for dense in self.dense] + [("sparse", s.source) for s in self.sparse]
+        named += [("dense", dense.source) for dense in self.dense] + [
+            ("sparse", s.source) for s in self.sparse if not s.cross
+        ]
         roles: dict[str, list[str]] = {}
         for role, name in named:
             if name or role in ("label", "dense", "sparse"):

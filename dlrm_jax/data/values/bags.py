@@ -6,8 +6,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from dlrm_jax.data.schema.schema import Sparse
-from dlrm_jax.data.values.columns import Bad, Distinct, to_integers, to_numbers
+from dlrm_jax.data.schema.sparse import Sparse
+from dlrm_jax.data.values.columns import Bad, Distinct
+from dlrm_jax.data.values.derived import as_text, integers_of
 from dlrm_jax.data.values.hashing import hash_integers, hash_strings
 
 EMPTY = np.int32(-1)
@@ -44,36 +45,63 @@ class Bags:
         np.append(self.ids_U, EMPTY).take(self.index_hxR, out=out_hxR, mode="wrap")
 
 
+@dataclasses.dataclass
+class Elements:
+    """The values of a column's bags before they are keys: `index_hxR` names the value of each slot, -1 for none.
+
+    A missing value is filled in already, where the schema says so. `found` are the values of the log, of which
+    `values` are the first, and `row_E` the rows of these where the column is one of lists.
+    """
+
+    values: pa.Array
+    index_hxR: np.ndarray
+    found: Distinct
+    row_E: np.ndarray | None
+    truncated_R: np.ndarray | None
+
+    @classmethod
+    def of(cls, sparse: Sparse, array: pa.Array, null_values: tuple[str, ...]) -> "Elements":
+        """The values of a column."""
+        if sparse.separator and not _is_list(array.type):
+            array = _split(array, sparse.separator, null_values)
+        index_hxR = np.full((sparse.hotness, len(array)), EMPTY)
+        row_E = truncated_R = None
+        fill = sparse.missing == "fill"
+        if _is_list(array.type):
+            found, row_E, slot_E, truncated_R = _flatten(array, sparse.hotness, null_values)
+            index_hxR[slot_E, row_E] = found.index_R
+        else:
+            found = Distinct.of(array, null_values, keep_nulls=fill)
+            index_hxR[0] = found.index_R
+        values = found.values
+        if fill and values.null_count:
+            values = as_text(values).fill_null(sparse.fill)
+        empty_R = index_hxR[0] < 0
+        if fill and empty_R.any():
+            values = pa.concat_arrays([as_text(values), pa.array([sparse.fill])])
+            index_hxR[0, empty_R] = len(values) - 1
+        return cls(values, index_hxR, found, row_E, truncated_R)
+
+    def bad(self, column: str, reason: str, wrong_U: np.ndarray) -> list[Bad]:
+        """The rows with a wrong value, once each; what was filled in is right."""
+        out = []
+        for bad in self.found.bad(wrong_U[: len(self.found.values)], column, reason):
+            rows, first = np.unique(bad.row_M if self.row_E is None else self.row_E[bad.row_M], return_index=True)
+            out.append(dataclasses.replace(bad, row_M=rows, values=bad.values.take(pa.array(first))))
+        return out
+
+
 def read_bags(sparse: Sparse, array: pa.Array, null_values: tuple[str, ...]) -> tuple[Bags, list[Bad]]:
     """(the bags of a column, bad rows)."""
-    if sparse.separator and not _is_list(array.type):
-        array = _split(array, sparse.separator, null_values)
-    index_hxR = np.full((sparse.hotness, len(array)), EMPTY)
-    truncated_R = None
-    is_list, fill = _is_list(array.type), sparse.missing == "fill"
-    if is_list:
-        elements, row_E, slot_E, truncated_R = _flatten(array, sparse.hotness, null_values)
-        index_hxR[slot_E, row_E] = elements.index_R
-    else:
-        elements, row_E = Distinct.of(array, null_values, keep_nulls=fill), None
-        index_hxR[0] = elements.index_R
-    empty_R = index_hxR[0] < 0
+    elements = Elements.of(sparse, array, null_values)
     bad = []
-    if sparse.missing == "error" and empty_R.any():
-        rows = np.flatnonzero(empty_R)
-        bad.append(Bad(rows, sparse.source, pa.array([""] * len(rows)), "is missing"))
-    values = elements.values
-    if fill and values.null_count:
-        values = _as_text(values).fill_null(sparse.fill)
-    if fill and empty_R.any():
-        values = pa.concat_arrays([_as_text(values), pa.array([sparse.fill])])
-        index_hxR[0, empty_R] = len(values) - 1
-    keys, checks, texts, wrong = _keys(sparse, values)
+    if sparse.missing == "error":
+        rows = np.flatnonzero(elements.index_hxR[0] < 0)
+        bad += [Bad(rows, sparse.source, pa.array([""] * len(rows)), "is missing")] if len(rows) else []
+    keys, checks, texts, wrong = _keys(sparse, elements.values)
     for reason, wrong_U in wrong.items():
-        for found in elements.bad(wrong_U[: len(elements.values)], sparse.source, reason):
-            rows, first = np.unique(found.row_M if row_E is None else row_E[found.row_M], return_index=True)
-            bad.append(dataclasses.replace(found, row_M=rows, values=found.values.take(pa.array(first))))
-    return Bags(keys, index_hxR, checks, texts, not is_list, truncated_R), bad
+        bad += elements.bad(sparse.source, reason, wrong_U)
+    return Bags(keys, elements.index_hxR, checks, texts, elements.row_E is None, elements.truncated_R), bad
 
 
 def _is_list(kind: pa.DataType) -> bool:
@@ -83,7 +111,7 @@ def _is_list(kind: pa.DataType) -> bool:
 def _split(array: pa.Array, separator: str, null_values: tuple[str, ...]) -> pa.Array:
     """Texts cut at `separator`, each distinct text once."""
     distinct = Distinct.of(array, null_values)
-    lists = pc.split_pattern(_as_text(distinct.values), separator)
+    lists = pc.split_pattern(as_text(distinct.values), separator)
     return lists.take(pa.array(distinct.index_R, mask=distinct.index_R < 0))
 
 
@@ -105,32 +133,19 @@ def _flatten(
     return elements, row_E[fits], slot_E[fits], np.bincount(row_E[~fits], minlength=len(lists))
 
 
-def _as_text(values: pa.Array) -> pa.Array:
-    """Texts as they are, whole numbers in decimal, 3.0 as 3 (a column of ids with gaps is often stored as float)."""
-    if pa.types.is_floating(values.type):
-        whole, _ = to_numbers(values)
-        integral = (whole == np.floor(whole)) & (np.abs(whole) < 2**53)
-        as_int = pc.cast(pa.array(np.where(integral, whole, 0).astype(np.int64)), pa.string())
-        return pc.if_else(pa.array(integral), as_int, pc.cast(values, pa.string()))
-    return pc.cast(values, pa.string())
-
-
 def _keys(
     sparse: Sparse, values: pa.Array
 ) -> tuple[np.ndarray, np.ndarray | None, pa.Array | None, dict[str, np.ndarray]]:
     """(keys, checks, texts, which values are wrong, by the reason why)."""
-    if sparse.type == "string":
-        texts = _as_text(values).fill_null("")
+    if sparse.value_type == "string":
+        texts = as_text(values).fill_null("")
         keys = hash_strings(texts)
         if sparse.ids == "vocabulary":
             return keys, hash_strings(texts, seed=1), texts, {}
         return keys % np.uint64(sparse.size), None, None, {}
-    integers, no_number = to_integers(values, sparse.type)
-    wrong = {"is not a hexadecimal number" if sparse.type == "hex" else "is not a whole number": no_number}
-    if sparse.modulo:
-        # 64 bits of hex fill the sign too; as an unsigned number they have the remainder that they should.
-        unsigned = integers.view(np.uint64) % np.uint64(sparse.modulo)
-        integers = unsigned.view(np.int64) if sparse.type == "hex" else integers % sparse.modulo
+    integers, wrong = integers_of(sparse, values)
+    if sparse.is_quantile:
+        return integers.view(np.uint64), None, None, wrong
     if sparse.ids == "hash":
         return hash_integers(integers) % np.uint64(sparse.size), None, None, wrong
     if sparse.ids == "raw":

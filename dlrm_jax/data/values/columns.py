@@ -9,8 +9,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from dlrm_jax.data.schema.schema import SPLITS, Dense, Label, integer
-from dlrm_jax.data.values import times
+from dlrm_jax.data.schema.schema import SPLITS, Dense, Label
+from dlrm_jax.data.values import one_text, times
 from dlrm_jax.data.values.dense import LARGEST, transform
 
 
@@ -132,7 +132,8 @@ def to_numbers(values: pa.Array) -> tuple[np.ndarray, np.ndarray]:
     if _is_text(kind):
         numbers = _cast_texts(values)
         if numbers is None:
-            numbers = pa.array([None if text is None else _float(text) for text in values.to_pylist()], pa.float64())
+            found = [None if text is None else one_text.number(text) for text in values.to_pylist()]
+            numbers = pa.array(found, pa.float64())
     elif pa.types.is_boolean(kind):
         numbers = pc.cast(pc.cast(values, pa.int8()), pa.float64())
     elif times.is_temporal(kind):
@@ -161,17 +162,10 @@ def _cast_texts(texts: pa.Array) -> pa.Array | None:
     return None if pc.any(pc.match_substring(not_numbers, "(")).as_py() else numbers  # As nan(1).
 
 
-def _float(text: str) -> float | None:
-    try:
-        return float(text) if "_" not in text else None
-    except ValueError:
-        return None
-
-
 def to_integers(values: pa.Array, kind: str) -> tuple[np.ndarray, np.ndarray]:
     """(int64 of each, 0 where it is none; whether it is none); `kind` is int or hex. 64 bits of hex fill the sign.
 
-    Text of type int is `schema.integer` of it, of type hex at most 16 digits.
+    Text of type int is `one_text.integer` of it, of type hex at most 16 digits.
     """
     if pa.types.is_integer(values.type):
         return _filled(values.cast(pa.int64(), safe=False)), np.zeros(len(values), bool)
@@ -186,7 +180,7 @@ def to_integers(values: pa.Array, kind: str) -> tuple[np.ndarray, np.ndarray]:
     if found is not None:
         return found, np.zeros(len(text), bool)
     if kind == "int":
-        integers = [0 if value is None else integer(value) for value in text.to_pylist()]
+        integers = [0 if value is None else one_text.integer(value) for value in text.to_pylist()]
         wrong = np.asarray([value is None for value in integers])
         return np.asarray([value or 0 for value in integers], np.int64), wrong
     wrong = ~pc.match_substring_regex(text, "^[0-9a-fA-F]{1,16}$").fill_null(True).to_numpy(zero_copy_only=False)
@@ -311,13 +305,13 @@ def to_times(values: pa.Array) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         return common, np.zeros(len(values), bool), np.ones(len(values), bool)
     else:
         numbers, wrong = to_numbers(values)
-        wrong = wrong | np.isnan(numbers) | (np.abs(numbers) >= times.BEYOND)
+        wrong = wrong | np.isnan(numbers) | (np.abs(numbers) >= one_text.BEYOND)
         moments, dates = np.where(wrong, 0, numbers).astype(np.int64), np.zeros(len(values), bool)
         for i in np.flatnonzero(wrong) if _is_text(values.type) else ():
-            moment = times.of_text(values[i].as_py())
+            moment = one_text.moment(values[i].as_py())
             if moment is not None:
                 moments[i], dates[i], wrong[i] = moment, True, False
-    wrong = wrong | (np.abs(moments) >= times.BEYOND)
+    wrong = wrong | (np.abs(moments) >= one_text.BEYOND)
     return np.where(wrong, 0, moments), wrong, dates
 
 

@@ -1,34 +1,17 @@
-"""Times of a log as microseconds since 1970 in UTC: ISO 8601 as text, and the columns that Arrow calls temporal.
-
-Text is a date, alone or with a time, a time alone or with a zone; a time without a zone is one of UTC:
-
-    2024-01-31   20240131   2024-W05-3   2024-031   2024-01         (a date without a day is the first of its month)
-    T10   T10:10   T101000   T10:10:00.5   T10:10:00,123456789      (behind T, t or a space; below 1 us it is cut)
-    Z   UTC   GMT   +02   +0200   -05:30
+"""Times of a log as microseconds since 1970 in UTC: texts of ISO 8601 (one_text.py), and what Arrow calls temporal.
 
 Digits alone are a number, not a date: 20240131 as well as 1706695800.
 """
-
-import datetime
-import re
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-_EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
-_MICROSECOND = datetime.timedelta(microseconds=1)
-BEYOND = 2**62
-"""No time is so many microseconds from 1970; a number of this size or larger is none either."""
-_FIRST_YEAR = (datetime.datetime(1, 1, 1, tzinfo=datetime.UTC) - _EPOCH) // _MICROSECOND
+from dlrm_jax.data.values.one_text import BEYOND, moment
+
+_FIRST_YEAR = moment("0001-01-01") or 0
 """Arrow also reads the year 0, which Python's calendar has not."""
 
-_TEXT = re.compile(
-    r"(?P<date>\d{4}-\d\d-\d\d|\d{8}|\d{4}-?W\d\d-?\d|(?P<ordinal>\d{4}-?\d{3})|(?P<month>\d{4}-\d\d))"
-    r"(?:[Tt ](?P<hour>\d\d)(?::?(?P<minute>\d\d)(?::?(?P<second>\d\d)(?:[.,](?P<fraction>\d+))?)?)?"
-    r" ?(?P<zone>[Zz]|UTC|GMT|[+-]\d\d(?::?\d\d)?)?)?",
-    re.ASCII,
-)
 _UNITS_A_SECOND = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
 
 
@@ -60,7 +43,7 @@ def as_text(values: pa.Array) -> pa.Array:
 def of_common_texts(texts: pa.Array) -> np.ndarray | None:
     """int64 of texts that Arrow reads, nulls as 0: all without a zone, or all with one. None if any is another.
 
-    A fast way to what `of_text` gives.
+    A fast way to what `one_text.moment` gives.
     """
     texts = pc.utf8_trim_whitespace(texts)
     for kind in (pa.timestamp("us"), pa.timestamp("us", "UTC")):
@@ -73,32 +56,3 @@ def of_common_texts(texts: pa.Array) -> np.ndarray | None:
         out: np.ndarray = found.fill_null(0).to_numpy(zero_copy_only=False)
         return out if not len(out) or out.min() >= _FIRST_YEAR else None
     return None
-
-
-def of_text(text: str) -> int | None:
-    """Microseconds of one text; None if it is none of the module's forms, or names a day or a time that is none."""
-    match = _TEXT.fullmatch(text.strip())
-    if match is None:
-        return None
-    part = match.groupdict()
-    try:
-        if part["ordinal"]:
-            day = datetime.datetime.strptime(part["ordinal"].replace("-", ""), "%Y%j")
-            if day.year != int(part["ordinal"][:4]):  # Day 366 of a year that has 365.
-                return None
-        else:
-            day = datetime.datetime.fromisoformat(part["date"] + ("-01" if part["month"] else ""))
-        hour, minute, second = (int(part[name] or 0) for name in ("hour", "minute", "second"))
-        fraction = int((part["fraction"] or "0").ljust(6, "0")[:6])
-        midnight_after = (hour, minute, second, fraction) == (24, 0, 0, 0)
-        leap_second = (hour, minute, second) == (23, 59, 60)
-        of_day = datetime.time(0 if midnight_after else hour, minute, 59 if leap_second else second, fraction)
-        zone = datetime.time.fromisoformat(f"00:00{_offset(part['zone'])}").tzinfo
-        moment = datetime.datetime.combine(day, of_day, zone)
-        return (moment - _EPOCH) // _MICROSECOND + 86_400 * 10**6 * midnight_after + 10**6 * leap_second
-    except ValueError:
-        return None
-
-
-def _offset(zone: str | None) -> str:
-    return zone if zone and zone[0] in "+-" else "+00:00"

@@ -167,13 +167,13 @@ def _scorer(version: Version, forward: Forward, make_engine: MakeEngine | None) 
 def make_signature(model: ModelConfig, dataset: Dataset, kind: str) -> Signature:
     """The inputs of a model on a dataset. Where bags are made of one-hot ids (--multi_hot), bags are what is served."""
     features = tuple(ServedFeature(f.name, f.table, f.hotness, f.pooling, model.num_ids(f)) for f in model.features)
-    schema = statistics = None
+    schema = counted = None
     if dataset.directory is not None and dataset.expander is None:  # Bags made of one-hot ids are of no column.
         schema = dict(dataset.schema or {})
-        statistics = read_json(dataset.directory / "statistics.json").get("dense", {})
+        counted = read_json(dataset.directory / "statistics.json")
         for dense in schema_from_dict(schema).dense:
             require(
-                not dense.needs_statistics or dense.name in statistics,
+                not dense.needs_statistics or dense.name in counted.get("dense", {}),
                 f"{dataset.directory}/statistics.json lacks the statistics of dense column {dense.name!r}, which was "
                 "prepared by an older version; prepare the dataset anew",
             )
@@ -184,8 +184,14 @@ def make_signature(model: ModelConfig, dataset: Dataset, kind: str) -> Signature
         embedding_dim=model.embedding_dim,
         kind=kind,
         schema=schema,
-        dense_statistics=statistics,
+        dense_statistics=None if counted is None else counted.get("dense", {}),
+        bucket_edges=None if counted is None else _bucket_edges(counted),
     )
+
+
+def _bucket_edges(statistics: dict[str, Any]) -> dict[str, tuple[float, ...]]:
+    tables = statistics["tables"].items()
+    return {name: tuple(table["edges"]) for name, table in tables if "edges" in table}
 
 
 def _write_json(path: pathlib.Path, value: Any) -> None:
@@ -270,7 +276,7 @@ def _write_vocabularies(directory: pathlib.Path, signature: Signature, data_dir:
         if rule.ids != "vocabulary":
             continue
         values = read_vocabulary(data_dir, schema, table)
-        if rule.type == "string":
+        if rule.value_type == "string":
             columns = [hash_strings(values), hash_strings(values, seed=1)]
         else:
             columns = [values.to_numpy().view(np.uint64)]

@@ -299,4 +299,7 @@ def _require_fitting_schema(version: Version, signature: Signature, vocabularies
     whole &= signature.dense_names in (dense, dense or ("constant",))  # Without numbers there was a constant once.
     whole &= all(dense.name in statistics for dense in schema.dense if dense.needs_statistics)
     whole &= all(sparse.table_name in vocabularies for sparse in schema.sparse if sparse.ids == "vocabulary")
+    edges, rows = signature.bucket_edges or {}, {feature.table: feature.rows for feature in signature.features}
+    cut = {sparse.table_name for sparse in schema.sparse if sparse.is_quantile}
+    whole &= all(table in edges and len(edges[table]) < rows[table] for table in cut)
     require(whole, f"{version.directory}: signature.json's schema is not of its inputs; export anew")

@@ -27,7 +27,8 @@ class ServedFeature:
 class Signature:
     """Inputs of a model. `schema` (schema_io.to_dict), where the data had one, says how raw values become these.
 
-    `dense_statistics` are those of data/values/dense.py by column; `kind` is how tables are stored.
+    `dense_statistics` are those of data/values/dense.py by column, `bucket_edges` those of data/values/buckets.py by
+    table; `kind` is how tables are stored.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Signature:
     kind: str
     schema: dict[str, Any] | None = None
     dense_statistics: dict[str, dict[str, Any]] | None = None
+    bucket_edges: dict[str, tuple[float, ...]] | None = None
 
     @property
     def num_slots(self) -> int:

@@ -4,6 +4,8 @@ import base64
 import hashlib
 from typing import Any
 
+from dlrm_jax.data.schema.schema_io import from_dict as schema_from_dict
+from dlrm_jax.data.values import time_parts
 from dlrm_jax.serving.artifact.loaded import Servable
 
 _STYLE = """
@@ -108,10 +110,10 @@ def example_row(servable: Servable) -> dict[str, Any]:
     if signature.schema is None:
         numbers: dict[str, Any] = dict.fromkeys(signature.dense_names, 0.0)
         return numbers | {feature.name: [0] for feature in signature.features}
-    required = {
-        c.get("column") or c["name"]
-        for part in ("dense", "sparse")
-        for c in signature.schema.get(part, ())
-        if c.get("missing") == "error"
-    }
-    return {name: "0" if name in required else None for name in servable.reader.columns}
+    schema = schema_from_dict(dict(signature.schema))
+    crossed = {name for sparse in schema.sparse if sparse.missing == "error" for name in sparse.cross}
+    required = {dense.source: "0" for dense in schema.dense if dense.missing == "error"}
+    for sparse in schema.sparse:
+        if sparse.missing == "error" or sparse.name in crossed:
+            required[sparse.source] = time_parts.example(sparse.time_format) if sparse.part else "0"
+    return {name: required.get(name) for name in servable.reader.columns}
