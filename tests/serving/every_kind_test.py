@@ -16,7 +16,8 @@ import pytest
 
 from dlrm_jax.config import ConfigError
 from dlrm_jax.data.read.prepared import open_prepared
-from dlrm_jax.data.schema.schema import DENSE_MISSING, ID_RULES, ORDERS, SPARSE_MISSING, TYPES, Dense, Sparse
+from dlrm_jax.data.schema.schema import DENSE_MISSING, Dense, Sparse
+from dlrm_jax.data.schema.sparse import ID_RULES, ORDERS, SPARSE_MISSING, TYPES
 from dlrm_jax.data.values import transforms
 from dlrm_jax.serving.artifact.errors import BadRequest
 from dlrm_jax.serving.artifact.export import _write_vocabularies, make_signature
