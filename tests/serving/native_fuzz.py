@@ -100,17 +100,20 @@ class Fuzz:
             for i, feature in enumerate(features)
         )
         fields = {
-            "num_dense": int(self.rng.integers(1, 20)),
+            "num_dense": int(self.rng.integers(1, 20)) * self.pick(0, 1, 1),
             "tables": tables,
             "features": features,
             "bottom_mlp": (*self.rng.integers(1, 70, self.rng.integers(0, 2)).tolist(), width),
             "top_mlp": (*self.rng.integers(1, 130, self.rng.integers(0, 3)).tolist(), 1),
-            "interaction": self.pick("dot", "cat", "cross"),
+            "interaction": self.pick(*native._INTERACTIONS),
             "self_interaction": self.pick(True, False),
             "cross_layers": int(self.rng.integers(1, 3)),
             "cross_rank": int(self.rng.integers(1, 40)),
+            "tower_mlp": tuple(self.rng.integers(1, 70, self.rng.integers(1, 3)).tolist()),
             "learned_pooling": self.pick(True, False),
         }
+        if not fields["num_dense"]:
+            fields["bottom_mlp"] = ()
         hidden = [HiddenConfig(self.pick(*ACTIVATIONS), self.pick(NO_NORM, LAYER_NORM)) for _ in range(2)]
         fields |= {"bottom_hidden": hidden[0], "top_hidden": hidden[1]}
         return ModelConfig(**meeting(fields))
@@ -205,7 +208,7 @@ class Fuzz:
         )
         top = (native._Layer * copy.num_top).from_buffer_copy((native._Layer * copy.num_top).from_address(copy.top))
         copy.features, copy.top = ctypes.addressof(features), ctypes.addressof(top)
-        lengths = ("num_bottom", "num_cross", "num_top")  # Of arrays: nothing else says where these end.
+        lengths = ("num_bottom", "num_cross", "num_tower", "num_top")  # Of arrays: nothing else says where these end.
         numbers = [name for name, kind in native._Model._fields_ if kind is native._INT and name not in lengths]
         target, name = self.pick(
             (copy, self.pick(*numbers)),

@@ -33,6 +33,7 @@ MANY = {
 }
 MEANS = tuple(FeatureConfig(name, "item", hotness, "mean") for name, hotness in (("few", 2), ("many", 5), ("one", 1)))
 ONE = (FeatureConfig("f", "t", hotness=40),)
+NO_NUMBERS = {"num_dense": 0, "bottom_mlp": ()}
 MODELS = {
     "dot": ("float32", {}),
     "self interaction": ("float32", {"self_interaction": True, **WIDE}),
@@ -44,6 +45,21 @@ MODELS = {
     "cross": ("float32", {"interaction": "cross", "cross_layers": 2, "cross_rank": 3}),
     "wide cross": ("bfloat16", {"interaction": "cross", "cross_layers": 1, "cross_rank": 40, **WIDE}),
     "cat": ("int8", {"interaction": "cat", **WIDE}),
+    "full cross": ("float32", {"interaction": "full_cross", "cross_layers": 2}),
+    "beside a tower": (
+        "float32",
+        {"interaction": "parallel_cross", "cross_layers": 1, "cross_rank": 3, "tower_mlp": (70, 5), **WIDE},
+    ),
+    "dot, no numbers": ("float32", {**NO_NUMBERS, "self_interaction": True}),
+    "published DLRM": (
+        "float32",
+        {**NO_NUMBERS, "interaction": "cat", "top_hidden": HiddenConfig("relu", "batch", 0.4), "top_mlp": (70, 9, 1)},
+    ),
+    "published DCNv2": (
+        "float32",
+        {**NO_NUMBERS, "interaction": "parallel_full_cross", "cross_layers": 2, "tower_mlp": (70, 9), "top_mlp": (1,)}
+        | {"top_hidden": HiddenConfig("relu", "batch", 0.4)},
+    ),
     "bfloat16": ("bfloat16", {}),
     "int8": ("int8", MANY),
     "int4": ("int4", {}),

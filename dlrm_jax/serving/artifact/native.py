@@ -21,7 +21,14 @@ from dlrm_jax.serving.artifact.store import Version
 from dlrm_jax.serving.artifact.weights import ArrayFile, TableFiles, read_dense, read_model
 from dlrm_jax.tables.kernels import build
 
-_INTERACTIONS = ("dot", "cat", "cross")
+_DOT, _CAT, _CROSS = range(3)
+_INTERACTIONS = {
+    "dot": _DOT,
+    "cat": _CAT,
+    **dict.fromkeys(("cross", "full_cross", "parallel_cross", "parallel_full_cross"), _CROSS),
+}
+_BARE, _ACTIVATED, _HIDDEN = "bare", "activated", "hidden"
+"""What comes after the product of an MLP's last layer: nothing, its activation, or all of a hidden layer."""
 _OPTIONS = ("-ffp-contract=fast", "-pthread")
 _ALIGNMENT = 64
 _CPU_QUOTA = pathlib.Path("/sys/fs/cgroup/cpu.max")
@@ -50,9 +57,9 @@ class _Feature(ctypes.Structure):
 class _Model(ctypes.Structure):
     _fields_ = (
         *((name, _INT) for name in ("num_dense", "num_slots", "width", "kind", "interaction", "self_interaction")),
-        *((name, _INT) for name in ("num_features", "num_bottom", "num_cross", "num_top")),
+        *((name, _INT) for name in ("num_features", "num_bottom", "num_cross", "cross_step", "num_tower", "num_top")),
         ("feature_of_slot", _Array),
-        *((name, _POINTER) for name in ("features", "bottom", "cross", "top")),
+        *((name, _POINTER) for name in ("features", "bottom", "cross", "tower", "top")),
         ("threshold", ctypes.c_float),
     )
 
@@ -83,10 +90,10 @@ class NativeCpu:
             raise ConfigError(
                 "--cpu_kernels=native scores tables of one dim, one a feature; this model has others: leave it out"
             )
-        if model.interaction.name not in _INTERACTIONS or not model.num_dense:
-            this = f"this one has {model.interaction.name}" if model.num_dense else "this one has none"
+        if model.interaction.name not in _INTERACTIONS:
+            known = ", ".join(_INTERACTIONS)
             raise ConfigError(
-                f"--cpu_kernels=native scores {', '.join(_INTERACTIONS)} of models with numbers, {this}; leave it out"
+                f"--cpu_kernels=native scores {known}; this model has {model.interaction.name}: leave it out"
             )
         if jax.default_backend() != "cpu":
             raise ConfigError(f"--cpu_kernels=native is for CPUs; this process uses a {jax.default_backend()}")
@@ -121,9 +128,12 @@ class NativeCpu:
         """The address of what score.cc calls a Model; all that it points to is kept."""
         files, dense = TableFiles(version), read_dense(version)
         features = self._features(files, model)
-        bottom = self._mlp(dense, "bottom_mlp", len(model.bottom_mlp), model.bottom_hidden, last_is_activated=True)
-        top = self._mlp(dense, "top_mlp", len(model.top_mlp), model.top_hidden, last_is_activated=False)
-        cross = self._cross(dense, model.interaction.options.get("cross_layers", 0))
+        name, options = model.interaction.name, model.interaction.options
+        bottom = self._mlp(dense, "bottom_mlp", len(model.bottom_mlp), model.bottom_hidden, _ACTIVATED)
+        top = self._mlp(dense, "top_mlp", len(model.top_mlp), model.top_hidden, _BARE)
+        tower_mlp = options.get("tower_mlp", ())
+        tower = self._mlp(dense, f"{name}/tower", len(tower_mlp), model.top_hidden, _HIDDEN)
+        cross = self._cross(dense, f"{name}/cross" if tower_mlp else name, options.get("cross_layers", 0))
         hotness = [feature.hotness for feature in model.features]
         feature_of_slot = np.repeat(np.arange(len(hotness), dtype=np.int64), hotness)
         described = _Model(
@@ -131,16 +141,19 @@ class NativeCpu:
             num_slots=model.num_slots,
             width=model.embedding_dim,
             kind=TABLE_TYPES.index(files.kind),
-            interaction=_INTERACTIONS.index(model.interaction.name),
-            self_interaction=model.interaction.options.get("self_interaction", False),
+            interaction=_INTERACTIONS[name],
+            self_interaction=options.get("self_interaction", False),
             num_features=len(features),
             num_bottom=len(bottom),
             num_cross=len(cross),
+            cross_step=1 if "full" in name else 2,
+            num_tower=len(tower),
             num_top=len(top),
             features=self._address_of(features),
             feature_of_slot=_described(self._keep(feature_of_slot[None])),
             bottom=self._address_of(bottom),
             cross=self._address_of(cross),
+            tower=self._address_of(tower),
             top=self._address_of(top),
             threshold=threshold,
         )
@@ -167,29 +180,31 @@ class NativeCpu:
         return (_Feature * len(features))(*features)
 
     def _mlp(
-        self, dense: dict[str, np.ndarray], name: str, depth: int, hidden: HiddenConfig, last_is_activated: bool
+        self, dense: dict[str, np.ndarray], name: str, depth: int, hidden: HiddenConfig, last: str
     ) -> ctypes.Array[_Layer]:
         if hidden.norm == BATCH_NORM:
             raise ValueError("an export has no batch norms")
         layers = []
         for i in range(depth):
             layer = self._layer(*(dense[f"{name}/layer_{i}/{leaf}"] for leaf in ("kernel", "bias")))
-            is_hidden = i < depth - 1
+            is_hidden = i < depth - 1 or last == _HIDDEN
             if is_hidden and hidden.norm == LAYER_NORM:
                 norm_2xW = np.stack([dense[f"{name}/norm_{i}/{leaf}"] for leaf in ("scale", "bias")])
                 layer.norm = _described(self._keep(norm_2xW))
-            if is_hidden or last_is_activated:
+            if is_hidden or last == _ACTIVATED:
                 layer.activation = 1 + ACTIVATIONS.index(hidden.activation)
                 if hidden.activation == "prelu":
                     layer.slope = dense[f"{name}/activation_{i}/negative_slope"].item()
             layers.append(layer)
         return (_Layer * len(layers))(*layers)
 
-    def _cross(self, dense: dict[str, np.ndarray], depth: int) -> ctypes.Array[_Layer]:
+    def _cross(self, dense: dict[str, np.ndarray], name: str, depth: int) -> ctypes.Array[_Layer]:
         layers = []
         for i in range(depth):
-            v_IxR, w_RxI, b_I = (dense[f"cross/{leaf}_{i}"] for leaf in "vwb")
-            layers += [self._layer(v_IxR, np.zeros(v_IxR.shape[1], np.float32)), self._layer(w_RxI, b_I)]
+            if f"{name}/v_{i}" in dense:  # Of low rank.
+                v_IxR = dense[f"{name}/v_{i}"]
+                layers.append(self._layer(v_IxR, np.zeros(v_IxR.shape[1], np.float32)))
+            layers.append(self._layer(dense[f"{name}/w_{i}"], dense[f"{name}/b_{i}"]))
         return (_Layer * len(layers))(*layers)
 
     def _layer(self, kernel: np.ndarray, bias: np.ndarray) -> _Layer:

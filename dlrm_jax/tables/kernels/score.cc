@@ -76,13 +76,15 @@ struct Feature {
   int64_t hotness, mean;
 };
 
-// `cross` has two layers, v and w, for each cross layer; num_cross counts both.
+// `cross` has `cross_step` layers for each cross layer: v and w, or of full rank w alone; num_cross counts them all. A
+// tower, of num_tower layers, takes what the cross layers take, and its output comes behind theirs. Without numbers,
+// num_dense 0, there is no bottom MLP.
 struct Model {
   int64_t num_dense, num_slots, width, kind, interaction, self_interaction;
-  int64_t num_features, num_bottom, num_cross, num_top;
+  int64_t num_features, num_bottom, num_cross, cross_step, num_tower, num_top;
   Array feature_of_slot;
   const Feature* features;
-  const Layer *bottom, *cross, *top;
+  const Layer *bottom, *cross, *tower, *top;
   float threshold;
 };
 
@@ -94,13 +96,18 @@ inline int64_t Padded(int64_t columns) { return (columns + kPanel - 1) / kPanel 
 
 inline const float* Floats(const Array& array) { return static_cast<const float*>(array.data); }
 
-inline int64_t VectorsWidth(const Model& model) { return (model.num_features + 1) * model.width; }
+// The bottom MLP's output, if there is one, and the features'.
+inline int64_t NumVectors(const Model& model) { return model.num_features + (model.num_dense > 0); }
+
+inline int64_t VectorsWidth(const Model& model) { return NumVectors(model) * model.width; }
+
+inline int64_t TowerWidth(const Model& model) { return model.num_tower ? model.tower[model.num_tower - 1].out : 0; }
 
 // Numbers of the top MLP's input.
 inline int64_t InteractionWidth(const Model& model) {
-  if (model.interaction != kDot) return VectorsWidth(model);
-  const int64_t vectors = model.num_features + 1;
-  return model.width + vectors * (vectors - 1) / 2 + (model.self_interaction ? vectors : 0);
+  if (model.interaction != kDot) return VectorsWidth(model) + TowerWidth(model);
+  const int64_t vectors = NumVectors(model);
+  return (model.num_dense > 0) * model.width + vectors * (vectors - 1) / 2 + (model.self_interaction ? vectors : 0);
 }
 
 // Numbers of a stored row, and bytes of each.
@@ -145,14 +152,20 @@ bool Chained(const Layer* layers, int64_t count, int64_t in, int64_t out) {
 
 // What is wrong with a model, or null.
 const char* Wrong(const Model& model) {
-  for (const int64_t count : {model.num_dense, model.width, model.num_features, model.num_bottom, model.num_top}) {
+  for (const int64_t count : {model.width, model.num_features, model.num_top}) {
     if (!Within(count, 1, kWidest)) return "its sizes";
   }
-  if (!Within(model.num_cross, 0, kWidest) || model.num_cross % 2) return "its sizes";
+  for (const int64_t count : {model.num_dense, model.num_bottom, model.num_cross, model.num_tower}) {
+    if (!Within(count, 0, kWidest)) return "its sizes";
+  }
+  if ((model.num_dense > 0) != (model.num_bottom > 0)) return "its sizes";
+  if (!Within(model.cross_step, 1, 2) || model.num_cross % model.cross_step) return "its sizes";
+  if (model.interaction != kCross && (model.num_cross || model.num_tower)) return "its interaction";
   if (!Within(model.kind, kFloat32, kInt4)) return "how its tables are stored";
   if (!Within(model.interaction, kDot, kCross)) return "its interaction";
   if (!(model.threshold >= 0 && model.threshold < 1)) return "its threshold";
-  if (!model.features || !model.bottom || !model.top || (model.num_cross && !model.cross)) return "its parts";
+  if (!model.features || (model.num_bottom && !model.bottom) || !model.top) return "its parts";
+  if ((model.num_cross && !model.cross) || (model.num_tower && !model.tower)) return "its parts";
   if (!Holds(model.feature_of_slot, kLongs, 1, model.num_slots)) return "its slots";
   const auto* feature_of_slot = static_cast<const int64_t*>(model.feature_of_slot.data);
   int64_t slot = 0;
@@ -170,10 +183,15 @@ const char* Wrong(const Model& model) {
     if (feature.weights.data != nullptr && !Holds(feature.weights, kFloats, rows, 1)) return "a table's weights";
   }
   if (slot != model.num_slots) return "its slots";
-  if (!Chained(model.bottom, model.num_bottom, model.num_dense, model.width)) return "its bottom MLP";
-  for (int64_t i = 0; i < model.num_cross; i += 2) {
-    if (!Chained(model.cross + i, 2, VectorsWidth(model), VectorsWidth(model))) return "its cross layers";
+  const int64_t all = VectorsWidth(model);
+  if (model.num_bottom && !Chained(model.bottom, model.num_bottom, model.num_dense, model.width)) {
+    return "its bottom MLP";
   }
+  for (int64_t i = 0; i < model.num_cross; i += model.cross_step) {
+    if (!Chained(model.cross + i, model.cross_step, all, all)) return "its cross layers";
+  }
+  if (model.num_tower && !Within(TowerWidth(model), 1, kWidest)) return "its tower";
+  if (model.num_tower && !Chained(model.tower, model.num_tower, all, TowerWidth(model))) return "its tower";
   if (!Chained(model.top, model.num_top, InteractionWidth(model), 1)) return "its top MLP";
   return nullptr;
 }
@@ -291,18 +309,19 @@ void AddRow(int64_t kind, const uint8_t* row, int64_t width, float scale, float*
 
 // What one thread keeps between batches: fresh pages would cost as much as a score.
 struct Scratch {
-  std::vector<float> vectors, first, second, crossed, panels, products, zeros;
+  std::vector<float> vectors, first, second, crossed, joined, panels, products, zeros;
 };
 
 class Block {
  public:
   Block(const Model& model, const float* dense, const int32_t* ids, int64_t rows)
       : model_(model), feature_of_slot_(static_cast<const int64_t*>(model.feature_of_slot.data)), dense_(dense),
-        ids_(ids), rows_(rows), num_vectors_(model.num_features + 1), vectors_width_(VectorsWidth(model)),
+        ids_(ids), rows_(rows), num_vectors_(NumVectors(model)), vectors_width_(VectorsWidth(model)),
         row_bytes_(RowBytes(model)) {
     stride_ = Padded(InteractionWidth(model));  // And of layers: a tile writes whole panels.
     for (int64_t i = 0; i < model.num_bottom; ++i) stride_ = std::max(stride_, Padded(model.bottom[i].out));
     for (int64_t i = 0; i < model.num_cross; ++i) stride_ = std::max(stride_, Padded(model.cross[i].out));
+    for (int64_t i = 0; i < model.num_tower; ++i) stride_ = std::max(stride_, Padded(model.tower[i].out));
     for (int64_t i = 0; i < model.num_top; ++i) stride_ = std::max(stride_, Padded(model.top[i].out));
     for (auto* buffer : {&scratch_.first, &scratch_.second}) Reserve(*buffer, rows * stride_);
     Reserve(scratch_.vectors, rows * vectors_width_);
@@ -311,7 +330,7 @@ class Block {
   void Score(float* probability, float* logit) {
     for (int64_t slot = 0; slot < std::min(kAhead, rows_ * model_.num_slots); ++slot) AskFor(slot);
     float* y = Layers(model_.bottom, model_.num_bottom, dense_, model_.num_dense);
-    for (int64_t b = 0; b < rows_; ++b) {
+    for (int64_t b = 0; y != nullptr && b < rows_; ++b) {
       std::copy_n(y + b * stride_, model_.width, scratch_.vectors.data() + b * vectors_width_);
     }
     Pool();
@@ -361,7 +380,7 @@ class Block {
     const int64_t end_of_slots = rows_ * model_.num_slots;
     int64_t slot = 0;
     for (int64_t b = 0; b < rows_; ++b) {
-      float* sum = scratch_.vectors.data() + b * vectors_width_ + model_.width;
+      float* sum = scratch_.vectors.data() + b * vectors_width_ + (model_.num_dense > 0) * model_.width;
       for (int64_t f = 0; f < model_.num_features; ++f, sum += model_.width) {
         const Feature& feature = model_.features[f];
         const int64_t end = slot + feature.hotness;
@@ -383,7 +402,8 @@ class Block {
   // The top MLP's input, and its stride.
   const float* Interact(int64_t& stride) {
     if (model_.interaction == kCat) return scratch_.vectors.data();
-    if (model_.interaction == kCross) return Cross();
+    if (model_.interaction == kCross && !model_.num_tower) return Cross();
+    if (model_.interaction == kCross) return CrossAndTower(stride);
     stride = stride_;
     for (int64_t b = 0; b < rows_; ++b) Dots(scratch_.vectors.data() + b * vectors_width_, &scratch_.first[b * stride_]);
     return scratch_.first.data();
@@ -402,10 +422,24 @@ class Block {
     }
     const Layer all{{panels.data()}, {scratch_.zeros.data()}, {}, width, num_vectors_, kNone, 0};
     Apply(all, vectors, width, num_vectors_, scratch_.products.data(), columns);
-    out = std::copy_n(vectors, width, out);
+    if (model_.num_dense > 0) out = std::copy_n(vectors, width, out);
     for (int64_t v = 0; v < num_vectors_; ++v) {
       out = std::copy_n(scratch_.products.data() + v * columns, v + (model_.self_interaction ? 1 : 0), out);
     }
+  }
+
+  // Cross layers' output, then the tower's.
+  const float* CrossAndTower(int64_t& stride) {
+    stride = vectors_width_ + TowerWidth(model_);
+    auto& both = scratch_.joined;
+    Reserve(both, rows_ * stride);
+    const float* crossed = Cross();
+    for (int64_t b = 0; b < rows_; ++b) std::copy_n(crossed + b * vectors_width_, vectors_width_, &both[b * stride]);
+    const float* y = Layers(model_.tower, model_.num_tower, scratch_.vectors.data(), vectors_width_);
+    for (int64_t b = 0; b < rows_; ++b) {
+      std::copy_n(y + b * stride_, TowerWidth(model_), &both[b * stride + vectors_width_]);
+    }
+    return both.data();
   }
 
   // x_{l+1} = x_0 (W_l V_l x_l + b_l) + x_l.
@@ -414,8 +448,8 @@ class Block {
     Reserve(x, rows_ * vectors_width_);
     const float* x0 = scratch_.vectors.data();
     std::copy_n(x0, rows_ * vectors_width_, x.data());
-    for (int64_t i = 0; i < model_.num_cross; i += 2) {
-      const float* y = Layers(model_.cross + i, 2, x.data(), vectors_width_);
+    for (int64_t i = 0; i < model_.num_cross; i += model_.cross_step) {
+      const float* y = Layers(model_.cross + i, model_.cross_step, x.data(), vectors_width_);
       for (int64_t b = 0; b < rows_; ++b) {
         for (int64_t d = 0; d < vectors_width_; ++d) {
           x[b * vectors_width_ + d] += x0[b * vectors_width_ + d] * y[b * stride_ + d];
@@ -487,13 +521,14 @@ Helpers* helpers = [] {
 // What a row's score takes, in products of weights.
 double ProductsOfRow(const Model& model) {
   double products = static_cast<double>(model.num_slots) * model.width * kProductsOfNumber;
-  const double vectors = model.num_features + 1;
+  const double vectors = NumVectors(model);
   if (model.interaction == kDot) products += vectors * vectors * model.width;
   const auto add = [&](const Layer* layers, int64_t count) {
     for (int64_t i = 0; i < count; ++i) products += static_cast<double>(layers[i].in) * layers[i].out;
   };
   add(model.bottom, model.num_bottom);
   add(model.cross, model.num_cross);
+  add(model.tower, model.num_tower);
   add(model.top, model.num_top);
   return products;
 }

@@ -1,0 +1,139 @@
+"""Published recipes on the data at hand, beside the numbers that were published for them.
+
+`python experiments/published_quality.py --frappe=DIR [--num_seeds=5] [--ablation_seeds=1] [--results=DIR]`: DIR holds
+train.csv, valid.csv and test.csv. Trains frappe_dlrm.flags and frappe_dcnv2.flags with several seeds, and the first
+with one part of its recipe left out at a time; writes two tables of experiments/README.md and published_quality.png.
+Finished runs are kept in --results, where the same command goes on.
+"""
+
+import argparse
+import itertools
+import json
+import pathlib
+import subprocess
+import sys
+from typing import Any
+
+from measure import ROOT, replace_section, where_and_when
+
+from dlrm_jax.training.reporting import read_metrics, versions
+
+PUBLISHED = {"frappe_dlrm": (0.98400, 0.14444), "frappe_dcnv2": (0.98448, 0.14915)}
+"""Flag file: published test AUC and log loss (github.com/reczoo/BARS)."""
+WITHOUT: dict[str, dict[str, str]] = {
+    "the whole recipe": {},
+    "L2 of touched rows only, as rows move that were touched": {"table_update": "touched"},
+    "no L2": {"table_l2": "0"},
+    "no dropout": {"dropout": "0"},
+    "no batch norm": {"norm": "none"},
+    "no cut of the rate": {"lr_plateau": ""},
+    "no bound of the gradient's norm": {"clip_norm": "0"},
+    "the package's initial weights": {"table_init": "dlrm", "dense_init": "dlrm"},
+    "row-wise Adagrad for tables, rate 0.02": {"table_optimizer": "rowwise_adagrad", "table_rate": "20"},
+}
+
+
+def prepare(frappe: pathlib.Path, results: pathlib.Path) -> pathlib.Path:
+    """Frappe by its schema."""
+    output = results / "data"
+    if not (output / "schema.json").exists():
+        files = ",".join(str(frappe / f"{name}.csv") for name in ("train", "valid", "test"))
+        command = ["-m", "dlrm_jax.prepare", "--schema=frappe_x1", f"--input={files}", f"--output={output}"]
+        subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
+    return output
+
+
+def train(flagfile: str, data: pathlib.Path, workdir: pathlib.Path, num_seeds: int, changes: dict[str, str]) -> dict:
+    """The `seeds.json` of a flag file with some flags changed."""
+    flags = {"data_dir": str(data), "workdir": str(workdir), "num_seeds": str(num_seeds), "log_every": "50", **changes}
+    command = [sys.executable, "-m", "dlrm_jax.train", f"--flagfile=experiments/{flagfile}.flags"]
+    subprocess.run([*command, *(f"--{name}={value}" for name, value in flags.items())], cwd=ROOT, check=True)
+    found: dict[str, Any] = json.loads((workdir / "seeds.json").read_text())
+    return found
+
+
+def seconds_an_epoch(workdir: pathlib.Path) -> float:
+    """Of training alone, without evaluation and compilation: the median seed's."""
+    rates = [json.loads(path.read_text())["samples_per_second"] for path in workdir.glob("seed-*/result.json")]
+    return 202_812 / sorted(rates)[len(rates) // 2]
+
+
+def recipes_table(rows: dict[str, tuple[dict, float]]) -> str:
+    """Markdown, a row a flag file."""
+    lines = ["| flag file | seeds | test AUC, mean (range) | published | log loss, mean | published | an epoch |"]
+    lines.append("|---|---|---|---|---|---|---|")
+    for name, (written, seconds) in rows.items():
+        auc, loss = (written["summary"]["test"][metric] for metric in ("auc", "log_loss"))
+        spread = f"**{auc['mean']:.5f}** ({auc['minimum']:.5f} to {auc['maximum']:.5f})"
+        lines.append(
+            f"| `{name}.flags` | {len(written['runs'])} | {spread} | {PUBLISHED[name][0]:.5f} | "
+            f"{loss['mean']:.5f} | {PUBLISHED[name][1]:.5f} | {seconds:.1f} s |"
+        )
+    return "\n".join(lines)
+
+
+def ablation_table(rows: dict[str, dict]) -> str:
+    """Markdown, a row a change of the recipe."""
+    lines = ["| DLRM on Frappe | seeds | val AUC | test AUC | to the whole | test log loss | steps |"]
+    lines.append("|---|---|---|---|---|---|---|")
+    whole = next(iter(rows.values()))["summary"]["test"]["auc"]["mean"]
+    for name, written in rows.items():
+        val, test = written["summary"]["val"], written["summary"]["test"]
+        steps = sum(run["step"] for run in written["runs"].values()) // len(written["runs"])
+        lines.append(
+            f"| {name} | {len(written['runs'])} | {val['auc']['mean']:.5f} | {test['auc']['mean']:.5f} | "
+            f"{test['auc']['mean'] - whole:+.5f} | {test['log_loss']['mean']:.5f} | {steps} |"
+        )
+    return "\n".join(lines)
+
+
+def draw(workdirs: dict[str, pathlib.Path], path: pathlib.Path) -> None:
+    """Validation AUC by step of each run's first seed, and where the whole recipe cut its rate."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    axes = figure.add_subplot()
+    for name, workdir in workdirs.items():
+        lines = read_metrics(workdir / "seed-0")
+        points = [(line["step"], line["auc"]) for line in lines if line["split"] == "val"]
+        axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=name)
+    rates = [line for line in read_metrics(next(iter(workdirs.values())) / "seed-0") if line["split"] == "train"]
+    for before, after in itertools.pairwise(rates):
+        if after["learning_rate"] < before["learning_rate"]:
+            axes.axvline(before["step"], color="gray", linestyle="--", linewidth=1)
+    axes.set(xlabel="step", ylabel="validation AUC", ylim=(0.93, 0.988), title="DLRM on Frappe; dashed: a cut rate")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    """Train what is not trained yet, then write the tables and the picture."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--frappe", required=True, type=lambda path: pathlib.Path(path).resolve())
+    parser.add_argument("--results", default="runs/published", type=lambda path: pathlib.Path(path).resolve())
+    parser.add_argument("--num_seeds", default=5, type=int)
+    parser.add_argument("--ablation_seeds", default=1, type=int, help="0: no ablation")
+    given = parser.parse_args()
+    given.results.mkdir(parents=True, exist_ok=True)
+    data = prepare(given.frappe, given.results)
+    stamp = f"Measured {where_and_when(versions())}; `python experiments/published_quality.py --frappe=DIR`."
+    readme = ROOT / "experiments" / "README.md"
+    recipes = {}
+    for name in PUBLISHED:
+        workdir = given.results / name
+        recipes[name] = train(name, data, workdir, given.num_seeds, {}), seconds_an_epoch(workdir)
+        replace_section(readme, "published", f"{recipes_table(recipes)}\n\n{stamp}")
+    workdirs, ablation = {}, {}
+    for number, (name, changes) in enumerate(WITHOUT.items() if given.ablation_seeds else ()):
+        workdirs[name] = given.results / (f"without_{number}" if changes else "frappe_dlrm")
+        num_seeds = given.ablation_seeds if changes else given.num_seeds
+        ablation[name] = train("frappe_dlrm", data, workdirs[name], num_seeds, changes)
+        replace_section(readme, "ablation", f"{ablation_table(ablation)}\n\n{stamp}")
+    if ablation:
+        shown = ("the whole recipe", "no L2", "no dropout", "no batch norm", "no cut of the rate")
+        draw({name: workdirs[name] for name in shown}, ROOT / "experiments" / "published_quality.png")
+
+
+if __name__ == "__main__":
+    main()
