@@ -135,22 +135,25 @@ RUN = RunConfig(
         table_init="normal:0.01",
     ),
     loss=LossConfig(),
-    optimizer=OptimizerConfig(ScheduleConfig(0.01), dense="adam", table="adam"),
+    optimizer=OptimizerConfig(
+        ScheduleConfig(0.01, plateau="factor:0.5,min_delta:1"),
+        **{"dense": "adam", "table": "adam", "table_update": "all", "table_l2": 0.01, "clip_norm": 0.3},
+    ),
     batch_size=64,
     num_steps=10,
-    eval_every=10,
+    eval_every=3,
     sharding=ShardingOptions(mesh="model:1"),
 )
 
 
-def test_a_run_that_stopped_ends_in_the_same_bits(tmp_path):
+def test_a_run_of_the_published_recipe_that_stopped_ends_in_the_same_bits(tmp_path):
     results = []
     for name, stops in (("through", (10,)), ("stopped", (3, 10))):
         for steps in stops:
             result = loop.train_and_evaluate(dataclasses.replace(RUN, num_steps=steps), tmp_path / name)
         results.append((final_state(tmp_path / name, RUN), result["test"], result["val"]))
     assert_same_bits(results[0], results[1])
-    assert len(jax.tree.leaves(results[0][0].batch_stats)) == 4
+    assert len(jax.tree.leaves(results[0][0].batch_stats)) == 4 and float(results[0][0].rate_factor) == 0.125
 
 
 @pytest.mark.parametrize(
