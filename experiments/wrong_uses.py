@@ -153,7 +153,7 @@ CASES: dict[str, tuple[Case, ...]] = {
         Case("train --dataset=criteo_kaggle --data_dir=log.csv --workdir=raw3", "line 1: 5 columns; expected 40"),
         Case("train --dataset=movielens_100k --data_dir=nope --workdir=raw4", "nope is not a directory"),
         Case("train --dataset=movielens_100k --data_dir=models --workdir=raw5", "models holds none of ml-100k.inter"),
-        Case("train --dataset=movielens --data_dir=data --workdir=raw6", "--dataset=movielens: value should be one of"),
+        Case("train --dataset=movielens --data_dir=data --workdir=raw6", "--dataset=movielens, but data holds mine"),
         Case("train --dataset=criteo_kaggle --data_dir=log.csv", "--workdir is missing"),
         Case("plan --dataset=criteo_kaggle --data_dir=log.csv", "say in which --workdir"),
         Case(

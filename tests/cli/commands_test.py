@@ -152,7 +152,7 @@ def test_criteo_flag_file_runs_on_the_sample_and_its_model_takes_raw_rows(tmp_pa
         (["--workdir={tmp}", "--dataset=criteo_kaggle"], "--data_dir is missing"),
         (["--workdir={tmp}", "--dataset=criteo_kaggle", "--data_dir={tmp}/no"], "holds none of train.txt"),
         (["--workdir={tmp}", "--batch_size=0"], "batch_size is 0"),
-        (["--workdir={tmp}", "--bottom_mlp=64,x"], "--bottom_mlp=64,x is not a list of numbers"),
+        (["--workdir={tmp}", "--bottom_mlp=64,x"], "--bottom_mlp=64,x: it is not a list of numbers"),
         (["--workdir={tmp}", "--bottom_mlp=64,8"], "bottom_mlp ends in 8 but embedding_dim is 16"),
         (["--workdir={tmp}", "--num_examples=3"], "num_examples is 3"),
         (["--workdir={tmp}", "stray"], "unexpected argument 'stray'"),

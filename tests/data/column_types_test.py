@@ -167,7 +167,7 @@ def test_infer_leaves_out_bytes_that_are_no_text(tmp_path, share, left_out):
         prepare((str(tmp_path / "log.parquet"),), tmp_path / "out", found)
     else:
         with pytest.raises(
-            ConfigError, match="row 1, column blob: byte 0xc8 is not UTF-8; mend the row or say"
+            ConfigError, match="row 1, column blob: byte 0xc8 is not UTF-8; mend the row or prepare"
         ) as error:
             prepare((str(tmp_path / "log.parquet"),), tmp_path / "out", found)
         assert "encoding" not in str(error.value)

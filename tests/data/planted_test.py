@@ -18,8 +18,6 @@ def test_same_seed_same_data_other_seed_other_data():
 def test_ids_fit_their_tables_and_follow_a_power_law():
     data = planted.generate(0, 20000)
     model = ModelOptions(embedding_dim=4, bottom_mlp=(4,), top_mlp=(1,)).build(data)
-    ids, _ = check_ids(model, data.splits["train"].ids_RxK)
-    model = ModelOptions(embedding_dim=4, bottom_mlp=(4,), top_mlp=(1,)).build(data)
     ids = data.splits["train"].ids_RxK
     check_ids(model, ids)
     counts = np.sort(np.bincount(ids[:, 0], minlength=600))[::-1]

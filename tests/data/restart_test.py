@@ -111,9 +111,12 @@ def test_finished_files_are_not_made_again(tmp_path, monkeypatch, count, among):
 
 SCRIPT = """
 import sys
+from dlrm_jax.data.formats import text_source
+from dlrm_jax.data.prepare import first_pass, second_pass
 text_source.TextSource.__init__.__defaults__ = (False, 10_000)
 first_pass.CHUNKS_PER_FILE, second_pass._BLOCKS_PER_SHARD = 4, 1
 from tests.data.restart_test import LOG
+from dlrm_jax.data.prepare.preparation import prepare
 import pathlib
 pathlib.Path(sys.argv[3]).touch()
 prepare((sys.argv[1],), pathlib.Path(sys.argv[2]), LOG)

@@ -15,6 +15,7 @@ from tests.helpers import ROOT
 
 HOLD = """
 import pathlib, sys
+from dlrm_jax.host import files
 with files.alone(pathlib.Path(sys.argv[1]), "another is at work"):
     print("held", flush=True)
     sys.stdin.read()

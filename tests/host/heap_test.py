@@ -10,6 +10,7 @@ from dlrm_jax.host import heap
 
 FAULTS = """
 import resource
+from dlrm_jax.host import heap
 {first}
 def some():
     return [b"x" * ({megabytes} << 20) for _ in range(120 // {megabytes})]
@@ -37,6 +38,7 @@ def test_arrays_that_come_and_go_fault_once(name, megabytes):
 @on_glibc
 def test_what_is_kept_is_counted_and_given_back():
     script = """
+from dlrm_jax.host import heap
 heap.keep_freed_temporaries()
 pieces = [b"x" * (1 << 20) for _ in range(200)]
 last = b"x" * (1 << 20)  # Above what is freed, so that it cannot simply be cut off.

@@ -128,6 +128,7 @@ def test_threads_that_would_not_start_are_one_line():
 
 SCRIPT = """
 import ctypes, threading
+from dlrm_jax.host import memory
 memory.end_in_one_line()
 library = ctypes.CDLL("libstdc++.so.6")
 with memory.named("table 'a'", "fewer rows"):

@@ -138,7 +138,7 @@ def test_flags_that_do_not_go_together(flags, message):
 
 JOIN = """
 import sys
-from dlrm_jax.host import (processes)
+from dlrm_jax.host import processes
 processes.JOIN_SECONDS = int(sys.argv[4])
 try:
     processes.join(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), {"batch_size": 64})
@@ -172,6 +172,7 @@ def test_processes_with_other_settings_say_so_each_in_one_line(second, says):
 RAW = """
 import logging, pathlib, sys
 from dlrm_jax.data.read.load import DataConfig, load_dataset
+from dlrm_jax.host import processes
 
 logging.basicConfig(format="%(message)s", level=logging.INFO)
 processes.join(sys.argv[1], 2, int(sys.argv[2]))
@@ -215,26 +216,6 @@ def test_one_that_waits_in_vain_for_another_ends_in_one_line(number):
     assert text.count("\n") == 1
 
 
-LEAVE = """
-import sys, time
-from jax._src import distributed
-from dlrm_jax.cli import commands
-processes.join(sys.argv[1], 2, int(sys.argv[2]))
-if sys.argv[2] == "1":
-    time.sleep(2)
-    print(len(distributed.global_state.client.key_value_dir_get("flags/digest/")), "read")
-commands._end_at_once()
-"""
-
-
-def test_a_process_that_ends_answers_the_others_until_they_end_too():
-    """Process 0 serves the store: gone at once, it fails what the others still read there, and JAX aborts them."""
-    address = f"127.0.0.1:{free_port()}"
-    running = [start([sys.executable, "-c", LEAVE, address, str(number)], 1) for number in range(2)]
-    assert outputs(running) == ["", "2 read\n"]
-    assert [process.returncode for process in running] == [1, 1]
-
-
 @pytest.mark.slow
 @pytest.mark.end_to_end
 @pytest.mark.parametrize(
@@ -254,3 +235,24 @@ def test_trainings_with_other_settings_end_in_one_line_each(tmp_path, flag, says
         (line,) = [line for line in text.splitlines() if "error: " in line]
         assert process.returncode == 1 and re.match(f"error: the processes have different {says}", line), text
         assert "Check failure" not in text and "Traceback" not in text
+
+
+LEAVE = """
+import sys, time
+from jax._src import distributed
+from dlrm_jax.cli import commands
+from dlrm_jax.host import processes
+processes.join(sys.argv[1], 2, int(sys.argv[2]))
+if sys.argv[2] == "1":
+    time.sleep(2)
+    print(len(distributed.global_state.client.key_value_dir_get("flags/digest/")), "read")
+commands._end_at_once()
+"""
+
+
+def test_a_process_that_ends_answers_the_others_until_they_end_too():
+    """Process 0 serves the store: gone at once, it fails what the others still read there, and JAX aborts them."""
+    address = f"127.0.0.1:{free_port()}"
+    running = [start([sys.executable, "-c", LEAVE, address, str(number)], 1) for number in range(2)]
+    assert outputs(running) == ["", "2 read\n"]
+    assert [process.returncode for process in running] == [1, 1]

@@ -127,7 +127,7 @@ def test_training_evaluate_export_and_server_score_alike(served, prepared, tmp_p
     of_training = scores.compute()
     of_judge = Measured(rows_of_split, Units.of_rows(len(split))).values()
     tables = of_arrays({name: np.asarray(table) for name, table in named_tables(model, state.tables)})
-    arguments = (model, LossConfig(), state.dense_params, tables, dataset, "float32", output)
+    arguments = (model, LossConfig(), state.dense_params, tables, dataset, "float32")
     of_export = export_model(tmp_path, *arguments, evaluated=("train",)).read_json("metrics.json")["train"]
     assert of_judge == pytest.approx({name: of_training[name] for name in of_judge}, abs=1e-6)
     assert of_export == pytest.approx(of_training, abs=1e-6)
@@ -161,7 +161,7 @@ def test_unknown_values_are_told_and_counted(served):
 
 
 GOOD = {"name": "dense", "shape": [1, 6], "datatype": "FP32", "data": [0] * 6}
-IDS = {"name": "ids", "shape": [1, 14], "datatype": "INT32", "data": [0] * 14}
+IDS = {"name": "ids", "shape": [1, 19], "datatype": "INT32", "data": [0] * 19}
 
 
 @pytest.mark.parametrize(
@@ -186,12 +186,12 @@ IDS = {"name": "ids", "shape": [1, 14], "datatype": "INT32", "data": [0] * 14}
         ("/v2/models/log/infer", {"inputs": [GOOD, IDS | {"name": "x"}]}, 400, "unknown tensor 'x'"),
         ("/v2/models/log/infer", {"inputs": [GOOD, IDS | {"datatype": "FP32"}]}, 400, "expected INT32 or INT64"),
         ("/v2/models/log/infer", {"inputs": [GOOD, IDS | {"shape": [1, -1]}]}, 400, "shape is [1, -1]"),
-        ("/v2/models/log/infer", {"inputs": [GOOD, IDS | {"shape": [2**31, 14]}]}, 400, "shape is"),
-        ("/v2/models/log/infer", {"inputs": [GOOD, IDS | {"shape": [1, 13]}]}, 400, "data has 14 numbers"),
-        ("/v2/models/log/infer", {"inputs": [GOOD, IDS | {"data": [0.5] * 14}]}, 400, "0.5 is not an integer"),
-        ("/v2/models/log/infer", {"inputs": [GOOD, IDS | {"data": [True] * 14}]}, 400, "True is not an integer"),
-        ("/v2/models/log/infer", {"inputs": [GOOD, IDS | {"data": [2**63] * 14}]}, 400, "64 bits"),
-        ("/v2/models/log/infer", {"inputs": [GOOD, IDS | {"data": [10**6] * 14}]}, 400, "is outside table"),
+        ("/v2/models/log/infer", {"inputs": [GOOD, IDS | {"shape": [2**31, 19]}]}, 400, "shape is"),
+        ("/v2/models/log/infer", {"inputs": [GOOD, IDS | {"shape": [1, 18]}]}, 400, "data has 19 numbers"),
+        ("/v2/models/log/infer", {"inputs": [GOOD, IDS | {"data": [0.5] * 19}]}, 400, "0.5 is not an integer"),
+        ("/v2/models/log/infer", {"inputs": [GOOD, IDS | {"data": [True] * 19}]}, 400, "True is not an integer"),
+        ("/v2/models/log/infer", {"inputs": [GOOD, IDS | {"data": [2**63] * 19}]}, 400, "64 bits"),
+        ("/v2/models/log/infer", {"inputs": [GOOD, IDS | {"data": [10**6] * 19}]}, 400, "is outside table"),
         ("/v2/models/log/infer", {"inputs": [GOOD | {"data": [1e39] * 6}, IDS]}, 400, "is not a finite float32"),
         ("/v2/models/log/infer", {"inputs": [GOOD | {"data": ["a"] * 6}, IDS]}, 400, "'a' is not a number"),
         ("/v2/models/log/infer", {"inputs": [GOOD, IDS], "outputs": [{"name": "x"}]}, 400, "unknown tensor 'x'"),
@@ -302,7 +302,7 @@ def test_a_new_version_takes_over_without_a_dropped_request(served, prepared, tm
             state = lively_state(model, seed=5)
             tables = {name: np.asarray(table) for name, table in named_tables(model, state.tables)}
             dataset = open_prepared(output)
-            args = (model, LossConfig(), state.dense_params, of_arrays(tables), dataset, "float32", output)
+            args = (model, LossConfig(), state.dense_params, of_arrays(tables), dataset, "float32")
             assert export_model(model_dir, *args, evaluated=()).number == 2
             server.event("model_ready", version=2)
             time.sleep(0.3)
