@@ -51,7 +51,7 @@ _DECAY_OF_OURS = Needs(
 )
 _POLYNOMIAL = Needs(
     lambda run: _DECAY_OF_OURS.when(run) and run.optimizer.schedule.decay == "polynomial",
-    "it needs --decay_steps, over which to decay, --decay=polynomial, and --lr_compat=dlrm has its own",
+    "it needs --decay_steps, over which to decay, --lr_decay=polynomial, and --lr_compat=dlrm has its own",
 )
 
 

@@ -172,7 +172,8 @@ def _load(config: DataConfig, workdir: pathlib.Path | None) -> Dataset:
             "an unfinished preparation: run the same dlrm_jax.prepare again"
             if unfinished
             else (
-                "no prepared data set (python -m dlrm_jax.prepare makes one); for a raw log say which --dataset it is"
+                "no prepared data set (python -m dlrm_jax.prepare makes one); for a raw log say which --dataset it is: "
+                f"{', '.join(name for name in DATASETS if name not in _GENERATED)}"
             )
         )
         raise ConfigError(f"--data_dir={config.data_dir} holds {what}")
