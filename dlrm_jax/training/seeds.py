@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dlrm_jax.config import ConfigError, require
-from dlrm_jax.data.read.load import load_dataset
+from dlrm_jax.data.read.load import CACHE, load_dataset
 from dlrm_jax.host import processes
 from dlrm_jax.host.texts import aligned
 from dlrm_jax.training import reporting
@@ -39,7 +39,7 @@ def train_seeds(
     with the_only_training(workdir):
         of_all = {
             "settings": json.loads(json.dumps(dataclasses.asdict(config))),
-            "data": load_dataset(config.data, config.allow_oversubscription).fingerprint(),
+            "data": load_dataset(config.data, config.allow_oversubscription, workdir).fingerprint(),
         }
         earlier = reporting.earlier(workdir, SEEDS)
         finished = earlier.get("runs", {}) if all(earlier.get(key) == value for key, value in of_all.items()) else {}
@@ -53,12 +53,20 @@ def train_seeds(
                 runs[str(seed)] = finished[str(seed)]
             else:
                 _LOG.info("seed %d, %d of %d, in %s", seed, len(runs) + 1, num_seeds, own)
+                _share_prepared(workdir, own)
                 result = train_and_evaluate(dataclasses.replace(config, seed=seed), own, defaults=defaults)
                 runs[str(seed)] = {key: result[key] for key in ("step", *_SPLITS)}
             # Those that are finished, but not asked for now, stay known.
             written = of_all | {"runs": finished | runs, "summary": summary(runs)}
             reporting.write_json_atomically(workdir / SEEDS, written)
     return written
+
+
+def _share_prepared(workdir: pathlib.Path, own: pathlib.Path) -> None:
+    """A raw log is prepared once for all seeds: each finds it where a run has its own."""
+    if (workdir / CACHE).exists() and not (own / CACHE).exists():
+        own.mkdir(exist_ok=True)
+        (own / CACHE).symlink_to(pathlib.Path("..") / CACHE, target_is_directory=True)
 
 
 def summary(runs: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, dict[str, float]]]:

@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 
 from dlrm_jax.config import ConfigError
+from dlrm_jax.data.read.load import DataConfig, load_dataset
 from dlrm_jax.training import seeds
 from dlrm_jax.training.monitor import Interrupted
 from dlrm_jax.training.seeds import format_seeds, summary, train_seeds
+from tests.data.movielens_test import write_atomic
 from tests.training.resume_test import CONFIG
 
 SHORT = dataclasses.replace(CONFIG, num_steps=2, eval_every=0, checkpoint_every=0, seed=3)
@@ -67,3 +69,18 @@ def test_a_directory_of_one_run_and_no_seeds_are_refused(tmp_path):
         train_seeds(SHORT, tmp_path, 2)
     with pytest.raises(ConfigError, match="--num_seeds=0"):
         train_seeds(SHORT, tmp_path / "other", 0)
+
+
+def test_a_raw_log_is_prepared_once_for_all_seeds(tmp_path, monkeypatch):
+    (tmp_path / "raw").mkdir()
+    data = DataConfig("movielens_100k", str(write_atomic(tmp_path / "raw")))
+    found = []
+
+    def train(config, workdir, **rest):
+        found.append(load_dataset(config.data, workdir=workdir).directory)
+        return {"step": 1, "val": {"auc": 0.5}, "test": {"auc": 0.5}}
+
+    monkeypatch.setattr(seeds, "train_and_evaluate", train)
+    train_seeds(dataclasses.replace(SHORT, data=data), tmp_path / "run", 2)
+    assert [path.parent.name for path in found] == ["seed-3", "seed-4"]
+    assert {path.resolve() for path in found} == {(tmp_path / "run" / "data").resolve()}
