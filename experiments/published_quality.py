@@ -1,9 +1,9 @@
 """Published recipes on the data at hand, beside the numbers that were published for them.
 
-`python experiments/published_quality.py --frappe=DIR [--num_seeds=5] [--ablation_seeds=1] [--results=DIR]`: DIR holds
-train.csv, valid.csv and test.csv. Trains frappe_dlrm.flags and frappe_dcnv2.flags with several seeds, and the first
-with one part of its recipe left out at a time; writes two tables of experiments/README.md and published_quality.png.
-Finished runs are kept in --results, where the same command goes on.
+`python experiments/published_quality.py --frappe=DIR --movielens=DIR`: Frappe's holds train.csv, valid.csv and test.csv.
+Trains the flag files of RECIPES with `--num_seeds` each, and the first with one part of its recipe left out at a time;
+writes two tables of experiments/README.md and published_quality.png. Finished runs are kept in --results, where the same
+command goes on.
 """
 
 import argparse
@@ -18,8 +18,12 @@ from measure import ROOT, replace_section, where_and_when
 
 from dlrm_jax.training.reporting import read_metrics, versions
 
-PUBLISHED = {"frappe_dlrm": (0.98400, 0.14444), "frappe_dcnv2": (0.98448, 0.14915)}
-"""Flag file: published test AUC and log loss (github.com/reczoo/BARS)."""
+RECIPES: dict[str, tuple[int, str, str]] = {
+    "frappe_dlrm": (202_812, "0.98400", "0.14444"),
+    "frappe_dcnv2": (202_812, "0.98448", "0.14915"),
+    "movielens_100k_adam": (80_000, "-", "-"),
+}
+"""Flag file: training rows, published test AUC and log loss (github.com/reczoo/BARS)."""
 WITHOUT: dict[str, dict[str, str]] = {
     "the whole recipe": {},
     "L2 of touched rows only, as rows move that were touched": {"table_update": "touched"},
@@ -52,10 +56,10 @@ def train(flagfile: str, data: pathlib.Path, workdir: pathlib.Path, num_seeds: i
     return found
 
 
-def seconds_an_epoch(workdir: pathlib.Path) -> float:
+def seconds_an_epoch(workdir: pathlib.Path, num_rows: int) -> float:
     """Of training alone, without evaluation and compilation: the median seed's."""
     rates = [json.loads(path.read_text())["samples_per_second"] for path in workdir.glob("seed-*/result.json")]
-    return 202_812 / sorted(rates)[len(rates) // 2]
+    return num_rows / sorted(rates)[len(rates) // 2]
 
 
 def recipes_table(rows: dict[str, tuple[dict, float]]) -> str:
@@ -66,8 +70,8 @@ def recipes_table(rows: dict[str, tuple[dict, float]]) -> str:
         auc, loss = (written["summary"]["test"][metric] for metric in ("auc", "log_loss"))
         spread = f"**{auc['mean']:.5f}** ({auc['minimum']:.5f} to {auc['maximum']:.5f})"
         lines.append(
-            f"| `{name}.flags` | {len(written['runs'])} | {spread} | {PUBLISHED[name][0]:.5f} | "
-            f"{loss['mean']:.5f} | {PUBLISHED[name][1]:.5f} | {seconds:.1f} s |"
+            f"| `{name}.flags` | {len(written['runs'])} | {spread} | {RECIPES[name][1]} | "
+            f"{loss['mean']:.5f} | {RECIPES[name][2]} | {seconds:.1f} s |"
         )
     return "\n".join(lines)
 
@@ -110,19 +114,21 @@ def draw(workdirs: dict[str, pathlib.Path], path: pathlib.Path) -> None:
 def main() -> None:
     """Train what is not trained yet, then write the tables and the picture."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--frappe", required=True, type=lambda path: pathlib.Path(path).resolve())
+    for name in ("frappe", "movielens"):
+        parser.add_argument(f"--{name}", required=True, type=lambda path: pathlib.Path(path).resolve())
     parser.add_argument("--results", default="runs/published", type=lambda path: pathlib.Path(path).resolve())
     parser.add_argument("--num_seeds", default=5, type=int)
     parser.add_argument("--ablation_seeds", default=1, type=int, help="0: no ablation")
     given = parser.parse_args()
     given.results.mkdir(parents=True, exist_ok=True)
     data = prepare(given.frappe, given.results)
-    stamp = f"Measured {where_and_when(versions())}; `python experiments/published_quality.py --frappe=DIR`."
+    command = "python experiments/published_quality.py --frappe=DIR --movielens=DIR"
+    stamp = f"Measured {where_and_when(versions())}; `{command}`."
     readme = ROOT / "experiments" / "README.md"
     recipes = {}
-    for name in PUBLISHED:
-        workdir = given.results / name
-        recipes[name] = train(name, data, workdir, given.num_seeds, {}), seconds_an_epoch(workdir)
+    for name, (num_rows, *_) in RECIPES.items():
+        workdir, source = given.results / name, data if name.startswith("frappe") else given.movielens
+        recipes[name] = train(name, source, workdir, given.num_seeds, {}), seconds_an_epoch(workdir, num_rows)
         replace_section(readme, "published", f"{recipes_table(recipes)}\n\n{stamp}")
     workdirs, ablation = {}, {}
     for number, (name, changes) in enumerate(WITHOUT.items() if given.ablation_seeds else ()):
