@@ -1,9 +1,9 @@
 """Published recipes on the data at hand, beside the numbers that were published for them.
 
-`python experiments/published_quality.py --frappe=DIR --movielens=DIR`: Frappe's holds train.csv, valid.csv and test.csv.
+`python experiments/published_quality.py --frappe=DIR --movielens=DIR`: Frappe's holds train.csv, valid.csv, test.csv.
 Trains the flag files of RECIPES with `--num_seeds` each, and the first with one part of its recipe left out at a time;
-writes two tables of experiments/README.md and published_quality.png. Finished runs are kept in --results, where the same
-command goes on.
+writes two tables of experiments/README.md and published_quality.png. Finished runs are kept in --results, where the
+same command goes on.
 """
 
 import argparse
@@ -118,27 +118,37 @@ def main() -> None:
         parser.add_argument(f"--{name}", required=True, type=lambda path: pathlib.Path(path).resolve())
     parser.add_argument("--results", default="runs/published", type=lambda path: pathlib.Path(path).resolve())
     parser.add_argument("--num_seeds", default=5, type=int)
-    parser.add_argument("--ablation_seeds", default=1, type=int, help="0: no ablation")
+    parser.add_argument(
+        "--only", default="", help="train these flag files and changes, by name or number; default: all"
+    )
     given = parser.parse_args()
     given.results.mkdir(parents=True, exist_ok=True)
-    data = prepare(given.frappe, given.results)
+    data, only = prepare(given.frappe, given.results), set(filter(None, given.only.split(",")))
     command = "python experiments/published_quality.py --frappe=DIR --movielens=DIR"
     stamp = f"Measured {where_and_when(versions())}; `{command}`."
     readme = ROOT / "experiments" / "README.md"
-    recipes = {}
+
+    def trained(name: str, key: str, source: pathlib.Path, num_seeds: int, changes: dict[str, str]) -> dict | None:
+        """What there is of `key` in --results, trained first where it is asked for."""
+        workdir = given.results / key
+        if not only or key in only:
+            return train(name, source, workdir, num_seeds, changes)
+        return json.loads((workdir / "seeds.json").read_text()) if (workdir / "seeds.json").exists() else None
+
+    recipes: dict[str, tuple[dict, float]] = {}
     for name, (num_rows, *_) in RECIPES.items():
-        workdir, source = given.results / name, data if name.startswith("frappe") else given.movielens
-        recipes[name] = train(name, source, workdir, given.num_seeds, {}), seconds_an_epoch(workdir, num_rows)
-        replace_section(readme, "published", f"{recipes_table(recipes)}\n\n{stamp}")
+        source = data if name.startswith("frappe") else given.movielens
+        if written := trained(name, name, source, given.num_seeds, {}):
+            recipes[name] = written, seconds_an_epoch(given.results / name, num_rows)
+            replace_section(readme, "published", f"{recipes_table(recipes)}\n\n{stamp}")
     workdirs, ablation = {}, {}
-    for number, (name, changes) in enumerate(WITHOUT.items() if given.ablation_seeds else ()):
-        workdirs[name] = given.results / (f"without_{number}" if changes else "frappe_dlrm")
-        num_seeds = given.ablation_seeds if changes else given.num_seeds
-        ablation[name] = train("frappe_dlrm", data, workdirs[name], num_seeds, changes)
-        replace_section(readme, "ablation", f"{ablation_table(ablation)}\n\n{stamp}")
-    if ablation:
-        shown = ("the whole recipe", "no L2", "no dropout", "no batch norm", "no cut of the rate")
-        draw({name: workdirs[name] for name in shown}, ROOT / "experiments" / "published_quality.png")
+    for number, (name, changes) in enumerate(WITHOUT.items()):
+        key = f"without_{number}" if changes else "frappe_dlrm"
+        if written := trained("frappe_dlrm", key, data, 1 if changes else given.num_seeds, changes):
+            workdirs[name], ablation[name] = given.results / key, written
+            replace_section(readme, "ablation", f"{ablation_table(ablation)}\n\n{stamp}")
+    shown = ("the whole recipe", "no L2", "no dropout", "no batch norm", "no cut of the rate")
+    draw({name: workdirs[name] for name in shown if name in workdirs}, ROOT / "experiments" / "published_quality.png")
 
 
 if __name__ == "__main__":
