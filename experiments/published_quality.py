@@ -33,6 +33,7 @@ WITHOUT: dict[str, dict[str, str]] = {
     "no cut of the rate": {"lr_plateau": ""},
     "no bound of the gradient's norm": {"clip_norm": "0"},
     "the package's initial weights": {"table_init": "dlrm", "dense_init": "dlrm"},
+    "tables in bfloat16": {"table_dtype": "bfloat16"},
     "row-wise Adagrad for tables, rate 0.02": {"table_optimizer": "rowwise_adagrad", "table_rate": "20"},
 }
 
