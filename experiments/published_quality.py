@@ -17,6 +17,7 @@ from typing import Any
 from measure import ROOT, replace_section, where_and_when
 
 from dlrm_jax.training.reporting import read_metrics, versions
+from dlrm_jax.training.seeds import summary
 
 RECIPES: dict[str, tuple[int, str, str]] = {
     "frappe_dlrm": (202_812, "0.98400", "0.14444"),
@@ -49,11 +50,22 @@ def prepare(frappe: pathlib.Path, results: pathlib.Path) -> pathlib.Path:
 
 
 def train(flagfile: str, data: pathlib.Path, workdir: pathlib.Path, num_seeds: int, changes: dict[str, str]) -> dict:
-    """The `seeds.json` of a flag file with some flags changed."""
-    flags = {"data_dir": str(data), "workdir": str(workdir), "num_seeds": str(num_seeds), "log_every": "50", **changes}
+    """What `seeds.json` says of a flag file with some flags changed; of one seed too."""
+    one = num_seeds == 1
+    flags = {
+        "data_dir": str(data),
+        "log_every": "50",
+        "workdir": str(workdir / "seed-0" if one else workdir),
+        **changes,
+    }
+    flags |= {} if one else {"num_seeds": str(num_seeds)}
     command = [sys.executable, "-m", "dlrm_jax.train", f"--flagfile=experiments/{flagfile}.flags"]
     subprocess.run([*command, *(f"--{name}={value}" for name, value in flags.items())], cwd=ROOT, check=True)
-    found: dict[str, Any] = json.loads((workdir / "seeds.json").read_text())
+    path = workdir / "seeds.json"
+    if one:
+        runs = {"0": json.loads((workdir / "seed-0" / "result.json").read_text())}
+        path.write_text(json.dumps({"runs": runs, "summary": summary(runs)}))
+    found: dict[str, Any] = json.loads(path.read_text())
     return found
 
 
