@@ -159,3 +159,14 @@ def test_class_weights_that_train_nothing_are_refused():
     with pytest.raises(ConfigError, match="class_weights is 0,0"):
         LossConfig("wbce", (0.0, 0.0))
     assert LossConfig("wbce", (0.0, 1.0)).class_weights == (0.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("most", "changes", "words"),
+    [(18, {}, "moves all 19 rows .* --most_rows_updated=19"), (19, {"learned_pooling": True}, "--learned_pooling")],
+)
+def test_an_update_of_all_rows_is_refused_where_it_costs_too_much_or_cannot_be(most, changes, words):
+    settings = dataclasses.replace(optimizer(), table_update="all")
+    run_config(optimizer=settings, most_rows_updated=19).check_model(tiny_model())
+    with pytest.raises(ConfigError, match=words):
+        run_config(optimizer=settings, most_rows_updated=most).check_model(tiny_model(**changes))

@@ -79,6 +79,8 @@ class Run:
             raise ConfigError(
                 f"--target_value={self.config.target_value} needs val rows, and {self.dataset.name} has none"
             )
+        if self.config.optimizer.schedule.plateau:
+            raise ConfigError(f"--lr_plateau needs val rows, and {self.dataset.name} has none; leave it out")
         if self.config.patience:  # Not refused, as it is there by default.
             _LOG.warning(
                 "%s has no val rows: all %d steps are taken, whatever --patience", self.dataset.name, self.num_steps
@@ -212,6 +214,12 @@ def require_the_same_run(run: Run, record: dict[str, Any], step: int, progress: 
             f"{run.workdir} holds another run; choose another --workdir or the same settings"
             f"{', or go on with --allow_schedule_change' if only else ''}. "
             f"Differing (this command != the workdir): {tell(different)}"
+        )
+    plateaus = run.identity["optimizer"]["schedule"]["plateau"], then["optimizer"]["schedule"]["plateau"]
+    if bool(plateaus[0]) != bool(plateaus[1]):
+        raise ConfigError(
+            f"{run.workdir} was trained with{'' if plateaus[1] else 'out'} --lr_plateau, and goes on so; leave it "
+            f"{'in' if plateaus[1] else 'out'}, or choose another --workdir"
         )
     if step > run.num_steps:
         raise ConfigError(

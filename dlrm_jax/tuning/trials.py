@@ -66,12 +66,12 @@ class Trials:
         return self.directory(trial) / f"round-{number}.json"
 
     def _found(self, trial: int, number: int) -> Outcome | None:
-        """What a search before noted; None where it did not come so far, or with other flags."""
+        """What a search before noted; None where it did not come so far, failed, or had other flags."""
         noted = reporting.earlier(self.directory(trial), self._note(trial, number).name)
         if noted.get("flags") != self.flags[trial]:
             return None
         outcome: Outcome = from_dict(Outcome, noted["outcome"], str(self._note(trial, number)))
-        return outcome
+        return outcome if outcome.value is not None else None
 
     def _trained(self, trial: int, number: int, share: float) -> Outcome:
         """Train a trial, or go on with it, in a process of its own: one that fails, or runs out of memory, is noted."""

@@ -44,3 +44,4 @@ def test_one_class_and_one_score_are_drawn_without_a_warning(tmp_path):
     for name, part in {"none": rows.label_R < 1, "all": rows.label_R > 0, "one": np.arange(400) < 1}.items():
         found = [Importance("user", "ids", float("nan"), float("nan"), 0.0, 0.0)]
         draw_all(tmp_path / name, {name: rows.kept(part)}, found)
+        assert (tmp_path / name / "calibration.png").read_bytes().startswith(b"\x89PNG")

@@ -80,3 +80,13 @@ def test_a_run_that_was_stopped_goes_on_with_the_cuts_it_had(tmp_path):
     whole = final_state(tmp_path / "whole", config)
     assert float(whole.rate_factor) == 0.125, "a cut behind each evaluation but the first"
     assert_same_bits(whole, final_state(tmp_path / "parts", config))
+
+
+def test_a_plateau_is_not_put_on_a_run_without_one(tmp_path):
+    """Its factor is in no checkpoint: what cannot be read is not blamed on the checkpoint."""
+    config = dataclasses.replace(CONFIG, num_steps=2, allow_schedule_change=True)
+    loop.train_and_evaluate(config, tmp_path)
+    schedule = dataclasses.replace(config.optimizer.schedule, plateau="factor:0.5")
+    other = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, schedule=schedule))
+    with pytest.raises(ConfigError, match="was trained without --lr_plateau, and goes on so"):
+        loop.train_and_evaluate(other, tmp_path)
