@@ -13,14 +13,17 @@ import pytest
 
 from dlrm_jax.benchmark import swept
 from dlrm_jax.config import LossConfig
+from dlrm_jax.data.read.pipeline import Cut
 from dlrm_jax.host.mesh import MeshShape, make_mesh
 from dlrm_jax.tables.collective import ExchangeOptions
 from dlrm_jax.tables.plan import make_plan
 from dlrm_jax.training import step_parts, stepper
+from dlrm_jax.training.feed import Feed
 from dlrm_jax.training.placed import Placed, on_one_device
 from dlrm_jax.training.step import make_train_step
 from dlrm_jax.training.step_parts import Event
-from tests.helpers import ROOT, optimizer, random_batch, tiny_model
+from tests.helpers import ROOT, optimizer, tiny_model
+from tests.training.feed_test import split_of
 from tests.training.resume_test import CONFIG
 
 
@@ -89,12 +92,14 @@ def test_what_a_pipelined_step_compiles_is_timed_all(monkeypatch):
     clock = itertools.count()
     monkeypatch.setattr(stepper, "time", types.SimpleNamespace(perf_counter=lambda: next(clock)))
     model = tiny_model()
-    placed, batch = on_one_device(model, optimizer()), random_batch(model, 8)
+    placed = on_one_device(model, optimizer())
     pipelined = dataclasses.replace(CONFIG.sharding, pipeline=True)
     config = dataclasses.replace(CONFIG, optimizer=placed.optimizer, sharding=pipelined)
-    step = stepper.Stepper(config, placed, itertools.repeat((batch, batch)))
-    _, state = step(placed.init_state(0), 1)
-    step(state, 1)
+    feed = Feed(split_of(model), Cut(8, 3), placed.mesh)
+    with feed.train_windows(0, 0, shuffle=True) as windows:
+        step = stepper.Stepper(config, placed, feed, windows)
+        _, state = step(placed.init_state(0), 0, 1)
+        step(state, 1, 1)
     assert step.compile_seconds == 2  # The routes of the first batch, and the step.
 
 

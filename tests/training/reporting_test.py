@@ -245,9 +245,21 @@ def test_a_result_without_a_timed_step_keeps_the_speed_of_the_one_before(tmp_pat
     assert reporting.earlier(tmp_path, "result.json") == {}
     (tmp_path / "result.json").write_text("{")
     assert reporting.earlier(tmp_path, "result.json") == {}
-    before = {"samples_per_second": 5.0, "input_wait_fraction": 0.5, "step_cost": {"measured": 1}, "step": 3}
+    before = {
+        "samples_per_second": 5.0,
+        "input_wait_fraction": 0.5,
+        "host_wait_fraction": 0.1,
+        "step_cost": {"measured": 1},
+        "step": 3,
+    }
     reporting.write_json_atomically(tmp_path / "result.json", before)
-    untimed = {"step": 4, "samples_per_second": None, "input_wait_fraction": None, "step_cost": {"measured": None}}
+    untimed = {
+        "step": 4,
+        "samples_per_second": None,
+        "input_wait_fraction": None,
+        "host_wait_fraction": None,
+        "step_cost": {"measured": None},
+    }
     assert reporting.with_earlier_speed(untimed, reporting.earlier(tmp_path, "result.json")) == before | {"step": 4}
     timed = untimed | {"samples_per_second": 6.0}
     assert reporting.with_earlier_speed(timed, before) == timed

@@ -7,7 +7,7 @@ the raw log); dense (R, N) float32 if the log has numbers; weight (R,) float32 i
 import json
 import pathlib
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -70,6 +70,46 @@ def serialize(block: Mapping[str, np.ndarray]) -> bytes:
         pieces += framed
         total += length
     return b"".join(_frame(1, pieces, total)[0])
+
+
+def parse(record: bytes, columns: Mapping[str, tuple[Any, tuple[int, ...]]]) -> dict[str, np.ndarray]:
+    """A block's columns, views of its record; `columns` says dtype, and shape behind the rows, of each.
+
+    ValueError for bytes that are no such record.
+    """
+    found = {}
+    for features in _fields(memoryview(record), 1):
+        for entry in _fields(features, 1):
+            (key,) = _fields(entry, 1)
+            (feature,) = _fields(entry, 2)
+            (values,) = _fields(feature, 1)
+            found[bytes(key).decode()] = next(_fields(values, 1))
+    if found.keys() != columns.keys():
+        raise ValueError(f"it has the columns {sorted(found)}, not {sorted(columns)}")
+    return {
+        name: np.frombuffer(found[name], dtype).reshape(-1, *shape)
+        if len(found[name])
+        else np.zeros((0, *shape), dtype)
+        for name, (dtype, shape) in columns.items()
+    }
+
+
+def _fields(message: memoryview, field: int) -> Iterator[memoryview]:
+    """The contents of the length-delimited fields of a number; a message of ours has no others."""
+    at = 0
+    while at < len(message):
+        tag, length, shift, at = message[at], 0, 0, at + 1
+        while True:
+            if at >= len(message):
+                raise ValueError("it ends within a length")
+            length, shift, at = length | (message[at] & 127) << shift, shift + 7, at + 1
+            if message[at - 1] < 128:
+                break
+        if tag & 7 != 2 or at + length > len(message):
+            raise ValueError("it is no record of a block")
+        if tag >> 3 == field:
+            yield message[at : at + length]
+        at += length
 
 
 def _frame(field: int, pieces: list[Any], length: int) -> tuple[list[Any], int]:

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 
 from dlrm_jax.config import ConfigError
-from dlrm_jax.data.prepare.blocks import BLOCK_ROWS
+from dlrm_jax.data.prepare.blocks import BLOCK_ROWS, parse
 from dlrm_jax.data.prepare.hashes import checked, require_lengths
 from dlrm_jax.data.read.dataset import Dataset, Split
-from dlrm_jax.data.read.windows import blocked_windows
+from dlrm_jax.data.read.windows import BlockOrder, read_windows
 from dlrm_jax.data.schema.schema import SPLITS, Schema
 from dlrm_jax.data.schema.schema_io import from_dict, to_dict
 from dlrm_jax.data.values.label_values import only_label
@@ -45,7 +45,20 @@ class PreparedSplit:
 
     def windows(self, seed: int, epoch: int, shuffle: bool, start: int = 0) -> Iterator[tuple[Split, np.ndarray]]:
         """See dataset.Rows."""
-        return blocked_windows(self.num_rows, BLOCK_ROWS, WINDOW_BLOCKS, self.read, seed, epoch, shuffle, start)
+        return read_windows(self.order, self.read, seed, epoch, shuffle, start)
+
+    def positions(self, seed: int, epoch: int, shuffle: bool, start: int = 0) -> Iterator[np.ndarray]:
+        """See dataset.Rows."""
+        return self.order.positions(seed, epoch, shuffle, start)
+
+    def whole(self) -> Split:
+        """See dataset.Rows."""
+        return self.read(np.arange(self.order.num_blocks))
+
+    @property
+    def order(self) -> BlockOrder:
+        """How an epoch visits the blocks."""
+        return BlockOrder(self.num_rows, BLOCK_ROWS, WINDOW_BLOCKS)
 
     def read(self, group: np.ndarray) -> Split:
         """Some blocks, one after the other, in memory."""
@@ -77,7 +90,8 @@ class _Blocks:
     """The records of one split's shards, opened when first read, the last used kept open; by any thread."""
 
     def __init__(self, paths: list[pathlib.Path], lengths: list[int], spec: Any) -> None:
-        self._paths, self._ends, self._spec = paths, np.cumsum(lengths), spec
+        self._paths, self._ends = paths, np.cumsum(lengths)
+        self._columns = {name: (np.dtype(column.np_dtype), column.shape[1:]) for name, column in spec.items()}
         self._readers: collections.OrderedDict[int, Any] = collections.OrderedDict()
         self._lock = threading.Lock()
 
@@ -87,7 +101,7 @@ class _Blocks:
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         shard = int(np.searchsorted(self._ends, index, side="right"))
         offset = index - (int(self._ends[shard - 1]) if shard else 0)
-        return self._spec.deserialize_example_np(self._reader(shard).read([offset])[0])
+        return parse(self._reader(shard).read([offset])[0], self._columns)
 
     def _reader(self, shard: int) -> Any:
         from array_record.python import array_record_module
@@ -165,8 +179,6 @@ def open_prepared(directory: pathlib.Path) -> Dataset:
 
 def in_memory(dataset: Dataset) -> Dataset:
     """A prepared dataset with its rows in memory: an epoch shuffles them as a whole, not window by window."""
-    splits = {
-        name: split.read(np.arange(len(split.blocks))) if isinstance(split, PreparedSplit) else split
-        for name, split in dataset.splits.items()
-    }
-    return dataclasses.replace(dataset, splits=splits, checksum="")
+    return dataclasses.replace(
+        dataset, splits={name: split.whole() for name, split in dataset.splits.items()}, checksum=""
+    )
