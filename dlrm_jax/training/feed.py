@@ -5,7 +5,7 @@ A step gets (state, window) and cuts its batch out of the window, at the place t
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -103,6 +103,10 @@ class Feed:
     def batch(self, window: Window, step: jax.Array) -> Batch:
         """The batch of a step, inside jit; a window is gone through again and again."""
         i = (step - window.first_step) % self.cut.steps
+        batch = _as_from_outside(functools.partial(self._cut, window, i), i)
+        return batch if self.mesh is None else jax.lax.with_sharding_constraint(batch, batch_sharding(self.mesh))
+
+    def _cut(self, window: Window, i: jax.Array) -> Batch:
         if window.order_TxB is None:
             batch = jax.tree.map(lambda rows: jax.lax.dynamic_index_in_dim(rows, i, keepdims=False), window.rows)
         else:
@@ -111,10 +115,7 @@ class Feed:
             batch = jax.tree.map(take, window.rows, PADDING)
         if self.expander is not None and self.expander.on_device:
             batch = batch.replace(ids_BxK=self.expander.compute(jnp, batch.ids_BxK))
-        if self.mesh is not None:
-            batch = jax.lax.with_sharding_constraint(batch, batch_sharding(self.mesh))
-        # As if the batch had come from outside: the step's sums are the same, wherever its batch was cut from.
-        return jax.lax.optimization_barrier(batch)
+        return batch
 
     def host_batch(self, traveller: Traveller, i: int) -> Batch:
         """This process's part of batch `i` of what travelled, on the host."""
@@ -158,6 +159,18 @@ class Feed:
         if shardings is None:
             return jax.device_put(values)
         return jax.tree.map(lambda value, to: jax.make_array_from_process_local_data(to, value), values, shardings)
+
+
+def _as_from_outside(cut: Callable[[], Batch], i: jax.Array) -> Batch:
+    """What `cut` gives, whose making is not merged with what is computed of it.
+
+    So a step's sums have the same bits, wherever its batch comes from. The compiler for CPUs drops a barrier before it
+    merges operations, but does not merge across a condition, even one that always holds: `i` is never negative.
+    """
+    if jax.default_backend() != "cpu":
+        return jax.lax.optimization_barrier(cut())
+    other = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(cut))
+    return jax.lax.cond(i >= 0, cut, lambda: other)
 
 
 class Room:
