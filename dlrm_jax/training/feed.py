@@ -5,6 +5,7 @@ A step gets (state, window) and cuts its batch out of the window, at the place t
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -67,6 +68,7 @@ class Feed:
     mesh: Mesh | None = None
     expander: BatchExpander | None = None
     resident: bool = False
+    row_bytes: int = 0
 
     @functools.cached_property
     def shardings(self) -> Window | None:
@@ -135,17 +137,23 @@ class Feed:
             source = order_windows(epochs, self.cut, len(self.split))
         else:
             source = map(self._expanded, batch_windows(epochs, self.cut))
-        first_step = start_step
+        first_steps = itertools.count(start_step, self.cut.steps)
+        return Prefetcher(source, lambda traveller: self.transfer(traveller, next(first_steps)))
 
-        def put(traveller: Traveller) -> Window:
-            nonlocal first_step
-            here, first_step = np.int32(first_step), first_step + self.cut.steps
-            if not self.resident:
-                return self._placed(Window(here, traveller), self.shardings)
-            where = self.shardings and dataclasses.replace(self.shardings, rows=None)
-            return self._placed(Window(here, None, traveller), where).replace(rows=self._rows)
+    def transfer(self, traveller: Traveller, first_step: int = 0) -> Window:
+        """What travels as a window on the devices."""
+        here = np.int32(first_step)
+        if isinstance(traveller, Batch):
+            return self._placed(Window(here, traveller), self.shardings)
+        where = self.shardings and dataclasses.replace(self.shardings, rows=None)
+        return self._placed(Window(here, None, traveller), where).replace(rows=self._rows)
 
-        return Prefetcher(source, put)
+    @property
+    def device_bytes(self) -> int:
+        """Bytes that a device holds of rows that stay, or of a window."""
+        rows = len(self.split) if self.resident else self.cut.steps * self.cut.rows
+        sharing = 1 if self.resident or self.mesh is None else len(self.mesh.local_devices)
+        return self.row_bytes * rows // sharing
 
     def _expanded(self, batch: Batch) -> Batch:
         if self.expander is None or self.expander.on_device:
@@ -183,9 +191,17 @@ class Room:
         if devices[0].platform == "cpu":  # They share the machine's.
             free = [(memory.host_available() or 0) // len(devices)]
         self._left = _SHARE * (min(free) - prediction(config, placed).bytes_held)
+        self._all_left, self._allow = self._left / _SHARE, config.allow_oversubscription
 
     def keeps(self, num_bytes: int) -> bool:
-        """Whether rows of so many bytes stay, in all processes; then they have their room."""
+        """Whether rows of so many bytes stay, in all processes; then they have their room.
+
+        ConfigError where they must, by --data_on_device=always, and do not fit.
+        """
+        if self._choice == ALWAYS:
+            needs = ("--data_on_device=always, beside the model,", num_bytes, self._all_left, "a device's memory")
+            memory.require_room(*needs, "these rows", "--data_on_device=auto", self._allow)
+            self._all_left -= num_bytes
         if self._choice != AUTO:
             return self._choice == ALWAYS
         if processes.largest(int(num_bytes > self._left)):
@@ -206,4 +222,4 @@ def make_feed(
     row_bytes = 4 * (placed.model.num_dense + slots + 2)
     resident = bool(len(split)) and room is not None and room.keeps(row_bytes * len(split))
     steps = min(MOST_STEPS, most_steps) if resident else window_steps(row_bytes, cut.batch_size, most_steps)
-    return Feed(split, dataclasses.replace(cut, steps=steps), placed.mesh, expander, resident)
+    return Feed(split, dataclasses.replace(cut, steps=steps), placed.mesh, expander, resident, row_bytes)

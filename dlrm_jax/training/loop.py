@@ -337,7 +337,11 @@ def predicted_and_measured(run: Run, speed: Speed, memory: int | None) -> dict[s
     cost, rate = prediction(run.config, run.placed), speed.summary()["samples_per_second"]
     hardware = setting_of(run.config, run.model, run.placed.plan.mesh).hardware.name
     return {
-        "predicted": {"seconds": cost.step_seconds, "bytes": cost.bytes_held, "hardware": hardware},
+        "predicted": {
+            "seconds": cost.step_seconds,
+            "bytes": cost.bytes_held + run.feed.device_bytes,
+            "hardware": hardware,
+        },
         "measured": {"seconds": run.config.batch_size / rate if rate else None, "bytes": memory},
     }
 

@@ -99,9 +99,14 @@ class _Blocks:
         return int(self._ends[-1]) if len(self._ends) else 0
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        return parse(self.record(index), self._columns)
+
+    def record(self, index: int) -> bytes:
+        """A block as it is stored."""
         shard = int(np.searchsorted(self._ends, index, side="right"))
         offset = index - (int(self._ends[shard - 1]) if shard else 0)
-        return parse(self._reader(shard).read([offset])[0], self._columns)
+        record: bytes = self._reader(shard).read([offset])[0]
+        return record
 
     def _reader(self, shard: int) -> Any:
         from array_record.python import array_record_module
