@@ -13,16 +13,19 @@ import pytest
 
 from dlrm_jax.benchmark import swept
 from dlrm_jax.config import LossConfig
+from dlrm_jax.data.read.load import DataConfig
 from dlrm_jax.data.read.pipeline import Cut
 from dlrm_jax.host.mesh import MeshShape, make_mesh
 from dlrm_jax.tables.collective import ExchangeOptions
 from dlrm_jax.tables.plan import make_plan
 from dlrm_jax.training import step_parts, stepper
 from dlrm_jax.training.feed import Feed
+from dlrm_jax.training.measuring_input import measure_input, text
 from dlrm_jax.training.placed import Placed, on_one_device
 from dlrm_jax.training.step import make_train_step
 from dlrm_jax.training.step_parts import Event
 from tests.helpers import ROOT, optimizer, tiny_model
+from tests.prepared_helpers import csv_rows, prepare_text, schema
 from tests.training.feed_test import split_of
 from tests.training.resume_test import CONFIG
 
@@ -83,9 +86,32 @@ def test_the_step_measured_is_the_runs_own(tmp_path, flags):
         done = benchmark(*these, f"--json={tmp_path}/{name}.json")
         assert not done.returncode, done.stderr
         found[name] = json.loads((tmp_path / f"{name}.json").read_text())["train"]
+    at_once = "--steps_per_dispatch=4" in flags
     more_held = found["own"]["held_bytes"] - found["plain"]["held_bytes"]
-    assert more_held > 0  # The batches of a dispatch, or the next batch and its routes.
-    assert found["own"]["steps"] == 5 * (4 if "--steps_per_dispatch=4" in flags else 1)
+    assert at_once or more_held > 0  # The next batch and its routes.
+    assert found["own"]["steps"] == 5 * (4 if at_once else 1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "stages"),
+    [
+        ("memory", {"permute", "transfer"}),
+        ("generated", {"make", "permute", "transfer"}),
+        ("prepared", {"read", "decode", "permute", "transfer"}),
+    ],
+)
+def test_the_road_is_measured_by_stage(tmp_path, kind, stages):
+    data = CONFIG.data
+    if kind == "generated":
+        data = DataConfig("synthetic", num_examples=500, table_sizes=(9, 8))
+    elif kind == "prepared":
+        log = csv_rows([(i % 2, i, f"v{i}") for i in range(200)])
+        data = DataConfig(data_dir=str(prepare_text(tmp_path, log, schema())))
+    numbers = measure_input(dataclasses.replace(CONFIG, data=data), 0.0)
+    rates = numbers["rows_per_second"]
+    assert set(rates) == stages | {"road"} and min(rates.values()) > 0
+    assert numbers["binds"] == min(stages, key=rates.get)
+    assert f"{numbers['binds']} binds" in text(numbers) and "windows of 64 batches of 64" in text(numbers)
 
 
 def test_what_a_pipelined_step_compiles_is_timed_all(monkeypatch):
