@@ -5,9 +5,10 @@ the raw log); dense (R, N) float32 if the log has numbers; weight (R,) float32 i
 """
 
 import json
+import math
 import pathlib
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -77,39 +78,42 @@ def parse(record: bytes, columns: Mapping[str, tuple[Any, tuple[int, ...]]]) -> 
 
     ValueError for bytes that are no such record.
     """
-    found = {}
-    for features in _fields(memoryview(record), 1):
-        for entry in _fields(features, 1):
-            (key,) = _fields(entry, 1)
-            (feature,) = _fields(entry, 2)
-            (values,) = _fields(feature, 1)
-            found[bytes(key).decode()] = next(_fields(values, 1))
+    found: dict[str, tuple[int, int]] = {}
+    for features in _fields(record, (0, len(record)), 1):
+        for entry in _fields(record, features, 1):
+            ((start, stop),) = _fields(record, entry, 1)
+            (feature,) = _fields(record, entry, 2)
+            (values,) = _fields(record, feature, 1)
+            (found[record[start:stop].decode()],) = _fields(record, values, 1)
     if found.keys() != columns.keys():
         raise ValueError(f"it has the columns {sorted(found)}, not {sorted(columns)}")
-    return {
-        name: np.frombuffer(found[name], dtype).reshape(-1, *shape)
-        if len(found[name])
-        else np.zeros((0, *shape), dtype)
-        for name, (dtype, shape) in columns.items()
-    }
+    parsed = {}
+    for name, (dtype, shape) in columns.items():
+        start, stop = found[name]
+        rows = (stop - start) // int(np.dtype(dtype).itemsize * math.prod(shape))
+        parsed[name] = np.frombuffer(record, dtype, rows * math.prod(shape), start).reshape(rows, *shape)
+    return parsed
 
 
-def _fields(message: memoryview, field: int) -> Iterator[memoryview]:
-    """The contents of the length-delimited fields of a number; a message of ours has no others."""
-    at = 0
-    while at < len(message):
-        tag, length, shift, at = message[at], 0, 0, at + 1
-        while True:
-            if at >= len(message):
+def _fields(record: bytes, message: tuple[int, int], field: int) -> list[tuple[int, int]]:
+    """Where the contents of the length-delimited fields of a number are in a message, which has no other kinds."""
+    at, stop = message
+    found = []
+    while at < stop:
+        tag, length, shift, byte = record[at], 0, 0, 128
+        while byte & 128:
+            at += 1
+            if at >= stop:
                 raise ValueError("it ends within a length")
-            length, shift, at = length | (message[at] & 127) << shift, shift + 7, at + 1
-            if message[at - 1] < 128:
-                break
-        if tag & 7 != 2 or at + length > len(message):
+            byte = record[at]
+            length, shift = length | (byte & 127) << shift, shift + 7
+        at += 1
+        if tag & 7 != 2 or at + length > stop:
             raise ValueError("it is no record of a block")
         if tag >> 3 == field:
-            yield message[at : at + length]
+            found.append((at, at + length))
         at += length
+    return found
 
 
 def _frame(field: int, pieces: list[Any], length: int) -> tuple[list[Any], int]:
