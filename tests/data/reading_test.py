@@ -13,6 +13,7 @@ import pytest
 from dlrm_jax.config import ConfigError
 from dlrm_jax.data.generate import planted
 from dlrm_jax.data.prepare import blocks
+from dlrm_jax.data.read import prepared as prepared_module
 from dlrm_jax.data.read.dataset import Split
 from dlrm_jax.data.read.pipeline import Cut, Prefetcher, order_windows, rows_and_labels, steps_per_epoch, train_epochs
 from dlrm_jax.data.read.prepared import open_prepared
@@ -184,6 +185,10 @@ def test_a_damaged_block_is_named(prepared, tmp_path):
 
 def test_ids_outside_their_table_are_seen_when_read(prepared):
     _, split = prepared
+    rng = np.random.default_rng(0)
+    for shape in ((1, 3), (100, 3), (192, 1), (4096, 5)):
+        ids = rng.integers(-1, 10**6, shape).astype(np.int32)
+        np.testing.assert_array_equal(prepared_module._largest(ids), ids.max(axis=0))
     small = dataclasses.replace(split, limit_K=np.array([900]))
     with pytest.raises(ConfigError, match="ids outside their tables"):
         numbers(eval_batches(small, 100))

@@ -123,10 +123,10 @@ def test_windows_have_few_batches_where_they_are_large():
 
 def test_steps_of_a_dispatch_follow_from_the_prediction_but_on_a_cpu(monkeypatch):
     placed = on_one_device(tiny_model(), optimizer())
-    assert steps_at_once(CONFIG, placed) == 1
-    monkeypatch.setattr("dlrm_jax.training.stepper.jax.default_backend", lambda: "gpu")
     cost = types.SimpleNamespace(step_seconds=1.3e-4)
     monkeypatch.setattr("dlrm_jax.training.stepper.prediction", lambda *args: cost)
+    assert steps_at_once(CONFIG, placed) == 1
+    monkeypatch.setattr("dlrm_jax.training.stepper.jax.default_backend", lambda: "gpu")
     assert steps_at_once(CONFIG, placed) == 8
     cost.step_seconds = 0.1
     assert steps_at_once(CONFIG, placed) == 1
