@@ -121,6 +121,11 @@ class Placed:
             id_weights_BxK=shape(slots, "float32") if weighted_ids else None,
         )
 
+    def put(self, local: Batch) -> Batch:
+        """This process's rows of a batch as part of the global one."""
+        put = functools.partial(jax.make_array_from_process_local_data, self.batch_sharding)
+        return jax.tree.map(put, local)
+
     @property
     def everywhere(self) -> NamedSharding:
         """The sharding of what every device and process has whole."""
