@@ -256,7 +256,7 @@ def train(
         clock = Clock(train_step, config.batch_size)
 
         def write(logged_step: int, values: dict[str, Any]) -> None:
-            log.write(logged_step, "train", values | {"input_wait_fraction": clock.wait(speed)})
+            log.write(logged_step, "train", values | clock.waits(speed))
 
         names = run.dataset.dense_names
         losses = Losses(run.workdir, names, progress.losses, config.log_every, write, run.feed.host_batch)
@@ -276,7 +276,7 @@ def train(
                 losses.push(train_step.record, step)
             elif time.perf_counter() - losses.last_read > _READ_SECONDS:
                 losses.flush(train_step.record, step)
-            bar.update(step, losses.last, clock.rate(speed, step), clock.wait(speed))
+            bar.update(step, losses.last, clock.rate(speed, step), clock.waits(speed))
             progress.losses = losses.held()
             if at_eval:
                 state = evaluate_progress(run, state, step, progress, checkpoints, log)

@@ -115,7 +115,8 @@ class Speed:
         return dict(zip(SPEED, (self.samples / self.seconds, *shares), strict=True))
 
 
-SPEED = ("samples_per_second", "input_wait_fraction", "host_wait_fraction")
+WAITS = ("input_wait_fraction", "host_wait_fraction")
+SPEED = ("samples_per_second", *WAITS)
 
 
 class Waits(Protocol):
@@ -156,12 +157,16 @@ class Clock:
         samples, seconds = self._so_far(speed, step) if self._running else (speed.samples, speed.seconds)
         return samples / seconds if samples and seconds > 0 else None
 
-    def wait(self, speed: Speed) -> float | None:
-        """The share of the time that the device waited for input; None before any timed step."""
+    def waits(self, speed: Speed) -> dict[str, float | None]:
+        """The shares of the time that the device waited for input and for the host; None before any timed step."""
         if not self._running:
-            return speed.summary()["input_wait_fraction"]
+            return {name: speed.summary()[name] for name in WAITS}
         _, seconds = self._so_far(speed, self._start_step)
-        return min(1.0, (speed.wait_seconds + self._waits.wait_seconds - self._waited) / seconds) if seconds else None
+        waited = (
+            speed.wait_seconds + self._waits.wait_seconds - self._waited,
+            speed.host_seconds + self._waits.host_seconds - self._hosted,
+        )
+        return {name: min(1.0, wait / seconds) for name, wait in zip(WAITS, waited, strict=True)}
 
     def _so_far(self, speed: Speed, step: int) -> tuple[int, float]:
         """(samples, seconds), with the lap that is running."""

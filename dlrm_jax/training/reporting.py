@@ -153,18 +153,22 @@ class Progress:
         del kind, error, traceback
         self._bar.close()
 
-    def update(self, step: int, loss: float, rate: float | None, wait: float | None) -> None:
+    def update(self, step: int, loss: float, rate: float | None, waits: dict[str, float | None]) -> None:
         """Show that `step` steps are done at `rate` samples a second; `loss` is NaN, `rate` None before one is known.
 
-        `wait` is the share of the time that the device waited for input, said where it is much. Rate and wait are the
-        run's own (monitor.Clock), without compilation: the same that the result will say.
+        `waits` are the shares of the time that the device waited (monitor.WAITS), said where they are much. Rate and
+        shares are the run's own (monitor.Clock), without compilation: the same that the result will say.
         """
         now, at_end = time.perf_counter(), step == self._num_steps
         if self._silent or (now - self._last_update < _UPDATE_SECONDS and not at_end):
             return
         self._last_update = now
         parts = [] if rate is None else [f"{rate:,.0f} samples/s"]
-        parts += [] if wait is None or wait < _MUCH_WAITING else [f"{wait:.0%} waiting for input"]
+        parts += [
+            f"{wait:.0%} waiting for {name.partition('_')[0]}"
+            for name, wait in waits.items()
+            if wait is not None and wait >= _MUCH_WAITING
+        ]
         parts += [] if math.isnan(loss) else [f"loss {loss:.4f}"]
         if rate:
             parts.append(f"{(self._num_steps - step) * self._batch_size / rate:.0f} s left")
