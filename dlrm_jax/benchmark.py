@@ -1,7 +1,8 @@
 """Measure a run's step: `python -m dlrm_jax.benchmark --flagfile=experiments/shape_kaggle.flags`.
 
 Prints, for training and for scoring: compile time, step time, samples/s, where the time goes, how near the hardware's
-ceilings, and memory. `--sweep=batch` (rows, hotness, dim, devices) repeats it over sizes and shows how cost grows.
+ceilings, and memory. `--sweep=batch` (rows, hotness, dim, devices) repeats it over sizes and shows how cost grows;
+`--input` measures the road from the data to the devices instead.
 """
 
 import dataclasses
@@ -20,8 +21,9 @@ from dlrm_jax.config import ConfigError
 from dlrm_jax.host import files
 from dlrm_jax.host.texts import aligned
 from dlrm_jax.planning.calibrate import calibrate
-from dlrm_jax.training import reporting, step_parts
+from dlrm_jax.training import measuring_input, reporting, step_parts
 from dlrm_jax.training.measuring import FORWARD, INPUT, TRAIN, measure
+from dlrm_jax.training.measuring_input import measure_input
 from dlrm_jax.training.run_config import RunConfig
 
 FLAGS = flags.FLAGS
@@ -32,6 +34,7 @@ def define_benchmark_flags() -> None:
     """Define this command's own flags."""
     flags.DEFINE_enum("sweep", "", ("", *SWEEPS), "Measure at several values of this, and show how cost grows.")
     flags.DEFINE_list("sweep_values", [], "The values of --sweep. Default: some around the run's own.")
+    flags.DEFINE_bool("input", False, "Measure the road from the data to the devices alone, by stage, and no step.")
     flags.DEFINE_float("seconds", 5.0, "How long training and scoring are stepped, each.", lower_bound=0)
     flags.DEFINE_bool("calibrate", False, "Measure what the device can do first, and hold the step against that.")
     flags.DEFINE_string("json", "", "Write all numbers here.")
@@ -157,10 +160,16 @@ def main() -> None:
     configs = swept(config, FLAGS.sweep, FLAGS.sweep_values) if FLAGS.sweep else {}
     hardware = calibrate() if FLAGS.calibrate else None
     workdir = pathlib.Path(FLAGS.workdir) if FLAGS.workdir else None
-    if not configs:
+    if FLAGS.input:
+        clashing = next((name for name in ("sweep", "picture") if getattr(FLAGS, name)), None)
+        if clashing:
+            raise ConfigError(f"--input measures no step, so --{clashing} has nothing to show; leave one out")
+        result: dict[str, Any] = measure_input(config, FLAGS.seconds, workdir)
+        print(measuring_input.text(result))
+    elif not configs:
         numbers = measure(config, FLAGS.seconds, hardware, workdir=workdir)
         print(text(numbers))
-        result: dict[str, Any] = numbers
+        result = numbers
     else:
         points = {value: measure(one, FLAGS.seconds, hardware, False, workdir) for value, one in configs.items()}
         print(sweep_text(FLAGS.sweep, points))

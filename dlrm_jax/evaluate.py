@@ -73,7 +73,7 @@ def main() -> None:
     files.require_output_file("predictions_out", FLAGS.predictions_out)
     asked, workdir = judging_from_flags(), pathlib.Path(FLAGS.workdir)
     run = restored(workdir)
-    evaluate = Evaluator(run.config, run.placed, run.dataset.expander)
+    evaluate = Evaluator(run.config, run.placed, run.dataset)
     subject = Subject(FLAGS.workdir, run, evaluate, FLAGS.split, asked, restored)
     heap.keep_freed_temporaries()
     result = evaluate_splits(run.config, run.dataset, evaluate, run.state) | Speed().summary()

@@ -73,8 +73,9 @@ def main() -> None:
         return
     print(format_table({name: result[name] for name in HELD_OUT}, result.get("optimum")))
     if result["input_wait_fraction"] is not None:
-        wait = f"{result['input_wait_fraction']:.1%} of the time waiting for input"
-        print(f"{result['samples_per_second']:,.0f} samples/s; {wait}")
+        waits = f"{result['input_wait_fraction']:.1%} of the time waiting for input"
+        host = f"{result['host_wait_fraction']:.1%} for the host"
+        print(f"{result['samples_per_second']:,.0f} samples/s; {waits}, {host}")
     print(format_cost(result["step_cost"]))
     if unwritten is not None:
         raise unwritten

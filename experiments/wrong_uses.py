@@ -233,6 +233,7 @@ CASES: dict[str, tuple[Case, ...]] = {
         Case("plan --flagfile=kaggle.flags --topology=v5e:8", "--topology=v5e:8"),
         Case("benchmark --seconds=inf", "never ends"),
         Case("benchmark --sweep_values=1,2", "--sweep"),
+        Case("benchmark --input --sweep=batch", "--input measures no step, so --sweep has nothing to show"),
         Case("serve --model=models/mine --batch_sizes=0", "at least one row"),
     ),
     "Judging a model": (

@@ -93,5 +93,5 @@ class Subject:
         other = self.restore(workdir)
         self._require_same_rows(other.dataset, f"--compare={workdir}")
         split = other.dataset.splits[self.split]
-        evaluate = Evaluator(other.config, other.placed, other.dataset.expander)
+        evaluate = Evaluator(other.config, other.placed, other.dataset)
         return evaluate.score(other.state, split).scored(first=len(split))

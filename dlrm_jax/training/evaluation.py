@@ -6,11 +6,12 @@ from typing import Any
 import jax
 
 from dlrm_jax.data.batch import Batch
-from dlrm_jax.data.read.dataset import BatchExpander, Dataset, Rows
-from dlrm_jax.data.read.pipeline import Prefetcher, eval_batches, padded, process_shard
+from dlrm_jax.data.read.dataset import Dataset, Rows
+from dlrm_jax.data.read.pipeline import Cut, process_shard, steps_per_epoch
 from dlrm_jax.data.schema.schema import HELD_OUT
 from dlrm_jax.model import metrics
 from dlrm_jax.training import reporting
+from dlrm_jax.training.feed import Feed, Room, make_feed
 from dlrm_jax.training.placed import Placed
 from dlrm_jax.training.run_config import RunConfig
 from dlrm_jax.training.state import TrainState
@@ -18,10 +19,11 @@ from dlrm_jax.training.step import make_eval_step
 
 
 class Evaluator:
-    """Metrics and predictions of a state on a split; compiles once."""
+    """Metrics and predictions of a state on a dataset's splits; compiles once. With `room` rows may stay on devices."""
 
-    def __init__(self, config: RunConfig, placed: Placed, expander: BatchExpander | None = None) -> None:
-        self._config, self._placed, self._expander = config, placed, expander
+    def __init__(self, config: RunConfig, placed: Placed, dataset: Dataset, room: Room | None = None) -> None:
+        self._config, self._placed, self._dataset, self._room = config, placed, dataset, room
+        self._feeds: dict[int, Feed] = {}
         # Every process gets all rows' scores, which ranking needs.
         self._step = jax.jit(make_eval_step(placed.model, config.loss, placed.ops), out_shardings=placed.everywhere)
 
@@ -31,30 +33,28 @@ class Evaluator:
 
     def score(self, state: TrainState, split: Rows) -> metrics.Metrics:
         """What evaluating every row of `split` gives: the metrics, and each row's score."""
-        batch_size = padded(min(self._config.eval_batch_size, max(len(split), 1)), self._placed.num_devices)
+        return score_rows(self._feed(split), lambda batch: self._step(state, batch))
 
-        def score(batch: Batch) -> metrics.BatchSums:
-            return self._step(state, batch)
+    def _feed(self, split: Rows) -> Feed:
+        if id(split) not in self._feeds:
+            rows = min(self._config.eval_batch_size, max(len(split), 1))
+            cut = Cut(rows, multiple=self._placed.num_devices, shard=process_shard())
+            steps = max(1, steps_per_epoch(len(split), rows))
+            self._feeds[id(split)] = make_feed(self._placed, self._dataset, split, cut, self._room, steps)
+        return self._feeds[id(split)]
 
-        return score_rows(split, batch_size, score, self._expander, self._placed.put)
 
-
-def score_rows(
-    split: Rows,
-    batch_size: int,
-    score: Callable[[Batch], metrics.BatchSums],
-    expander: BatchExpander | None = None,
-    put: Callable[[Batch], Batch] = jax.device_put,
-) -> metrics.Metrics:
-    """Every row of `split`, in its order, through `score`: the one way in which rows become metrics.
+def score_rows(feed: Feed, score: Callable[[Batch], metrics.BatchSums]) -> metrics.Metrics:
+    """Every row of a feed, in its order, through `score`: the one way in which rows become metrics.
 
     Training, `evaluate` and the check of an export call it, each with its own forward pass.
     """
-    collected = metrics.Metrics()
-    source = eval_batches(split, batch_size, process_shard())
-    with Prefetcher(source, expander=expander, put=put) as batches:
-        for _, batch in batches:
-            collected.append(score(batch))
+    collected, cut = metrics.Metrics(), jax.jit(feed.batch)
+    with feed.eval_windows() as windows:
+        for step in range(feed.steps_per_epoch):
+            if step % feed.cut.steps == 0:
+                _, window = next(windows)
+            collected.append(score(cut(window, step)))
     return collected
 
 

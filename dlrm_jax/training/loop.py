@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import logging
 import pathlib
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import Any
@@ -11,14 +12,14 @@ from typing import Any
 import jax
 
 from dlrm_jax.config import ConfigError, differences, from_dict, tell
-from dlrm_jax.data.batch import Batch
 from dlrm_jax.data.read.load import named
-from dlrm_jax.data.read.pipeline import Prefetcher, process_shard, steps_per_epoch, train_batches
+from dlrm_jax.data.read.pipeline import Cut, process_shard, steps_per_epoch
 from dlrm_jax.data.values.label_values import describe_one_class
 from dlrm_jax.host import files, heap, huge_pages, processes
 from dlrm_jax.training import checkpoint, plateau, reporting
 from dlrm_jax.training.evaluation import Evaluator, evaluate_splits
-from dlrm_jax.training.monitor import EXCHANGE_OVERFLOWS, Clock, Interrupted, LossWindow, Speed, catch_signals
+from dlrm_jax.training.feed import Room, make_feed
+from dlrm_jax.training.monitor import Clock, Interrupted, Losses, Speed, catch_signals
 from dlrm_jax.training.opening import open_run
 from dlrm_jax.training.placement import failing_in_one_line, prediction, setting_of
 from dlrm_jax.training.run_config import EARLIER_SCHEDULES, RunConfig, identity_of
@@ -26,6 +27,8 @@ from dlrm_jax.training.state import TrainState
 from dlrm_jax.training.stepper import Stepper
 
 _LOG = logging.getLogger("dlrm_jax")
+_READ_SECONDS = 1.0
+"""How long a loss may stay unread on the device where steps are slow."""
 
 
 @dataclasses.dataclass
@@ -39,7 +42,7 @@ class Progress:
     target_metric: str | None = None
     """What `best_value` is of; None in checkpoints of before it was noted, where config.json says it."""
     losses: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """Losses since the last line of the log (monitor.LossWindow)."""
+    """Losses since the last line of the log (monitor.Losses)."""
     stall: plateau.Stall = dataclasses.field(default_factory=plateau.Stall)
     """Evaluations without a gain, after which the rate is cut."""
     earlier_schedules: list[dict[str, Any]] = dataclasses.field(default_factory=list)
@@ -69,7 +72,10 @@ class Run:
         self.eval_every = config.eval_every or per_epoch
         self.checkpoint_every = config.checkpoint_every or per_epoch
         self.placed = opened.place(checkpoint.COPIES)
-        self.evaluate = Evaluator(config, self.placed, self.dataset.expander)
+        room, multiple = Room(config, self.placed), self.placed.num_devices * config.num_micro_batches
+        cut = Cut(config.batch_size, multiple=multiple, shard=process_shard())
+        self.feed = make_feed(self.placed, self.dataset, self.dataset.splits["train"], cut, room, self.num_steps)
+        self.evaluate = Evaluator(config, self.placed, self.dataset, room)
         self.writes = processes.is_first()
 
     def _require_val_rows(self) -> None:
@@ -87,22 +93,8 @@ class Run:
             )
 
     def undisturbed(self, step: int) -> int:
-        """Steps from `step` to the next one that logs, evaluates or saves, or the last."""
-        every = (self.config.log_every, self.eval_every, self.checkpoint_every)
-        return min(self.num_steps - step, *(n - step % n for n in every))
-
-    def batches(self, start_step: int) -> Iterator[Batch]:
-        """This process's part of the training batches from `start_step` on."""
-        config = self.config
-        return train_batches(
-            self.dataset.splits["train"],
-            config.batch_size,
-            config.seed,
-            start_step,
-            shuffle=config.shuffle,
-            shard=process_shard(),
-            multiple=self.placed.num_devices * config.num_micro_batches,
-        )
+        """Steps from `step` to the next one that evaluates or saves, or the last."""
+        return min(self.num_steps - step, *(n - step % n for n in (self.eval_every, self.checkpoint_every)))
 
 
 def train_and_evaluate(
@@ -255,31 +247,36 @@ def train(
     """Steps until the end, a stopping rule or a signal, with evaluations and checkpoints on their steps."""
     heap.keep_freed_temporaries()
     config, step, speed = run.config, int(state.step), Speed()
-    losses = LossWindow(run.workdir, run.dataset.dense_names, progress.losses)
+    alone = jax.process_count() == 1
     with (
-        Prefetcher(run.batches(step), expander=run.dataset.expander, put=run.placed.put) as batches,
+        run.feed.train_windows(config.seed, step, config.shuffle) as windows,
         reporting.Progress(run.num_steps, step, config.batch_size, silent=not run.writes) as bar,
     ):
-        alone = jax.process_count() == 1
-        train_step = Stepper(config, run.placed, batches)
-        clock = Clock(batches, config.batch_size, lambda: train_step.compile_seconds)
+        train_step = Stepper(config, run.placed, run.feed, windows)
+        clock = Clock(train_step, config.batch_size)
+
+        def write(logged_step: int, values: dict[str, Any]) -> None:
+            log.write(logged_step, "train", values | clock.waits(speed))
+
+        names = run.dataset.dense_names
+        losses = Losses(run.workdir, names, progress.losses, config.log_every, write, run.feed.host_batch)
         while step < run.num_steps and progress.stopped is None:
-            taken, state = train_step(state, run.undisturbed(step))
-            losses.push(step + 1, taken)
-            step += len(taken)
-            at_log, at_eval = step % config.log_every == 0, step % run.eval_every == 0 or step == run.num_steps
+            taken, state = train_step(state, step, run.undisturbed(step))
+            step += taken
+            at_eval = step % run.eval_every == 0 or step == run.num_steps
             at_checkpoint = step % run.checkpoint_every == 0 or at_eval
-            # Several processes stop at one step, so they ask each other where they would wait for each other anyway.
-            signum = processes.largest(stop_signal[0] if stop_signal else 0) if alone or at_log or at_checkpoint else 0
-            if signum or at_log or at_checkpoint or clock.just_started:
-                losses.flush()
+            # Several processes stop at one step: they ask each other where all have come to the end of a window.
+            asked = alone or train_step.at_window_end or at_checkpoint
+            signum = processes.largest(stop_signal[0] if stop_signal else 0) if asked else 0
+            if signum or at_checkpoint or clock.just_started:
+                losses.flush(train_step.record, step)
+                train_step.pause()
                 clock.lap(speed, step)
-            bar.update(step, losses.last, clock.rate(speed, step))
-            if at_log:
-                rate, wait = float(taken[-1][1]["learning_rate"]), speed.summary()["input_wait_fraction"]
-                values = {"loss": losses.mean(), "learning_rate": rate, "input_wait_fraction": wait}
-                rounds = {} if losses.overflows is None else {EXCHANGE_OVERFLOWS: losses.overflows}
-                log.write(step, "train", values | rounds)
+            elif train_step.at_window_end:
+                losses.push(train_step.record, step)
+            elif time.perf_counter() - losses.last_read > _READ_SECONDS:
+                losses.flush(train_step.record, step)
+            bar.update(step, losses.last, clock.rate(speed, step), clock.waits(speed))
             progress.losses = losses.held()
             if at_eval:
                 state = evaluate_progress(run, state, step, progress, checkpoints, log)
@@ -340,7 +337,11 @@ def predicted_and_measured(run: Run, speed: Speed, memory: int | None) -> dict[s
     cost, rate = prediction(run.config, run.placed), speed.summary()["samples_per_second"]
     hardware = setting_of(run.config, run.model, run.placed.plan.mesh).hardware.name
     return {
-        "predicted": {"seconds": cost.step_seconds, "bytes": cost.bytes_held, "hardware": hardware},
+        "predicted": {
+            "seconds": cost.step_seconds,
+            "bytes": cost.bytes_held + run.feed.device_bytes,
+            "hardware": hardware,
+        },
         "measured": {"seconds": run.config.batch_size / rate if rate else None, "bytes": memory},
     }
 

@@ -11,13 +11,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from dlrm_jax.data.batch import Batch
-from dlrm_jax.data.read.pipeline import Prefetcher, train_batches
+from dlrm_jax.data.read.pipeline import Cut, Prefetcher
 from dlrm_jax.host import heap
 from dlrm_jax.host.memory import held_by
 from dlrm_jax.planning.cost import estimate, forward_work
 from dlrm_jax.planning.hardware import Hardware
 from dlrm_jax.training import step_parts
+from dlrm_jax.training.feed import Feed, Window, make_feed
 from dlrm_jax.training.opening import open_run
 from dlrm_jax.training.placed import Placed
 from dlrm_jax.training.placement import failing_in_one_line, setting_of
@@ -41,7 +41,7 @@ def measure(
     `hardware` is what the work is held against, by default the table's entry for the device at hand. Times are in
     seconds, memory and traffic in bytes of the device that has most, `samples_per_second` of all devices together.
     """
-    placed, batches, input_numbers = _placed_batches(config, seconds, workdir)
+    placed, feed, window, input_numbers = _placed_windows(config, seconds, workdir)
     setting = setting_of(config, placed.model, placed.plan.mesh)
     hardware = hardware or setting.hardware
     cost = estimate(placed.model, config.optimizer, placed.plan, setting.load, hardware, placed.options)
@@ -50,7 +50,7 @@ def measure(
         FORWARD: forward_work(placed.model, placed.stacks, setting.load, hardware),
     }
     with failing_in_one_line(config, placed):
-        numbers = {INPUT: input_numbers} | _passes(config, placed, batches, seconds, parts)
+        numbers = {INPUT: input_numbers} | _passes(config, placed, feed, window, seconds, parts)
     for kind, (flops, traffic, predicted) in work.items():
         numbers[kind] |= _against(hardware, flops, traffic, predicted, numbers[kind]["step_seconds"])
         numbers[kind]["samples_per_second"] = config.batch_size / numbers[kind]["step_seconds"]
@@ -62,51 +62,53 @@ def measure(
     }
 
 
-def _placed_batches(
+def _placed_windows(
     config: RunConfig, seconds: float, workdir: pathlib.Path | None
-) -> tuple[Placed, list[Batch], dict[str, float]]:
-    """The run's model where it lies, some of its batches on the devices, and how long the input takes for one."""
+) -> tuple[Placed, Feed, Window, dict[str, float]]:
+    """(the run's model where it lies, its feed, a window on the devices, how long the input takes for a batch)."""
     opened = open_run(config, workdir)
-    placed, dataset = opened.place(), opened.dataset
-    multiple = placed.num_devices * config.num_micro_batches
-    rows = dataset.splits["train"]
-    source = train_batches(rows, config.batch_size, config.seed, 0, shuffle=config.shuffle, multiple=multiple)
-    with Prefetcher(source, depth=1, expander=dataset.expander, put=placed.put) as prefetcher:
-        batches = [batch for _, batch in itertools.islice(prefetcher, _BATCHES)]
+    placed = opened.place()
+    cut = Cut(config.batch_size, multiple=placed.num_devices * config.num_micro_batches)
+    most = max(_BATCHES, config.steps_per_dispatch)
+    feed = make_feed(placed, opened.dataset, opened.dataset.splits["train"], cut, most_steps=most)
+    with feed.train_windows(config.seed, 0, config.shuffle) as windows:
+        _, window = next(windows)
         start = time.perf_counter()
         end, count = start + min(seconds, 2.0), 0
         while count < _LEAST_STEPS or time.perf_counter() < end:
-            jax.block_until_ready(next(prefetcher)[1])
-            count += 1
-        return placed, batches, {"step_seconds": (time.perf_counter() - start) / count}
+            jax.block_until_ready(next(windows)[1])
+            count += feed.cut.steps
+        return placed, feed, window, {"step_seconds": (time.perf_counter() - start) / count}
 
 
 def _passes(
-    config: RunConfig, placed: Placed, batches: list[Batch], seconds: float, parts: bool
+    config: RunConfig, placed: Placed, feed: Feed, window: Window, seconds: float, parts: bool
 ) -> dict[str, dict[str, Any]]:
     """The measured numbers of both passes."""
     state = placed.init_state(config.seed)
     heap.keep_freed_temporaries()  # As a run does.
-    stepper = Stepper(config, placed, itertools.cycle((batch, batch) for batch in batches))
     score = jax.jit(
-        lambda state, batch: logits(placed.model, state, batch, placed.ops),
-        in_shardings=(placed.shardings, placed.batch_sharding),
+        lambda state, window, step: logits(placed.model, state, feed.batch(window, step), placed.ops),
+        in_shardings=(placed.shardings, feed.shardings, None),
     )
-    forward, forward_compile = _compiled(score, state, batches[0])
-    at_once = config.steps_per_dispatch
+    forward, forward_compile = _compiled(score, state, window, np.int32(0))
+    steps = 0
+    with Prefetcher(itertools.repeat(np.zeros(0)), lambda _: window) as windows:
+        stepper = Stepper(config, placed, feed, windows)
 
-    def train(i: int) -> Any:
-        nonlocal state
-        del i  # The stepper takes the batches in turn.
-        taken, state = stepper(state, at_once)
-        return taken[-1][1]
+        def train(i: int) -> Any:
+            nonlocal state, steps
+            del i  # The stepper takes the batches in turn.
+            taken, state = stepper(state, steps, stepper.at_once)
+            steps += taken
+            return state.step
 
-    jax.block_until_ready(train(0))
+        jax.block_until_ready(train(0))
+        numbers = _timed(train, stepper.executable, seconds, parts, stepper.at_once)
     return {
-        TRAIN: {"compile_seconds": stepper.compile_seconds}
-        | _timed(train, stepper.executable, seconds, parts, at_once),
+        TRAIN: {"compile_seconds": stepper.compile_seconds} | numbers,
         FORWARD: {"compile_seconds": forward_compile}
-        | _timed(lambda i: forward(state, batches[i % _BATCHES]), forward, seconds, parts),
+        | _timed(lambda i: forward(state, window, np.int32(i)), forward, seconds, parts),
     }
 
 

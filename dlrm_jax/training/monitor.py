@@ -8,65 +8,81 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any
+from typing import Any, Protocol
 
-import jax
 import numpy as np
 
 from dlrm_jax.config import ConfigError
 from dlrm_jax.data.batch import Batch, describe_nonfinite
-from dlrm_jax.data.read.pipeline import Prefetcher
+from dlrm_jax.tables.exchange import OVERFLOWS
+from dlrm_jax.training.feed import Traveller
+from dlrm_jax.training.stepper import Record
 
 _LOG = logging.getLogger("dlrm_jax")
-EXCHANGE_OVERFLOWS = "exchange_overflows"
 
 
-Taken = list[tuple[Batch, dict[str, jax.Array]]]
-"""Of each step of a dispatch, the batch as it was on the host, and the metrics."""
+class Losses:
+    """Metrics of the steps, which gather on the device: read a window late, and where the run waits in any case.
 
-
-class LossWindow:
-    """Losses of the last steps. Each is read one dispatch late, so that the device never waits for the host.
-
-    `carried` is what the window of an earlier process held where this one goes on (`held`).
+    Lines of the log are written as they are read, by `write(step, values)`, one every `log_every` steps. `trace` gives
+    this process's part of a batch of what travelled. `carried` is what an earlier process held where this one goes on.
     """
 
-    def __init__(self, workdir: pathlib.Path, dense_names: tuple[str, ...], carried: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        workdir: pathlib.Path,
+        dense_names: tuple[str, ...],
+        carried: Mapping[str, Any],
+        log_every: int,
+        write: Callable[[int, dict[str, Any]], None],
+        trace: Callable[[Traveller, int], Batch],
+    ) -> None:
         self._workdir, self._dense_names = workdir, dense_names
-        self._pending: tuple[int, Taken] = (0, [])
+        self._log_every, self._write, self._trace = log_every, write, trace
+        self._pending: Record | None = None
         self._sum, self._steps = carried.get("sum", 0.0), carried.get("steps", 0)
+        self._read_until = 0
         self.last = float("nan")
-        self.overflows: int | None = carried.get(EXCHANGE_OVERFLOWS)
+        self.overflows: int | None = carried.get(OVERFLOWS)
         """Steps so far whose exchange took further rounds; None where there is no such exchange."""
+        self.last_read = time.perf_counter()
 
     def held(self) -> dict[str, Any]:
-        """What a window that goes on from here must know, as JSON values; nothing may be left to flush."""
-        return {"sum": self._sum, "steps": self._steps, EXCHANGE_OVERFLOWS: self.overflows}
+        """What one that goes on from here must know, as JSON values; nothing may be left to read."""
+        return {"sum": self._sum, "steps": self._steps, OVERFLOWS: self.overflows}
 
-    def push(self, step: int, taken: Taken) -> None:
-        """Note a dispatch whose first step was `step`, and read the one before it."""
-        previous, self._pending = self._pending, (step, taken)
-        self._read(*previous)
+    def push(self, record: Record, step: int) -> None:
+        """Note the record of a window that is gone through, `step` steps being done, and read that of the one before.
 
-    def flush(self) -> None:
-        """Read the last dispatch too; after this the state is known to be finite."""
-        self.push(0, [])
+        So the host is two windows ahead of the device, at most.
+        """
+        previous, self._pending = self._pending, record
+        record.values_TxM.copy_to_host_async()
+        if previous is not None:
+            self._read(previous, min(step, record.first_step))
 
-    def mean(self) -> float:
-        """The mean loss since the last call."""
-        mean = self._sum / self._steps if self._steps else float("nan")
-        self._sum, self._steps = 0.0, 0
-        return mean
+    def flush(self, record: Record, step: int) -> None:
+        """Read all that was recorded until `step`; after this the state is known to be finite."""
+        previous, self._pending = self._pending, None
+        if previous is not None:
+            self._read(previous, min(step, previous.first_step + len(previous.values_TxM)))
+        self._read(record, step)
 
-    def _read(self, first_step: int, taken: Taken) -> None:
-        for step, (batch, step_metrics) in enumerate(taken, first_step):
-            loss = float(step_metrics["loss"])
-            if not bool(step_metrics["finite"]):
-                self._stop(step, batch, loss)
-            if EXCHANGE_OVERFLOWS in step_metrics:
-                self.overflows = (self.overflows or 0) + int(step_metrics[EXCHANGE_OVERFLOWS] > 0)
-            self._sum, self._steps = self._sum + loss, self._steps + 1
-            self.last = loss
+    def _read(self, record: Record, until: int) -> None:
+        # A copy: on a CPU it would else be a view of memory that the next step is given.
+        values_TxM = np.array(record.values_TxM.addressable_data(0))
+        for step in range(max(record.first_step, self._read_until), until):
+            loss, rate, finite, overflows = map(float, values_TxM[step - record.first_step])
+            if not finite:
+                self._stop(step + 1, self._trace(record.traveller, step - record.first_step), loss)
+            if overflows == overflows:
+                self.overflows = (self.overflows or 0) + int(overflows > 0)
+            self._sum, self._steps, self.last = self._sum + loss, self._steps + 1, loss
+            if (step + 1) % self._log_every == 0:
+                rounds = {} if self.overflows is None else {OVERFLOWS: self.overflows}
+                self._write(step + 1, {"loss": self._sum / self._steps, "learning_rate": rate} | rounds)
+                self._sum, self._steps = 0.0, 0
+        self._read_until, self.last_read = max(until, self._read_until), time.perf_counter()
 
     def _stop(self, step: int, batch: Batch, loss: float) -> None:
         path = self._workdir / f"bad_batch_step_{step}.npz"
@@ -86,51 +102,75 @@ class Speed:
     samples: int = 0
     seconds: float = 0.0
     wait_seconds: float = 0.0
+    host_seconds: float = 0.0
 
     def summary(self) -> dict[str, float | None]:
-        """samples_per_second and the share of step time spent waiting for input; None before any timed step."""
+        """samples_per_second, and the shares of step time that the device waited for input and for the host's dispatch.
+
+        None before any timed step.
+        """
         if not self.seconds:
-            return {"samples_per_second": None, "input_wait_fraction": None}
-        return {
-            "samples_per_second": self.samples / self.seconds,
-            "input_wait_fraction": min(1.0, self.wait_seconds / self.seconds),
-        }
+            return dict.fromkeys(SPEED)
+        shares = (min(1.0, seconds / self.seconds) for seconds in (self.wait_seconds, self.host_seconds))
+        return dict(zip(SPEED, (self.samples / self.seconds, *shares), strict=True))
+
+
+WAITS = ("input_wait_fraction", "host_wait_fraction")
+SPEED = ("samples_per_second", *WAITS)
+
+
+class Waits(Protocol):
+    """Seconds so far, as Stepper has them."""
+
+    compile_seconds: float
+    wait_seconds: float
+    host_seconds: float
 
 
 class Clock:
-    """Adds the time between `resume` and `lap` to a Speed; the first lap counts nothing, and no compilation does.
+    """Adds the time between `resume` and `lap` to a Speed; the first lap counts nothing, and no compilation does."""
 
-    `compile_seconds` tells how long the run has compiled steps so far.
-    """
-
-    def __init__(self, batches: Prefetcher, batch_size: int, compile_seconds: Callable[[], float]) -> None:
-        self._batches, self._batch_size, self._compile_seconds = batches, batch_size, compile_seconds
+    def __init__(self, waits: Waits, batch_size: int) -> None:
+        self._waits, self._batch_size = waits, batch_size
         self.just_started = True
         self._running = False
-        self._start, self._start_step, self._start_wait, self._start_compile = 0.0, 0, 0.0, 0.0
+        self._start, self._start_step = 0.0, 0
+        self._compiled = self._waited = self._hosted = 0.0
 
     def lap(self, speed: Speed, step: int) -> None:
         """Book the steps since the last lap; the caller has just waited for them."""
         if self._running:
             speed.samples, speed.seconds = self._so_far(speed, step)
-            speed.wait_seconds += self._batches.wait_seconds - self._start_wait
+            speed.wait_seconds += self._waits.wait_seconds - self._waited
+            speed.host_seconds += self._waits.host_seconds - self._hosted
         self._running, self._start_step, self.just_started = False, step, False
 
     def resume(self) -> None:
         """Start counting again, if a lap stopped it."""
         if not self._running and not self.just_started:
-            self._running = True
-            self._start, self._start_wait = time.perf_counter(), self._batches.wait_seconds
-            self._start_compile = self._compile_seconds()
+            self._running, self._start = True, time.perf_counter()
+            waits = self._waits
+            self._compiled, self._waited, self._hosted = waits.compile_seconds, waits.wait_seconds, waits.host_seconds
 
     def rate(self, speed: Speed, step: int) -> float | None:
         """Samples a second, of what is booked and of the steps since; None before any timed step."""
         samples, seconds = self._so_far(speed, step) if self._running else (speed.samples, speed.seconds)
         return samples / seconds if samples and seconds > 0 else None
 
+    def waits(self, speed: Speed) -> dict[str, float | None]:
+        """The shares of the time that the device waited for input and for the host; None before any timed step."""
+        if not self._running:
+            return {name: speed.summary()[name] for name in WAITS}
+        _, seconds = self._so_far(speed, self._start_step)
+        waited = (
+            speed.wait_seconds + self._waits.wait_seconds - self._waited,
+            speed.host_seconds + self._waits.host_seconds - self._hosted,
+        )
+        return {name: min(1.0, wait / seconds) for name, wait in zip(WAITS, waited, strict=True)}
+
     def _so_far(self, speed: Speed, step: int) -> tuple[int, float]:
         """(samples, seconds), with the lap that is running."""
-        compiling = self._compile_seconds() - self._start_compile
+        compiling = self._waits.compile_seconds - self._compiled
         seconds = speed.seconds + time.perf_counter() - self._start - compiling
         return speed.samples + (step - self._start_step) * self._batch_size, seconds
 

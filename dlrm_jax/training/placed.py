@@ -132,7 +132,7 @@ class Placed:
         return replicated(self.mesh)
 
     def jit_step(self, step: Callable[..., Any]) -> Any:
-        """`step(state, batch or batches)` compiled with explicit shardings, the state's arrays given to the new one."""
+        """`step(state, batch)` compiled with explicit shardings, the state's arrays given to the new one."""
         return jax.jit(
             step,
             donate_argnums=0,
@@ -140,23 +140,31 @@ class Placed:
             out_shardings=(self.shardings, self.everywhere),
         )
 
-    def jit_route(self) -> Any:
-        """`batch -> routes`, compiled."""
-        split = self.batch_sharding
+    def jit_window_step(self, step: Callable[..., Any], windows: Any) -> Any:
+        """`step(state, record, window)` (step.make_window_step) compiled likewise; `windows` are their shardings."""
+        return jax.jit(
+            step,
+            donate_argnums=(0, 1),
+            in_shardings=(self.shardings, self.everywhere, windows),
+            out_shardings=(self.shardings, self.everywhere),
+        )
 
-        def route(batch: Batch) -> Any:
-            batch = without_unweighted(batch)
+    def jit_route(self, cut: Callable[..., Batch], windows: Any) -> Any:
+        """`(window, step) -> routes` of the batch that `cut` takes from the window, compiled."""
+
+        def route(window: Any, step: jax.Array) -> Any:
+            batch = without_unweighted(cut(window, step))
             return self.ops.route(batch.ids_BxK, batch.id_weights_BxK)
 
-        return jax.jit(route, in_shardings=(split,), out_shardings=split)
+        return jax.jit(route, in_shardings=(windows, None), out_shardings=self.batch_sharding)
 
-    def jit_pipelined_step(self, step: Callable[..., Any]) -> Any:
-        """`step(state, batch, routes, next batch)` (step.make_pipelined_step) compiled as `jit_step` does."""
+    def jit_pipelined_step(self, step: Callable[..., Any], windows: Any) -> Any:
+        """`step(state, record, window, routes, next window)`, compiled as `jit_window_step` does."""
         split = self.batch_sharding
         return jax.jit(
             step,
-            donate_argnums=(0, 2),
-            in_shardings=(self.shardings, split, split, split),
+            donate_argnums=(0, 1, 3),
+            in_shardings=(self.shardings, self.everywhere, windows, split, windows),
             out_shardings=(self.shardings, self.everywhere, split),
         )
 

@@ -12,7 +12,7 @@ import jax
 from dlrm_jax.config import ConfigError, ModelConfig
 from dlrm_jax.data.batch import Batch
 from dlrm_jax.data.read.dataset import Dataset
-from dlrm_jax.data.read.pipeline import train_batches
+from dlrm_jax.data.read.pipeline import Cut, batch_windows, train_epochs
 from dlrm_jax.data.read.prepared import is_prepared, read_json
 from dlrm_jax.host import memory
 from dlrm_jax.host.mesh import MeshShape, parse_mesh
@@ -121,6 +121,9 @@ def prediction(config: RunConfig, placed: Placed) -> Cost:
 
 def sample_batches(config: RunConfig, dataset: Dataset) -> Iterator[Batch]:
     """The first global batches, the same in every process, with their bags."""
-    source = train_batches(dataset.splits["train"], config.batch_size, config.seed, 0, shuffle=config.shuffle)
-    for batch in itertools.islice(source, _SAMPLED_BATCHES):
-        yield dataset.expander.on_host(batch) if dataset.expander else batch
+    epochs = train_epochs(dataset.splits["train"], config.batch_size, config.seed, 0, config.shuffle)
+    with contextlib.closing(batch_windows(epochs, Cut(config.batch_size))) as windows:
+        for window in itertools.islice(windows, _SAMPLED_BATCHES):
+            batch = jax.tree.map(lambda column: column[0], window)
+            bags = dataset.expander.on_host(batch.ids_BxK) if dataset.expander else batch.ids_BxK
+            yield batch.replace(ids_BxK=bags)

@@ -28,6 +28,8 @@ METRIC_COLUMNS = (
     "num_samples",
 )
 _PLAIN_PROGRESS_SECONDS = 5.0
+_UPDATE_SECONDS = 0.1
+_MUCH_WAITING = 0.01
 
 
 def json_ready(value: Any) -> Any:
@@ -140,7 +142,7 @@ class Progress:
             dynamic_ncols=True,
             bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]",  # tqdm's own rate counts compilation.
         )
-        self._last_print = time.perf_counter()
+        self._last_print, self._last_update = time.perf_counter(), -_UPDATE_SECONDS
 
     def __enter__(self) -> "Progress":
         return self
@@ -151,22 +153,30 @@ class Progress:
         del kind, error, traceback
         self._bar.close()
 
-    def update(self, step: int, loss: float, rate: float | None) -> None:
+    def update(self, step: int, loss: float, rate: float | None, waits: dict[str, float | None]) -> None:
         """Show that `step` steps are done at `rate` samples a second; `loss` is NaN, `rate` None before one is known.
 
-        The rate is the run's own (monitor.Clock), without compilation: the same that the result will say.
+        `waits` are the shares of the time that the device waited (monitor.WAITS), said where they are much. Rate and
+        shares are the run's own (monitor.Clock), without compilation: the same that the result will say.
         """
-        if self._silent:
+        now, at_end = time.perf_counter(), step == self._num_steps
+        if self._silent or (now - self._last_update < _UPDATE_SECONDS and not at_end):
             return
+        self._last_update = now
         parts = [] if rate is None else [f"{rate:,.0f} samples/s"]
+        parts += [
+            f"{wait:.0%} waiting for {name.partition('_')[0]}"
+            for name, wait in waits.items()
+            if wait is not None and wait >= _MUCH_WAITING
+        ]
         parts += [] if math.isnan(loss) else [f"loss {loss:.4f}"]
         if rate:
             parts.append(f"{(self._num_steps - step) * self._batch_size / rate:.0f} s left")
-        now, shown = time.perf_counter(), ", ".join(parts)
+        shown = ", ".join(parts)
         if self._terminal:
             self._bar.set_postfix_str(shown, refresh=False)
             self._bar.update(step - self._bar.n)
-        elif now - self._last_print > _PLAIN_PROGRESS_SECONDS or step == self._num_steps:
+        elif now - self._last_print > _PLAIN_PROGRESS_SECONDS or at_end:
             self._last_print = now
             print(f"step {step}/{self._num_steps}  {shown}", file=sys.stderr, flush=True)
 
@@ -211,7 +221,7 @@ def with_earlier_speed(result: dict[str, Any], earlier: dict[str, Any]) -> dict[
     """`result`, with the speed and cost that an earlier one has where this run took no step and so measured none."""
     if result.get("samples_per_second") is not None:
         return result
-    names = ("samples_per_second", "input_wait_fraction", "step_cost")
+    names = ("samples_per_second", "input_wait_fraction", "host_wait_fraction", "step_cost")
     return result | {name: earlier[name] for name in names if earlier.get(name) is not None}
 
 

@@ -35,7 +35,7 @@ from dlrm_jax.tables.compress import compressed
 from dlrm_jax.tables.dtypes import DTYPES
 from dlrm_jax.tables.rules import make_rule
 from dlrm_jax.training.hidden_options import read_hidden
-from dlrm_jax.training.options import ShardingOptions
+from dlrm_jax.training.options import AUTO, ShardingOptions
 from dlrm_jax.training.table_settings import read_table_settings, require_known
 
 TARGET_METRICS = ("auc", "log_loss", "accuracy", "normalized_entropy")
@@ -43,6 +43,7 @@ OF_OLDER_VERSIONS = "ids_out_of_range"
 """Key of older versions, under which no id of prepared or generated data ever was."""
 EARLIER_SCHEDULES = "earlier_schedules"
 """Key in config.json beside a RunConfig's fields, of a run that went on with another schedule: what it had before."""
+NEVER, ALWAYS = "never", "always"
 _SMALLER_IS_BETTER = ("log_loss", "normalized_entropy")
 
 
@@ -131,7 +132,16 @@ class RunConfig:
     batch_size: int = setting(dataclasses.MISSING, "Examples per update.", at_least=1)
     num_micro_batches: int = setting(1, "Split each batch into this many parts and add their gradients.", at_least=1)
     steps_per_dispatch: int = setting(
-        1, "Steps that the device takes in one go, up to one that logs; equal up to rounding.", at_least=1
+        0,
+        "Steps that the device takes in one go, up to one that evaluates or saves; equal up to rounding. 0: as many as "
+        "take a millisecond by the prediction, one on a CPU.",
+        at_least=0,
+    )
+    data_on_device: str = setting(
+        AUTO,
+        "Whether the rows of train and val are read once and stay on every device, where an epoch's order is applied: "
+        "auto where they fit into half of the memory beside the model.",
+        choices=(AUTO, NEVER, ALWAYS),
     )
     most_rows_updated: int = setting(
         1_000_000,

@@ -120,21 +120,6 @@ def make_pipelined_step(
     return train_step
 
 
-def make_scanned_step(step: TrainStep) -> Callable[..., tuple[TrainState, list[dict[str, jax.Array]]]]:
-    """`(state, batches) -> (state, [metrics of each])`: as many steps as there are batches, one after the other.
-
-    One dispatch instead of many: for where launching a step takes as long as the step. Equal up to rounding.
-    """
-
-    def train_steps(state: TrainState, batches: list[Batch]) -> tuple[TrainState, list[dict[str, jax.Array]]]:
-        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *batches)
-        state, stacked_metrics = jax.lax.scan(step, state, stacked)
-        # Apart already here: taking them apart later would be a dispatch for each number.
-        return state, [jax.tree.map(lambda x, i=i: x[i], stacked_metrics) for i in range(len(batches))]
-
-    return train_steps
-
-
 def make_routed_step(
     model: ModelConfig,
     loss: LossConfig,

@@ -13,14 +13,20 @@ import pytest
 
 from dlrm_jax.benchmark import swept
 from dlrm_jax.config import LossConfig
+from dlrm_jax.data.read.load import DataConfig
+from dlrm_jax.data.read.pipeline import Cut
 from dlrm_jax.host.mesh import MeshShape, make_mesh
 from dlrm_jax.tables.collective import ExchangeOptions
 from dlrm_jax.tables.plan import make_plan
 from dlrm_jax.training import step_parts, stepper
+from dlrm_jax.training.feed import Feed
+from dlrm_jax.training.measuring_input import measure_input, text
 from dlrm_jax.training.placed import Placed, on_one_device
 from dlrm_jax.training.step import make_train_step
 from dlrm_jax.training.step_parts import Event
-from tests.helpers import ROOT, optimizer, random_batch, tiny_model
+from tests.helpers import ROOT, optimizer, tiny_model
+from tests.prepared_helpers import csv_rows, prepare_text, schema
+from tests.training.feed_test import split_of
 from tests.training.resume_test import CONFIG
 
 
@@ -80,21 +86,46 @@ def test_the_step_measured_is_the_runs_own(tmp_path, flags):
         done = benchmark(*these, f"--json={tmp_path}/{name}.json")
         assert not done.returncode, done.stderr
         found[name] = json.loads((tmp_path / f"{name}.json").read_text())["train"]
+    at_once = "--steps_per_dispatch=4" in flags
     more_held = found["own"]["held_bytes"] - found["plain"]["held_bytes"]
-    assert more_held > 0  # The batches of a dispatch, or the next batch and its routes.
-    assert found["own"]["steps"] == 5 * (4 if "--steps_per_dispatch=4" in flags else 1)
+    assert at_once or more_held > 0  # The next batch and its routes.
+    assert found["own"]["steps"] == 5 * (4 if at_once else 1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "stages"),
+    [
+        ("memory", {"permute", "transfer"}),
+        ("generated", {"make", "permute", "transfer"}),
+        ("prepared", {"read", "decode", "permute", "transfer"}),
+    ],
+)
+def test_the_road_is_measured_by_stage(tmp_path, kind, stages):
+    data = CONFIG.data
+    if kind == "generated":
+        data = DataConfig("synthetic", num_examples=500, table_sizes=(9, 8))
+    elif kind == "prepared":
+        log = csv_rows([(i % 2, i, f"v{i}") for i in range(200)])
+        data = DataConfig(data_dir=str(prepare_text(tmp_path, log, schema())))
+    numbers = measure_input(dataclasses.replace(CONFIG, data=data), 0.0)
+    rates = numbers["rows_per_second"]
+    assert set(rates) == stages | {"road"} and min(rates.values()) > 0
+    assert numbers["binds"] == min(stages, key=rates.get)
+    assert f"{numbers['binds']} binds" in text(numbers) and "windows of 64 batches of 64" in text(numbers)
 
 
 def test_what_a_pipelined_step_compiles_is_timed_all(monkeypatch):
     clock = itertools.count()
     monkeypatch.setattr(stepper, "time", types.SimpleNamespace(perf_counter=lambda: next(clock)))
     model = tiny_model()
-    placed, batch = on_one_device(model, optimizer()), random_batch(model, 8)
+    placed = on_one_device(model, optimizer())
     pipelined = dataclasses.replace(CONFIG.sharding, pipeline=True)
     config = dataclasses.replace(CONFIG, optimizer=placed.optimizer, sharding=pipelined)
-    step = stepper.Stepper(config, placed, itertools.repeat((batch, batch)))
-    _, state = step(placed.init_state(0), 1)
-    step(state, 1)
+    feed = Feed(split_of(model), Cut(8, 3), placed.mesh)
+    with feed.train_windows(0, 0, shuffle=True) as windows:
+        step = stepper.Stepper(config, placed, feed, windows)
+        _, state = step(placed.init_state(0), 0, 1)
+        step(state, 1, 1)
     assert step.compile_seconds == 2  # The routes of the first batch, and the step.
 
 

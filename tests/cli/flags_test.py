@@ -92,6 +92,7 @@ SETTINGS = {
     "eval_every": ("14", "eval_every", 14),
     "checkpoint_every": ("15", "checkpoint_every", 15),
     "steps_per_dispatch": ("4", "steps_per_dispatch", 4),
+    "data_on_device": ("always", "data_on_device", "always"),
     "log_every": ("16", "log_every", 16),
     "target_metric": ("log_loss", "target_metric", "log_loss"),
     "target_value": ("0.4", "target_value", 0.4),

@@ -8,7 +8,8 @@ import pytest
 from dlrm_jax.config import EMPTY_SLOT, ConfigError, FeatureConfig
 from dlrm_jax.data.generate.multi_hot import DISTRIBUTIONS, compatible_tables, expand_dataset, virtual_ids
 from dlrm_jax.data.read.dataset import Dataset, Split
-from dlrm_jax.data.read.pipeline import Prefetcher, eval_batches
+from dlrm_jax.data.read.pipeline import Cut
+from dlrm_jax.training.feed import Feed
 
 ROWS, SIZES = (7, 1000, 1), (3, 1, 4)
 
@@ -37,12 +38,15 @@ def test_compatible_tables_are_the_references(distribution):
         np.testing.assert_array_equal(ours, theirs)
 
 
+@pytest.mark.parametrize("resident", [True, False])
 @pytest.mark.parametrize("virtual", [True, False])
-def test_a_bag_is_its_id_and_then_always_the_same(virtual):
+def test_a_bag_is_its_id_and_then_always_the_same(virtual, resident):
     dataset = expand_dataset(one_hot(), SIZES, "uniform", virtual)
     assert [feature.hotness for feature in dataset.features] == list(SIZES)
-    with Prefetcher(eval_batches(dataset.splits["train"], 16), expander=dataset.expander) as batches:
-        ids = np.concatenate([np.asarray(device.ids_BxK) for _, device in batches])[:50]
+    feed = Feed(dataset.splits["train"], Cut(16, 2), expander=dataset.expander, resident=resident)
+    with feed.eval_windows() as windows:
+        batches = [jax.jit(feed.batch)(window, i) for _, window in windows for i in range(2)]
+    ids = np.concatenate([np.asarray(batch.ids_BxK) for batch in batches])[:50]
     plain = one_hot().splits["train"].ids_RxK
     np.testing.assert_array_equal(ids[:, [0, 3, 4]], plain)
     assert ids.shape == (50, 8) and ids[3, 3] == EMPTY_SLOT

@@ -10,7 +10,8 @@ import pytest
 
 from dlrm_jax.config import EMPTY_SLOT
 from dlrm_jax.data.read.dataset import Split
-from dlrm_jax.data.read.pipeline import Prefetcher, eval_batches, steps_per_epoch, train_batches
+from dlrm_jax.data.read.pipeline import Prefetcher, steps_per_epoch
+from tests.batches import eval_batches, train_batches
 
 pytestmark = pytest.mark.timeout(300)  # A broken prefetcher waits for ever.
 
@@ -60,7 +61,7 @@ def test_eval_keeps_order():
 
 
 def test_prefetcher_gives_both_sides_of_each_batch_in_order():
-    with Prefetcher(eval_batches(numbered(10), 4)) as batches:
+    with Prefetcher(eval_batches(numbered(10), 4), jax.device_put) as batches:
         pairs = list(batches)
     assert real_rows(host for host, _ in pairs) == list(range(10))
     assert all(isinstance(device.ids_BxK, jax.Array) for _, device in pairs)
@@ -72,7 +73,7 @@ def test_prefetcher_raises_what_its_source_raises():
             raise ValueError("row 4")
         return batch
 
-    with Prefetcher(map(refuse, eval_batches(numbered(10), 4))) as batches:
+    with Prefetcher(map(refuse, eval_batches(numbered(10), 4)), jax.device_put) as batches:
         next(batches)
         for _ in range(2):
             with pytest.raises(ValueError, match="row 4"):
@@ -80,10 +81,10 @@ def test_prefetcher_raises_what_its_source_raises():
 
 
 def test_prefetcher_stays_ended():
-    with Prefetcher(eval_batches(numbered(3), 4)) as batches:
+    with Prefetcher(eval_batches(numbered(3), 4), jax.device_put) as batches:
         assert len(list(batches)) == 1
         assert list(batches) == []
-    with Prefetcher(train_batches(numbered(3), 4, 0, 0)) as left_early:
+    with Prefetcher(train_batches(numbered(3), 4, 0, 0), jax.device_put) as left_early:
         next(left_early)
     assert list(left_early) == []
 
@@ -92,12 +93,12 @@ def test_prefetcher_passes_on_an_exit_too():
     def leave(batch):
         raise SystemExit(3)
 
-    with Prefetcher(map(leave, eval_batches(numbered(3), 4))) as batches, pytest.raises(SystemExit):
+    with Prefetcher(map(leave, eval_batches(numbered(3), 4)), jax.device_put) as batches, pytest.raises(SystemExit):
         next(batches)
 
 
 def test_prefetcher_ends_its_thread_when_left_early():
-    with Prefetcher(train_batches(numbered(10), 4, 0, 0)) as batches:
+    with Prefetcher(train_batches(numbered(10), 4, 0, 0), jax.device_put) as batches:
         next(batches)
     assert not [thread for thread in threading.enumerate() if thread.name == "prefetch"]
 
@@ -107,6 +108,6 @@ def test_prefetcher_measures_waiting():
         time.sleep(0.05)
         return batch
 
-    with Prefetcher(map(slow, eval_batches(numbered(3), 1))) as batches:
+    with Prefetcher(map(slow, eval_batches(numbered(3), 1)), jax.device_put) as batches:
         list(batches)
     assert batches.wait_seconds > 0.1

@@ -6,16 +6,19 @@ import dataclasses
 import os
 from itertools import islice
 
+import jax
 import numpy as np
 import pytest
 
 from dlrm_jax.config import ConfigError
 from dlrm_jax.data.generate import planted
 from dlrm_jax.data.prepare import blocks
+from dlrm_jax.data.read import prepared as prepared_module
 from dlrm_jax.data.read.dataset import Split
-from dlrm_jax.data.read.pipeline import Prefetcher, eval_batches, rows_and_labels, steps_per_epoch, train_batches
+from dlrm_jax.data.read.pipeline import Cut, Prefetcher, order_windows, rows_and_labels, steps_per_epoch, train_epochs
 from dlrm_jax.data.read.prepared import open_prepared
 from dlrm_jax.data.read.windows import GeneratedSplit
+from tests.batches import eval_batches, plain_batches, plain_order, train_batches
 from tests.prepared_helpers import csv_rows, prepare_text, schema
 
 NUM_ROWS = 1003
@@ -93,10 +96,39 @@ def test_skipping_reads_nothing_before_the_position(prepared):
             return split.blocks[index]
 
     recording = dataclasses.replace(split, blocks=Recording())
-    batches = train_batches(recording, 100, 3, 9)
+    batches = train_batches(recording, 100, 3, 9, steps=1)
     next(batches)
     batches.close()
-    assert len(read) <= 2 * 3, "one window, and the next one ahead"
+    visited = np.random.default_rng((3, 0)).permutation(16)
+    assert set(read) == set(visited[4 * 3 :].tolist()), "rows 900 and on are in the windows from number 4 on"
+
+
+def orders(split, seed, shuffle):
+    shape = {} if isinstance(split, Split) else {"block_rows": split.order.block_rows}
+    if shape:
+        shape["blocks_per_window"] = split.order.blocks_per_window
+    return lambda epoch: plain_order(len(split), seed, epoch, shuffle, **shape)
+
+
+@pytest.mark.parametrize("kind", ["prepared", "generated", "memory"])
+def test_windows_hold_the_batches_of_a_plain_loop_over_rows(prepared, kind):
+    """Whatever the batch, the window, the process's share, the first step; and so do orders of rows that stay."""
+    split = {"prepared": prepared[1], "generated": generated()}.get(kind) or generated().whole()
+    whole, rng = split.whole(), np.random.default_rng(len(kind))
+    for _ in range(25):
+        batch_size, steps = int(rng.choice([1, 7, 64, 100, 1003, 1500])), int(rng.integers(1, 9))
+        processes, devices = rng.integers(1, 4, 2)
+        shard, multiple = (int(rng.integers(processes)), int(processes)), int(processes * devices)
+        start, shuffle, seed = int(rng.integers(60)), bool(rng.integers(2)), int(rng.integers(99))
+        wanted = list(plain_batches(whole, orders(split, seed, shuffle), batch_size, start, 5, shard, multiple))
+        found = islice(train_batches(split, batch_size, seed, start, shuffle, shard, multiple, steps), 5)
+        jax.tree.map(np.testing.assert_array_equal, list(found), wanted)
+        cut = Cut(batch_size, steps, multiple, shard)
+        epochs = train_epochs(split, batch_size, seed, start, shuffle, "positions")
+        rows = np.concatenate(list(islice(order_windows(epochs, cut, len(split)), -(-5 // steps))))[:5]
+        numbers = np.append(whole.row_R, -1)[rows]
+        for order_B, batch in zip(numbers, wanted, strict=True):
+            np.testing.assert_array_equal(order_B, np.where(batch.weight_B > 0, batch.dense_BxN[:, 0], -1))
 
 
 @pytest.mark.parametrize("count", [1, 2, 5])
@@ -120,7 +152,7 @@ def test_eval_keeps_order_and_rows(source):
 def test_reader_threads_end_with_their_iterator(source):
     import threading
 
-    with Prefetcher(train_batches(source, 10, 0, 0)) as batches:
+    with Prefetcher(train_batches(source, 10, 0, 0), lambda batch: batch) as batches:
         next(batches)
     del batches
     import gc
@@ -153,6 +185,10 @@ def test_a_damaged_block_is_named(prepared, tmp_path):
 
 def test_ids_outside_their_table_are_seen_when_read(prepared):
     _, split = prepared
+    rng = np.random.default_rng(0)
+    for shape in ((1, 3), (100, 3), (192, 1), (4096, 5)):
+        ids = rng.integers(-1, 10**6, shape).astype(np.int32)
+        np.testing.assert_array_equal(prepared_module._largest(ids), ids.max(axis=0))
     small = dataclasses.replace(split, limit_K=np.array([900]))
     with pytest.raises(ConfigError, match="ids outside their tables"):
         numbers(eval_batches(small, 100))
@@ -184,8 +220,16 @@ def test_records_are_those_of_tfds_own_serializer(rows):
     example = tfds.core.example_serializer.ExampleSerializer(spec.get_serialized_info())
     theirs = example.get_tf_example(spec.encode_example(block)).SerializeToString(deterministic=True)
     assert blocks.serialize(block) == theirs
+    columns = {name: (np.dtype(column.np_dtype), column.shape[1:]) for name, column in spec.items()}
+    ours = blocks.parse(theirs, columns)
     for name, column in spec.deserialize_example_np(theirs).items():
         np.testing.assert_array_equal(column, block[name])
+        np.testing.assert_array_equal(ours[name], block[name])
+    with pytest.raises(ValueError, match="it has the columns"):
+        blocks.parse(theirs, columns | {"more": columns["label"]})
+    for length in range(len(theirs) - 1, 0, -max(1, len(theirs) // 50)):
+        with pytest.raises(ValueError):
+            blocks.parse(theirs[:length], columns)
 
 
 def test_few_shards_are_open_at_a_time(tmp_path, monkeypatch):

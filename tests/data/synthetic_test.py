@@ -10,7 +10,7 @@ from dlrm_jax.config import ConfigError
 from dlrm_jax.data.generate import trace
 from dlrm_jax.data.generate.synthetic import Spec, _below, device_batch, generate, rank_of, segments
 from dlrm_jax.data.generate.trace import Distribution, read_distribution
-from dlrm_jax.data.read.pipeline import eval_batches
+from tests.batches import eval_batches
 
 
 @pytest.mark.parametrize("skew", [0.0, 0.8, 1.0, 1.3])

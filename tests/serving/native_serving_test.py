@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from dlrm_jax.config import ConfigError, FeatureConfig, HiddenConfig, LossConfig, TableConfig
-from dlrm_jax.serving.artifact import native
 from dlrm_jax.serving.artifact.export import export_model, of_arrays
 from dlrm_jax.serving.artifact.loaded import OneDevice, load
 from dlrm_jax.serving.artifact.native import NativeCpu
@@ -266,7 +265,7 @@ def test_cores_are_those_of_the_machine_and_of_the_containers_share(tmp_path, mo
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(64), raising=False)
     if said is not None:
         (tmp_path / "cpu.max").write_text(said)
-    assert native._num_cores(tmp_path / "cpu.max") == cores
+    assert cores(tmp_path / "cpu.max") == cores
 
 
 @needs_compiler

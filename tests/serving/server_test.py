@@ -117,7 +117,7 @@ def test_training_evaluate_export_and_server_score_alike(served, prepared, tmp_p
     options = ModelOptions(embedding_dim=4, bottom_mlp=(4,), top_mlp=(8, 1))
     run = RunConfig(DataConfig(), options, LossConfig(), optimizer(), batch_size=64, eval_batch_size=32)
     split = dataset.splits["train"]
-    scores = Evaluator(run, on_one_device(model, optimizer())).score(state, split)
+    scores = Evaluator(run, on_one_device(model, optimizer()), dataset).score(state, split)
     rows_of_split = scores.scored(first=len(split))
     np.testing.assert_allclose(rows_of_split.prob_R, offline, atol=1e-6)
     status, _, answer = server.ask("POST", "/v1/score", {"rows": rows[:64]})

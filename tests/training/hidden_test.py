@@ -8,10 +8,12 @@ import pytest
 
 from dlrm_jax.config import PLAIN, ConfigError, HiddenConfig, LossConfig, OptimizerConfig, ScheduleConfig
 from dlrm_jax.data.read.load import DataConfig
+from dlrm_jax.data.read.pipeline import Cut
 from dlrm_jax.host.mesh import MeshShape, make_mesh
 from dlrm_jax.tables.by_name import named_tables
 from dlrm_jax.tables.plan import make_plan
 from dlrm_jax.training import loop
+from dlrm_jax.training.feed import Feed
 from dlrm_jax.training.hidden_options import read_hidden
 from dlrm_jax.training.options import ShardingOptions
 from dlrm_jax.training.placed import Placed
@@ -19,8 +21,10 @@ from dlrm_jax.training.run_config import ModelOptions, RunConfig
 from dlrm_jax.training.state import init_state
 from dlrm_jax.training.step import make_pipelined_step, make_train_step
 from dlrm_jax.training.stepper import Stepper
+from dlrm_jax.training.window_step import RECORDED
 from tests.helpers import optimizer, random_batch, tiny_model
 from tests.placement_helpers import by_name, local, pad
+from tests.training.feed_test import split_of
 from tests.training.resume_test import assert_same_bits, final_state
 
 BATCH = 22
@@ -106,7 +110,8 @@ def test_a_pipelined_step_drops_the_same_and_every_step_something_else():
     starts = [placed.init_state(0).replace(step=np.int32(i)) for i in range(2)]
     losses = [float(plain(state, batches[0])[1]["loss"]) for state in starts]
     assert abs(losses[0] - losses[1]) > 1e-3
-    a, b, routes = placed.init_state(0), placed.init_state(0), placed.jit_route()(batches[0])
+    routes = placed.jit_route(lambda batch, step: batch, None)(batches[0], 0)
+    a, b = placed.init_state(0), placed.init_state(0)
     for i in range(2):
         a, _ = plain(a, batches[i])
         b, _, routes = piped(b, batches[i], routes, batches[i + 1])
@@ -116,10 +121,14 @@ def test_a_pipelined_step_drops_the_same_and_every_step_something_else():
 @pytest.mark.parametrize("hidden", [PLAIN, DROPOUT])
 def test_a_runs_seed_decides_what_is_dropped_and_nothing_else_of_a_step(hidden):
     placed = placed_on(in_top(hidden), 1)
-    programs = []
+    programs, record = [], np.zeros((2, len(RECORDED)), np.float32)
+    feed = Feed(split_of(placed.model), Cut(8, 2), placed.mesh)
+    with feed.train_windows(0, 0, shuffle=False) as windows:
+        _, window = next(windows)
     for seed in (0, 5):
-        step = Stepper(dataclasses.replace(RUN, seed=seed), placed, iter(()))._step
-        programs.append(step.lower(placed.abstract_state, placed.abstract_batch(8)).as_text())
+        config = dataclasses.replace(RUN, seed=seed)
+        step = Stepper(config, placed, feed, windows)._plain
+        programs.append(step.lower(placed.abstract_state, record, window).as_text())
     assert (programs[0] == programs[1]) == (hidden == PLAIN)
     assert ("threefry" in programs[0]) == (hidden != PLAIN)
 

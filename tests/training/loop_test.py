@@ -31,7 +31,7 @@ def test_result_and_files_are_complete(tmp_path):
     assert json.loads((tmp_path / "result.json").read_text()) == json.loads(json.dumps(result))
     assert set(result) == {
         *("step", "val", "test", "optimum", "samples_per_second", "input_wait_fraction", "step_cost", "seed"),
-        "versions",
+        *("host_wait_fraction", "versions"),
     }
     for side in ("predicted", "measured"):
         assert all(result["step_cost"][side][what] > 0 for what in ("seconds", "bytes"))
@@ -39,6 +39,7 @@ def test_result_and_files_are_complete(tmp_path):
         assert {"auc", "log_loss", "normalized_entropy", "calibration", "accuracy", "num_samples"} <= set(result[split])
         assert result[split]["num_samples"] == 200
     assert result["samples_per_second"] > 0 and 0 <= result["input_wait_fraction"] <= 1
+    assert 0 <= result["host_wait_fraction"] <= 1
     assert all({"step", "split", "loss"} <= set(line) for line in lines(tmp_path, "train") + lines(tmp_path, "val"))
     assert "auc" in lines(tmp_path, "val")[0]
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
@@ -93,7 +94,7 @@ def test_patience_stops_after_evaluations_without_improvement(tmp_path):
 
 def test_several_steps_a_dispatch_are_the_same_run(tmp_path):
     plain = loop.train_and_evaluate(CONFIG, tmp_path / "plain")
-    at_once = dataclasses.replace(CONFIG, steps_per_dispatch=4)  # 4, 4, 1, 1 steps between two lines of the log.
+    at_once = dataclasses.replace(CONFIG, steps_per_dispatch=4)  # 4, 4, 1, 1 steps between two checkpoints.
     several = loop.train_and_evaluate(at_once, tmp_path / "several")
     assert several["step"] == plain["step"]
     for split in ("train", "val"):

@@ -157,7 +157,7 @@ def test_version_of_a_missing_package_is_none(monkeypatch):
 def test_progress_without_a_terminal_is_plain_lines_some_seconds_apart(capfd):
     with reporting.Progress(num_steps=3, start_step=0, batch_size=10) as bar:
         for step in (1, 2, 3):
-            bar.update(step, 0.25, 40.0)
+            bar.update(step, 0.25, 40.0, {})
     out, err = capfd.readouterr()
     assert out == "" and "\r" not in err and "\x1b" not in err
     (line,) = err.splitlines()
@@ -167,15 +167,15 @@ def test_progress_without_a_terminal_is_plain_lines_some_seconds_apart(capfd):
 def test_progress_on_a_terminal_is_a_bar_that_counts_from_the_resumed_step(capfd, monkeypatch):
     monkeypatch.setattr(reporting.sys.stderr, "isatty", lambda: True)
     with reporting.Progress(num_steps=4, start_step=2, batch_size=10) as bar:
-        bar.update(3, 0.5, 40.0)
-        bar.update(4, 0.25, 40.0)
+        bar.update(3, 0.5, 40.0, {})
+        bar.update(4, 0.25, 40.0, {})
     err = capfd.readouterr().err
     assert "4/4" in err and "samples/s, loss 0.2500" in err and "0/4" not in err
 
 
 def test_progress_shows_no_loss_before_one_was_read(capfd):
     with reporting.Progress(num_steps=1, start_step=0, batch_size=10) as bar:
-        bar.update(1, float("nan"), 40.0)
+        bar.update(1, float("nan"), 40.0, {})
     err = capfd.readouterr().err
     assert "samples/s" in err and "loss" not in err and "nan" not in err
 
@@ -184,7 +184,7 @@ def test_bar_counts_steps_not_dispatches(capfd, monkeypatch):
     monkeypatch.setattr(reporting.sys.stderr, "isatty", lambda: True)
     with reporting.Progress(num_steps=8, start_step=0, batch_size=10) as bar:
         for step in (4, 8):
-            bar.update(step, 0.25, 40.0)
+            bar.update(step, 0.25, 40.0, {})
     assert "8/8" in capfd.readouterr().err
 
 
@@ -215,7 +215,7 @@ def test_two_who_write_one_file_do_not_meet(tmp_path, monkeypatch):
 
 def test_progress_before_a_timed_step_says_no_speed_and_no_end(capfd):
     with reporting.Progress(num_steps=1, start_step=0, batch_size=10) as bar:
-        bar.update(1, 0.25, None)
+        bar.update(1, 0.25, None, {})
     assert capfd.readouterr().err == "step 1/1  loss 0.2500\n"
 
 
@@ -225,8 +225,8 @@ def test_time_left_is_by_the_rate_it_is_given(capfd, monkeypatch, terminal):
     monkeypatch.setattr(reporting.sys.stderr, "isatty", lambda: terminal)
     monkeypatch.setattr(reporting, "_PLAIN_PROGRESS_SECONDS", -1.0)
     with reporting.Progress(num_steps=2000, start_step=0, batch_size=10) as bar:
-        bar.update(1000, 0.25, 500.0)
-    assert "500 samples/s, loss 0.2500, 20 s left" in capfd.readouterr().err
+        bar.update(1000, 0.25, 500.0, {"input_wait_fraction": 0.25, "host_wait_fraction": 0.009})
+    assert "500 samples/s, 25% waiting for input, loss 0.2500, 20 s left" in capfd.readouterr().err
 
 
 PREDICTED = {"seconds": 0.000695, "bytes": 1_200_000, "hardware": "cpu"}
@@ -245,9 +245,21 @@ def test_a_result_without_a_timed_step_keeps_the_speed_of_the_one_before(tmp_pat
     assert reporting.earlier(tmp_path, "result.json") == {}
     (tmp_path / "result.json").write_text("{")
     assert reporting.earlier(tmp_path, "result.json") == {}
-    before = {"samples_per_second": 5.0, "input_wait_fraction": 0.5, "step_cost": {"measured": 1}, "step": 3}
+    before = {
+        "samples_per_second": 5.0,
+        "input_wait_fraction": 0.5,
+        "host_wait_fraction": 0.1,
+        "step_cost": {"measured": 1},
+        "step": 3,
+    }
     reporting.write_json_atomically(tmp_path / "result.json", before)
-    untimed = {"step": 4, "samples_per_second": None, "input_wait_fraction": None, "step_cost": {"measured": None}}
+    untimed = {
+        "step": 4,
+        "samples_per_second": None,
+        "input_wait_fraction": None,
+        "host_wait_fraction": None,
+        "step_cost": {"measured": None},
+    }
     assert reporting.with_earlier_speed(untimed, reporting.earlier(tmp_path, "result.json")) == before | {"step": 4}
     timed = untimed | {"samples_per_second": 6.0}
     assert reporting.with_earlier_speed(timed, before) == timed

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 from sklearn import metrics as sk
 
-from dlrm_jax.config import LossConfig, ModelConfig, OptimizerConfig, TableConfig
+from dlrm_jax.config import LossConfig, ModelConfig, OptimizerConfig
 from dlrm_jax.model.dlrm import DLRM
 from dlrm_jax.model.loss import example_losses
 from dlrm_jax.model.metrics import Metrics
 from dlrm_jax.tables.exchange import local_ops
 from dlrm_jax.training.placed import on_one_device
 from dlrm_jax.training.state import TrainState, init_state
-from dlrm_jax.training.step import logits, make_eval_step, make_pipelined_step, make_scanned_step, make_train_step
+from dlrm_jax.training.step import logits, make_eval_step, make_pipelined_step, make_train_step
 from tests.helpers import optimizer, random_batch, tiny_model
 
 
@@ -155,32 +155,6 @@ def test_bfloat16_keeps_float32_weights_and_comes_close(interaction):
     stepped, step_metrics = jax.jit(make_train_step(model, LossConfig(), optimizer()))(state, batch)
     assert all(leaf.dtype != jnp.bfloat16 for leaf in jax.tree.leaves((stepped, step_metrics)))
     assert bool(step_metrics["finite"])
-
-
-@pytest.mark.parametrize("table", ["sgd", "rowwise_adagrad"])
-def test_steps_in_one_dispatch_equal_single_ones(table):
-    model = tiny_model()
-    step = make_train_step(model, LossConfig(), optimizer(table))
-    batches = [random_batch(model, 16, seed) for seed in range(4)]
-    one = init_state(model, optimizer(table), 0)
-    losses = []
-    for batch in batches:
-        one, step_metrics = jax.jit(step)(one, batch)
-        losses.append(float(step_metrics["loss"]))
-    all_at_once = jax.jit(make_scanned_step(step))
-    many, all_metrics = all_at_once(init_state(model, optimizer(table), 0), batches)
-    np.testing.assert_allclose([float(m["loss"]) for m in all_metrics], losses, rtol=1e-5)
-    assert int(many.step) == 4
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), many, one)
-
-
-def test_steps_in_one_dispatch_hold_one_copy_of_each_table():
-    model = tiny_model(tables=tuple(TableConfig(name, 100_000, 4) for name in ("user", "item", "flag")))
-    placed = on_one_device(model, optimizer("rowwise_adagrad"))
-    steps = make_scanned_step(make_train_step(model, LossConfig(), placed.optimizer))
-    compiled = placed.jit_step(steps).lower(placed.abstract_state, [placed.abstract_batch(16)] * 3).compile()
-    memory, table_bytes = compiled.memory_analysis(), 100_000 * 4 * 4
-    assert memory.alias_size_in_bytes > 3 * table_bytes and memory.temp_size_in_bytes < table_bytes / 4
 
 
 def test_logits_are_not_probabilities():

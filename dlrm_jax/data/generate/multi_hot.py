@@ -12,13 +12,11 @@ virtual: slot s of id i of feature f is a hash of (f, i, s), so nothing is held.
 """
 
 import dataclasses
-import functools
 from typing import Any
 
 import numpy as np
 
 from dlrm_jax.config import EMPTY_SLOT, ConfigError, FeatureConfig, require
-from dlrm_jax.data.batch import Batch
 from dlrm_jax.data.read.dataset import Dataset
 
 MULTI_HOT = ("none", "compatible", "virtual")
@@ -83,33 +81,24 @@ class Expander:
         """Whether bags are made on the device: then F ids a row travel there, not K."""
         return self.tables is None
 
-    def on_host(self, batch: Batch) -> Batch:
-        """The batch with bags, on the host."""
-        ids_BxF = np.asarray(batch.ids_BxK)
+    def on_host(self, ids_RxF: np.ndarray) -> np.ndarray:
+        """The bags (R, K) of some rows, on the host."""
         if self.tables is None:
-            return batch.replace(ids_BxK=self.compute(np, ids_BxF))
+            return np.asarray(self.compute(np, ids_RxF))
         bags = []
         for f, table in enumerate(self.tables):
-            ids_B = ids_BxF[:, f]
-            bag = np.concatenate([ids_B[:, None], table[ids_B]], axis=1)
-            bags.append(np.where(ids_B[:, None] == EMPTY_SLOT, np.int32(EMPTY_SLOT), bag))
-        return batch.replace(ids_BxK=np.concatenate(bags, axis=1))
+            ids_R = ids_RxF[:, f]
+            bag = np.concatenate([ids_R[:, None], table[ids_R]], axis=1)
+            bags.append(np.where(ids_R[:, None] == EMPTY_SLOT, np.int32(EMPTY_SLOT), bag))
+        return np.concatenate(bags, axis=1)
 
-    def compute(self, xp: Any, ids_BxF: Any) -> Any:
-        """The virtual bags (B, K), with numpy or jax.numpy."""
+    def compute(self, xp: Any, ids_RxF: Any) -> Any:
+        """The virtual bags (R, K), with numpy or jax.numpy."""
         bags = [
-            virtual_ids(xp, ids_BxF[:, f], f, n, h, self.distribution)
+            virtual_ids(xp, ids_RxF[:, f], f, n, h, self.distribution)
             for f, (n, h) in enumerate(zip(self.rows, self.hotness, strict=True))
         ]
         return xp.concatenate(bags, axis=1)
-
-    def device_function(self) -> Any:
-        """A compiled function that gives a batch on the device its bags."""
-        import jax
-        import jax.numpy as jnp
-
-        compute = jax.jit(functools.partial(self.compute, jnp))
-        return lambda batch: batch.replace(ids_BxK=compute(batch.ids_BxK))
 
 
 def expand_dataset(dataset: Dataset, sizes: tuple[int, ...], distribution: str, virtual: bool) -> Dataset:

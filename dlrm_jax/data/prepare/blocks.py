@@ -5,6 +5,7 @@ the raw log); dense (R, N) float32 if the log has numbers; weight (R,) float32 i
 """
 
 import json
+import math
 import pathlib
 import zlib
 from collections.abc import Iterable, Mapping
@@ -70,6 +71,49 @@ def serialize(block: Mapping[str, np.ndarray]) -> bytes:
         pieces += framed
         total += length
     return b"".join(_frame(1, pieces, total)[0])
+
+
+def parse(record: bytes, columns: Mapping[str, tuple[Any, tuple[int, ...]]]) -> dict[str, np.ndarray]:
+    """A block's columns, views of its record; `columns` says dtype, and shape behind the rows, of each.
+
+    ValueError for bytes that are no such record.
+    """
+    found: dict[str, tuple[int, int]] = {}
+    for features in _fields(record, (0, len(record)), 1):
+        for entry in _fields(record, features, 1):
+            ((start, stop),) = _fields(record, entry, 1)
+            (feature,) = _fields(record, entry, 2)
+            (values,) = _fields(record, feature, 1)
+            (found[record[start:stop].decode()],) = _fields(record, values, 1)
+    if found.keys() != columns.keys():
+        raise ValueError(f"it has the columns {sorted(found)}, not {sorted(columns)}")
+    parsed = {}
+    for name, (dtype, shape) in columns.items():
+        start, stop = found[name]
+        rows = (stop - start) // int(np.dtype(dtype).itemsize * math.prod(shape))
+        parsed[name] = np.frombuffer(record, dtype, rows * math.prod(shape), start).reshape(rows, *shape)
+    return parsed
+
+
+def _fields(record: bytes, message: tuple[int, int], field: int) -> list[tuple[int, int]]:
+    """Where the contents of the length-delimited fields of a number are in a message, which has no other kinds."""
+    at, stop = message
+    found = []
+    while at < stop:
+        tag, length, shift, byte = record[at], 0, 0, 128
+        while byte & 128:
+            at += 1
+            if at >= stop:
+                raise ValueError("it ends within a length")
+            byte = record[at]
+            length, shift = length | (byte & 127) << shift, shift + 7
+        at += 1
+        if tag & 7 != 2 or at + length > stop:
+            raise ValueError("it is no record of a block")
+        if tag >> 3 == field:
+            found.append((at, at + length))
+        at += length
+    return found
 
 
 def _frame(field: int, pieces: list[Any], length: int) -> tuple[list[Any], int]:

@@ -3,7 +3,7 @@
 import dataclasses
 import pathlib
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
 import numpy as np
@@ -28,19 +28,25 @@ class Rows(Protocol):
         The order follows from (seed, epoch) alone; what lies before `start` is not read.
         """
 
+    def positions(self, seed: int, epoch: int, shuffle: bool, start: int = 0) -> Iterator[np.ndarray]:
+        """The same visit by the rows' positions in `whole()`, without reading any."""
+
+    def whole(self) -> "Split":
+        """All rows, in memory, in their order."""
+
 
 class BatchExpander(Protocol):
-    """Makes bags of one-hot ids, on the host or on the device (multi_hot.py)."""
+    """Makes bags of one-hot ids, on the host or in the step (multi_hot.py)."""
 
     @property
     def on_device(self) -> bool:
-        """Whether `device_function` is to be used, not `on_host`."""
+        """Whether `compute` is to be used, not `on_host`."""
 
-    def on_host(self, batch: Any) -> Any:
-        """A host batch with bags."""
+    def on_host(self, ids_RxF: np.ndarray) -> np.ndarray:
+        """The bags of some rows, on the host."""
 
-    def device_function(self) -> Callable[[Any], Any]:
-        """What gives a batch on the device its bags."""
+    def compute(self, xp: Any, ids_RxF: Any) -> Any:
+        """The same by `xp`, jax.numpy in a step; only where they are made `on_device`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,8 +80,17 @@ class Split:
 
     def windows(self, seed: int, epoch: int, shuffle: bool, start: int = 0) -> Iterator[tuple["Split", np.ndarray]]:
         """One window: all rows, in the order of a permutation from (seed, epoch)."""
-        order = np.random.default_rng((seed, epoch)).permutation(len(self)) if shuffle else np.arange(len(self))
-        yield self, order[start:]
+        for order_R in self.positions(seed, epoch, shuffle, start):
+            yield self, order_R
+
+    def positions(self, seed: int, epoch: int, shuffle: bool, start: int = 0) -> Iterator[np.ndarray]:
+        """See Rows."""
+        order_R = np.random.default_rng((seed, epoch)).permutation(len(self)) if shuffle else np.arange(len(self))
+        yield order_R[start:]
+
+    def whole(self) -> "Split":
+        """See Rows."""
+        return self
 
 
 @dataclasses.dataclass(frozen=True)

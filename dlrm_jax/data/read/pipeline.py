@@ -1,17 +1,39 @@
-"""Batches from a split: their order follows from (seed, epoch), their position is the step, their shape is fixed."""
+"""Windows of batches from a split: their order follows from (seed, epoch), their position is the step.
 
+A window is several batches of one shape, one after the other, so that it travels in one transfer and batches are cut
+from it where the step runs. What is read (windows.py) and what travels are cut differently: 4 batches of 3 rows from
+windows of 5 rows, 2 batches a window, the 10 rows of an epoch visited as a b c d e | f g h i j:
+
+    (a b c) (d e f)   |   (g h i) (j and two rows of padding)
+"""
+
+import concurrent.futures
+import dataclasses
+import itertools
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from types import TracebackType
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import jax
 import numpy as np
 
 from dlrm_jax.config import EMPTY_SLOT
 from dlrm_jax.data.batch import Batch
-from dlrm_jax.data.read.dataset import BatchExpander, Rows, Split
+from dlrm_jax.data.read.dataset import Rows, Split
+from dlrm_jax.host.cores import cores
+
+MOST_STEPS = 64
+"""Batches of a window, at most: a loss that is no number is seen two windows later, at the latest."""
+WINDOW_BYTES = 32 << 20
+"""A window has fewer batches where they are large: some three windows are on their way, and two are in use."""
+_PIECE_ROWS = 16_384
+"""Rows that a thread puts into a window in one go."""
+
+Host = TypeVar("Host")
+Device = TypeVar("Device")
 
 
 def steps_per_epoch(num_rows: int, batch_size: int) -> int:
@@ -19,49 +41,9 @@ def steps_per_epoch(num_rows: int, batch_size: int) -> int:
     return -(-num_rows // batch_size)
 
 
-def take(parts: list[tuple[Split, np.ndarray]], batch_size: int) -> Batch:
-    """The batch of some rows of some splits, filled up to `batch_size` with padding of weight 0."""
-
-    def column(of: Callable[[Split], np.ndarray], padding: float) -> np.ndarray:
-        pieces = [of(split).take(rows, axis=0) for split, rows in parts]
-        missing = batch_size - sum(map(len, pieces))
-        if missing:
-            pieces.append(np.full((missing, *pieces[0].shape[1:]), padding, pieces[0].dtype))
-        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
-
-    return Batch(
-        dense_BxN=column(lambda split: split.dense_RxN, 0),
-        ids_BxK=column(lambda split: split.ids_RxK, EMPTY_SLOT),
-        label_B=column(lambda split: split.label_R, 0),
-        weight_B=column(_weights, 0),
-    )
-
-
-def _weights(split: Split) -> np.ndarray:
-    return np.ones(len(split), np.float32) if split.weight_R is None else split.weight_R
-
-
-def batches_of(
-    windows: Iterator[tuple[Split, np.ndarray]], batch_size: int, shard: tuple[int, int] = (0, 1), multiple: int = 1
-) -> Iterator[Batch]:
-    """The rows of `windows` in batches, the last one padded; each is padded to a multiple of `multiple`, the devices.
-
-    `shard` (i, n) gives process i of n its part of each batch of `batch_size`: all together see one global order.
-    """
-    padded_size = padded(batch_size, multiple)
-    parts: list[tuple[Split, np.ndarray]] = []
-    held = 0
-    for split, order in windows:
-        start = 0
-        while start < len(order):
-            rows = order[start : start + batch_size - held]
-            parts.append((split, rows))
-            start, held = start + len(rows), held + len(rows)
-            if held == batch_size:
-                yield take(_part(parts, padded_size, shard), padded_size // shard[1])
-                parts, held = [], 0
-    if held:
-        yield take(_part(parts, padded_size, shard), padded_size // shard[1])
+def padded(batch_size: int, multiple: int) -> int:
+    """The least multiple of `multiple` that holds `batch_size` rows."""
+    return -(-batch_size // multiple) * multiple
 
 
 def process_shard() -> tuple[int, int]:
@@ -69,47 +51,155 @@ def process_shard() -> tuple[int, int]:
     return jax.process_index(), jax.process_count()
 
 
-def padded(batch_size: int, multiple: int) -> int:
-    """The least multiple of `multiple` that holds `batch_size` rows."""
-    return -(-batch_size // multiple) * multiple
+@dataclasses.dataclass(frozen=True)
+class Cut:
+    """How rows become windows: `steps` batches of `batch_size` rows, each padded to a multiple of `multiple`.
+
+    `shard` (i, n) gives process i of n its part of each batch: all together see one global order.
+    """
+
+    batch_size: int
+    steps: int = 1
+    multiple: int = 1
+    shard: tuple[int, int] = (0, 1)
+
+    @property
+    def bounds(self) -> tuple[int, int]:
+        """The rows of each batch that are this process's, padding included."""
+        index, count = self.shard
+        rows = padded(self.batch_size, self.multiple) // count
+        return rows * index, rows * (index + 1)
+
+    @property
+    def rows(self) -> int:
+        """Rows of each batch that are this process's, padding included."""
+        return self.bounds[1] - self.bounds[0]
 
 
-def _part(
-    parts: list[tuple[Split, np.ndarray]], batch_size: int, shard: tuple[int, int]
-) -> list[tuple[Split, np.ndarray]]:
-    index, count = shard
-    if count == 1:
-        return parts
-    low, high = batch_size // count * index, batch_size // count * (index + 1)
-    out, first = [], 0
-    for split, rows in parts:
-        out.append((split, rows[max(low - first, 0) : max(high - first, 0)]))
-        first += len(rows)
-    return out
+class Piece(NamedTuple):
+    """Some rows of a source, and the row of the window, all batches one after the other, where the first one goes."""
+
+    source: Any
+    rows_R: np.ndarray
+    at: int
 
 
-def train_batches(
-    split: Rows,
-    batch_size: int,
-    seed: int,
-    start_step: int,
-    shuffle: bool = True,
-    shard: tuple[int, int] = (0, 1),
-    multiple: int = 1,
-) -> Iterator[Batch]:
-    """Batches from number `start_step` on, for ever; each epoch holds every row once, its last batch padded.
+def window_steps(row_bytes: int, batch_size: int, most: int = MOST_STEPS) -> int:
+    """Batches of a window."""
+    return max(1, min(most, MOST_STEPS, WINDOW_BYTES // (row_bytes * batch_size)))
 
-    Batch k depends on (seed, k) alone: starting at k reads nothing before it. `shard`, `multiple`: see `batches_of`.
+
+def train_epochs(
+    split: Rows, batch_size: int, seed: int, start_step: int, shuffle: bool, visit: str = "windows"
+) -> Iterator[Iterator[Any]]:
+    """The epochs from step `start_step` on, for ever, each as `visit`, a method of Rows, gives it.
+
+    Batch k depends on (seed, k) alone: starting at k reads nothing before it.
     """
     epoch, position = divmod(start_step, steps_per_epoch(len(split), batch_size))
-    while True:
-        yield from batches_of(split.windows(seed, epoch, shuffle, position * batch_size), batch_size, shard, multiple)
-        epoch, position = epoch + 1, 0
+    for number in itertools.count(epoch):
+        yield getattr(split, visit)(seed, number, shuffle, position * batch_size)
+        position = 0
 
 
-def eval_batches(split: Rows, batch_size: int, shard: tuple[int, int] = (0, 1), multiple: int = 1) -> Iterator[Batch]:
-    """Every row once, in order, the last batch padded. `shard`, `multiple`: see `batches_of`."""
-    return batches_of(split.windows(0, 0, shuffle=False), batch_size, shard, multiple)
+def laid_out(epochs: Iterator[Iterator[tuple[Any, np.ndarray]]], cut: Cut) -> Iterator[tuple[Any, list[Piece]]]:
+    """(a source, the pieces) of each window; what no piece covers is padding, as behind an epoch's last row."""
+    size = cut.batch_size * cut.steps
+    pieces: list[Piece] = []
+    filled = 0
+    for windows in epochs:
+        source = None
+        for source, order_R in windows:
+            while len(order_R):
+                rows_R, order_R = order_R[: size - filled], order_R[size - filled :]
+                pieces += _pieces(cut, source, rows_R, filled)
+                filled += len(rows_R)
+                if filled == size:
+                    yield source, pieces
+                    pieces, filled = [], 0
+        filled = padded(filled, cut.batch_size)
+        if filled == size:
+            yield source, pieces
+            pieces, filled = [], 0
+    if filled:
+        yield source, pieces
+
+
+def _pieces(cut: Cut, source: Any, rows_R: np.ndarray, at: int) -> Iterator[Piece]:
+    """This process's part of some rows that are `at` and behind it in the window of all processes, without padding."""
+    low, high = cut.bounds
+    if (low, high) == (0, cut.batch_size):
+        yield Piece(source, rows_R, at)
+        return
+    start = 0
+    while start < len(rows_R):
+        step, place = divmod(at + start, cut.batch_size)
+        stop = min(len(rows_R), start + cut.batch_size - place)
+        first, last = max(place, low), min(place + stop - start, high)
+        if first < last:
+            of_batch = rows_R[start + first - place : start + last - place]
+            yield Piece(source, of_batch, step * (high - low) + first - low)
+        start = stop
+
+
+def batch_windows(epochs: Iterator[Iterator[tuple[Split, np.ndarray]]], cut: Cut) -> Generator[Batch, None, None]:
+    """Windows as Batches whose columns have a leading axis of steps, filled by several threads."""
+    with concurrent.futures.ThreadPoolExecutor(cores(), thread_name_prefix="read") as pool:
+        for like, pieces in laid_out(epochs, cut):
+            window = _empty(like, cut, padding=sum(len(piece.rows_R) for piece in pieces) < cut.rows * cut.steps)
+            short = [part for piece in pieces for part in _short(piece)]
+            for _ in pool.map(lambda piece, window=window: _put(window, piece), short):
+                pass
+            yield jax.tree.map(lambda column: column.reshape(cut.steps, cut.rows, *column.shape[1:]), window)
+
+
+def order_windows(epochs: Iterator[Iterator[np.ndarray]], cut: Cut, num_rows: int) -> Iterator[np.ndarray]:
+    """Windows of rows that are where the step runs: their positions (steps, rows), padding being `num_rows`."""
+    for _, pieces in laid_out((((None, order_R) for order_R in orders) for orders in epochs), cut):
+        window = np.full(cut.steps * cut.rows, num_rows, np.int32)
+        for piece in pieces:
+            window[piece.at : piece.at + len(piece.rows_R)] = piece.rows_R
+        yield window.reshape(cut.steps, cut.rows)
+
+
+PADDING = Batch(dense_BxN=0.0, ids_BxK=EMPTY_SLOT, label_B=0.0, weight_B=0.0)
+"""What a batch's columns hold in rows that are there only to fill it."""
+
+
+def as_batch(split: Split) -> Batch:
+    """All rows of a split as one batch, none of them copied but for weights of one."""
+    weight_R = np.ones(len(split), np.float32) if split.weight_R is None else split.weight_R
+    return Batch(dense_BxN=split.dense_RxN, ids_BxK=split.ids_RxK, label_B=split.label_R, weight_B=weight_R)
+
+
+def _empty(like: Split, cut: Cut, padding: bool) -> Batch:
+    size = cut.steps * cut.rows
+
+    def column(values: np.ndarray, filler: float) -> np.ndarray:
+        made = np.empty((size, *values.shape[1:]), values.dtype)
+        if padding:
+            made[:] = filler
+        return made
+
+    return jax.tree.map(column, as_batch(like), PADDING)
+
+
+def _short(piece: Piece) -> Iterator[Piece]:
+    for start in range(0, len(piece.rows_R), _PIECE_ROWS):
+        yield Piece(piece.source, piece.rows_R[start : start + _PIECE_ROWS], piece.at + start)
+
+
+def _put(window: Batch, piece: Piece) -> None:
+    to = slice(piece.at, piece.at + len(piece.rows_R))
+    source = piece.source
+    columns = (source.dense_RxN, source.ids_RxK, source.label_R, source.weight_R)
+    filled = (window.dense_BxN, window.ids_BxK, window.label_B, window.weight_B)
+    for values, column in zip(columns, map(np.asarray, filled), strict=True):
+        if values is None:
+            column[to] = 1
+        else:
+            # Clipping, as checking every index copies through a buffer; the order is a permutation.
+            np.take(values, piece.rows_R, axis=0, out=column[to], mode="clip")
 
 
 def rows_and_labels(split: Rows) -> tuple[np.ndarray, np.ndarray]:
@@ -119,31 +209,21 @@ def rows_and_labels(split: Rows) -> tuple[np.ndarray, np.ndarray]:
     return row_R, np.concatenate([np.zeros(0, np.float32), *(label for _, label in parts)])
 
 
-class Prefetcher:
-    """Iterates over (host batch, batch on device), prepared by a background thread; use as a context manager.
+class Prefetcher(Generic[Host, Device]):
+    """Iterates over (host side, what `put` makes of it), prepared by a background thread; use as a context manager.
 
-    `put` says how a batch gets there. What `source` raises is raised by `next`, then and ever after. `wait_seconds` is
-    the time that `next` waited: the input's share of a step.
+    What `source` raises is raised by `next`, then and ever after. `wait_seconds` is the time that `next` waited.
     """
 
-    def __init__(
-        self,
-        source: Iterator[Batch],
-        depth: int = 2,
-        expander: BatchExpander | None = None,
-        put: Callable[[Batch], Batch] = jax.device_put,
-    ) -> None:
+    def __init__(self, source: Iterator[Host], put: Callable[[Host], Device], depth: int = 2) -> None:
         self.wait_seconds = 0.0
-        self._put_on_device = put
-        self._source = source
-        self._on_host = expander.on_host if expander and not expander.on_device else None
-        self._on_device = expander.device_function() if expander and expander.on_device else None
-        self._ready: queue.Queue[tuple[Batch, Batch] | BaseException] = queue.Queue(maxsize=depth)
+        self._source, self._put_on_device = source, put
+        self._ready: queue.Queue[tuple[Host, Device] | BaseException] = queue.Queue(maxsize=depth)
         self._end: BaseException | None = None
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._work, daemon=True, name="prefetch")
 
-    def __enter__(self) -> "Prefetcher":
+    def __enter__(self) -> "Prefetcher[Host, Device]":
         self._thread.start()
         return self
 
@@ -155,10 +235,10 @@ class Prefetcher:
         self._thread.join()
         self._end = self._end or StopIteration()
 
-    def __iter__(self) -> "Prefetcher":
+    def __iter__(self) -> "Prefetcher[Host, Device]":
         return self
 
-    def __next__(self) -> tuple[Batch, Batch]:
+    def __next__(self) -> tuple[Host, Device]:
         if self._end is not None:  # The thread has ended: waiting for it would be for ever.
             raise self._end
         start = time.perf_counter()
@@ -169,18 +249,25 @@ class Prefetcher:
             raise item
         return item
 
+    @property
+    def is_ready(self) -> bool:
+        """Whether `next` would not wait."""
+        return not self._ready.empty()
+
     def _work(self) -> None:
         try:
-            for batch in self._source:
-                batch = self._on_host(batch) if self._on_host else batch
-                on_device = self._put_on_device(batch)
-                if not self._put((batch, self._on_device(on_device) if self._on_device else on_device)):
-                    return
-            self._put(StopIteration())
+            for item in self._source:
+                if not self._put((item, self._put_on_device(item))):
+                    break
+            else:
+                self._put(StopIteration())
         except BaseException as error:  # Whatever it is, the consumer waits for it.
             self._put(error)
+        finally:
+            if (close := getattr(self._source, "close", None)) is not None:
+                close()  # Its threads end here, not when it is collected.
 
-    def _put(self, item: tuple[Batch, Batch] | BaseException) -> bool:
+    def _put(self, item: tuple[Host, Device] | BaseException) -> bool:
         """Queue an item, unless the consumer has left; a bounded wait, so that the thread always ends."""
         while not self._closed.is_set():
             try:

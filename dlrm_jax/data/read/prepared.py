@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import json
+import math
 import pathlib
 import threading
 from collections.abc import Iterator
@@ -11,10 +12,10 @@ from typing import Any
 import numpy as np
 
 from dlrm_jax.config import ConfigError
-from dlrm_jax.data.prepare.blocks import BLOCK_ROWS
+from dlrm_jax.data.prepare.blocks import BLOCK_ROWS, parse
 from dlrm_jax.data.prepare.hashes import checked, require_lengths
 from dlrm_jax.data.read.dataset import Dataset, Split
-from dlrm_jax.data.read.windows import blocked_windows
+from dlrm_jax.data.read.windows import BlockOrder, read_windows
 from dlrm_jax.data.schema.schema import SPLITS, Schema
 from dlrm_jax.data.schema.schema_io import from_dict, to_dict
 from dlrm_jax.data.values.label_values import only_label
@@ -45,7 +46,20 @@ class PreparedSplit:
 
     def windows(self, seed: int, epoch: int, shuffle: bool, start: int = 0) -> Iterator[tuple[Split, np.ndarray]]:
         """See dataset.Rows."""
-        return blocked_windows(self.num_rows, BLOCK_ROWS, WINDOW_BLOCKS, self.read, seed, epoch, shuffle, start)
+        return read_windows(self.order, self.read, seed, epoch, shuffle, start)
+
+    def positions(self, seed: int, epoch: int, shuffle: bool, start: int = 0) -> Iterator[np.ndarray]:
+        """See dataset.Rows."""
+        return self.order.positions(seed, epoch, shuffle, start)
+
+    def whole(self) -> Split:
+        """See dataset.Rows."""
+        return self.read(np.arange(self.order.num_blocks))
+
+    @property
+    def order(self) -> BlockOrder:
+        """How an epoch visits the blocks."""
+        return BlockOrder(self.num_rows, BLOCK_ROWS, WINDOW_BLOCKS)
 
     def read(self, group: np.ndarray) -> Split:
         """Some blocks, one after the other, in memory."""
@@ -68,16 +82,24 @@ class PreparedSplit:
         if len(block["label"]) != min(BLOCK_ROWS, self.num_rows - index * BLOCK_ROWS):
             raise ConfigError(f"block {index} of split {self.name!r} has {len(block['label'])} rows; prepare it anew")
         ids_RxK = block["ids"]
-        if ids_RxK.shape[1] != len(self.limit_K) or (ids_RxK.max(axis=0) >= self.limit_K).any() or ids_RxK.min() < -1:
+        if ids_RxK.shape[1] != len(self.limit_K) or (_largest(ids_RxK) >= self.limit_K).any() or ids_RxK.min() < -1:
             raise ConfigError(f"block {index} of split {self.name!r} holds ids outside their tables; prepare it anew")
         return block
+
+
+def _largest(ids_RxK: np.ndarray) -> np.ndarray:
+    """The largest id of each slot; many rows are taken as one wide one, as NumPy is slow where rows are narrow."""
+    rows, slots = ids_RxK.shape
+    wide = math.gcd(rows, 64)
+    return ids_RxK.reshape(rows // wide, wide * slots).max(axis=0).reshape(wide, slots).max(axis=0)
 
 
 class _Blocks:
     """The records of one split's shards, opened when first read, the last used kept open; by any thread."""
 
     def __init__(self, paths: list[pathlib.Path], lengths: list[int], spec: Any) -> None:
-        self._paths, self._ends, self._spec = paths, np.cumsum(lengths), spec
+        self._paths, self._ends = paths, np.cumsum(lengths)
+        self._columns = {name: (np.dtype(column.np_dtype), column.shape[1:]) for name, column in spec.items()}
         self._readers: collections.OrderedDict[int, Any] = collections.OrderedDict()
         self._lock = threading.Lock()
 
@@ -85,9 +107,14 @@ class _Blocks:
         return int(self._ends[-1]) if len(self._ends) else 0
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        return parse(self.record(index), self._columns)
+
+    def record(self, index: int) -> bytes:
+        """A block as it is stored."""
         shard = int(np.searchsorted(self._ends, index, side="right"))
         offset = index - (int(self._ends[shard - 1]) if shard else 0)
-        return self._spec.deserialize_example_np(self._reader(shard).read([offset])[0])
+        record: bytes = self._reader(shard).read([offset])[0]
+        return record
 
     def _reader(self, shard: int) -> Any:
         from array_record.python import array_record_module
@@ -165,8 +192,6 @@ def open_prepared(directory: pathlib.Path) -> Dataset:
 
 def in_memory(dataset: Dataset) -> Dataset:
     """A prepared dataset with its rows in memory: an epoch shuffles them as a whole, not window by window."""
-    splits = {
-        name: split.read(np.arange(len(split.blocks))) if isinstance(split, PreparedSplit) else split
-        for name, split in dataset.splits.items()
-    }
-    return dataclasses.replace(dataset, splits=splits, checksum="")
+    return dataclasses.replace(
+        dataset, splits={name: split.whole() for name, split in dataset.splits.items()}, checksum=""
+    )

@@ -1,56 +1,103 @@
-"""Visiting rows that are not in memory: blocks in a shuffled order, rows permuted among the blocks of a window."""
+"""Visiting rows that are not in memory: blocks in a shuffled order, rows permuted among the blocks of a window.
 
+Windows are read by several threads, as many ahead as there are threads, and come out in their order.
+"""
+
+import collections
 import concurrent.futures
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from dlrm_jax.data.read.dataset import Split
+from dlrm_jax.host.cores import cores
+
+MOST_READERS = 8
+"""Threads that read a split: each holds a window, and reading is faster than any step with fewer."""
 
 
-def blocked_windows(
-    num_rows: int,
-    block_rows: int,
-    blocks_per_window: int,
-    read: Callable[[np.ndarray], Split],
-    seed: int,
-    epoch: int,
-    shuffle: bool,
-    start: int,
-) -> Iterator[tuple[Split, np.ndarray]]:
-    """The windows of an epoch from row `start` on (dataset.Rows); the next is read while one is used.
+class Visit(NamedTuple):
+    """Blocks that are read together, and the order in which their rows, one block after the other, are visited."""
 
-    Block b holds the rows from b * block_rows; `read` gives some blocks, one after the other, in memory.
+    blocks_G: np.ndarray
+    order_R: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockOrder:
+    """Rows in blocks of `block_rows` (the last may have fewer), shuffled among `blocks_per_window` blocks.
+
+    Block b holds the rows from b * block_rows. With 5 blocks, 2 a window, an epoch may visit blocks 3 1 | 4 0 | 2, and
+    the rows of 3 and 1 in any order, then those of 4 and 0, then those of 2.
     """
-    if not num_rows:
-        return
-    num_blocks = -(-num_rows // block_rows)
-    order = np.random.default_rng((seed, epoch)).permutation(num_blocks) if shuffle else None
-    last_place = num_blocks - 1 if order is None else int(np.flatnonzero(order == num_blocks - 1)[0])
-    missing = num_blocks * block_rows - num_rows  # From the last block; all others are full.
 
-    def first_row(group: int) -> int:
-        place = min(group * blocks_per_window, num_blocks)
-        return place * block_rows - (missing if last_place < place else 0)
+    num_rows: int
+    block_rows: int
+    blocks_per_window: int
 
-    def blocks(group: int) -> np.ndarray:
-        places = slice(group * blocks_per_window, min((group + 1) * blocks_per_window, num_blocks))
-        return np.arange(places.start, places.stop) if order is None else order[places]
+    @property
+    def num_blocks(self) -> int:
+        """Blocks, the last one included."""
+        return -(-self.num_rows // self.block_rows)
 
-    num_groups = -(-num_blocks // blocks_per_window)
-    first = start // (blocks_per_window * block_rows)
-    while first < num_groups and first_row(first + 1) <= start:
-        first += 1
-    with concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="read") as reader:
-        following = [reader.submit(read, blocks(group)) for group in range(first, min(first + 1, num_groups))]
-        for i in range(first, num_groups):
-            window = following.pop().result()
-            following = [reader.submit(read, blocks(group)) for group in range(i + 1, min(i + 2, num_groups))]
-            rng = np.random.default_rng((seed, epoch, i))
-            rows = rng.permutation(len(window)) if shuffle else np.arange(len(window))
-            yield window, rows[max(start - first_row(i), 0) :]
+    def visits(self, seed: int, epoch: int, shuffle: bool, start: int = 0) -> Iterator[Callable[[], Visit]]:
+        """What makes each window of an epoch from row `start` on; the order follows from (seed, epoch) alone."""
+        num_blocks, size = self.num_blocks, self.blocks_per_window
+        blocks = np.arange(num_blocks)
+        if shuffle:
+            blocks = np.random.default_rng((seed, epoch)).permutation(num_blocks)
+        first_row = 0
+        for group in range(-(-num_blocks // size)):
+            blocks_G = blocks[group * size : (group + 1) * size]
+            skipped, first_row = max(start - first_row, 0), first_row + self.rows_of(blocks_G)
+            if first_row > start:
+                yield (
+                    lambda group=group, blocks_G=blocks_G, skipped=skipped: Visit(  # type: ignore[misc]
+                        blocks_G, self._order(self.rows_of(blocks_G), (seed, epoch, group), shuffle)[skipped:]
+                    )
+                )
+
+    def rows_of(self, blocks_G: np.ndarray) -> int:
+        """How many rows some blocks have together."""
+        missing = self.num_blocks * self.block_rows - self.num_rows  # From the last block; all others are full.
+        return len(blocks_G) * self.block_rows - missing * int((blocks_G == self.num_blocks - 1).sum())
+
+    def positions(self, seed: int, epoch: int, shuffle: bool, start: int = 0) -> Iterator[np.ndarray]:
+        """The epoch's rows from number `start` on, by their position in the split, window by window."""
+        within = np.arange(self.block_rows)
+        for visit in self.visits(seed, epoch, shuffle, start):
+            blocks_G, order_R = visit()
+            rows_R = (blocks_G[:, None] * self.block_rows + within).reshape(-1)
+            yield rows_R[rows_R < self.num_rows][order_R]
+
+    @staticmethod
+    def _order(num_rows: int, seed: tuple[int, ...], shuffle: bool) -> np.ndarray:
+        return np.random.default_rng(seed).permutation(num_rows) if shuffle else np.arange(num_rows)
+
+
+def read_windows(
+    order: BlockOrder, read: Callable[[np.ndarray], Split], seed: int, epoch: int, shuffle: bool, start: int
+) -> Iterator[tuple[Split, np.ndarray]]:
+    """The windows of an epoch from row `start` on (dataset.Rows); `read` gives some blocks, one after the other."""
+
+    def made(visit: Callable[[], Visit]) -> tuple[Split, np.ndarray]:
+        blocks_G, order_R = visit()
+        return read(blocks_G), order_R
+
+    readers = min(cores(), MOST_READERS)
+    with concurrent.futures.ThreadPoolExecutor(readers, thread_name_prefix="read") as pool:
+        ahead: collections.deque[concurrent.futures.Future[Any]] = collections.deque()
+        try:
+            for visit in order.visits(seed, epoch, shuffle, start):
+                ahead.append(pool.submit(made, visit))
+                if len(ahead) > readers:
+                    yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,13 +115,26 @@ class GeneratedSplit:
     def __len__(self) -> int:
         return self.num_rows
 
+    @property
+    def order(self) -> BlockOrder:
+        """How an epoch visits the blocks."""
+        return BlockOrder(self.num_rows, self.block_rows, 1)
+
     def windows(self, seed: int, epoch: int, shuffle: bool, start: int = 0) -> Iterator[tuple[Split, np.ndarray]]:
         """See dataset.Rows."""
-        return blocked_windows(self.num_rows, self.block_rows, 1, self.read, seed, epoch, shuffle, start)
+        return read_windows(self.order, self.read, seed, epoch, shuffle, start)
 
-    def read(self, group: np.ndarray) -> Split:
+    def positions(self, seed: int, epoch: int, shuffle: bool, start: int = 0) -> Iterator[np.ndarray]:
+        """See dataset.Rows."""
+        return self.order.positions(seed, epoch, shuffle, start)
+
+    def whole(self) -> Split:
+        """See dataset.Rows."""
+        return self.read(np.arange(self.order.num_blocks))
+
+    def read(self, blocks_G: np.ndarray) -> Split:
         """Some blocks of the split, one after the other."""
-        ranges = [(self.first + int(b) * self.block_rows, int(b)) for b in group]
+        ranges = [(self.first + int(b) * self.block_rows, int(b)) for b in blocks_G]
         parts = [self._rows(begin, min(begin + self.block_rows, self.first + self.num_rows)) for begin, _ in ranges]
         return concatenate([piece for part in parts for piece in part])
 

@@ -34,7 +34,7 @@ from dlrm_jax.config import (
 )
 from dlrm_jax.data.batch import Batch
 from dlrm_jax.data.read.dataset import Dataset, Rows
-from dlrm_jax.data.read.pipeline import padded
+from dlrm_jax.data.read.pipeline import Cut, padded, steps_per_epoch
 from dlrm_jax.data.read.prepared import read_json
 from dlrm_jax.data.read.raw_values import read_vocabulary
 from dlrm_jax.data.schema.schema import HELD_OUT, Sparse
@@ -52,6 +52,7 @@ from dlrm_jax.tables.layout import local_stacks
 from dlrm_jax.tables.pooling import POOLING_WEIGHTS
 from dlrm_jax.training import reporting
 from dlrm_jax.training.evaluation import score_rows
+from dlrm_jax.training.feed import Feed
 from dlrm_jax.training.step import make_score
 
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -291,9 +292,10 @@ def _write_vocabularies(directory: pathlib.Path, signature: Signature, data_dir:
 def _write_self_check(directory: pathlib.Path, score: Score, multiple: int, split: Rows, dataset: Dataset) -> None:
     rows, order = next(split.windows(seed=0, epoch=0, shuffle=False))
     order = order[:_CHECKED_ROWS]
-    batch = Batch(rows.dense_RxN[order], rows.ids_RxK[order], rows.label_R[order], np.ones(len(order), np.float32))
+    ids = rows.ids_RxK[order]
     if dataset.expander is not None:
-        batch = dataset.expander.on_host(batch)
+        ids = dataset.expander.on_host(ids)
+    batch = Batch(rows.dense_RxN[order], ids, rows.label_R[order], np.ones(len(order), np.float32))
     dense_BxN, ids_BxK, count = np.asarray(batch.dense_BxN), np.asarray(batch.ids_BxK), len(order)
     more = ((0, -count % multiple), (0, 0))
     prob_B, logit_B = score(np.pad(dense_BxN, more), np.pad(ids_BxK, more, constant_values=EMPTY_SLOT))
@@ -322,4 +324,6 @@ def _evaluate(score: Score, multiple: int, loss: LossConfig, dataset: Dataset, n
             weight_B=batch.weight_B,
         )
 
-    return score_rows(split, padded(min(16384, len(split)), multiple), score_batch, dataset.expander).compute()
+    rows = padded(min(16384, len(split)), multiple)
+    steps = steps_per_epoch(len(split), rows)
+    return score_rows(Feed(split, Cut(rows, min(steps, 8)), expander=dataset.expander), score_batch).compute()

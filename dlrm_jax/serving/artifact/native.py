@@ -6,8 +6,6 @@ A row's score has the same bits in whatever batch it comes; it equals that of th
 import ctypes
 import functools
 import math
-import os
-import pathlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +13,7 @@ import jax
 import numpy as np
 
 from dlrm_jax.config import ACTIVATIONS, BATCH_NORM, LAYER_NORM, ConfigError, HiddenConfig, ModelConfig
+from dlrm_jax.host.cores import cores
 from dlrm_jax.serving.artifact.loaded import Engine
 from dlrm_jax.serving.artifact.signature import TABLE_TYPES
 from dlrm_jax.serving.artifact.store import Version
@@ -31,7 +30,6 @@ _BARE, _ACTIVATED, _HIDDEN = "bare", "activated", "hidden"
 """What comes after the product of an MLP's last layer: nothing, its activation, or all of a hidden layer."""
 _OPTIONS = ("-ffp-contract=fast", "-pthread")
 _ALIGNMENT = 64
-_CPU_QUOTA = pathlib.Path("/sys/fs/cgroup/cpu.max")
 _POINTER, _INT = ctypes.c_void_p, ctypes.c_int64
 
 
@@ -98,7 +96,7 @@ class NativeCpu:
         if jax.default_backend() != "cpu":
             raise ConfigError(f"--cpu_kernels=native is for CPUs; this process uses a {jax.default_backend()}")
         self._score = _library().dlrm_score
-        self._threads = threads or _num_cores()
+        self._threads = threads or cores()
         self._kept: list[Any] = []
         self._num_dense, self._num_slots = model.num_dense, model.num_slots
         try:
@@ -250,13 +248,3 @@ def _described(array: np.ndarray) -> _Array:
 def _address(array: np.ndarray) -> int:
     address: int = array.__array_interface__["data"][0]
     return address
-
-
-def _num_cores(quota: pathlib.Path = _CPU_QUOTA) -> int:
-    """Cores that this process may use: of its machine, and of its container's share."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        microseconds, period = quota.read_text().split()
-        return max(1, min(cores, math.ceil(int(microseconds) / int(period))))
-    except (OSError, ValueError):  # No control groups, or no limit: "max".
-        return cores

@@ -1,0 +1,225 @@
+"""The data on the devices: windows of batches that travel there, or rows that stay there and orders that travel.
+
+A step gets (state, window) and cuts its batch out of the window, at the place that `state.step` says.
+"""
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from dlrm_jax.data.batch import Batch
+from dlrm_jax.data.read.dataset import BatchExpander, Dataset, Rows
+from dlrm_jax.data.read.pipeline import (
+    MOST_STEPS,
+    PADDING,
+    Cut,
+    Prefetcher,
+    as_batch,
+    batch_windows,
+    order_windows,
+    steps_per_epoch,
+    train_epochs,
+    window_steps,
+)
+from dlrm_jax.host import memory, processes
+from dlrm_jax.host.mesh import BATCH_SPEC, batch_sharding, replicated
+from dlrm_jax.training.options import AUTO
+from dlrm_jax.training.placed import Placed
+from dlrm_jax.training.placement import prediction
+from dlrm_jax.training.run_config import ALWAYS, RunConfig
+
+_SHARE = 0.5
+"""Of the memory that a model leaves free, what rows may take: a prediction may be off, and windows travel too."""
+
+
+class Window(struct.PyTreeNode):
+    """T batches on the devices, that of step `first_step` first.
+
+    Without `order_TxB` the columns of `rows` are (T, B, ...); with it they are all rows of a split, (R, ...), and the
+    order says which are in which batch; R stands for padding.
+    """
+
+    first_step: jax.Array
+    rows: Batch
+    order_TxB: jax.Array | None = None
+
+
+Traveller = Batch | np.ndarray
+"""What travels, on the host: batches (T, B, ...) or an order (T, B)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Feed:
+    """The windows of `split`, cut as `cut` says, on the devices of `mesh`, or on the default one.
+
+    Where it is `resident` all its rows are on every device from the first window on.
+    """
+
+    split: Rows
+    cut: Cut
+    mesh: Mesh | None = None
+    expander: BatchExpander | None = None
+    resident: bool = False
+    row_bytes: int = 0
+
+    @functools.cached_property
+    def shardings(self) -> Window | None:
+        """How a window is placed: batches split over all devices; None on the default device."""
+        if self.mesh is None:
+            return None
+        split, everywhere = NamedSharding(self.mesh, PartitionSpec(None, *BATCH_SPEC)), replicated(self.mesh)
+        rows = jax.tree.map(lambda _: everywhere if self.resident else split, PADDING)
+        return Window(everywhere, rows, split if self.resident else None)
+
+    @functools.cached_property
+    def _rows(self) -> Batch:
+        """All rows, on every device."""
+        batch = self._expanded(as_batch(self.split.whole()))
+        return self._placed(batch, None if self.shardings is None else self.shardings.rows)
+
+    def train_windows(self, seed: int, start_step: int, shuffle: bool) -> Prefetcher[Traveller, Window]:
+        """(what travels, the window) from step `start_step` on, for ever."""
+        visit = "positions" if self.resident else "windows"
+        return self._prefetched(
+            train_epochs(self.split, self.cut.batch_size, seed, start_step, shuffle, visit), start_step
+        )
+
+    def eval_windows(self) -> Prefetcher[Traveller, Window]:
+        """The same of every row once, in order; behind the last row there may be batches of padding alone."""
+        visit = self.split.positions if self.resident else self.split.windows
+        return self._prefetched(iter([visit(0, 0, False)]), 0)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Batches that hold every row once."""
+        return steps_per_epoch(len(self.split), self.cut.batch_size)
+
+    def batch(self, window: Window, step: jax.Array) -> Batch:
+        """The batch of a step, inside jit; a window is gone through again and again."""
+        i = (step - window.first_step) % self.cut.steps
+        batch = _as_from_outside(functools.partial(self._cut, window, i), i)
+        return batch if self.mesh is None else jax.lax.with_sharding_constraint(batch, batch_sharding(self.mesh))
+
+    def _cut(self, window: Window, i: jax.Array) -> Batch:
+        if window.order_TxB is None:
+            batch = jax.tree.map(lambda rows: jax.lax.dynamic_index_in_dim(rows, i, keepdims=False), window.rows)
+        else:
+            order_B = jax.lax.dynamic_index_in_dim(window.order_TxB, i, keepdims=False)
+            take = lambda rows, padding: rows.at[order_B].get(mode="fill", fill_value=padding)  # noqa: E731
+            batch = jax.tree.map(take, window.rows, PADDING)
+        if self.expander is not None and self.expander.on_device:
+            batch = batch.replace(ids_BxK=self.expander.compute(jnp, batch.ids_BxK))
+        return batch
+
+    def host_batch(self, traveller: Traveller, i: int) -> Batch:
+        """This process's part of batch `i` of what travelled, on the host."""
+        if isinstance(traveller, Batch):
+            return jax.tree.map(lambda column: column[i], traveller)
+
+        def taken(rows: jax.Array, padding: float) -> np.ndarray:
+            found = np.asarray(rows.addressable_data(0)).take(traveller[i], axis=0, mode="clip")
+            found[traveller[i] == len(self.split)] = padding
+            return found
+
+        return jax.tree.map(taken, self._rows, PADDING)
+
+    def _prefetched(self, epochs: Iterator[Any], start_step: int) -> Prefetcher[Traveller, Window]:
+        source: Iterator[Traveller]
+        if self.resident:
+            source = order_windows(epochs, self.cut, len(self.split))
+        else:
+            source = map(self._expanded, batch_windows(epochs, self.cut))
+        first_steps = itertools.count(start_step, self.cut.steps)
+        return Prefetcher(source, lambda traveller: self.transfer(traveller, next(first_steps)))
+
+    def transfer(self, traveller: Traveller, first_step: int = 0) -> Window:
+        """What travels as a window on the devices."""
+        here = np.int32(first_step)
+        if isinstance(traveller, Batch):
+            return self._placed(Window(here, traveller), self.shardings)
+        where = self.shardings and dataclasses.replace(self.shardings, rows=None)
+        return self._placed(Window(here, None, traveller), where).replace(rows=self._rows)
+
+    @property
+    def device_bytes(self) -> int:
+        """Bytes that a device holds of rows that stay, or of a window."""
+        rows = len(self.split) if self.resident else self.cut.steps * self.cut.rows
+        sharing = 1 if self.resident or self.mesh is None else len(self.mesh.local_devices)
+        return self.row_bytes * rows // sharing
+
+    def _expanded(self, batch: Batch) -> Batch:
+        if self.expander is None or self.expander.on_device:
+            return batch
+        ids = np.asarray(batch.ids_BxK)
+        bags = self.expander.on_host(ids.reshape(-1, ids.shape[-1]))
+        return batch.replace(ids_BxK=bags.reshape(*ids.shape[:-1], -1))
+
+    @staticmethod
+    def _placed(values: Any, shardings: Any) -> Any:
+        if shardings is None:
+            return jax.device_put(values)
+        return jax.tree.map(lambda value, to: jax.make_array_from_process_local_data(to, value), values, shardings)
+
+
+def _as_from_outside(cut: Callable[[], Batch], i: jax.Array) -> Batch:
+    """What `cut` gives, whose making is not merged with what is computed of it.
+
+    So a step's sums have the same bits, wherever its batch comes from. The compiler for CPUs drops a barrier before it
+    merges operations, but does not merge across a condition, even one that always holds: `i` is never negative.
+    """
+    if jax.default_backend() != "cpu":
+        return jax.lax.optimization_barrier(cut())
+    other = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(cut))
+    return jax.lax.cond(i >= 0, cut, lambda: other)
+
+
+class Room:
+    """Memory beside the model of the device that has least, for rows that stay there; `--data_on_device` says how."""
+
+    def __init__(self, config: RunConfig, placed: Placed) -> None:
+        self._choice = config.data_on_device
+        devices = jax.local_devices()
+        free = [memory.device_available(device) or 0 for device in devices]
+        if devices[0].platform == "cpu":  # They share the machine's.
+            free = [(memory.host_available() or 0) // len(devices)]
+        self._left = _SHARE * (min(free) - prediction(config, placed).bytes_held)
+        self._all_left, self._allow = self._left / _SHARE, config.allow_oversubscription
+
+    def keeps(self, num_bytes: int) -> bool:
+        """Whether rows of so many bytes stay, in all processes; then they have their room.
+
+        ConfigError where they must, by --data_on_device=always, and do not fit.
+        """
+        if self._choice == ALWAYS:
+            needs = ("--data_on_device=always, beside the model,", num_bytes, self._all_left, "a device's memory")
+            memory.require_room(*needs, "these rows", "--data_on_device=auto", self._allow)
+            self._all_left -= num_bytes
+        if self._choice != AUTO:
+            return self._choice == ALWAYS
+        if processes.largest(int(num_bytes > self._left)):
+            return False
+        self._left -= num_bytes
+        return True
+
+
+def make_feed(
+    placed: Placed, dataset: Dataset, split: Rows, cut: Cut, room: Room | None = None, most_steps: int = MOST_STEPS
+) -> Feed:
+    """The windows of a split of `dataset` for a model, `cut` into batches; without `room` its rows travel.
+
+    A window has as many batches as its bytes allow, at most `most_steps`.
+    """
+    expander = dataset.expander
+    slots = len(dataset.features) if expander is not None and expander.on_device else placed.model.num_slots
+    row_bytes = 4 * (placed.model.num_dense + slots + 2)
+    resident = bool(len(split)) and room is not None and room.keeps(row_bytes * len(split))
+    steps = min(MOST_STEPS, most_steps) if resident else window_steps(row_bytes, cut.batch_size, most_steps)
+    return Feed(split, dataclasses.replace(cut, steps=steps), placed.mesh, expander, resident, row_bytes)

@@ -1,0 +1,101 @@
+"""The road from the data to the devices, measured alone and by stage: reading, decoding, permuting, transfer."""
+
+import itertools
+import pathlib
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+import numpy as np
+
+from dlrm_jax.data.read.dataset import Split
+from dlrm_jax.data.read.pipeline import Cut, batch_windows
+from dlrm_jax.data.read.prepared import PreparedSplit
+from dlrm_jax.data.read.windows import MOST_READERS, GeneratedSplit
+from dlrm_jax.host import heap
+from dlrm_jax.host.cores import cores
+from dlrm_jax.training.feed import Feed, make_feed
+from dlrm_jax.training.opening import open_run
+from dlrm_jax.training.run_config import RunConfig
+
+READ, DECODE, MAKE, PERMUTE, TRANSFER, ROAD = "read", "decode", "make", "permute", "transfer", "road"
+
+
+def measure_input(config: RunConfig, seconds: float, workdir: pathlib.Path | None = None) -> dict[str, Any]:
+    """Rows a second of each stage by all the threads that it has, and of the whole road, each for some `seconds`.
+
+    `binds` is the slowest stage. Stages share the cores, so that the road is slower than each of them. Rows in memory
+    need no reading; those that are generated are made instead of read.
+    """
+    opened = open_run(config, workdir)
+    placed, rows = opened.place(), opened.dataset.splits["train"]
+    heap.keep_freed_temporaries()  # As a run does.
+    cut = Cut(config.batch_size, multiple=placed.num_devices * config.num_micro_batches)
+    feed = make_feed(placed, opened.dataset, rows, cut)
+    stages = _reading(rows, seconds)
+    in_memory = rows if isinstance(rows, Split) else next(rows.windows(config.seed, 0, config.shuffle))[0]
+    epoch = (lambda: in_memory.windows(config.seed, 0, config.shuffle)) if len(in_memory) else (lambda: iter(()))
+    permuted = itertools.chain.from_iterable(batch_windows(iter([epoch()]), feed.cut) for _ in itertools.count())
+    window_rows = feed.cut.steps * feed.cut.rows
+    stages[PERMUTE] = _rate(window_rows, permuted, seconds)
+    one, put = next(permuted), feed.transfer
+    stages[TRANSFER] = _rate(window_rows, (jax.block_until_ready(put(one)) for _ in itertools.count()), seconds)
+    road = _road(feed, config, window_rows, seconds)
+    return {
+        "rows_per_second": stages | {ROAD: road},
+        "binds": min(stages, key=lambda stage: stages[stage]),
+        "threads": min(cores(), MOST_READERS),
+        "batch_size": config.batch_size,
+        "batches_a_window": feed.cut.steps,
+    }
+
+
+def _reading(rows: Any, seconds: float) -> dict[str, float]:
+    """Of what is not in memory, the stages before a window's rows are there."""
+    if isinstance(rows, Split):
+        return {}
+    groups = itertools.cycle([visit().blocks_G for visit in rows.order.visits(0, 0, shuffle=True)])
+    size = rows.order.rows_of(next(rows.order.visits(0, 0, shuffle=True))().blocks_G)
+
+    def rate(work: Callable[[np.ndarray], Any]) -> float:
+        readers = min(cores(), MOST_READERS)
+        with ThreadPoolExecutor(readers) as pool:
+            batches = (list(pool.map(work, itertools.islice(groups, readers))) for _ in itertools.count())
+            return _rate(size * readers, batches, seconds)
+
+    if isinstance(rows, GeneratedSplit):
+        return {MAKE: rate(rows.read)}
+    assert isinstance(rows, PreparedSplit)
+    blocks = rows.blocks
+    read = rate(lambda blocks_G: [blocks.record(int(block) % len(blocks)) for block in blocks_G])
+    both = rate(rows.read)
+    return {READ: read, DECODE: 1 / max(1 / both - 1 / read, 1e-12)}
+
+
+def _rate(rows: int, work: Iterable[Any], seconds: float) -> float:
+    """Rows a second, each item of `work` being `rows` of them; the first one warms up."""
+    items = iter(work)
+    next(items)
+    start, count = time.perf_counter(), 0
+    while not count or time.perf_counter() - start < seconds:
+        next(items)
+        count += 1
+    return rows * count / (time.perf_counter() - start)
+
+
+def _road(feed: Feed, config: RunConfig, window_rows: int, seconds: float) -> float:
+    with feed.train_windows(config.seed, 0, config.shuffle) as windows:
+        return _rate(window_rows, (jax.block_until_ready(window) for _, window in windows), seconds)
+
+
+def text(numbers: dict[str, Any]) -> str:
+    """The numbers for people, in two lines."""
+    rates = numbers["rows_per_second"]
+    shown = ", ".join(f"{stage} {rate / 1e6:,.1f}" for stage, rate in rates.items() if stage != ROAD)
+    return (
+        f"input: {rates[ROAD] / 1e6:,.1f} M rows/s on the devices, in windows of {numbers['batches_a_window']} batches "
+        f"of {numbers['batch_size']:,}, by {numbers['threads']} threads\n"
+        f"  each stage alone, M rows/s: {shown}; {numbers['binds']} binds"
+    )

@@ -1,0 +1,173 @@
+"""Tests `feed.py`, `window_step.py`, `stepper.py`: a step by a window is the step of its batch, wherever rows lie."""
+
+import dataclasses
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dlrm_jax.config import LossConfig, TableConfig
+from dlrm_jax.data.generate import planted
+from dlrm_jax.data.read.dataset import Split
+from dlrm_jax.data.read.pipeline import Cut, window_steps
+from dlrm_jax.host.mesh import MeshShape, make_mesh
+from dlrm_jax.tables.plan import make_plan
+from dlrm_jax.training import feed as feed_module
+from dlrm_jax.training import loop
+from dlrm_jax.training.feed import Feed, Room
+from dlrm_jax.training.monitor import Losses
+from dlrm_jax.training.placed import Placed, on_one_device
+from dlrm_jax.training.step import make_train_step
+from dlrm_jax.training.stepper import Stepper, steps_at_once
+from dlrm_jax.training.window_step import RECORDED, make_window_step
+from tests.batches import train_batches
+from tests.helpers import optimizer, random_batch, tiny_model
+from tests.training.resume_test import CONFIG, assert_same_bits, final_state
+
+ROWS = 50
+
+
+def split_of(model, rows: int = ROWS) -> Split:
+    batch = random_batch(model, rows)
+    return Split(*map(np.asarray, (batch.dense_BxN, batch.ids_BxK, batch.label_B)), np.arange(rows), weight_R=None)
+
+
+def plain_steps(placed, split, count: int):
+    """The state after `count` steps of batches of 16 rows that come from outside, and each step's loss."""
+    step = placed.jit_step(make_train_step(placed.model, LossConfig(), placed.optimizer, ops=placed.ops))
+    state, losses = placed.init_state(0), []
+    for _, batch in zip(range(count), train_batches(split, 16, 3, 1, multiple=placed.num_devices), strict=False):
+        state, step_metrics = step(state, jax.device_put(batch, placed.batch_sharding))
+        losses.append(float(step_metrics["loss"]))
+    return state, losses
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+@pytest.mark.parametrize("resident", [False, True])
+def test_a_step_by_a_window_has_the_bits_of_a_step_by_its_batch(devices, resident):
+    model, shape = tiny_model(), MeshShape(1, devices)
+    placed = Placed(model, optimizer("rowwise_adagrad"), make_plan(model, shape, "row_wise"), make_mesh(shape))
+    split = split_of(model)
+    wanted, losses = plain_steps(placed, split, 6)
+    feed = Feed(split, Cut(16, 4, multiple=devices), placed.mesh, resident=resident)
+    step = make_train_step(model, LossConfig(), placed.optimizer, ops=placed.ops)
+    one, both = (placed.jit_window_step(make_window_step(step, feed, n), feed.shardings) for n in (1, 2))
+    for steps in ((one,) * 6, (both,) * 3):
+        state, found = placed.init_state(0).replace(step=jnp.int32(1)), []
+        with feed.train_windows(3, 1, shuffle=True) as windows:
+            for i, train_step in enumerate(steps):
+                if 6 // len(steps) * i % 4 == 0:
+                    _, window = next(windows)
+                    record = jnp.full((4, len(RECORDED)), jnp.nan)
+                state, record = train_step(state, record, window)
+                found.append(np.array(record))
+        if steps[0] is one:
+            assert_same_bits(state.replace(step=wanted.step), wanted)
+            assert [float(record[i % 4, 0]) for i, record in enumerate(found)] == losses
+        else:
+            close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)  # noqa: E731
+            jax.tree.map(close, state.replace(step=wanted.step), wanted)
+        assert int(state.step) == 7 and np.isnan(found[-1][2:, 0]).all()
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_window_step_holds_one_copy_of_each_table_and_none_of_the_window(count):
+    model = tiny_model(tables=tuple(TableConfig(name, 100_000, 4) for name in ("user", "item", "flag")))
+    placed, table_bytes = on_one_device(model, optimizer("rowwise_adagrad")), 100_000 * 4 * 4
+    feed = Feed(split_of(model, 16 * 4096), Cut(16, 4096), placed.mesh)
+    step = make_train_step(model, LossConfig(), placed.optimizer)
+    with feed.train_windows(0, 0, shuffle=False) as windows:
+        _, window = next(windows)
+    jitted = placed.jit_window_step(make_window_step(step, feed, count), feed.shardings)
+    record = jax.ShapeDtypeStruct((4096, len(RECORDED)), "float32", sharding=placed.everywhere)
+    memory = jitted.lower(placed.abstract_state, record, window).compile().memory_analysis()
+    window_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(window))
+    assert memory.alias_size_in_bytes > 3 * table_bytes
+    assert memory.temp_size_in_bytes < min(table_bytes, window_bytes) / 4
+
+
+@pytest.mark.parametrize("choice", ["never", "always"])
+def test_where_rows_lie_and_how_windows_are_cut_changes_no_bit_of_a_run(tmp_path, monkeypatch, choice):
+    """Nor of its logged losses, with padding at the end of epochs; a run may go on with the other choice."""
+    loop.train_and_evaluate(CONFIG, tmp_path / "auto")
+    monkeypatch.setattr(feed_module, "MOST_STEPS", 7)
+    monkeypatch.setattr(feed_module, "window_steps", lambda *args: 3)
+    config = dataclasses.replace(CONFIG, data_on_device=choice)
+    loop.train_and_evaluate(dataclasses.replace(config, num_steps=13), tmp_path / choice)
+    loop.train_and_evaluate(config, tmp_path / choice)
+    assert_same_bits(final_state(tmp_path / choice), final_state(tmp_path / "auto"))
+    lines = [
+        [(x["step"], x["loss"]) for x in loop.reporting.read_metrics(tmp_path / name) if x["split"] == "train"]
+        for name in ("auto", choice)
+    ]
+    assert lines[0] == lines[1] and len(lines[0]) == 6
+
+
+def test_rows_stay_where_they_fit_into_half_of_what_is_free(monkeypatch):
+    model = tiny_model()
+    placed = on_one_device(model, optimizer())
+    monkeypatch.setattr(feed_module, "prediction", lambda *args: types.SimpleNamespace(bytes_held=1000))
+    monkeypatch.setattr(feed_module.memory, "host_available", lambda: 3000 * len(jax.local_devices()))
+    room = Room(CONFIG, placed)
+    assert not room.keeps(1001) and room.keeps(600) and room.keeps(400) and not room.keeps(1)
+    for choice, stays in (("never", False), ("always", True)):
+        assert Room(dataclasses.replace(CONFIG, data_on_device=choice), placed).keeps(10**12) is stays
+
+
+def test_windows_have_few_batches_where_they_are_large():
+    assert window_steps(164, 2048) == 64 and window_steps(164, 65536) == 3 and window_steps(10**6, 65536) == 1
+    assert window_steps(164, 16, most=5) == 5
+
+
+def test_steps_of_a_dispatch_follow_from_the_prediction_but_on_a_cpu(monkeypatch):
+    placed = on_one_device(tiny_model(), optimizer())
+    cost = types.SimpleNamespace(step_seconds=1.3e-4)
+    monkeypatch.setattr("dlrm_jax.training.stepper.prediction", lambda *args: cost)
+    assert steps_at_once(CONFIG, placed) == 1
+    monkeypatch.setattr("dlrm_jax.training.stepper.jax.default_backend", lambda: "gpu")
+    assert steps_at_once(CONFIG, placed) == 8
+    cost.step_seconds = 0.1
+    assert steps_at_once(CONFIG, placed) == 1
+    assert steps_at_once(dataclasses.replace(CONFIG, steps_per_dispatch=5), placed) == 5
+
+
+def test_a_nan_is_seen_two_windows_later_at_the_latest(tmp_path, monkeypatch):
+    """Where no evaluation, checkpoint or pause of a second comes first; the step and the row are named all the same."""
+    honest = planted.generate(0, 2000)
+    labels = honest.splits["train"].label_R.copy()
+    labels[64 * 5 + 7] = np.nan
+    poisoned = dataclasses.replace(honest.splits["train"], label_R=labels)
+    data = dataclasses.replace(honest, splits={**honest.splits, "train": poisoned})
+    monkeypatch.setattr(planted, "generate", lambda seed, count: data)
+    monkeypatch.setattr(feed_module, "MOST_STEPS", 4)
+    monkeypatch.setattr(loop, "_READ_SECONDS", 1e9)
+    taken = []
+    call = Stepper.__call__
+    monkeypatch.setattr(Stepper, "__call__", lambda self, *args: taken.append(args[1]) or call(self, *args))
+    quiet = dataclasses.replace(CONFIG, shuffle=False, eval_every=60, checkpoint_every=60)
+    with pytest.raises(loop.ConfigError, match=r"not finite at step 6: the label is nan in row 7 of the batch"):
+        loop.train_and_evaluate(quiet, tmp_path)
+    assert taken[-1] == 11, "step 6 is in the window of 4 to 7, which is read when that of 8 to 11 is gone through"
+
+
+def test_losses_that_go_on_say_what_those_that_never_stopped_say(tmp_path):
+    def record(first: int, losses: list[float]):
+        rows = [[loss, 0.1, 1.0, 1.0] for loss in losses]
+        return types.SimpleNamespace(first_step=first, values_TxM=jnp.array(rows), traveller=None)
+
+    def watch(carried, written):
+        return Losses(tmp_path, (), carried, 5, lambda step, values: written.append((step, values["loss"])), None)
+
+    lines, more_lines = [], []
+    through, before = watch({}, lines), watch({}, more_lines)
+    for one in (through, before):
+        one.flush(record(0, [0.1, 0.7]), 2)
+    after = watch(before.held(), more_lines)
+    through.push(record(2, [0.2, 0.3, 0.4]), 5)
+    after.flush(record(2, [0.2, 0.3, 0.4]), 5)
+    assert not lines, "a window is read when the next one is gone through"
+    through.flush(record(5, [9.0]), 6)
+    assert after.overflows == 5 and through.overflows == 6
+    assert lines == more_lines == [(5, pytest.approx(0.34))]
