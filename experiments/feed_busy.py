@@ -1,14 +1,15 @@
-"""How busy the loop keeps a fast device: `python experiments/feed_busy.py [--rows=2000000] [--batch_sizes=2048]`.
+"""How busy the loop keeps a fast device: `python experiments/feed_busy.py [--rows=2000000] [--before=CHECKOUT]`.
 
 The device is simulated: a step that sleeps (0.25 ms by default) and touches its batch, so that both cores are free to
-feed it. Everything else, prepared data, windows, dispatch, records, is the run's own. Prints for each batch size the
-share of the time that the device worked, from its first step to its last, and rows a second.
+feed it. Everything else, prepared data, windows, dispatch, records, is the run's own. Of each batch size: the share of
+the time that the device worked, from its first step to its last, and rows a second.
 """
 
 import argparse
-import functools
+import json
 import os
 import pathlib
+import subprocess
 import sys
 import tempfile
 import time
@@ -21,12 +22,14 @@ import numpy as np
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 from criteo_text import write
+from measure import ROOT, replace_section, where_and_when
 
 from dlrm_jax.config import LossConfig, OptimizerConfig, ScheduleConfig
 from dlrm_jax.data.infer.choose import choose_schema
 from dlrm_jax.data.prepare.preparation import prepare
 from dlrm_jax.data.read.load import DataConfig
 from dlrm_jax.training import loop, stepper
+from dlrm_jax.training.reporting import versions
 from dlrm_jax.training.run_config import ModelOptions, RunConfig
 
 
@@ -84,28 +87,58 @@ def share_busy(
     return device.worked / elapsed, batch_size * (device.steps - 1) / elapsed
 
 
+def measured(flags: argparse.Namespace, dataset: pathlib.Path, checkout: str) -> dict[int, tuple[float, float]]:
+    """`share_busy` by batch size, of the package in `checkout`, in a process of its own."""
+    command = [sys.executable, __file__, f"--dataset={dataset}", f"--batch_sizes={flags.batch_sizes}", "--alone"]
+    command += [f"--steps={flags.steps}", f"--milliseconds={flags.milliseconds}"]
+    environment = os.environ | {"PYTHONPATH": checkout}
+    done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+    return {int(size): tuple(pair) for size, pair in json.loads(done.stdout.splitlines()[-1]).items()}
+
+
+def alone(flags: argparse.Namespace) -> None:
+    """This process's package, as JSON."""
+    on_device = "never" if "data_on_device" in RunConfig.__dataclass_fields__ else ""
+    sizes = map(int, flags.batch_sizes.split(","))
+    dataset, seconds = pathlib.Path(flags.dataset), flags.milliseconds / 1e3
+    print(json.dumps({size: share_busy(dataset, size, seconds, flags.steps, on_device) for size in sizes}))
+
+
 def main() -> None:
-    """Prepare, run, print."""
+    """Prepare, run each version in turn, and write the table between the `<!-- feeding -->` marks."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", type=int, default=2_000_000)
-    parser.add_argument("--batch_sizes", default="2048")
+    parser.add_argument("--batch_sizes", default="512,2048,8192")
     parser.add_argument("--milliseconds", type=float, default=0.25)
     parser.add_argument("--steps", type=int, default=4000)
-    parser.add_argument("--data_on_device", default="never", help="auto, never, always; empty for older versions")
+    parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--dataset", default="", help="prepared already")
+    parser.add_argument("--before", default="", help="a checkout of an older version, measured in turn")
+    parser.add_argument("--alone", action="store_true", help=argparse.SUPPRESS)
     flags = parser.parse_args()
+    if flags.alone:
+        return alone(flags)
+    checkouts = {"before": flags.before} if flags.before else {}
+    found: dict[str, list[dict[int, tuple[float, float]]]] = {name: [] for name in (*checkouts, "now")}
     with tempfile.TemporaryDirectory() as name:
-        dataset = pathlib.Path(flags.dataset or name) / ("" if flags.dataset else "data")
+        dataset = pathlib.Path(flags.dataset or f"{name}/data")
         if not flags.dataset:
-            log = pathlib.Path(name) / "log.txt"
-            write(str(log), flags.rows)
-            prepare((str(log),), dataset, choose_schema("criteo_kaggle_hash", (str(log),)))
-        measure = functools.partial(share_busy, dataset, seconds=flags.milliseconds / 1e3, steps=flags.steps)
-        for batch_size in map(int, flags.batch_sizes.split(",")):
-            busy, rate = measure(batch_size, on_device=flags.data_on_device)
-            print(
-                f"batch {batch_size:,}: the device works {busy:.1%} of the time, {rate / 1e6:.2f} M rows/s", flush=True
-            )
+            log = f"{name}/log.txt"
+            write(log, flags.rows)
+            prepare((log,), dataset, choose_schema("criteo_kaggle_hash", (log,)))
+        for _ in range(flags.turns):
+            for version in found:
+                found[version].append(measured(flags, dataset, checkouts.get(version, str(ROOT))))
+    lines = ["| batch | version | the device works | M rows/s |", "|---|---|---|---|"]
+    for size in map(int, flags.batch_sizes.split(",")):
+        for version, turns in found.items():
+            busy, rate = (np.median([turn[size][i] for turn in turns]) for i in (0, 1))
+            lines.append(f"| {size:,} | {version} | {busy:.1%} | {rate / 1e6:.2f} |")
+    text = "\n".join(lines)
+    print(text)
+    where = where_and_when(versions()) + f" Medians of {flags.turns} turns, steps of {flags.milliseconds} ms."
+    replace_section(ROOT / "experiments" / "README.md", "feeding", f"{where}\n\n{text}")
+    return None
 
 
 if __name__ == "__main__":
