@@ -21,6 +21,7 @@ from dlrm_jax.data.formats.open_log import log_files, open_log
 from dlrm_jax.data.formats.source import list_names
 from dlrm_jax.data.prepare import blocks
 from dlrm_jax.data.prepare.first_pass import FirstPass
+from dlrm_jax.data.prepare.runs import shard_lengths
 from dlrm_jax.data.prepare.second_pass import SecondPass
 from dlrm_jax.data.prepare.splits import make_splitter
 from dlrm_jax.data.prepare.staging import Staging, write_whole
@@ -28,6 +29,7 @@ from dlrm_jax.data.read.prepared import is_prepared, read_json
 from dlrm_jax.data.schema.schema import Schema
 from dlrm_jax.data.schema.schema_io import dump_yaml, to_dict
 from dlrm_jax.data.values.label_values import check_label
+from dlrm_jax.data.values.periods import Periods
 from dlrm_jax.host import files, memory
 
 BAD_ROW_POLICIES = ("error", "skip_and_count")
@@ -105,7 +107,7 @@ def _run(
     del first  # With its hash tables, before the counts are made.
     metas = [staging.meta(i) for i in range(num_files)]
     negative = _check_columns(paths, schema, staging, metas)
-    splitter = make_splitter(schema.split, staging, num_files, paths)
+    splitter = make_splitter(schema.split, staging, num_files, paths, _periods(schema, staging, metas))
     num_rows = splitter.num_rows
     memory.require_threads()  # The first shard starts array_record's, beside what the vocabularies take.
     second = SecondPass(schema, output, staging, num_files, splitter, options.compression)
@@ -119,7 +121,7 @@ def _run(
     write_whole(output / "schema.yaml", dump_yaml(schema).encode())
     write_whole(output / "schema.json", json.dumps(to_dict(schema), indent=1).encode())
     widths = (len(schema.dense), sum(feature.hotness for feature in schema.sparse))
-    blocks.write_metadata(output, schema.name, widths, bool(schema.weight), second.shard_lengths())
+    blocks.write_metadata(output, schema.name, widths, bool(schema.weight), shard_lengths(second.runs))
     return statistics
 
 
@@ -173,6 +175,17 @@ def _require_one_kind_of_time(column: str, metas: list[dict[str, Any]]) -> None:
         not (dates and numbers),
         f"column {column} is a number in {numbers:,} rows and a date in {dates:,}, which have no common order; make "
         "them one kind, or leave timestamp out of the schema",
+    )
+
+
+def _periods(schema: Schema, staging: Staging, metas: list[dict[str, Any]]) -> Periods | None:
+    """The periods by which the log is split, where the schema says so."""
+    if not schema.split.period or not any(rows for meta in metas for _, rows in meta["batches"]):
+        return None
+    ranges = [(int(time_R.min()), int(time_R.max())) for time_R in staging.times(len(metas)) if len(time_R)]
+    dates = any(meta["times"]["dates"] for meta in metas)
+    return Periods.of(
+        schema.split.period, schema.timestamp, dates, min(low for low, _ in ranges), max(high for _, high in ranges)
     )
 
 

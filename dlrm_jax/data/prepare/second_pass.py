@@ -2,11 +2,10 @@
 
 import concurrent.futures
 import dataclasses
-import json
 import os
 import pathlib
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -14,8 +13,10 @@ import pyarrow as pa
 
 from dlrm_jax.data.prepare import blocks
 from dlrm_jax.data.prepare.final_ids import TablePlan, counting_groups, plan_table
+from dlrm_jax.data.prepare.runs import Run, index_of_periods, of_split, shard_paths
+from dlrm_jax.data.prepare.shards import ShardWriter
 from dlrm_jax.data.prepare.splits import Splitter
-from dlrm_jax.data.prepare.staging import Staging, wide_name, write_whole
+from dlrm_jax.data.prepare.staging import Staging, wide_name
 from dlrm_jax.data.prepare.statistics import Counts, summarise_table, top_ids
 from dlrm_jax.data.prepare.vocabularies import describe_buckets, describe_ids, vocabulary_values, write_vocabulary
 from dlrm_jax.data.schema.schema import SPLITS, Schema
@@ -23,7 +24,6 @@ from dlrm_jax.data.values import buckets
 from dlrm_jax.data.values.dense import finish_dense
 from dlrm_jax.data.values.file_names import file_names
 
-_BLOCKS_PER_SHARD = 64
 _COUNT_BYTES = 20
 """What counting takes for an id: three counts, their sum, and room to grow."""
 _MAX_COUNT_BYTES = 200 << 20
@@ -50,6 +50,7 @@ class SecondPass:
         self._plans: dict[str, TablePlan] = {}
         self._least = float("inf")
         self._remaps: list[tuple[slice, np.ndarray]] = []
+        self.runs: list[Run] = []
 
     def run(self, progress: Callable[[int], None]) -> dict[str, Any]:
         """Write everything but TFDS' metadata; the statistics. `progress(rows)` is told of rows written."""
@@ -58,20 +59,18 @@ class SecondPass:
         self._least = min((self._counts.dense[i].least for i in torchrec), default=float("inf"))
         tables = self._finish_tables()
         self._remaps = self._slot_remaps()
-        shards = self._write_shards(progress)
+        runs = self._laid_out()
+        names = ["row", "label", "dense", "ids", *(["weight"] if self._schema.weight else [])]
+        names += [*self._splitter.columns, *map(wide_name, self._counts.dense)]
+        writer = ShardWriter(
+            self._staging, self._splitter, self._counts.rows_FxP, names, self._finish, self._compression
+        )
+        paths = shard_paths(self._output, self._schema.name, runs)
+        self.runs = writer.write(list(zip(runs, paths, strict=True)), progress)
         return {
-            "splits": {
-                name: {
-                    "rows": int(rows),
-                    "positives": int(positives),
-                    "positive_rate": round(float(positives / rows), 6) if rows else None,
-                    "shards": len(shards[name]),
-                    "checksum": _combine([checksum for _, checksum in shards[name]]),
-                }
-                for name, rows, positives in zip(
-                    SPLITS, self._counts.rows_FxS.sum(axis=0), self._counts.positives_S, strict=True
-                )
-            },
+            "splits": {name: _summary(of_split(self.runs, name)) for name in SPLITS},
+            "runs": [run.as_json() for run in self.runs],
+            "periods": self._periods(),
             "features": self._feature_statistics(),
             "tables": tables,
             "dense": {
@@ -83,19 +82,28 @@ class SecondPass:
                 dense.name: counted.summary()
                 for dense, counted in zip(self._schema.dense, self._counts.ranges, strict=True)
             },
-            "positives_over_time": self._counts.time_bins,
-        }
+        } | self._counts.time_bins.summary()
 
-    def shard_lengths(self) -> dict[str, list[int]]:
-        """Blocks in each shard of the splits that have rows."""
-        lengths = {}
-        for i, name in enumerate(SPLITS):
-            rows = int(self._counts.rows_FxS[:, i].sum())
-            num_blocks = -(-rows // blocks.BLOCK_ROWS)
-            if num_blocks:
-                starts = range(0, num_blocks, _BLOCKS_PER_SHARD)
-                lengths[name] = [min(_BLOCKS_PER_SHARD, num_blocks - start) for start in starts]
-        return lengths
+    def _laid_out(self) -> list[Run]:
+        """The runs of this log, in the order in which they lie in their splits; those of no row are none."""
+        counts = zip(
+            self._splitter.parts,
+            self._counts.rows_FxP.sum(axis=0).tolist(),
+            self._counts.positives_P.tolist(),
+            strict=True,
+        )
+        runs, place = [], 0
+        for part, rows, positives in counts:
+            if rows:
+                # A period may change its split, so that its place among all rows counts.
+                offset = place % blocks.BLOCK_ROWS if self._splitter.periods else 0
+                runs.append(Run.planned(part, rows, positives, offset))
+            place += rows
+        return runs
+
+    def _periods(self) -> list[dict[str, Any]]:
+        periods = self._splitter.periods
+        return index_of_periods(self.runs, periods) if periods else []
 
     def _finish_tables(self) -> dict[str, dict[str, Any]]:
         """Statistics of all tables, in groups that are dealt out to the cores."""
@@ -113,6 +121,8 @@ class SecondPass:
     def _finish_group(self, group: list[int]) -> dict[str, dict[str, Any]]:
         names = [list(self._tables)[i] for i in group]
         counts = self._counts.count_tables([self._tables[name] for name in names])
+        to_split_SxG = np.asarray([[part.split == name for part in self._splitter.groups] for name in SPLITS], int)
+        counts = [to_split_SxG @ counts_GxV for counts_GxV in counts]
         return {name: self._finish_table(i, name, c) for i, name, c in zip(group, names, counts, strict=True)}
 
     def _finish_table(self, index: int, name: str, counts_SxV: np.ndarray) -> dict[str, Any]:
@@ -163,16 +173,15 @@ class SecondPass:
 
     def _feature_statistics(self) -> dict[str, Any]:
         metas = [self._staging.meta(file) for file in range(self._num_files)]
-        rows_S = self._counts.rows_FxS.sum(axis=0)
+        rows = self._splitter.num_rows
         out = {}
         for i, feature in enumerate(self._schema.sparse):
             count = self._counts.features[feature.name]
-            rows = int(rows_S.sum())
             out[feature.name] = {
                 "table": feature.table_name,
                 "hotness": feature.hotness,
-                "mean_hotness": round(float(count.lookups_S.sum() / rows), 6),
-                "empty_share": round(float(count.empty_S.sum() / rows), 6),
+                "mean_hotness": round(count.lookups / rows, 6),
+                "empty_share": round(count.empty / rows, 6),
                 "truncated_ids": sum(meta["truncated"][i] for meta in metas),
             }
         return out
@@ -186,74 +195,6 @@ class SecondPass:
                 remaps.append((slice(start, start + feature.hotness), remap_V))
             start += feature.hotness
         return remaps
-
-    def _write_shards(self, progress: Callable[[int], None]) -> dict[str, list[tuple[int, int]]]:
-        """Write the shards that are missing: (rows, checksum) of each, by split."""
-        written = 0
-        shards: dict[str, list[tuple[int, int]]] = {name: [] for name in SPLITS}
-        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-            futures = [
-                (name, pool.submit(self._write_shard, split, i, len(lengths), length))
-                for split, (name, lengths) in self._numbered_lengths()
-                for i, length in enumerate(lengths)
-            ]
-            try:
-                for name, future in futures:
-                    shards[name].append(future.result())
-                    written += shards[name][-1][0]
-                    progress(written)
-            except BaseException:
-                pool.shutdown(wait=True, cancel_futures=True)
-                raise
-        return shards
-
-    def _numbered_lengths(self) -> list[tuple[int, tuple[str, list[int]]]]:
-        return [(SPLITS.index(name), (name, lengths)) for name, lengths in self.shard_lengths().items()]
-
-    def _write_shard(self, split: int, index: int, count: int, num_blocks: int) -> tuple[int, int]:
-        name = blocks.shard_name(self._schema.name, SPLITS[split], index, count)
-        path, note = self._output / name, self._staging.directory / f"{name}.json"
-        if path.exists() and note.exists():
-            done = json.loads(note.read_text())
-            return done["rows"], done["checksum"]
-        start = index * _BLOCKS_PER_SHARD * blocks.BLOCK_ROWS
-        total = int(self._counts.rows_FxS[:, split].sum())
-        rows = min(total - start, num_blocks * blocks.BLOCK_ROWS)
-        checksum = blocks.write_shard(path, self._records(split, start, start + rows), self._compression)
-        write_whole(note, json.dumps({"rows": rows, "checksum": checksum}).encode())
-        return rows, checksum
-
-    def _records(self, split: int, start: int, stop: int) -> Iterator[bytes]:
-        """Serialized blocks of the split's rows `start` to `stop`."""
-        held: list[dict[str, np.ndarray]] = []
-        for part in self._parts(split, start, stop):
-            held.append(part)
-            count = sum(len(piece["label"]) for piece in held)
-            if count >= blocks.BLOCK_ROWS:
-                block = {key: _joined([piece[key] for piece in held]) for key in part}
-                yield blocks.serialize({key: column[: blocks.BLOCK_ROWS] for key, column in block.items()})
-                held = [{key: column[blocks.BLOCK_ROWS :] for key, column in block.items()}]
-        if held and any(len(piece["label"]) for piece in held):
-            yield blocks.serialize({key: _joined([piece[key] for piece in held]) for key in held[0]})
-
-    def _parts(self, split: int, start: int, stop: int) -> Iterator[dict[str, np.ndarray]]:
-        """The split's rows `start` to `stop`, finished, at most a block at once: so they stay in the cache."""
-        first = 0
-        for file, count in enumerate(self._counts.rows_FxS[:, split]):
-            if first + count > start and first < stop:
-                position = first
-                for i, columns in enumerate(self._staging.batches(file, self._staged_names())):
-                    codes = self._splitter.codes(file, i, columns)
-                    mine = np.flatnonzero(np.broadcast_to(codes, columns["label"].shape) == split)
-                    rows = mine[max(start - position, 0) : max(stop - position, 0)]
-                    position += len(mine)
-                    for piece in range(0, len(rows), blocks.BLOCK_ROWS):
-                        yield self._finish(columns, rows[piece : piece + blocks.BLOCK_ROWS])
-            first += int(count)
-
-    def _staged_names(self) -> list[str]:
-        names = ["row", "label", "dense", "ids", *(["weight"] if self._schema.weight else [])]
-        return [*names, *self._splitter.columns, *map(wide_name, self._counts.dense)]
 
     def _finish(self, columns: dict[str, np.ndarray], rows: np.ndarray) -> dict[str, np.ndarray]:
         if rows[-1] - rows[0] + 1 == len(rows):  # Mostly they follow each other: views instead of copies.
@@ -279,9 +220,14 @@ def _widened(counts_SxV: np.ndarray, rows: int) -> np.ndarray:
     return np.pad(counts_SxV, ((0, 0), (0, rows - counts_SxV.shape[1])))
 
 
-def _joined(pieces: list[np.ndarray]) -> np.ndarray:
-    return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
-
-
-def _combine(checksums: list[int]) -> str:
-    return f"{zlib.crc32(np.asarray(checksums, np.uint32).tobytes()):08x}"
+def _summary(runs: list[Run]) -> dict[str, Any]:
+    """A split as statistics.json has it."""
+    rows, positives = sum(run.rows for run in runs), sum(run.positives for run in runs)
+    checksums = [checksum for run in runs for _, checksum in run.shards]
+    return {
+        "rows": rows,
+        "positives": positives,
+        "positive_rate": round(positives / rows, 6) if rows else None,
+        "shards": len(checksums),
+        "checksum": f"{zlib.crc32(np.asarray(checksums, np.uint32).tobytes()):08x}",
+    }
