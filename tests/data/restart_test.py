@@ -49,15 +49,19 @@ class Killed(BaseException):
 
 def dies_at(monkeypatch, count: int) -> list[str]:
     """From now on the `count`-th file to be put into its place never is; the list receives the names that were."""
-    done, replace = [], os.replace
+    done = []
 
-    def dying(source, target):
-        if len(done) == count:
-            raise Killed
-        replace(source, target)
-        done.append(os.path.basename(target))
+    def dying(call):
+        def put(source, target):
+            if len(done) == count:
+                raise Killed
+            call(source, target)
+            done.append(os.path.basename(target))
 
-    monkeypatch.setattr(os, "replace", dying)
+        return put
+
+    for name in ("replace", "link"):
+        monkeypatch.setattr(os, name, dying(getattr(os, name)))
     return done
 
 

@@ -52,6 +52,11 @@ class Run:
         return dataclasses.replace(run, shards=shards)
 
     @property
+    def part(self) -> Part:
+        """What its rows belong to."""
+        return Part(self.split, self.period)
+
+    @property
     def ends(self) -> np.ndarray:
         """At which of its rows each record ends."""
         size = blocks.BLOCK_ROWS

@@ -2,11 +2,12 @@
 
 import dataclasses
 import fnmatch
+from collections.abc import Sequence
 
 import numpy as np
 
 from dlrm_jax.config import ConfigError, require
-from dlrm_jax.data.prepare.runs import Part
+from dlrm_jax.data.prepare.runs import Part, Run
 from dlrm_jax.data.prepare.staging import Staging
 from dlrm_jax.data.schema.schema import HELD_OUT, SPLITS, Split
 from dlrm_jax.data.values.hashing import hash_integers
@@ -35,6 +36,8 @@ class Splitter:
     groups: list[Part]
     """What is counted apart: the splits; of periods those for training together, of the others each."""
     periods: Periods | None = None
+    start: int = 0
+    """The position in the log of the first row: how many an earlier preparation had."""
 
     @property
     def columns(self) -> list[str]:
@@ -43,7 +46,7 @@ class Splitter:
 
     def __post_init__(self) -> None:
         rows_F = [sum(rows for _, rows in batches) for batches in self.batches_F]
-        self.first_row_F = np.cumsum([0, *rows_F])
+        self.first_row_F = np.cumsum([self.start, *rows_F])
 
     @property
     def group_of(self) -> np.ndarray:
@@ -53,8 +56,8 @@ class Splitter:
 
     @property
     def num_rows(self) -> int:
-        """Rows of the log, without those left out."""
-        return int(self.first_row_F[-1])
+        """Rows that were staged, without those left out."""
+        return int(self.first_row_F[-1]) - self.start
 
     def first_row(self, file: int, batch: int) -> int:
         """The position in the log of a batch's first row."""
@@ -89,12 +92,17 @@ def make_splitter(
     num_files: int,
     paths: tuple[str, ...],
     periods: Periods | None = None,
+    before: Sequence[Run] = (),
 ) -> Splitter:
-    """The Splitter of a staged log; ConfigError where the rule leaves nothing to train on."""
+    """The Splitter of a staged log, which follows the rows of `before`; ConfigError where there are no rows.
+
+    Order, time and last_part are of the new rows alone: the first of them are for training again. Periods are those of
+    all days, so that what was held out before may now be for training.
+    """
     metas = [staging.meta(i) for i in range(num_files)]
     batches_F = [[(file, rows) for file, rows in meta["batches"]] for meta in metas]
-    parts = [Part(name) for name in SPLITS]
-    splitter = Splitter(rule, staging, batches_F, np.zeros(0, np.uint8), np.zeros(0), SPLITS, parts, parts, periods)
+    none, parts, start = np.zeros(0), [Part(name) for name in SPLITS], sum(run.rows for run in before)
+    splitter = Splitter(rule, staging, batches_F, none, none, SPLITS, parts, parts, periods, start)
     num_rows = splitter.num_rows
     if not num_rows:
         examples = [example for meta in metas for example in meta["examples"]]
@@ -103,15 +111,16 @@ def make_splitter(
     if periods is not None:
         numbers = {int(k) for time_R in staging.times(num_files) for k in np.unique(periods.number(time_R))}
         splitter.bounds = np.sort(np.asarray(list(numbers)))
-        splitter.parts = parts_of_periods(rule, splitter.bounds.tolist())
-        splitter.groups = [Part("train"), *(part for part in splitter.parts if part.split != "train")]
+        of_all = parts_of_periods(rule, sorted(numbers | {run.period for run in before if run.period is not None}))
+        splitter.parts = [part for part in of_all if part.period in numbers]
+        splitter.groups = [Part("train"), *(part for part in of_all if part.split != "train")]
     elif rule.by == "files":
         splitter.file_codes = np.asarray([_file_code(rule, path) for path in paths], np.uint8)
     elif rule.by == "random":
         bounds = [(1 - rule.val - rule.test) * 2**64, (1 - rule.test) * 2**64]
         splitter.bounds = np.asarray([min(int(bound), 2**64 - 1) for bound in bounds], np.uint64)
     elif rule.by == "order":
-        splitter.bounds = np.asarray(_cuts(rule, num_rows))
+        splitter.bounds = start + np.asarray(_cuts(rule, num_rows))
     elif rule.by == "time":
         time_R = np.sort(np.concatenate(list(staging.times(num_files))))
         splitter.bounds = np.asarray([time_R[max(cut - 1, 0)] for cut in _cuts(rule, num_rows)])
@@ -119,8 +128,8 @@ def make_splitter(
         rows_of_file = np.zeros(len(paths), np.int64)
         for file, count in (batch for batches in batches_F for batch in batches):
             rows_of_file[file] += count
-        start = num_rows - (int(rows_of_file[-1]) if not rule.parts else num_rows // rule.parts)
-        splitter.bounds = np.asarray([start, start + (num_rows - start + 1) // 2])
+        first = num_rows - (int(rows_of_file[-1]) if not rule.parts else num_rows // rule.parts)
+        splitter.bounds = start + np.asarray([first, first + (num_rows - first + 1) // 2])
         splitter.order = (SPLITS[0], rule.first_half, *(name for name in HELD_OUT if name != rule.first_half))
     return splitter
 

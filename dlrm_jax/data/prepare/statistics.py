@@ -1,58 +1,21 @@
 """Counting what the first pass staged: rows, labels, and how often each id occurs in each split."""
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
 from dlrm_jax.config import ConfigError
+from dlrm_jax.data.prepare.growth import Past
 from dlrm_jax.data.prepare.splits import Splitter
 from dlrm_jax.data.prepare.staging import Staging, wide_name
 from dlrm_jax.data.schema.schema import SPLITS, Schema, Sparse
-from dlrm_jax.data.values.dense import DenseRange, DenseStatistics, inverse
+from dlrm_jax.data.values.dense import inverse
 
-NUM_TIME_BINS = 100
 NUM_TOP_IDS = 10
 _CURVE_POINTS = 60
 _MAX_COUNTED = 500_000_000
-
-
-class TimeBins:
-    """Rows and positives over time: at most 100 bins of 2^k, that begin at its multiples.
-
-    So wider bins are sums of narrower ones, and what is counted does not depend on the order of the rows, nor on how
-    many of them were known when.
-    """
-
-    def __init__(self, width: int = 1, bins: Iterable[Sequence[int]] = (), low: int = 0, high: int = -1) -> None:
-        self._width, self.low, self.high = width, low, high
-        self._counts = {int(start) // width: np.array([rows, positives]) for start, rows, positives in bins}
-
-    def add(self, time_R: np.ndarray, label_R: np.ndarray) -> None:
-        """Count some rows."""
-        if not len(time_R):
-            return
-        low, high = int(time_R.min()), int(time_R.max())
-        if self._counts:
-            low, high = min(low, self.low), max(high, self.high)
-        self.low, self.high = low, high
-        while high // self._width - low // self._width >= NUM_TIME_BINS:
-            self._width, counts = 2 * self._width, self._counts
-            self._counts = {}
-            for place, count in counts.items():
-                self._counts[place // 2] = self._counts.get(place // 2, 0) + count
-        place_R = time_R // self._width
-        first = int(place_R.min())
-        rows, positives = np.bincount(place_R - first), np.bincount(place_R - first, label_R).astype(np.int64)
-        for i in np.flatnonzero(rows).tolist():
-            self._counts[first + i] = self._counts.get(first + i, 0) + np.array([rows[i], positives[i]])
-
-    def summary(self) -> dict[str, Any]:
-        """As statistics.json has it."""
-        places = range(self.low // self._width, self.high // self._width + 1)
-        bins = [[place * self._width, *map(int, self._counts.get(place, (0, 0)))] for place in places]
-        return {"bin_width": self._width, "time_range": [self.low, self.high], "positives_over_time": bins}
 
 
 @dataclasses.dataclass
@@ -66,15 +29,16 @@ class FeatureCount:
 class Counts:
     """Everything that is counted over the staged rows."""
 
-    def __init__(self, schema: Schema, staging: Staging, num_files: int, splitter: Splitter) -> None:
+    def __init__(self, schema: Schema, staging: Staging, num_files: int, splitter: Splitter, past: Past) -> None:
         self._schema, self._staging, self._num_files, self._splitter = schema, staging, num_files, splitter
         self._slots = np.cumsum([0, *(feature.hotness for feature in schema.sparse)])
         self.rows_FxP = np.zeros((num_files, len(splitter.parts)), np.int64)
         self.positives_P = np.zeros(len(splitter.parts), np.int64)
-        self.time_bins = TimeBins()
-        self.features = {f.name: FeatureCount() for f in schema.sparse}
-        self.ranges = [DenseRange() for _ in schema.dense]
-        self.dense = {i: DenseStatistics() for i, dense in enumerate(schema.dense) if dense.needs_statistics}
+        self.time_bins = past.time_bins()
+        before = past.growth.get("lookups", {})
+        self.features = {f.name: FeatureCount(*before.get(f.name, ())) for f in schema.sparse}
+        self.ranges = past.ranges()
+        self.dense = past.dense()
 
     def count_rows(self) -> None:
         """Count rows and labels, and what dense transforms want to know; comes before everything else."""
