@@ -66,17 +66,15 @@ def main() -> None:
     extend = pathlib.Path(FLAGS.extend) if FLAGS.extend else None
     options = Options(FLAGS.on_bad_row, parse_bytes(FLAGS.max_memory), FLAGS.compression, extend, FLAGS.refit)
     paths = expand(FLAGS.input)
-    if extend is not None and FLAGS.schema == "infer":
-        schema = open_past(extend, output).schema
-    else:
-        schema = choose_schema(FLAGS.schema, paths)
-    for reason in schema.reasons:
+    past = open_past(extend, output) if extend else None
+    schema = past.schema if past and FLAGS.schema == "infer" else choose_schema(FLAGS.schema, paths)
+    for reason in () if past else schema.reasons:
         print(f"schema: {reason}", file=sys.stderr)
     keep_freed_chunks()
     start = time.perf_counter()
     with Bar() as bar:
         statistics = prepare(paths, output, schema, options, bar.show)
-    _print_summary(output, statistics, time.perf_counter() - start)
+    _print_summary(output, statistics, time.perf_counter() - start, past.rows if past else 0)
 
 
 def parse_bytes(text: str) -> int:
@@ -92,7 +90,7 @@ def parse_bytes(text: str) -> int:
     return int(value)
 
 
-def _print_summary(output: pathlib.Path, statistics: dict, seconds: float) -> None:
+def _print_summary(output: pathlib.Path, statistics: dict, seconds: float, before: int) -> None:
     skipped = statistics["skipped"]
     if skipped["rows"]:
         print(f"skipped {skipped['rows']:,} rows:")
@@ -113,8 +111,12 @@ def _print_summary(output: pathlib.Path, statistics: dict, seconds: float) -> No
     rows = sum(split["rows"] for split in splits.values())
     parts = ", ".join(f"{name} {split['rows']:,}" for name, split in splits.items())
     tables = statistics["tables"].values()
-    print(f"{rows:,} rows ({parts}), {len(tables)} tables of {sum(table['rows'] for table in tables):,} rows in all")
-    print(f"prepared in {seconds:.1f} s ({rows / seconds:,.0f} rows/s); train with --data_dir={os.fspath(output)}")
+    new = f" of which {rows - before:,} are new" if before else ""
+    print(
+        f"{rows:,} rows ({parts}){new}, {len(tables)} tables of {sum(table['rows'] for table in tables):,} rows in all"
+    )
+    rate = f"{(rows - before) / seconds:,.0f} rows/s"
+    print(f"prepared in {seconds:.1f} s ({rate}); train with --data_dir={os.fspath(output)}")
 
 
 def command() -> None:

@@ -135,7 +135,7 @@ def test_an_epoch_over_a_grown_dataset_is_that_over_a_whole_one(tmp_path, small_
         np.testing.assert_array_equal(a.dense_BxN, b.dense_BxN)
 
 
-def test_old_shards_are_links_and_tfds_reads_all(tmp_path, small_pieces, monkeypatch):
+def test_old_shards_are_links_and_tfds_reads_all(tmp_path, small_pieces, monkeypatch, caplog):
     paths = write_days(tmp_path, 2)
     of = schema(label=RICH.label)
     ours = grown(paths, tmp_path, of)
@@ -150,6 +150,7 @@ def test_old_shards_are_links_and_tfds_reads_all(tmp_path, small_pieces, monkeyp
     monkeypatch.setattr(os, "link", no_links)
     prepare((paths[1],), tmp_path / "copied", of, Options("skip_and_count", extend=tmp_path / "grown0"))
     assert digest(tmp_path / "copied") == digest(ours)
+    assert "2 shards of the days before were copied: they cannot be linked there" in caplog.text
     assert all(path.stat().st_nlink == 2 for path in old)
 
 
@@ -225,7 +226,10 @@ def test_day_by_day_grows_as_prepared_at_once(tmp_path, small_pieces):
     assert apart == {"job.json", "hashes.json", "statistics.json"} and mine.keys() == whole.keys()
     assert counted(ours) == counted(theirs)
     assert [p["split"] for p in counted(ours)["periods"]] == ["train"] * 3 + ["val", "test"]
-    assert "2 periods that were val or test" in read_json(ours / "statistics.json")["notes"][0]
+    assert (
+        "split: 2 periods are now in another split, since val and test are the last"
+        in read_json(ours / "statistics.json")["notes"][0]
+    )
     late = days[1].replace("day1", "late")
     pathlib.Path(late).write_text("\n".join(pathlib.Path(days[1]).read_text().splitlines()[:100]) + "\n")
     prepare((late,), tmp_path / "later", of, Options("skip_and_count", extend=ours))

@@ -13,6 +13,7 @@ from dlrm_jax.data.values.periods import units_a_second
 from dlrm_jax.host.texts import aligned
 
 _MAX_CURVES = 12
+_MAX_PERIODS = 30
 
 
 def describe(directory: pathlib.Path) -> str:
@@ -28,7 +29,14 @@ def describe(directory: pathlib.Path) -> str:
     except OSError:
         drawn = _draw_here(statistics, clock)
     time = [_span(statistics, clock)] if clock else []
-    tables = [_splits(statistics), *time, _dense(statistics), _features(statistics), _tables(statistics)]
+    tables = [
+        _splits(statistics),
+        *_periods(statistics),
+        *time,
+        _dense(statistics),
+        _features(statistics),
+        _tables(statistics),
+    ]
     return "\n\n".join([*tables, drawn])
 
 
@@ -86,6 +94,14 @@ def _splits(statistics: dict[str, Any]) -> str:
         rows.append([name, f"{split['rows']:,}", _percent(split["positive_rate"])])
     skipped = statistics["skipped"]["rows"]
     return aligned(rows) + (f"\nskipped: {skipped:,} rows" if skipped else "")
+
+
+def _periods(statistics: dict[str, Any]) -> list[str]:
+    """A table of the periods by which the log is split, where it is: the last ones, of many."""
+    found = statistics.get("periods", [])[-_MAX_PERIODS:]
+    rows = [["period", "split", "rows", "positive rate"]]
+    rows += [[p["name"], p["split"], f"{p['rows']:,}", _percent(p["positives"] / p["rows"])] for p in found]
+    return [aligned(rows)] if found else []
 
 
 def _features(statistics: dict[str, Any]) -> str:

@@ -96,7 +96,7 @@ def notes(past: Past, runs: list[Run], now: dict[int, DenseStatistics], refit: b
         before = {run.period: run.split for run in past.runs}
         moved = sum(run.split != before.get(run.period, run.split) for run in runs)
         if moved:
-            yield f"split: {moved} periods that were val or test are now earlier than these, and in another split"
+            yield f"split: {moved} periods are now in another split, since val and test are the last ones"
     elif split.by in ("order", "time", "last_part"):
         yield (
             f"split: by {split.by} cuts the new rows by themselves, and the days before keep their splits; one "

@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import dataclasses
+import logging
 import os
 import pathlib
 import zlib
@@ -25,6 +26,7 @@ from dlrm_jax.data.schema.schema import SPLITS, Schema
 from dlrm_jax.data.values.dense import DenseStatistics, finish_dense
 from dlrm_jax.host.files import link_or_copy
 
+_LOG = logging.getLogger("dlrm_jax")
 _COUNT_BYTES = 20
 """What counting takes for an id: three counts, their sum, and room to grow."""
 _MAX_COUNT_BYTES = 200 << 20
@@ -55,7 +57,6 @@ class SecondPass:
         self._least = float("inf")
         self._remaps: list[tuple[slice, np.ndarray]] = []
         self.runs: list[Run] = []
-        self.linked = {True: 0, False: 0}
 
     def run(self, progress: Callable[[int], None]) -> dict[str, Any]:
         """Write everything but TFDS' metadata; the statistics. `progress(rows)` is told of rows written."""
@@ -140,10 +141,13 @@ class SecondPass:
         laid_out = self._laid_out()
         runs = [run for run, _ in laid_out]
         paths = shard_paths(self._output, self._schema.name, runs)
+        linked = []
         for (_, files), targets in zip(laid_out, paths, strict=True):
             for source, target in zip(files, targets, strict=False):
                 with writing(target):
-                    self.linked[link_or_copy(source, target)] += 1
+                    linked.append(link_or_copy(source, target))
+        if not all(linked):
+            _LOG.warning("%d shards of the days before were copied: they cannot be linked there", linked.count(False))
         names = ["row", "label", "dense", "ids", *(["weight"] if self._schema.weight else [])]
         names += [*self._splitter.columns, *map(wide_name, self._counts.dense)]
         rows_FxP = self._counts.rows_FxP
