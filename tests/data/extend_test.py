@@ -130,6 +130,7 @@ def test_an_epoch_over_a_grown_dataset_is_that_over_a_whole_one(tmp_path, small_
     ours, theirs = (
         open_prepared(d).splits["train"] for d in (grown(paths, tmp_path, log), at_once(paths, tmp_path, log))
     )
+    assert set(range(64, len(ours), 64)) < set(ours.ends.tolist())  # Its blocks are whole records, but at seams.
     for a, b in itertools.islice(zip(train_batches(ours, 50, 1, 3), train_batches(theirs, 50, 1, 3), strict=True), 60):
         np.testing.assert_array_equal(a.ids_BxK, b.ids_BxK)
         np.testing.assert_array_equal(a.dense_BxN, b.dense_BxN)
@@ -270,22 +271,23 @@ def notes_of(output: pathlib.Path) -> list[str]:
 
 def test_dying_before_each_file_changes_nothing(tmp_path, small_pieces, monkeypatch):
     paths = write_days(tmp_path, 2, 60)
-    prepare((paths[0],), tmp_path / "first", RICH, Options("skip_and_count"))
+    of = schema(label=RICH.label, dense=RICH.dense, sparse=(Sparse("c", min_count=2, oov=True), *RICH.sparse[6:8]))
+    prepare((paths[0],), tmp_path / "first", of, Options("skip_and_count"))
     options = Options("skip_and_count", extend=tmp_path / "first")
     before = digest(tmp_path / "first")
-    prepare((paths[1],), tmp_path / "whole", RICH, options)
+    prepare((paths[1],), tmp_path / "whole", of, options)
     output, deaths, linked = tmp_path / "stopped", 0, set()
     while not (output / "dataset_info.json").exists():
         with monkeypatch.context() as patch:
             dies_at(patch, deaths)
             try:
-                prepare((paths[1],), output, RICH, options)
+                prepare((paths[1],), output, of, options)
             except Killed:
                 deaths += 1
                 linked.add(len([path for path in output.glob("*array_record*") if path.stat().st_nlink > 1]))
     assert deaths > 8 and len(linked) > 1
     assert digest(output) == digest(tmp_path / "whole") and digest(tmp_path / "first") == before
-    assert prepare((paths[1],), output, RICH, options) == read_json(output / "statistics.json")
+    assert prepare((paths[1],), output, of, options) == read_json(output / "statistics.json")
 
 
 PLAIN = schema(sparse=(Sparse("c"), Sparse("l", separator="|", hotness=3)), timestamp="t")
@@ -351,6 +353,8 @@ def test_a_log_that_does_not_fit_is_refused(prepared, tmp_path, text, of, says):
 
 def test_a_dataset_that_cannot_grow_is_refused(prepared, tmp_path):
     log = (str(tmp_path / "log.csv"),)
+    twice = prepare(log, tmp_path / "twice", PLAIN, Options(extend=prepared))
+    assert "log.csv of 3,654 bytes was a file of the days before too; are its rows there twice?" in twice["notes"]
 
     def refuses(says: str, output: str = "out", extend: str = "first") -> None:
         with pytest.raises(ConfigError, match=says):

@@ -120,21 +120,26 @@ from dlrm_jax.data.prepare import first_pass, runs
 text_source.TextSource.__init__.__defaults__ = (False, 10_000)
 first_pass.CHUNKS_PER_FILE, runs.BLOCKS_PER_SHARD = 4, 1
 from tests.data.restart_test import LOG
-from dlrm_jax.data.prepare.preparation import prepare
+from dlrm_jax.data.prepare.preparation import Options, prepare
 import pathlib
-pathlib.Path(sys.argv[3]).touch()
-prepare((sys.argv[1],), pathlib.Path(sys.argv[2]), LOG)
+log, extend, output, called = map(pathlib.Path, sys.argv[1:])
+called.touch()
+prepare((str(log),), output, LOG, Options(extend=extend))
 """
 
 
 def test_kill_minus_nine_at_any_time(tmp_path):
-    log = write_log(tmp_path / "log.csv", 40_000)
-    prepare((log,), tmp_path / "whole", LOG)
+    """Of a dataset that grows, which does all that a new one does, and links what was there."""
+    log, grows = write_log(tmp_path / "log.csv", 40_000), Options(extend=tmp_path / "first")
+    prepare((write_log(tmp_path / "first.csv", 10_000),), tmp_path / "first", LOG)
+    before = digest(tmp_path / "first")
+    prepare((log,), tmp_path / "whole", LOG, grows)
     output, kills = tmp_path / "killed", 0
     for attempt in range(14):
         # Counted from the call, not from the start of the process: imports take seconds on a busy machine.
         called = tmp_path / f"called_{attempt}"
-        process = subprocess.Popen([sys.executable, "-c", SCRIPT, log, str(output), str(called)], cwd=ROOT)
+        paths = map(str, (log, tmp_path / "first", output, called))
+        process = subprocess.Popen([sys.executable, "-c", SCRIPT, *paths], cwd=ROOT)
         until(called.exists, process)
         time.sleep(0.05 * 1.6**attempt)
         if process.poll() is None:
@@ -144,8 +149,8 @@ def test_kill_minus_nine_at_any_time(tmp_path):
         if is_prepared(output) and not (output / "staging").exists():
             break
     assert kills >= 2
-    prepare((log,), output, LOG)
-    assert digest(output) == digest(tmp_path / "whole")
+    prepare((log,), output, LOG, grows)
+    assert digest(output) == digest(tmp_path / "whole") and digest(tmp_path / "first") == before
 
 
 def test_dying_while_tidying_up_leaves_a_finished_dataset(tmp_path, monkeypatch):

@@ -2,7 +2,7 @@
 
 import hashlib
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from dlrm_jax.config import ConfigError, differences, require, tell
@@ -55,6 +55,16 @@ def job_of_past(past: Past) -> dict[str, Any]:
     job = read_json(past.directory / "job.json")
     hashes = (past.directory / HASHES).read_bytes()
     return {"extends": hashlib.sha256(hashes).hexdigest(), "before": [*job.get("before", ()), job["inputs"]]}
+
+
+def repeated_files(job: Mapping[str, Any]) -> list[str]:
+    """A note for each file that an earlier day had too, by name and size."""
+    before = [(file["file"], file["bytes"]) for day in job.get("before", ()) for file in day]
+    return [
+        f"{file['file']} of {file['bytes']:,} bytes was a file of the days before too; are its rows there twice?"
+        for file in job["inputs"]
+        if (file["file"], file["bytes"]) in before
+    ]
 
 
 def delimiter_of(source: Source) -> str | None:

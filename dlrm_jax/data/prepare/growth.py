@@ -8,6 +8,7 @@ A value that has an id stands in vocabularies/TABLE.parquet, and is left out her
 """
 
 import dataclasses
+import functools
 import json
 import pathlib
 from collections.abc import Mapping
@@ -55,7 +56,7 @@ class Past:
         )
         return cls(schema, directory, read_json(directory / "statistics.json"), read_json(directory / GROWTH))
 
-    @property
+    @functools.cached_property
     def runs(self) -> list[Run]:
         """Its runs."""
         return from_json(self.statistics.get("runs", ()))

@@ -20,7 +20,7 @@ from dlrm_jax.config import ConfigError, differences, require, tell
 from dlrm_jax.data.formats.open_log import log_files, open_log
 from dlrm_jax.data.formats.source import list_names
 from dlrm_jax.data.prepare import blocks
-from dlrm_jax.data.prepare.extend import delimiter_of, job_of_past, open_past, require_same_delimiter
+from dlrm_jax.data.prepare.extend import delimiter_of, job_of_past, open_past, repeated_files, require_same_delimiter
 from dlrm_jax.data.prepare.first_pass import FirstPass
 from dlrm_jax.data.prepare.growth import Past, write_growth
 from dlrm_jax.data.prepare.runs import shard_lengths
@@ -126,6 +126,7 @@ def _run(
     statistics = second.run(lambda rows: progress(Progress("writing", rows, rows / num_rows)))
     before = past.statistics.get("skipped", {})
     statistics = {"name": schema.name, "skipped": _skipped(metas, before), "negative_texts": negative} | statistics
+    statistics["notes"] = repeated_files(job) + statistics["notes"]
     if not statistics["splits"]["train"]["rows"]:
         raise ConfigError(f"none of the {num_rows} rows is for training under split: by: {schema.split.by}")
     growth = {"next_row": metas[-1]["row"], "times": _times(metas, past), "delimiter": delimiter_of(source)}

@@ -124,10 +124,12 @@ class SecondPass:
         new = {part: of for part, of in zip(self._splitter.parts, counts, strict=True) if of[0]}
         out: list[tuple[Run, list[pathlib.Path]]] = []
         place = 0
-        for part in sorted({*new, *(run.part for run, _ in before)}, key=_place):
+        of_part: dict[Part, list[tuple[Run, list[pathlib.Path]]]] = {part: [] for part in new}
+        for run, files in before:
+            of_part.setdefault(run.part, []).append((run, files))
+        for part, together in sorted(of_part.items(), key=lambda item: _place(item[0])):
             # Blocks are counted from the first row of the split; or of all, since a period may change its split.
             place = place if by_periods else 0
-            together = [(run, files) for run, files in before if run.part == part]
             place += sum(run.rows for run, _ in together)
             out += together
             if part in new:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from dlrm_jax.data.prepare import blocks
-from dlrm_jax.data.prepare.runs import Part, Run
+from dlrm_jax.data.prepare.runs import Run
 from dlrm_jax.data.prepare.splits import Splitter
 from dlrm_jax.data.prepare.staging import Staging, write_whole
 
@@ -33,8 +33,9 @@ class ShardWriter:
     def write(self, runs: list[tuple[Run, list[pathlib.Path]]], progress: Callable[[int], None]) -> list[Run]:
         """Write the shards that are missing, to the path of each; the runs with their checksums."""
         written, out = 0, []
+        index = {part: i for i, part in enumerate(self.splitter.parts)}
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-            futures = [(run, list(self._submit(pool, run, paths))) for run, paths in runs]
+            futures = [(run, list(self._submit(pool, run, index[run.part], paths))) for run, paths in runs]
             try:
                 for run, of_run in futures:
                     shards = []
@@ -49,21 +50,20 @@ class ShardWriter:
         return out
 
     def _submit(
-        self, pool: concurrent.futures.Executor, run: Run, paths: list[pathlib.Path]
+        self, pool: concurrent.futures.Executor, run: Run, part: int, paths: list[pathlib.Path]
     ) -> Iterator[tuple[int, concurrent.futures.Future[int]]]:
         """(rows, future checksum) of each shard."""
         ends, start = run.ends, 0
         for path, (records, _) in zip(paths, run.shards, strict=True):
             of_shard, ends = np.append(start, ends[:records]), ends[records:]
             start = int(of_shard[-1])
-            yield start - int(of_shard[0]), pool.submit(self._write_shard, run, path, of_shard)
+            yield start - int(of_shard[0]), pool.submit(self._write_shard, part, path, of_shard)
 
-    def _write_shard(self, run: Run, path: pathlib.Path, borders: np.ndarray) -> int:
-        """Write the run's records that begin and end at `borders`, rows of it; the checksum."""
+    def _write_shard(self, part: int, path: pathlib.Path, borders: np.ndarray) -> int:
+        """Write the part's records that begin and end at `borders`, rows of it; the checksum."""
         note = self.staging.directory / f"{path.name}.json"
         if path.exists() and note.exists():
             return int(json.loads(note.read_text())["checksum"])
-        part = self.splitter.parts.index(Part(run.split, run.period))
         checksum = blocks.write_shard(path, self._records(part, borders.tolist()), self.compression)
         write_whole(note, json.dumps({"checksum": checksum}).encode())
         return checksum
@@ -81,18 +81,18 @@ class ShardWriter:
 
     def _pieces(self, part: int, start: int, stop: int) -> Iterator[Columns]:
         """The part's rows `start` to `stop`, finished, at most a block at once: so they stay in the cache."""
-        first = 0
-        for file, count in enumerate(self.rows_FxP[:, part]):
-            if first + count > start and first < stop:
-                position = first
-                for i, columns in enumerate(self.staging.batches(file, self.names)):
-                    codes = self.splitter.codes(file, i, columns)
-                    mine = np.flatnonzero(np.broadcast_to(codes, columns["label"].shape) == part)
-                    rows = mine[max(start - position, 0) : max(stop - position, 0)]
-                    position += len(mine)
-                    for piece in range(0, len(rows), blocks.BLOCK_ROWS):
-                        yield self.finish(columns, rows[piece : piece + blocks.BLOCK_ROWS])
-            first += int(count)
+        ends_F = np.cumsum(self.rows_FxP[:, part], dtype=np.int64)
+        for file in range(int(np.searchsorted(ends_F, start, "right")), int(np.searchsorted(ends_F, stop)) + 1):
+            if not self.rows_FxP[file, part]:
+                continue
+            position = int(ends_F[file]) - int(self.rows_FxP[file, part])
+            for i, columns in enumerate(self.staging.batches(file, self.names)):
+                codes = self.splitter.codes(file, i, columns)
+                mine = np.flatnonzero(np.broadcast_to(codes, columns["label"].shape) == part)
+                rows = mine[max(start - position, 0) : max(stop - position, 0)]
+                position += len(mine)
+                for piece in range(0, len(rows), blocks.BLOCK_ROWS):
+                    yield self.finish(columns, rows[piece : piece + blocks.BLOCK_ROWS])
 
 
 def _joined(pieces: list[np.ndarray]) -> np.ndarray:

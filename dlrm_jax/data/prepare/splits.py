@@ -137,7 +137,9 @@ def make_splitter(
 def parts_of_periods(rule: Split, numbers: list[int]) -> list[Part]:
     """The part of each period that has rows, the earliest first."""
     num_train = len(numbers) - int(rule.val) - int(rule.test)
-    held_out = f"val ({rule.val:g}) and test ({rule.test:g}) leave none for train"
+    held_out = (
+        f"val ({rule.val:g}) and test ({rule.test:g}) leave none for train; make them fewer, or the period shorter"
+    )
     require(num_train > 0, f"split: the log has {len(numbers)} periods of {rule.period}, of which {held_out}")
     what = f"split: period {rule.period} cuts the log into {len(numbers):,} periods"
     require(len(numbers) <= _MAX_PERIODS, f"{what}; at most {_MAX_PERIODS:,}, so make it longer")

@@ -32,7 +32,7 @@ class Counts:
     def __init__(self, schema: Schema, staging: Staging, num_files: int, splitter: Splitter, past: Past) -> None:
         self._schema, self._staging, self._num_files, self._splitter = schema, staging, num_files, splitter
         self._slots = np.cumsum([0, *(feature.hotness for feature in schema.sparse)])
-        self.rows_FxP = np.zeros((num_files, len(splitter.parts)), np.int64)
+        self.rows_FxP = np.zeros((num_files, len(splitter.parts)), np.int32)
         self.positives_P = np.zeros(len(splitter.parts), np.int64)
         self.time_bins = past.time_bins()
         before = past.growth.get("lookups", {})

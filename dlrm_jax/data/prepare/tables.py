@@ -77,23 +77,26 @@ class Finisher:
         rare_G = counts_GxV.sum(axis=1) - final_GxV.sum(axis=1) + early_G
         if first:
             final_GxV[:, 0] = rare_G
-        final_SxV, rare_S = self._by_split(final_GxV), self._by_split(rare_G)
         in_order = values.take(pa.array(kept))
+        self._write_values(name, first, values, kept, counts_GxV)
+        final_SxV, rare_S = self._by_split(final_GxV), self._by_split(rare_G)
         path = self.output / "vocabularies" / f"{file_names(self.schema.tables())[name]}.parquet"
         write_vocabulary(path, in_order, final_SxV.sum(axis=0)[first:], first)
-        ids_V[:] = -1
-        ids_V[kept] = np.arange(first, first + len(kept))
-        rare = pc.if_else(pa.array(ids_V >= 0), None, values) if len(kept) < len(values) else _none_of(values)
-        write_counts(counts_path(self.output, self.schema, name), counts_GxV, {"id": pa.array(ids_V), "value": rare})
-        top = top_ids(final_SxV.sum(axis=0))
-        total_S = self._by_split(counts_GxV.sum(axis=1) + early_G)
-        coverage = {
+        top, total_S = top_ids(final_SxV.sum(axis=0)), self._by_split(counts_GxV.sum(axis=1) + early_G)
+        statistics = summarise_table(final_SxV, top, describe_ids(top, in_order, first))
+        statistics["infrequent_values"] = len(values) - len(kept)
+        statistics["coverage"] = {
             split: round(1 - float(rare_S[i] / total_S[i]), 6) if total_S[i] else None for i, split in enumerate(SPLITS)
         }
-        statistics = summarise_table(final_SxV, top, describe_ids(top, in_order, first))
-        statistics |= {"infrequent_values": len(values) - len(kept), "coverage": coverage}
         notes = self._notes(name, rule, len(kept) - int((known.ids_V >= 0).sum()), len(risen), int(risen_G.sum()))
         return Finished(plan, statistics, {"keys": len(values), "early": early_G.tolist()}, notes)
+
+    def _write_values(self, name: str, first: int, values: pa.Array, kept: np.ndarray, counts_GxV: np.ndarray) -> None:
+        """counts/TABLE.parquet of a vocabulary, with the values that are too rare for an id."""
+        ids_V = np.full(len(values), -1, np.int32)
+        ids_V[kept] = np.arange(first, first + len(kept))
+        rare = pc.if_else(pa.array(ids_V >= 0), None, values)
+        write_counts(counts_path(self.output, self.schema, name), counts_GxV, {"id": pa.array(ids_V), "value": rare})
 
     def _notes(self, name: str, rule: Sparse, new: int, risen: int, early: int) -> tuple[str, ...]:
         if self.past.directory is None or not new:
@@ -148,10 +151,6 @@ class Finisher:
         if [part.split for part in self.groups] == list(SPLITS):
             return of_groups
         return np.asarray([[part.split == name for part in self.groups] for name in SPLITS], np.int64) @ of_groups
-
-
-def _none_of(values: pa.Array) -> pa.Array:
-    return pa.nulls(len(values), values.type)
 
 
 def _sum(old_GxV: np.ndarray, new_GxV: np.ndarray) -> np.ndarray:
