@@ -40,7 +40,7 @@ def small_pieces(monkeypatch):
     """Many chunks, staged files and shards from a small log."""
     monkeypatch.setattr(text_source.TextSource.__init__, "__defaults__", (False, 10_000))
     monkeypatch.setattr("dlrm_jax.data.prepare.first_pass.CHUNKS_PER_FILE", 4)
-    monkeypatch.setattr("dlrm_jax.data.prepare.second_pass._BLOCKS_PER_SHARD", 1)
+    monkeypatch.setattr("dlrm_jax.data.prepare.runs.BLOCKS_PER_SHARD", 1)
 
 
 class Killed(BaseException):
@@ -49,15 +49,19 @@ class Killed(BaseException):
 
 def dies_at(monkeypatch, count: int) -> list[str]:
     """From now on the `count`-th file to be put into its place never is; the list receives the names that were."""
-    done, replace = [], os.replace
+    done = []
 
-    def dying(source, target):
-        if len(done) == count:
-            raise Killed
-        replace(source, target)
-        done.append(os.path.basename(target))
+    def dying(call):
+        def put(source, target):
+            if len(done) == count:
+                raise Killed
+            call(source, target)
+            done.append(os.path.basename(target))
 
-    monkeypatch.setattr(os, "replace", dying)
+        return put
+
+    for name in ("replace", "link"):
+        monkeypatch.setattr(os, name, dying(getattr(os, name)))
     return done
 
 
@@ -112,25 +116,30 @@ def test_finished_files_are_not_made_again(tmp_path, monkeypatch, count, among):
 SCRIPT = """
 import sys
 from dlrm_jax.data.formats import text_source
-from dlrm_jax.data.prepare import first_pass, second_pass
+from dlrm_jax.data.prepare import first_pass, runs
 text_source.TextSource.__init__.__defaults__ = (False, 10_000)
-first_pass.CHUNKS_PER_FILE, second_pass._BLOCKS_PER_SHARD = 4, 1
+first_pass.CHUNKS_PER_FILE, runs.BLOCKS_PER_SHARD = 4, 1
 from tests.data.restart_test import LOG
-from dlrm_jax.data.prepare.preparation import prepare
+from dlrm_jax.data.prepare.preparation import Options, prepare
 import pathlib
-pathlib.Path(sys.argv[3]).touch()
-prepare((sys.argv[1],), pathlib.Path(sys.argv[2]), LOG)
+log, extend, output, called = map(pathlib.Path, sys.argv[1:])
+called.touch()
+prepare((str(log),), output, LOG, Options(extend=extend))
 """
 
 
 def test_kill_minus_nine_at_any_time(tmp_path):
-    log = write_log(tmp_path / "log.csv", 40_000)
-    prepare((log,), tmp_path / "whole", LOG)
+    """Of a dataset that grows, which does all that a new one does, and links what was there."""
+    log, grows = write_log(tmp_path / "log.csv", 40_000), Options(extend=tmp_path / "first")
+    prepare((write_log(tmp_path / "first.csv", 10_000),), tmp_path / "first", LOG)
+    before = digest(tmp_path / "first")
+    prepare((log,), tmp_path / "whole", LOG, grows)
     output, kills = tmp_path / "killed", 0
     for attempt in range(14):
         # Counted from the call, not from the start of the process: imports take seconds on a busy machine.
         called = tmp_path / f"called_{attempt}"
-        process = subprocess.Popen([sys.executable, "-c", SCRIPT, log, str(output), str(called)], cwd=ROOT)
+        paths = map(str, (log, tmp_path / "first", output, called))
+        process = subprocess.Popen([sys.executable, "-c", SCRIPT, *paths], cwd=ROOT)
         until(called.exists, process)
         time.sleep(0.05 * 1.6**attempt)
         if process.poll() is None:
@@ -140,8 +149,8 @@ def test_kill_minus_nine_at_any_time(tmp_path):
         if is_prepared(output) and not (output / "staging").exists():
             break
     assert kills >= 2
-    prepare((log,), output, LOG)
-    assert digest(output) == digest(tmp_path / "whole")
+    prepare((log,), output, LOG, grows)
+    assert digest(output) == digest(tmp_path / "whole") and digest(tmp_path / "first") == before
 
 
 def test_dying_while_tidying_up_leaves_a_finished_dataset(tmp_path, monkeypatch):
