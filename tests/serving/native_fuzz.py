@@ -69,6 +69,7 @@ class Fuzz:
             for _ in range(12):
                 self.files(version)
         self.while_files_change()
+        self.while_ids_change()
         self.public()
 
     def pick(self, *choices: Any) -> Any:
@@ -286,6 +287,24 @@ class Fuzz:
                     file.write(b"\xff" * path.stat().st_size)
                 os.truncate(path, 100)
             self.counts["while files change: scored"] += len(list(checks))
+
+    def while_ids_change(self) -> None:
+        """Whoever passed the ids writes others, inside the tables and far outside, while they are scored."""
+        model = tiny_model(learned_pooling=True)
+        engine = NativeCpu(self.write(self.directory / "ids", model, "float32"), threads=1)
+        dense, ids = self.inputs(model, 2000)
+        inside, outside = np.zeros_like(ids), np.full_like(ids, 2**31 - 1)
+
+        def change() -> None:
+            for _ in range(30_000):  # Read twice, an id was seen to be another after a few thousand.
+                ids[...] = inside
+                ids[...] = outside
+
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            changing = pool.submit(change)
+            while not changing.done():
+                assert np.isfinite(engine.run(dense, ids)[0]).all()
+                self.counts["while ids change: scored"] += 1
 
     def public(self) -> None:
         """What serving.load gives, asked for anything."""
