@@ -193,12 +193,17 @@ class Fuzz:
         described = [native._described(array) for array in (dense, ids, out)]
         lied = self.pick(*described)
         field = self.pick("data", "type", "rows", "columns", "row_stride", "column_stride", "")
+        is_lie = False
         if field:
             true = getattr(lied, field)
             lie = self.pick(None, (true or 0) + 1) if field == "data" else int(self.pick(*NUMBERS))
             setattr(lied, field, lie)
+            # Strides along which there is one number, and what is said of no number, mean nothing.
+            steps = {"row_stride": lied.rows, "column_stride": lied.columns}.get(field, 2)
+            is_lie = lie != true and steps > 1 and lied.rows * lied.columns != 0
         threads = int(self.pick(*NUMBERS[:10]))
         wrong = engine._score(engine._model, *described, threads)
+        assert wrong or not is_lie, (field, lie)
         self.counts[f"C++: {'refused' if wrong else 'scored'}"] += 1
 
     def structures(self, engine: NativeCpu, model: ModelConfig) -> None:
@@ -220,10 +225,12 @@ class Fuzz:
             (top[-1].panels, self.pick("type", "rows", "columns", "row_stride")),
             (features[0].rows, self.pick("type", "columns", "row_stride", "column_stride")),
         )
-        setattr(target, name, self.pick(*NUMBERS, getattr(target, name) + 1, getattr(target, name) - 1))
+        true = getattr(target, name)
+        setattr(target, name, self.pick(*NUMBERS, true + 1, true - 1))
         dense, ids = self.inputs(model, 5)
         described = [native._described(array) for array in (dense, ids, np.zeros((2, 5), np.float32))]
         wrong = engine._score(ctypes.addressof(copy), *described, 2)
+        assert wrong or name != "hotness" or getattr(target, name) == true
         self.counts[f"C++ model: {'refused' if wrong else 'scored'}"] += 1
 
     def files(self, version: Version) -> None:
