@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from dlrm_jax.model.loss import binary_cross_entropy
+from dlrm_jax.config import LossConfig
+from dlrm_jax.model.loss import binary_cross_entropy, clipped, example_losses
 
 
 class BatchSums(struct.PyTreeNode):
@@ -49,6 +50,15 @@ def batch_sums(
         label_B=label_B,
         weight_B=weight_B,
     )
+
+
+def scored_sums(
+    loss: LossConfig, logits_B: jax.Array, prob_B: jax.Array, label_B: jax.Array, weight_B: jax.Array
+) -> BatchSums:
+    """`batch_sums` of a model's bare logits and of the probabilities that it predicts: with a threshold all metrics are
+    of these."""
+    losses_B = example_losses(loss, logits_B, label_B)
+    return batch_sums(losses_B, clipped(logits_B, loss.threshold), prob_B, label_B, weight_B)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -40,6 +40,7 @@ def calibrate() -> Hardware:
         launch=min(launch, known.launch),
         row_efficiency=min(1.0, row_rate / memory_rate),
         on_chip_bytes=known.on_chip_bytes,
+        is_cpu=known.is_cpu,
         source=f"measured on {len(jax.devices())} x {device.device_kind}",
     )
 

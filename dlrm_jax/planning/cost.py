@@ -2,7 +2,8 @@
 
 Bytes sent are exact: the exchange's buffers are static, and the compiled step's collectives (hlo.py) must add up to the
 same numbers. Memory is exact for tables, optimizer state and dense parameters; what a step needs besides is estimated
-(step_memory.py), so that all together is within a tenth of what XLA's compiled steps hold on a CPU.
+(step_memory.py), so that all together is within 5 % of what XLA's compiled steps hold on one CPU device, and within
+15 % on one of several, where XLA leaves gaps, for the shapes of tests/planning/cost_test.py.
 """
 
 import dataclasses
@@ -169,7 +170,7 @@ def estimate(
         "network": sent.total * peers / hardware.link_rate + sent.count * hardware.latency,
         "launch": _KERNELS * hardware.launch,
     }
-    memory = _memory(model, optimizer, stacks, load, sent, options, hardware.on_chip_bytes)
+    memory = _memory(model, optimizer, stacks, load, sent, options, hardware)
     return Cost(plan, stacks, options, memory, sent, flops, traffic + row_traffic, seconds)
 
 
@@ -223,7 +224,7 @@ def _memory(
     load: Load,
     sent: Sent,
     options: ExchangeOptions,
-    on_chip_bytes: int,
+    hardware: Hardware,
 ) -> dict[str, int]:
     devices = stacks[0].num_devices
     b = -(-load.batch_size // devices)
@@ -240,12 +241,12 @@ def _memory(
     if any(stack.pack > 1 for stack in stacks):
         activations, exchange = _packed_step(model, stacks, load, sent)
     else:
-        works = [_work(model, optimizer, stack, load, options) for stack in stacks]
+        works = [_work(model, optimizer, stack, load, options, hardware.is_cpu) for stack in stacks]
         floats = step_floats(model, works, b, load.num_micro_batches)
         activations, exchange = (count * FLOAT for count in (floats if devices > 1 else (sum(floats), 0)))
     if optimizer.table_update == ALL_ROWS:
         activations += max(_floats_of_all_rows(optimizer, stack) for stack in stacks) * FLOAT
-    on_chip = min(on_chip_bytes, activations + exchange)
+    on_chip = min(hardware.on_chip_bytes, activations + exchange)
     activations, exchange = activations - min(on_chip, activations), exchange - max(0, on_chip - activations)
     return {
         "tables": tables,
@@ -262,11 +263,13 @@ def _floats_of_all_rows(optimizer: OptimizerConfig, stack: Stack) -> int:
     return stack.rows * ((4 + kept) * stack.width // 2 + 3)
 
 
-def _work(model: ModelConfig, optimizer: OptimizerConfig, stack: Stack, load: Load, options: ExchangeOptions) -> Work:
+def _work(
+    model: ModelConfig, optimizer: OptimizerConfig, stack: Stack, load: Load, options: ExchangeOptions, on_cpu: bool
+) -> Work:
     received = stack.form.received(stack, -(-load.batch_size // stack.num_devices), options)
-    bags = model.num_slots > len(model.features)
+    in_pieces = on_cpu and any(hotness > 1 for hotness in stack.hotness) and not model.learned_pooling
     slots = stack.form.looked_up(stack, load.batch_size)
-    return Work(stack, stack_rule(optimizer, stack), slots, received, model.learned_pooling, bags)
+    return Work(stack, stack_rule(optimizer, stack), slots, received, model.learned_pooling, in_pieces)
 
 
 def _packed_step(model: ModelConfig, stacks: tuple[Stack, ...], load: Load, sent: Sent) -> tuple[int, int]:

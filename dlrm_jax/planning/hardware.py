@@ -29,6 +29,7 @@ class Hardware:
     source: str
     on_chip_bytes: int = 0
     assumed: bool = False
+    is_cpu: bool = False
 
 
 _SHEET = "data sheet; 0.9 of its memory rate, as measured on an H100 (3.0 of 3.35 TB/s)"
@@ -65,7 +66,7 @@ HARDWARE = {
         Hardware("v5p", 95e9, 2.4e12, 400e12, 300e9, 5e-6, 1e-6, 0.25, _TPU),
         Hardware("v6e", 32e9, 1.4e12, 800e12, 180e9, 5e-6, 1e-6, 0.25, _TPU, _ON_CHIP),
         Hardware("tpu7x", 96e9, 3.2e12, 1000e12, 300e9, 5e-6, 1e-6, 0.25, _TPU + "; one of a chip's two cores"),
-        Hardware("cpu", 16e9, 20e9, 100e9, 5e9, 50e-6, 5e-6, 0.5, "two cores of an EPYC server, measured"),
+        Hardware("cpu", 16e9, 20e9, 100e9, 5e9, 50e-6, 5e-6, 0.5, "two cores of an EPYC server, measured", is_cpu=True),
     )
 }
 

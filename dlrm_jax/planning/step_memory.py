@@ -14,7 +14,7 @@ from dlrm_jax.tables.forms.base import Work
 
 _OF_A_GRADIENT = 2.25
 """Arrays of a kernel's size where its gradient is made: it, what becomes of the kernel, and whether it is finite."""
-_OF_NORM = {NO_NORM: 0.0, BATCH_NORM: 1.0, LAYER_NORM: 3.0}
+_OF_NORM = {NO_NORM: 0.0, BATCH_NORM: 1.3, LAYER_NORM: 3.0}
 _OF_ACTIVATION = {"relu": 0.0, "gelu": 2.0, "silu": 1.0, "prelu": 1.0}
 _OF_DROPOUT = 2.0
 """Arrays of a hidden layer's size that each keeps for the backward pass, beside those before and after a ReLU."""
@@ -33,8 +33,9 @@ def step_floats(model: ModelConfig, works: list[Work], examples: int, num_micro_
     pooled = examples * pooled_floats(model)
     dense = _dense(model, examples // num_micro_batches, pooled)
     unfinished = examples * _saved_of_bottom(model)  # When the tables are updated, which may be before it is through.
-    if num_micro_batches > 1:  # The parts of the pooled vectors, their gradients, and sums of the gradients.
-        dense, unfinished = dense + 2 * pooled + dense_work(model).parameters, 0
+    if num_micro_batches > 1:  # The parts of what goes in, gradients of the pooled vectors, and sums of the others.
+        dense += 2 * pooled + examples * (model.num_dense + 2) + dense_work(model).parameters
+        unfinished = 0
     if any(work.stack.num_devices > 1 for work in works):
         # The gradients that are summed over devices, in one array and out of another.
         dense = max(dense, 2 * dense_work(model).parameters + pooled)

@@ -16,7 +16,7 @@ from dlrm_jax.data.batch import Batch, without_unweighted
 from dlrm_jax.model import metrics
 from dlrm_jax.model.dense_optimizer import make_dense_optimizer, norm_factor, regularised
 from dlrm_jax.model.dlrm import DLRM
-from dlrm_jax.model.loss import clipped, example_losses, probability
+from dlrm_jax.model.loss import example_losses, probability
 from dlrm_jax.model.mlp import Training
 from dlrm_jax.model.schedule import make_schedule
 from dlrm_jax.tables.exchange import Pooled, TableOps, local_ops
@@ -269,16 +269,11 @@ def training_logits(
 def make_eval_step(
     model: ModelConfig, loss: LossConfig, ops: TableOps | None = None
 ) -> Callable[[TrainState, Batch], metrics.BatchSums]:
-    """`(state, batch) -> metrics.batch_sums(...)`: sums and logits that metrics.Metrics accumulates."""
+    """`(state, batch) -> metrics.scored_sums(...)`: sums and logits that metrics.Metrics accumulates."""
 
     def eval_step(state: TrainState, batch: Batch) -> metrics.BatchSums:
         logits_B = logits(model, state, batch, ops)
-        return metrics.batch_sums(
-            loss_B=example_losses(loss, logits_B, batch.label_B),
-            logits_B=clipped(logits_B, loss.threshold),
-            prob_B=probability(logits_B, loss.threshold),
-            label_B=batch.label_B,
-            weight_B=batch.weight_B,
-        )
+        prob_B = probability(logits_B, loss.threshold)
+        return metrics.scored_sums(loss, logits_B, prob_B, batch.label_B, batch.weight_B)
 
     return eval_step

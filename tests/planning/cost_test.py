@@ -74,7 +74,9 @@ SHAPES = [
     (step_of(26, 16, 1, (2048, 1024), (4096, 4096, 1)), (1, 1), "data_parallel", "sgd", 512, 1),
     (step_of(26, 16, 2, (8,), (8, 1), learned_pooling=True), (1, 1), "data_parallel", "rowwise_adagrad", 8192, 1),
     (step_of(8, 128, 1, (256,), (512, 1), interaction="cross", cross_rank=64), (1, 1), "data_parallel", "sgd", 2048, 1),
+    (step_of(26, 16, 1, *KAGGLE), (1, 1), "data_parallel", "adagrad", 2048, 1),
     (step_of(26, 16, 5, *KAGGLE), MANY, "row_wise", "rowwise_adagrad", 16384, 1),
+    (step_of(26, 16, 5, *KAGGLE), MANY, "table_wise", "adagrad", 16384, 1),
 ]
 NORMED, FREE = HiddenConfig(norm="batch", dropout=0.2), HiddenConfig("prelu", "layer", 0.5)
 SHAPES += [
@@ -88,7 +90,26 @@ SHAPES += [
     ),
     (step_of(26, 16, 5, *KAGGLE, bottom_hidden=NORMED, top_hidden=FREE), (1, 1), "data_parallel", "sgd", 8192, 4),
 ]
+ALONE = [
+    *(
+        (step_of(26, 16, hotness, *KAGGLE), rule, batch, 1)
+        for hotness in (1, 5)
+        for batch in (2048, 16384)
+        for rule in ("sgd", "rowwise_adagrad", "adagrad")
+    ),
+    (step_of(26, 16, 1, *KAGGLE), "adam", 4096, 1),
+    (step_of(26, 16, 1, *KAGGLE), "sgd", 16384, 4),
+    (step_of(26, 16, 5, *KAGGLE), "rowwise_adagrad", 16384, 4),
+    *((step_of(26, 64 * hotness, hotness, *KAGGLE), "rowwise_adagrad", 4096, 1) for hotness in (1, 2)),
+    *((step_of(8, 16, hotness, (8,), (8, 1)), "rowwise_adagrad", 8192, 1) for hotness in (1, 10)),
+    (step_of(26, 16, 5, *KAGGLE, interaction="cat"), "rowwise_adagrad", 8192, 1),
+    (step_of(26, 16, 5, *KAGGLE, interaction="cross", cross_rank=64), "sgd", 8192, 1),
+    (step_of(26, 16, 4, (8,), (8, 1)), "rowwise_adagrad", 8192, 1),
+    (step_of(12, 32, 1, (1024,), (2048, 1024, 1)), "rowwise_adagrad", 4096, 1),
+    (step_of(40, 8, 3, (256, 64), (256, 64, 1)), "adagrad", 4096, 1),
+]
 MORE_SHAPES = [
+    *((config, (1, 1), "data_parallel", *others) for config, *others in ALONE),
     *((step_of(26, 16, 5, *KAGGLE), MANY, kind, table, 16384, 1) for kind in SHARDINGS for table in ("sgd", "adagrad")),
     *((step_of(26, 16, 2, *KAGGLE), (2, 2), kind, "rowwise_adagrad", 8192, 2) for kind in SHARDINGS),
     *((step_of(26, 16, 4, (8,), (8, 1)), MANY, kind, "rowwise_adagrad", 8192, 1) for kind in SHARDINGS),
@@ -106,7 +127,8 @@ def test_memory_is_that_of_the_compiled_step_where_tables_are_small(config, mesh
     placed = Placed(config, optimizer(table), plan, make_mesh(MeshShape(*mesh)), cost.options)
     step = placed.jit_step(make_train_step(config, LossConfig(), placed.optimizer, parts, placed.ops))
     compiled = step.lower(placed.abstract_state, placed.abstract_batch(batch_size)).compile()
-    assert abs(cost.bytes_held / held(compiled) - 1) < 0.1
+    # On several devices XLA leaves gaps in the memory, of up to a fifth of it, which no sum of what lives together has.
+    assert abs(cost.bytes_held / held(compiled) - 1) < (0.05 if mesh == (1, 1) else 0.15)
 
 
 CASES = [

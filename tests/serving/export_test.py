@@ -1,6 +1,7 @@
 """An exported model: the same probabilities, in a process without the training code, and never a changed file."""
 
 import dataclasses
+import functools
 import json
 import os
 import shutil
@@ -27,6 +28,7 @@ from dlrm_jax.serving.artifact.store import open_version, versions, write_versio
 from dlrm_jax.tables import reshard
 from dlrm_jax.tables.by_name import named_tables
 from dlrm_jax.training import checkpoint
+from dlrm_jax.training.evaluation import score_rows
 from dlrm_jax.training.loop import train_and_evaluate
 from dlrm_jax.training.options import ShardingOptions
 from dlrm_jax.training.placed import on_one_device
@@ -78,12 +80,17 @@ def test_probabilities_are_those_of_training(tmp_path, changes):
 
 def test_batches_larger_than_any_executable_are_cut(tmp_path):
     model = tiny_model()
-    export_tiny(tmp_path, model, loss=LossConfig(threshold=0.3))
+    loss, state = LossConfig(threshold=0.3), lively_state(model)
+    version = export_tiny(tmp_path, model, loss=loss)
     batch = random_batch(model, 50)
-    want = in_training(model, lively_state(model), batch, LossConfig(threshold=0.3))
+    want = in_training(model, state, batch, loss)
     got = load(tmp_path, batch_sizes=(8, 2)).predict(batch.dense_BxN, batch.ids_BxK)
     np.testing.assert_allclose(got, want, atol=1e-6)
     assert got.min() == np.float32(0.3) and len(load(tmp_path).predict(batch.dense_BxN[:0], batch.ids_BxK[:0])) == 0
+    in_evaluation = score_rows(
+        random_dataset(model).splits["test"], 200, functools.partial(make_eval_step(model, loss), state)
+    )
+    assert version.read_json("metrics.json")["test"] == pytest.approx(in_evaluation.compute(), rel=1e-6)
 
 
 @pytest.mark.parametrize(("kind", "atol"), [("bfloat16", 0.02), ("int8", 0.02), ("int4", 0.3)])

@@ -69,6 +69,7 @@ class Fuzz:
             for _ in range(12):
                 self.files(version)
         self.while_files_change()
+        self.while_ids_change()
         self.public()
 
     def pick(self, *choices: Any) -> Any:
@@ -192,12 +193,17 @@ class Fuzz:
         described = [native._described(array) for array in (dense, ids, out)]
         lied = self.pick(*described)
         field = self.pick("data", "type", "rows", "columns", "row_stride", "column_stride", "")
+        is_lie = False
         if field:
             true = getattr(lied, field)
             lie = self.pick(None, (true or 0) + 1) if field == "data" else int(self.pick(*NUMBERS))
             setattr(lied, field, lie)
+            # Strides along which there is one number, and what is said of no number, mean nothing.
+            steps = {"row_stride": lied.rows, "column_stride": lied.columns}.get(field, 2)
+            is_lie = lie != true and steps > 1 and lied.rows * lied.columns != 0
         threads = int(self.pick(*NUMBERS[:10]))
         wrong = engine._score(engine._model, *described, threads)
+        assert wrong or not is_lie, (field, lie)
         self.counts[f"C++: {'refused' if wrong else 'scored'}"] += 1
 
     def structures(self, engine: NativeCpu, model: ModelConfig) -> None:
@@ -219,10 +225,12 @@ class Fuzz:
             (top[-1].panels, self.pick("type", "rows", "columns", "row_stride")),
             (features[0].rows, self.pick("type", "columns", "row_stride", "column_stride")),
         )
-        setattr(target, name, self.pick(*NUMBERS, getattr(target, name) + 1, getattr(target, name) - 1))
+        true = getattr(target, name)
+        setattr(target, name, self.pick(*NUMBERS, true + 1, true - 1))
         dense, ids = self.inputs(model, 5)
         described = [native._described(array) for array in (dense, ids, np.zeros((2, 5), np.float32))]
         wrong = engine._score(ctypes.addressof(copy), *described, 2)
+        assert wrong or name != "hotness" or getattr(target, name) == true
         self.counts[f"C++ model: {'refused' if wrong else 'scored'}"] += 1
 
     def files(self, version: Version) -> None:
@@ -286,6 +294,24 @@ class Fuzz:
                     file.write(b"\xff" * path.stat().st_size)
                 os.truncate(path, 100)
             self.counts["while files change: scored"] += len(list(checks))
+
+    def while_ids_change(self) -> None:
+        """Whoever passed the ids writes others, inside the tables and far outside, while they are scored."""
+        model = tiny_model(learned_pooling=True)
+        engine = NativeCpu(self.write(self.directory / "ids", model, "float32"), threads=1)
+        dense, ids = self.inputs(model, 2000)
+        inside, outside = np.zeros_like(ids), np.full_like(ids, 2**31 - 1)
+
+        def change() -> None:
+            for _ in range(30_000):  # Read twice, an id was seen to be another after a few thousand.
+                ids[...] = inside
+                ids[...] = outside
+
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            changing = pool.submit(change)
+            while not changing.done():
+                assert np.isfinite(engine.run(dense, ids)[0]).all()
+                self.counts["while ids change: scored"] += 1
 
     def public(self) -> None:
         """What serving.load gives, asked for anything."""

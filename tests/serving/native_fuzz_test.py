@@ -21,7 +21,7 @@ def test_whatever_is_passed_is_scored_or_refused(tmp_path):
     fuzz.run(1)
     for what in ("run: TypeError", "C++: refused", "C++ model: refused", "files: ConfigError", "predict: BadRequest"):
         assert fuzz.counts[what] > 5, fuzz.counts
-    for what in ("run", "C++", "C++ model", "while files change", "predict"):
+    for what in ("run", "C++", "C++ model", "while files change", "while ids change", "predict"):
         assert fuzz.counts[f"{what}: scored"], fuzz.counts
 
 

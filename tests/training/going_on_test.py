@@ -13,11 +13,18 @@ from dlrm_jax.cli import trained
 from dlrm_jax.config import ConfigError
 from dlrm_jax.training import loop, opening
 from dlrm_jax.training.loop import Progress, stopping
+from dlrm_jax.training.reporting import read_metrics
 from tests.training.resume_test import CONFIG, final_state
 
 SLOW = dataclasses.replace(CONFIG.optimizer.schedule, learning_rate=1e-30)
 STILL = dataclasses.replace(CONFIG, optimizer=dataclasses.replace(CONFIG.optimizer, schedule=SLOW))
 LOWER = dataclasses.replace(CONFIG.optimizer.schedule, learning_rate=0.001)
+WILD = dataclasses.replace(
+    CONFIG,
+    optimizer=dataclasses.replace(
+        CONFIG.optimizer, schedule=dataclasses.replace(CONFIG.optimizer.schedule, learning_rate=3.0)
+    ),
+)
 LOWERED = dataclasses.replace(CONFIG, optimizer=dataclasses.replace(CONFIG.optimizer, schedule=LOWER))
 
 
@@ -113,11 +120,14 @@ def test_a_run_that_went_back_keeps_its_own_best(finished, caplog):
     workdir, _ = finished
     shutil.rmtree(workdir / "checkpoints" / "latest" / "60")
     with caplog.at_level("WARNING", logger="dlrm_jax"):
-        still = dataclasses.replace(STILL, allow_schedule_change=True, eval_every=4)
-        result = loop.train_and_evaluate(still, workdir)
+        wild = dataclasses.replace(WILD, allow_schedule_change=True, eval_every=4)
+        result = loop.train_and_evaluate(wild, workdir)
     assert "best checkpoint, of step 40, is missing (one of step 60 is there): the best from here on" in caplog.text
-    assert result["step"] == 52, "nothing is learned from step 50 on, so that the first evaluation is the best"
-    assert int(trained.restore(workdir, "best").state.step) == 52
+    aucs = {line["step"]: line["auc"] for line in read_metrics(workdir) if line["split"] == "val"}
+    own = max(auc for step, auc in aucs.items() if step > 50)
+    assert own < aucs[40], "what was best before must not be what these are compared with"
+    assert result["val"]["auc"] == own == aucs[result["step"]]
+    assert int(trained.restore(workdir, "best").state.step) == result["step"]
 
 
 def test_only_what_is_of_the_best_checkpoint_renews_the_result(tmp_path):

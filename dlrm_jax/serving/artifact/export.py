@@ -40,7 +40,6 @@ from dlrm_jax.data.read.raw_values import read_vocabulary
 from dlrm_jax.data.schema.schema import HELD_OUT, Sparse
 from dlrm_jax.data.schema.schema_io import from_dict as schema_from_dict
 from dlrm_jax.model import metrics
-from dlrm_jax.model.loss import example_losses
 from dlrm_jax.serving.artifact.folded import folded
 from dlrm_jax.serving.artifact.loaded import MakeEngine
 from dlrm_jax.serving.artifact.quantise import TABLE_TYPES, stored_table, take_stored
@@ -316,13 +315,7 @@ def _evaluate(score: Score, multiple: int, loss: LossConfig, dataset: Dataset, n
 
     def score_batch(batch: Batch) -> metrics.BatchSums:
         prob_B, logit_B = score(batch.dense_BxN, batch.ids_BxK)
-        return metrics.batch_sums(
-            loss_B=example_losses(loss, logit_B, batch.label_B),
-            logits_B=logit_B,
-            prob_B=prob_B,
-            label_B=batch.label_B,
-            weight_B=batch.weight_B,
-        )
+        return metrics.scored_sums(loss, logit_B, prob_B, batch.label_B, batch.weight_B)
 
     rows = padded(min(16384, len(split)), multiple)
     steps = steps_per_epoch(len(split), rows)

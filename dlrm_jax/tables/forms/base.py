@@ -22,7 +22,7 @@ from dlrm_jax.tables.dtypes import TableDtype, table_dtype
 from dlrm_jax.tables.id_maps import row_numbers
 from dlrm_jax.tables.pooling import POOLING_WEIGHTS, Take
 from dlrm_jax.tables.rows import LANES
-from dlrm_jax.tables.rules import Arrays, Rule
+from dlrm_jax.tables.rules import WEIGHT, Arrays, Rule
 from dlrm_jax.tables.updates import Update
 
 ALL, GROUP, ONE = "all", "group", "one"
@@ -268,7 +268,8 @@ class Learning(Here):
 class Work:
     """What a device has to do with a stack in a step: so many id slots looked up, and rows received of all others.
 
-    `learned`: with learned pooling weights; `bags`: the model has features of several ids.
+    `learned`: with learned pooling weights; `in_pieces`: bags of several ids are updated as on CPUs, where no slot's
+    gradient is ever written down (bags.update_bags).
     """
 
     stack: Stack
@@ -276,4 +277,9 @@ class Work:
     slots: int
     received: int
     learned: bool
-    bags: bool
+    in_pieces: bool
+
+    @property
+    def kept_a_row(self) -> int:
+        """Floats that the rule keeps a row by its weights."""
+        return self.stack.width * sum(slot.per == WEIGHT for slot in self.rule.slots)

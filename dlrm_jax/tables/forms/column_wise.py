@@ -7,9 +7,9 @@ from dlrm_jax.host.mesh import MODEL
 from dlrm_jax.tables.collective import ExchangeOptions, from_all, from_copies, sum_over_shards, to_owners
 from dlrm_jax.tables.forms.bags import bags_of, pool_bags, row_gradients, sent_of_bags, update_bags, update_rows
 from dlrm_jax.tables.forms.base import Form, Here, Learning, Sent, Stack, States, Work, register
-from dlrm_jax.tables.rules import Arrays
+from dlrm_jax.tables.rules import Arrays, row_means
 
-_INTS = 9
+_INTS = 8
 """As data_parallel.INTS, and what pieces of rows need besides."""
 
 
@@ -64,6 +64,7 @@ class ColumnWise(Form):
 
     def memory(self, work: Work) -> tuple[int, int]:
         """Ids, and where rows are sorted the places of slots and their gradients; then rows, and what a rule makes."""
-        width, linear = work.stack.width, work.rule.linear
-        held = work.slots * work.stack.num_copies * (2 if linear else width + _INTS)
-        return held, work.slots * ((2 if linear else 3) * width + 4)
+        width, linear, slots = work.stack.width, work.rule.linear, work.slots * work.stack.num_copies
+        if work.in_pieces and not row_means(work.rule):
+            return (slots * (1 if linear else 3),) * 2
+        return slots * (2 if linear else width + _INTS), work.slots * ((2 if linear else 3) * width + 4)

@@ -66,11 +66,15 @@ class DataParallel(Form):
         return min(_sent_rows(stack, batch), batch * len(stack.slots)) * stack.num_devices
 
     def memory(self, work: Work) -> tuple[int, int]:
-        """Ids, and where rows are sorted the places of slots and the gradients to come, of all devices."""
+        """Ids, and where rows are sorted the places of slots, the gradients to come and what is kept a weight."""
         slots, width, linear = work.slots, work.stack.width, work.rule.linear
         if work.stack.num_devices > 1:
             received = 0 if linear else work.received * (width + 5)
-            return slots * (width + (1 if linear else 2)) + received, slots * (3 * width + 4) + received
-        if work.bags and not work.learned:  # Updated by bags.
+            gradients = int(2.3 * width) + 4  # Before they are sorted and after, and gaps between.
+            return slots * (width + (1 if linear else 2)) + received, slots * gradients + received
+        if work.in_pieces:
             return (slots * (1 if linear else 3),) * 2
-        return (slots * (width * work.learned if linear else width + INTS),) * 2
+        by_slot = work.learned or any(
+            hotness > 1 for hotness in work.stack.hotness
+        )  # Else the pooled vectors' gradients are those of rows.
+        return (slots * (width * by_slot if linear else width + work.kept_a_row + INTS),) * 2

@@ -201,4 +201,4 @@ class RowWise(Form):
     def memory(self, work: Work) -> tuple[int, int]:
         """Slots' rows and places, and rows of the peers; then gradients, before and after they are summed."""
         width, received = work.stack.width, work.received * work.stack.width
-        return work.slots * (width + 2) + received, work.slots * (3 * width + 4) + received
+        return work.slots * (width + 2) + received, work.slots * 3 * width + received

@@ -16,7 +16,7 @@ from dlrm_jax.tables.collective import ExchangeOptions, from_copies, to_owners
 from dlrm_jax.tables.forms.bags import bags_of, pool_bags, sent_of_bags, update_bags
 from dlrm_jax.tables.forms.base import ONE, Form, Here, Learning, Sent, Stack, States, Work, register
 from dlrm_jax.tables.forms.data_parallel import INTS
-from dlrm_jax.tables.rules import WEIGHT, Arrays
+from dlrm_jax.tables.rules import Arrays
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,6 +114,7 @@ class TableWise(Form):
 
     def memory(self, work: Work) -> tuple[int, int]:
         """Ids, and where rows are sorted the places of slots, their gradients, and what is kept a weight."""
-        width = work.stack.width
-        kept = width * sum(slot.per == WEIGHT for slot in work.rule.slots)
-        return (work.slots * work.stack.num_copies * (4 if work.rule.linear else width + kept + INTS),) * 2
+        linear, slots = work.rule.linear, work.slots * work.stack.num_copies
+        if work.in_pieces:
+            return (slots * (2 if linear else 4),) * 2
+        return (slots * (4 if linear else work.stack.width + work.kept_a_row + INTS),) * 2

@@ -362,15 +362,21 @@ class Block {
     return y;
   }
 
-  const uint8_t* RowOf(const Feature& feature, int64_t slot) const {
-    const int32_t id = ids_[slot];
-    const bool held = static_cast<uint32_t>(id) < static_cast<uint64_t>(feature.rows.rows);
-    return held ? static_cast<const uint8_t*>(feature.rows.data) + id * row_bytes_ : nullptr;
+  // The table's row that a slot names, or -1. Whose ids they are may change them meanwhile: one load decides.
+  int64_t RowOf(const Feature& feature, int64_t slot) const {
+    const int64_t id = __atomic_load_n(ids_ + slot, __ATOMIC_RELAXED);
+    return Within(id, 0, feature.rows.rows - 1) ? id : -1;
+  }
+
+  const uint8_t* Stored(const Feature& feature, int64_t row) const {
+    return static_cast<const uint8_t*>(feature.rows.data) + row * row_bytes_;
   }
 
   void AskFor(int64_t slot) const {
-    const uint8_t* row = RowOf(model_.features[feature_of_slot_[slot % model_.num_slots]], slot);
-    if (row == nullptr) return;
+    const Feature& feature = model_.features[feature_of_slot_[slot % model_.num_slots]];
+    const int64_t number = RowOf(feature, slot);
+    if (number < 0) return;
+    const uint8_t* row = Stored(feature, number);
     for (int64_t byte = 0; byte < row_bytes_; byte += kLine) __builtin_prefetch(row + byte);
     __builtin_prefetch(row + row_bytes_ - 1);  // A row need not begin with a line.
   }
@@ -386,14 +392,14 @@ class Block {
         const int64_t end = slot + feature.hotness;
         std::fill(sum, sum + model_.width, 0.0f);
         int64_t filled = 0;
-        for (int64_t i = slot; i < end; ++i) filled += RowOf(feature, i) != nullptr;
+        for (int64_t i = slot; i < end; ++i) filled += RowOf(feature, i) >= 0;
         const float scale = feature.mean && filled > 1 ? 1.0f / filled : 1.0f;
         for (; slot < end; ++slot) {
           if (slot + kAhead < end_of_slots) AskFor(slot + kAhead);
-          const uint8_t* row = RowOf(feature, slot);
-          if (row == nullptr) continue;
-          const float weight = feature.weights.data == nullptr ? scale : scale * Floats(feature.weights)[ids_[slot]];
-          AddRow(model_.kind, row, model_.width, weight, sum);
+          const int64_t row = RowOf(feature, slot);
+          if (row < 0) continue;
+          const float weight = feature.weights.data == nullptr ? scale : scale * Floats(feature.weights)[row];
+          AddRow(model_.kind, Stored(feature, row), model_.width, weight, sum);
         }
       }
     }
