@@ -246,7 +246,6 @@ class Following:
 
 
 def test_a_version_that_never_gets_ready_blocks_none_after_it(copied, monkeypatch):
-    monkeypatch.setattr(repository, "_LOAD_SECONDS", 1.0)
     never = threading.Event()
 
     def load(version, like):
@@ -255,6 +254,7 @@ def test_a_version_that_never_gets_ready_blocks_none_after_it(copied, monkeypatc
 
     async def follow():
         async with Following(copied, load) as following:
+            monkeypatch.setattr(repository, "_LOAD_SECONDS", 1.0)
             next_version(copied, lambda directory: None)
             await following.until(lambda: 2 in following.repository.refused)
             assert "was not ready after 1 s" in following.repository.refused[2]

@@ -27,6 +27,7 @@ from dlrm_jax.config import (
     ConfigError,
     LossConfig,
     ModelConfig,
+    from_dict,
     how_to_install,
     require,
     require_choice,
@@ -39,6 +40,7 @@ from dlrm_jax.data.read.prepared import read_json
 from dlrm_jax.data.read.raw_values import read_vocabulary
 from dlrm_jax.data.schema.schema import HELD_OUT, Sparse
 from dlrm_jax.data.schema.schema_io import from_dict as schema_from_dict
+from dlrm_jax.data.values.dense import DenseStatistics
 from dlrm_jax.model import metrics
 from dlrm_jax.model.loss import example_losses
 from dlrm_jax.serving.artifact.folded import folded
@@ -184,9 +186,14 @@ def make_signature(model: ModelConfig, dataset: Dataset, kind: str) -> Signature
         embedding_dim=model.embedding_dim,
         kind=kind,
         schema=schema,
-        dense_statistics=None if counted is None else counted.get("dense", {}),
+        dense_statistics=None if counted is None else _dense_statistics(counted),
         bucket_edges=None if counted is None else _bucket_edges(counted),
     )
+
+
+def _dense_statistics(statistics: dict[str, Any]) -> dict[str, DenseStatistics]:
+    columns = statistics.get("dense", {}).items()
+    return {name: from_dict(DenseStatistics, own, f"statistics.json: dense column {name!r}") for name, own in columns}
 
 
 def _bucket_edges(statistics: dict[str, Any]) -> dict[str, tuple[float, ...]]:
