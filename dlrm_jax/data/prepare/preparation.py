@@ -21,6 +21,7 @@ from dlrm_jax.data.formats.open_log import log_files, open_log
 from dlrm_jax.data.formats.source import list_names
 from dlrm_jax.data.prepare import blocks
 from dlrm_jax.data.prepare.first_pass import FirstPass
+from dlrm_jax.data.prepare.first_rows import FIRST_ROWS
 from dlrm_jax.data.prepare.second_pass import SecondPass
 from dlrm_jax.data.prepare.splits import make_splitter
 from dlrm_jax.data.prepare.staging import Staging, write_whole
@@ -114,6 +115,7 @@ def _run(
     statistics = {"name": schema.name, "skipped": _skipped(metas), "negative_texts": negative} | statistics
     if not statistics["splits"]["train"]["rows"]:
         raise ConfigError(f"none of the {num_rows} rows is for training under split: by: {schema.split.by}")
+    write_whole(output / FIRST_ROWS, json.dumps(metas[0].get("first_rows", []), indent=1).encode())
     write_whole(output / "job.json", json.dumps(job, indent=1).encode())
     write_whole(output / "statistics.json", json.dumps(statistics, indent=1).encode())
     write_whole(output / "schema.yaml", dump_yaml(schema).encode())

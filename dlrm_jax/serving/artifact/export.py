@@ -44,8 +44,9 @@ from dlrm_jax.data.values.dense import DenseStatistics
 from dlrm_jax.model import metrics
 from dlrm_jax.model.loss import example_losses
 from dlrm_jax.serving.artifact.folded import folded
-from dlrm_jax.serving.artifact.loaded import MakeEngine
+from dlrm_jax.serving.artifact.loaded import MakeEngine, read_reader
 from dlrm_jax.serving.artifact.quantise import TABLE_TYPES, stored_table, take_stored
+from dlrm_jax.serving.artifact.raw_check import require_as_prepared
 from dlrm_jax.serving.artifact.signature import ServedFeature, Signature
 from dlrm_jax.serving.artifact.store import Version, write_version
 from dlrm_jax.serving.artifact.weights import read_weights
@@ -142,6 +143,7 @@ def export_model(
         _write_json(directory / "weights.json", index)
         if signature.schema is not None and dataset.directory is not None:
             _write_vocabularies(directory, signature, dataset.directory)
+            require_as_prepared(read_reader(Version(0, directory, {}), signature), signature, dataset)
         score, multiple, facts["evaluated_on"] = _scorer(Version(0, directory, {}), forward, make_engine)
         scores = {name: _evaluate(score, multiple, loss, dataset, name) for name in evaluated}
         _write_json(directory / "metrics.json", reporting.json_ready(scores))

@@ -139,7 +139,7 @@ class Servable:
         self._engine = make_engine(version, like._engine if like is not None else None)
         multiple = self._engine.batch_multiple
         self.batch_sizes = tuple(sorted({-(-size // multiple) * multiple for size in batch_sizes}))
-        self.reader = Reader(self.signature, _read_vocabularies(version, self.signature), max_bag)
+        self.reader = read_reader(version, self.signature, max_bag)
         version.require_unchanged()
 
     def warm_up(self) -> None:
@@ -281,6 +281,11 @@ def _vocabulary_files(version: Version) -> dict[str, list[str]]:
     )
     require(lists, f"{version.directory}/vocabularies.json names no files; export anew")
     return index
+
+
+def read_reader(version: Version, signature: Signature, max_bag: int = 1000) -> Reader:
+    """What reads raw rows for a version."""
+    return Reader(signature, _read_vocabularies(version, signature), max_bag)
 
 
 def _read_vocabularies(version: Version, signature: Signature) -> dict[str, Vocabulary]:
