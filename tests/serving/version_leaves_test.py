@@ -9,7 +9,7 @@ import pytest
 
 from dlrm_jax.config import ConfigError
 from dlrm_jax.serving.artifact.errors import BadRequest
-from dlrm_jax.serving.artifact.loaded import OneDevice, Servable
+from dlrm_jax.serving.artifact.loaded import Program, Servable
 from dlrm_jax.serving.artifact.store import Version, open_version
 from tests.serving.transform_test import prepared, without_label  # noqa: F401
 
@@ -126,9 +126,11 @@ def test_bytes_that_are_no_archive_and_no_program_are_refused(exported, tmp_path
     _, model_dir, whole = exported
     directory = shutil.copytree(model_dir / "1", tmp_path / "1")
     version = Version(1, directory, {})
-    for name in ("self_check.npz", "program.stablehlo"):
-        (directory / name).write_bytes(b"x" * 200)
+    (directory / "self_check.npz").write_bytes(b"x" * 200)
     with pytest.raises(ConfigError, match="holds no checked rows"):
         Servable(version, (16,), make_engine=lambda version, like: whole._engine).self_check()
-    with pytest.raises(ConfigError, match=r"program\.stablehlo cannot be read"):
-        Servable(version, (16,), make_engine=OneDevice)
+    program = (directory / "program.stablehlo").read_bytes()
+    magic = program.index(b"ML\xefR")  # Where MLIR's own part begins.
+    for other in (b"x" * 200, b"", program[: magic + 2] + b"x" + program[magic + 3 :]):
+        with pytest.raises(ConfigError, match=r"program\.stablehlo cannot be read"):
+            Program(other)

@@ -36,12 +36,13 @@ class Program:
     def __init__(self, serialized: bytes) -> None:
         try:
             exported = jax_export.deserialize(bytearray(serialized))
+            module = exported.mlir_module()
         except ImportError:
             raise ConfigError(f"reading StableHLO needs flatbuffers: {how_to_install('serve')}") from None
         except Exception as error:  # Whatever flatbuffers and MLIR raise for bytes that no export wrote.
             reason = " ".join(str(error).split())[:200]
             raise ConfigError(f"program.stablehlo cannot be read: {reason}; export anew") from error
-        _require_harmless(exported.mlir_module())
+        _require_harmless(module)
         self.serialized, self._call = serialized, jax.jit(exported.call)
         self._compiled: dict[int, Any] = {}
         self._lock = threading.Lock()
