@@ -5,16 +5,19 @@ import json
 import shutil
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from dlrm_jax.config import ConfigError, LossConfig
-from dlrm_jax.data.prepare.first_rows import FIRST_ROWS
+from dlrm_jax.data.prepare.first_rows import FIRST_ROWS, first_rows
 from dlrm_jax.data.read.prepared import open_prepared
 from dlrm_jax.data.read.raw_values import read_vocabulary
+from dlrm_jax.data.schema.schema import Dense, Sparse
 from dlrm_jax.serving import load
 from dlrm_jax.serving.artifact import export
 from dlrm_jax.serving.artifact.raw_check import require_as_prepared
 from dlrm_jax.tables.by_name import named_tables
+from tests.prepared_helpers import schema
 from tests.serving.transform_test import prepared, without_label  # noqa: F401
 
 
@@ -76,3 +79,23 @@ def test_rows_that_are_bad_without_types_and_datasets_of_before_are_left_out(pre
     assert require_as_prepared(served.reader, served.signature, dataset) == 1
     (copied / FIRST_ROWS).unlink()
     assert require_as_prepared(served.reader, served.signature, dataset) == 0
+
+
+@pytest.mark.parametrize(
+    ("column", "numbers"),
+    [
+        (pa.array(["a", "x" * 2000, None, "b"]), [10, 12]),
+        (pa.array([[1], [], None, [2]]), [10, 11, 12]),
+        (pa.array([1.5, float("nan"), None, 2]), [10, 12]),
+        (pa.array([1, 2, 3, 4], pa.timestamp("ns")), []),  # Not even Python has these.
+        (pa.array([{"a": 1}] * 4), []),
+    ],
+    ids=lambda value: str(getattr(value, "type", "")),
+)
+def test_first_rows_are_kept_where_json_can_hold_them(column, numbers):
+    arrays = {"d": pa.array(["1", "2", "3", "4"]), "c": column}
+    kept = np.array([True, True, True, False])
+    of = schema(dense=(Dense("d"),), sparse=(Sparse("c"),))
+    found = first_rows(of, arrays, kept, np.arange(10, 14))
+    assert [number for number, _ in found] == numbers
+    assert all(row == {"d": arrays["d"][i - 10].as_py(), "c": column[i - 10].as_py()} for i, row in found)
