@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dlrm_jax.cli.trained import load_config
 from dlrm_jax.config import (
     ConfigError,
     FeatureConfig,
@@ -19,7 +20,9 @@ from dlrm_jax.config import (
     tell,
 )
 from dlrm_jax.data.read.load import DataConfig
+from dlrm_jax.tables.plan import read_overrides
 from dlrm_jax.training.run_config import ModelOptions, RunConfig, from_dict
+from dlrm_jax.training.table_settings import read_table_settings
 from tests.helpers import optimizer, tiny_model
 
 MODEL = ModelOptions(embedding_dim=4, bottom_mlp=(4,), top_mlp=(1,))
@@ -170,3 +173,20 @@ def test_an_update_of_all_rows_is_refused_where_it_costs_too_much_or_cannot_be(m
     run_config(optimizer=settings, most_rows_updated=19).check_model(tiny_model())
     with pytest.raises(ConfigError, match=words):
         run_config(optimizer=settings, most_rows_updated=most).check_model(tiny_model(**changes))
+
+
+def test_numbers_that_no_machine_holds_are_refused():
+    with pytest.raises(ConfigError, match=r"learning_rate is 1000.*at most 64 bits"):
+        ScheduleConfig(10**400)
+
+
+def of_config(path):
+    load_config(path.rename(path.with_name("config.json")).parent)
+
+
+@pytest.mark.parametrize("read", [read_overrides, lambda path: read_table_settings(path.read_text()), of_config])
+def test_a_file_that_is_nested_without_end_is_one_line(tmp_path, read):
+    path = tmp_path / "file"
+    path.write_text('{"tables": ' + "[" * 100_000)
+    with pytest.raises(ConfigError, match="nested too deeply"):
+        read(path)

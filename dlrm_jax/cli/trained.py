@@ -1,12 +1,12 @@
 """A finished or running training run, found again in its workdir: configuration, data, weights."""
 
 import dataclasses
-import json
 import pathlib
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 from dlrm_jax.config import ConfigError, differences, tell
+from dlrm_jax.config.documents import from_json
 from dlrm_jax.data.read.load import DataConfig
 from dlrm_jax.data.read.prepared import is_prepared
 from dlrm_jax.host.formulations import XLA
@@ -45,7 +45,7 @@ def load_config(workdir: pathlib.Path, data_dir: str | None = None) -> RunConfig
     """The RunConfig saved in a workdir; `data_dir` says where its data is now, if it moved."""
     path = workdir / "config.json"
     try:
-        config = run_config.from_dict(json.loads(path.read_text()))
+        config = run_config.from_dict(from_json(path.read_text()))
     except FileNotFoundError:
         raise ConfigError(f"{path} does not exist; --workdir must name the directory of a training run") from None
     except (ValueError, KeyError, TypeError) as error:

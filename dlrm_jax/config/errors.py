@@ -1,5 +1,7 @@
 """What is said of a setting or an input that cannot be, and the checks that say it."""
 
+import collections
+
 
 class ConfigError(ValueError):
     """A setting or an input that the user can mend; commands print it as one line, without traceback."""
@@ -23,5 +25,5 @@ def require_choice(what: str, value: str, choices: tuple[str, ...]) -> None:
 
 def require_unique(what: str, names: list[str]) -> None:
     """ConfigError naming what is repeated."""
-    repeated = sorted({name for name in names if names.count(name) > 1})
+    repeated = sorted(name for name, count in collections.Counter(names).items() if count > 1)
     require(not repeated, f"{what} names must be unique; repeated: {', '.join(repeated)}")

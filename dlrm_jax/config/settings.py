@@ -117,6 +117,8 @@ def check_settings(config: Any) -> None:
 
 
 def _check_number(known: Setting, value: Any, number: float) -> None:
+    if isinstance(number, int) and abs(number) >= 2**64:
+        raise ConfigError(f"{known.flag} is {value}; it must be a number of at most 64 bits")
     if not math.isfinite(number):
         raise ConfigError(f"{known.flag} is {value}; it must be finite")
     too_low = known.at_least is not None and number < known.at_least

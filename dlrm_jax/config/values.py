@@ -1,6 +1,7 @@
 """Dataclasses as plain JSON values, and back: one decoder, which names what is unknown, missing or of a wrong type."""
 
 import dataclasses
+import functools
 import types
 import typing
 from collections.abc import Mapping
@@ -9,6 +10,8 @@ from typing import Any
 from dlrm_jax.config.errors import require
 
 _MOST_SHOWN = 200
+_LARGEST = 2**64
+"""Beyond the whole numbers that anything here holds; what is larger would fail far from where it was written."""
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -22,12 +25,18 @@ def from_dict(kind: Any, values: Any, where: str) -> Any:
     ConfigError, beginning with `where`, for a name that is unknown or missing and for a value of another type.
     """
     values = mapping(values, where)
-    fields, hints = {field.name: field for field in dataclasses.fields(kind)}, typing.get_type_hints(kind)
+    fields, hints = {field.name: field for field in dataclasses.fields(kind)}, _hints(kind)
     unknown = sorted(str(name) for name in set(values) - set(fields))
     require(not unknown, f"{where}: unknown {', '.join(unknown)[:_MOST_SHOWN]}; known are {', '.join(fields)}")
     missing = [name for name, field in fields.items() if _is_needed(field) and name not in values]
     require(not missing, f"{where}: {', '.join(missing)} is missing")
     return kind(**{name: _decoded(hints[name], value, f"{where}: {name}") for name, value in values.items()})
+
+
+@functools.cache
+def _hints(kind: Any) -> dict[str, Any]:
+    """The types of a dataclass' fields: a schema of ten thousand columns asks as often."""
+    return typing.get_type_hints(kind)
 
 
 def mapping(values: Any, where: str) -> dict[str, Any]:
@@ -67,9 +76,11 @@ def _list(of: tuple[Any, ...], value: Any, where: str) -> tuple:
 
 
 def _scalar(kind: Any, value: Any, where: str) -> Any:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
     if kind is str:
         return _text(value, where)
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    too_large = isinstance(value, int) and abs(value) >= _LARGEST
+    require(not too_large, f"{where} is a whole number of more than 64 bits")
     if kind is bool:
         require(isinstance(value, bool), f"{where} is {_shown(value)}; expected true or false")
     elif kind is int:

@@ -1,12 +1,12 @@
 """Plans: where each table lies, as a value that is printed, saved as JSON, compared and passed back in."""
 
 import dataclasses
-import json
 import pathlib
 from collections.abc import Mapping
 from typing import Any
 
 from dlrm_jax.config import ConfigError, ModelConfig, TableConfig, require_choice
+from dlrm_jax.config.documents import from_json
 from dlrm_jax.host.mesh import MeshShape
 from dlrm_jax.tables.dtypes import table_dtype
 from dlrm_jax.tables.forms import FORMS, form_of
@@ -52,7 +52,7 @@ def plan_from_dict(values: Any, source: str = "plan") -> Plan:
 def read_overrides(path: pathlib.Path) -> dict[str, str | Placement]:
     """What `--sharding_plan` says of single tables: {"tables": {NAME: sharding type, or a placement as Plan's}}."""
     try:
-        tables = json.loads(path.read_text(encoding="utf-8"))["tables"]
+        tables = from_json(path.read_text(encoding="utf-8"))["tables"]
         return {name: value if isinstance(value, str) else _placement(value) for name, value in tables.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(

@@ -14,6 +14,7 @@ import jax
 from tqdm import tqdm
 
 from dlrm_jax.config import ConfigError
+from dlrm_jax.config.documents import from_json
 from dlrm_jax.host import files
 from dlrm_jax.host.texts import aligned
 
@@ -211,7 +212,7 @@ def format_cost(cost: dict[str, dict[str, Any]]) -> str:
 def earlier(workdir: pathlib.Path, name: str) -> dict[str, Any]:
     """What a JSON file of a run, as `result.json`, says so far; nothing where there is none that can be read."""
     try:
-        values = json.loads((workdir / name).read_text())
+        values = from_json((workdir / name).read_text())
     except (OSError, ValueError):
         return {}
     return values if isinstance(values, dict) else {}

@@ -1,10 +1,10 @@
 """Settings of single tables: the text of the file that `--tables` names, which a run keeps in its configuration."""
 
 import dataclasses
-import json
 from typing import Any
 
 from dlrm_jax.config import ConfigError, from_dict, require, require_choice
+from dlrm_jax.config.documents import from_json
 from dlrm_jax.tables.dtypes import DTYPES
 from dlrm_jax.tables.rules import check_rule
 
@@ -31,7 +31,7 @@ def read_table_settings(text: str) -> dict[str, dict[str, Any]]:
     if not text:
         return {}
     try:
-        tables = json.loads(text)["tables"]
+        tables = from_json(text)["tables"]
         said = dict(tables.items())
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         example = '{"tables": {"NAME": {"optimizer": "adam"}}}'

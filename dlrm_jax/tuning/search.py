@@ -13,9 +13,9 @@ import pathlib
 from typing import Any
 
 import numpy as np
-import yaml
 
 from dlrm_jax.config import ConfigError, check_settings, from_dict, require, setting
+from dlrm_jax.config.documents import from_yaml
 
 METHODS = ("grid", "random", "halving")
 _MOST_TRIALS = 10_000
@@ -65,8 +65,8 @@ def read_search(path: pathlib.Path) -> Search:
     A flag's values are a list, or {low, high} with log and whole.
     """
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        values = from_yaml(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
         raise ConfigError(f"--search={path}: {reason}") from error
     where = f"--search={path}"

@@ -174,6 +174,6 @@ def as_json(trials: Trials, order: list[Outcome]) -> dict[str, Any]:
 def kept_file(trials: Trials, settings: dict[str, Any]) -> None:
     """Note what is searched; ConfigError where the workdir holds another search."""
     path = trials.workdir / "search.json"
-    if path.exists() and json.loads(path.read_text()) != json.loads(json.dumps(settings)):
+    if path.exists() and reporting.earlier(trials.workdir, path.name) != json.loads(json.dumps(settings)):
         raise ConfigError(f"{trials.workdir} holds another search (search.json); choose another --workdir")
     reporting.write_json_atomically(path, settings)

@@ -14,8 +14,8 @@ from tests.in_process import call, defined
 from tests.server_process import running
 
 SMALL = ("--embedding_dim=4", "--bottom_mlp=4", "--top_mlp=4,1", "--batch_size=64")
-ODD = "[1] a[!b]#c?d=%41,e;f&g'h\"i*j$HOME~{}{k}@2:日本ü"
-"""Each of these was, or may become, something else to a glob, a URL, a list, a shell, a format or array_record."""
+ODD = "[1] a[!b]#c?d=%41,e;f&g'h\"i*j$HOME^^$~{}{k}@2:日本ü"
+"""Each of these was, or may become, something else to a glob, a URL, a list, a shell, a format, TeX or array_record."""
 LONG = "/".join(["long" * 50] * 15)
 
 
@@ -117,6 +117,24 @@ def test_a_file_that_is_there_is_named_by_its_name(tmp_path, monkeypatch):
     for missing in ("c.csv,no.csv", "no.csv,c.csv", "no?.csv", "c.csv,,no.csv"):
         with pytest.raises(ConfigError, match=r"--input=no.?.csv matches no file"):
             expand(missing)
+
+
+@pytest.mark.slow
+def test_judging_searching_and_several_seeds_take_names_as_they_are(odd):
+    directory, _ = odd
+    before = {path.name for path in directory.iterdir()}
+    (directory / "s.search").write_text("method: grid\nflags: {learning_rate: [0.1, 0.01]}")
+    small = (f"--data_dir={directory}/data", "--num_steps=2", *SMALL)
+    call("tune", f"--search={directory}/s.search", f"--workdir={directory}/search", *small)
+    call("train", f"--flagfile={directory}/search/best.flags", f"--workdir={directory}/best")
+    call("train", f"--workdir={directory}/seeds", "--num_seeds=2", *small)
+    both = (f"--workdir={directory}/best", f"--compare={directory}/seeds/seed-0", "--bootstrap=40", "--importance")
+    call("evaluate", *both, f"--plots={directory}/plots", f"--json={directory}/e.json", "--slice_by=c")
+    made = {"plots", "e.json", "s.search", "search", "best", "seeds"}
+    assert {path.name for path in directory.iterdir()} - before == made
+    assert all((directory / "best" / name).is_file() for name in ("result.json", "flags.txt"))
+    assert {path.name for path in (directory / "plots").iterdir()} == {"calibration.png", "importance.png", "lift.png"}
+    assert [path.name for path in directory.parent.iterdir()] == [ODD], "nothing was written elsewhere"
 
 
 @pytest.mark.slow

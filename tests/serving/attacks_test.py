@@ -265,6 +265,17 @@ def test_long_work_leaves_the_event_loop_and_ends_at_its_deadline():
     assert began == [("short", True), ("first", False), ("third", False)]
 
 
+def test_who_asks_again_and_again_for_the_summary_of_requests_costs_little(monkeypatch):
+    telemetry = Telemetry()
+    telemetry.scored(8, 0.001)
+    first = telemetry.recently()
+    telemetry.scored(8, 0.001)
+    assert telemetry.recently() is first and first["rows_per_second"] == 0.8
+    now = time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: now + 1)
+    assert telemetry.recently()["rows_per_second"] == 1.6
+
+
 def test_a_log_that_nobody_reads_keeps_nobody_waiting():
     reading, writing = os.pipe()
     handler = Unhindered(writing)

@@ -199,6 +199,21 @@ def test_what_is_no_body_is_bounded_in_bytes(sent, ends):
     with_protocol(work)
 
 
+def test_a_body_that_nobody_reads_is_not_kept():
+    """As of who has no token: the answer comes first, and what still comes is dropped."""
+
+    async def work(protocol, transport, asked):
+        protocol.data_received(CHUNKED)
+        await settled()
+        assert b" 200 OK" in transport.written
+        for _ in range(100):
+            protocol.data_received(b"10000\r\n" + b"x" * 65536 + b"\r\n")
+            assert not protocol.cycle.body
+        assert phase(protocol) == "body" and not transport.closed
+
+    with_protocol(work)
+
+
 def test_trailers_become_nobodys_headers():
     async def work(protocol, transport, asked):
         protocol.data_received(CHUNKED.replace(b"nothing", b"read") + b"0\r\nauthorization: mine\r\n\r\n" + GET)

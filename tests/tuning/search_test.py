@@ -64,6 +64,7 @@ def test_the_best_come_first_and_failed_ones_never(smaller, order):
     ("values", "words"),
     [
         ("a: [", "while parsing"),
+        ("a: &a [x]\nb: *a", "has an alias"),
         ("[]", r"is \[\]; expected names with values"),
         ({"flags": {}}, "flags is empty; write each with its values"),
         ({"method": "hyperband"}, "method is 'hyperband'; choose one of grid, random, halving"),

@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 
 from dlrm_jax.config import ConfigError
 from dlrm_jax.data.formats.source import BadRow, Chunk, Columns, Position, Source
+from dlrm_jax.data.prepare.first_rows import first_rows
 from dlrm_jax.data.prepare.growth import Past
 from dlrm_jax.data.prepare.numbering import IS_DATE, MAX_EXAMPLES, Background, Parsed, Pending, number_new
 from dlrm_jax.data.prepare.staging import Staging, wide_name
@@ -79,6 +80,7 @@ def parse_chunk(schema: Schema, chunk: Chunk, skip_bad: bool, vocabularies: dict
     for item in found:
         kept[item.row_M] = False
     texts = _count_texts(schema, raw, kept) if label.positive else {}
+    first = first_rows(schema, raw.arrays, kept, raw.row_R)
     if found and skip_bad:
         out = {name: column[kept] for name, column in out.items()}
         bags = [bag.keep(np.flatnonzero(kept)) for bag in bags]
@@ -87,7 +89,7 @@ def parse_chunk(schema: Schema, chunk: Chunk, skip_bad: bool, vocabularies: dict
         known = bag.keys_U.astype(np.int32) if vocabulary is None else vocabulary.find(bag.keys_U, bag.checks_U)
         bag.ids_U = known
     bad_rows.sort(key=lambda bad: bad.row)
-    return Parsed(chunk, out, bags, raw.num_rows, len(out["row"]), bad_rows, texts, raw.names)
+    return Parsed(chunk, out, bags, raw.num_rows, len(out["row"]), bad_rows, texts, raw.names, first)
 
 
 def _read_dense(dense: Dense, nulls: tuple[str, ...], array: pa.Array) -> tuple[np.ndarray, list[column_readers.Bad]]:

@@ -38,6 +38,8 @@ class Parsed:
     """How often each text of the label occurs, where the schema names the positive ones."""
     names: frozenset[str] | None = None
     """Names of columns that some row has, where each row names its own."""
+    first_rows: list[list[Any]] = dataclasses.field(default_factory=list)
+    """See first_rows.py."""
 
 
 def _join(parts: list[Additions]) -> Additions:
@@ -140,6 +142,7 @@ class Pending:
         self._times = {"dates": 0, "numbers": 0}
         self._label_texts: dict[int, collections.Counter[str]] = {}
         self._names: set[str] = set()
+        self._first_rows: list[list[Any]] = []
 
     def add(self, parsed: Parsed, path: str, row: int) -> None:
         """Take a chunk whose first row is number `row` of the log."""
@@ -159,6 +162,8 @@ class Pending:
         for text, count in parsed.label_texts.items():
             counts[text if text in counts or len(counts) < MAX_LABEL_TEXTS else OTHER_TEXTS] += count
         self._names.update(parsed.names or ())
+        if row == 0:
+            self._first_rows = parsed.first_rows
         for bad in parsed.bad:
             self._skipped[f"column {bad.column}: {bad.reason}" if bad.column else bad.reason] += 1
             if len(self._examples) < MAX_EXAMPLES:
@@ -181,6 +186,7 @@ class Pending:
             "examples": self._examples,
             "label_texts": [[file, dict(counts)] for file, counts in self._label_texts.items()],
             "names": sorted(self._names),
+            "first_rows": self._first_rows,
         }
         merged = [_join(self._additions[table]) for table in sorted(self._additions)]
         staging.write(index, [columns | {"ids": ids_matrix(bags)} for columns, bags in self._parts], merged, meta)

@@ -22,6 +22,7 @@ from dlrm_jax.data.formats.source import list_names
 from dlrm_jax.data.prepare import blocks
 from dlrm_jax.data.prepare.extend import delimiter_of, job_of_past, open_past, repeated_files, require_same_delimiter
 from dlrm_jax.data.prepare.first_pass import FirstPass
+from dlrm_jax.data.prepare.first_rows import FIRST_ROWS
 from dlrm_jax.data.prepare.growth import Past, write_growth
 from dlrm_jax.data.prepare.runs import shard_lengths
 from dlrm_jax.data.prepare.second_pass import SecondPass
@@ -131,6 +132,7 @@ def _run(
         raise ConfigError(f"none of the {num_rows} rows is for training under split: by: {schema.split.by}")
     growth = {"next_row": metas[-1]["row"], "times": _times(metas, past), "delimiter": delimiter_of(source)}
     write_growth(output, growth | second.growth())
+    write_whole(output / FIRST_ROWS, json.dumps(metas[0].get("first_rows", []), indent=1).encode())
     write_whole(output / "job.json", json.dumps(job, indent=1).encode())
     write_whole(output / "statistics.json", json.dumps(statistics, indent=1).encode())
     write_whole(output / "schema.yaml", dump_yaml(schema).encode())

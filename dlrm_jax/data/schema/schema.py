@@ -1,6 +1,7 @@
 """Schema: what the columns of a log mean. From a file (schema_io.py), a preset (presets.py), or guessed (infer.py)."""
 
 import dataclasses
+import math
 
 from dlrm_jax.config import FeatureConfig, require, require_choice, require_unique
 from dlrm_jax.data.formats.encoding import UTF8, require_encoding
@@ -51,6 +52,7 @@ class Dense:
     def __post_init__(self) -> None:
         require_choice(f"dense column {self.name!r}: transform", self.transform, transforms.names())
         require_choice(f"dense column {self.name!r}: missing", self.missing, DENSE_MISSING)
+        require(math.isfinite(self.fill), f"dense column {self.name!r}: fill is {self.fill}; it must be finite")
         require(
             self.missing != "mean" or self.transform not in ("torchrec_log", "nvidia_log"),
             f"dense column {self.name!r}: missing: mean does not go with transform: {self.transform}",

@@ -1,19 +1,16 @@
 """Schemas as files: YAML or JSON to Schema and back, every field checked."""
 
 import dataclasses
-import json
 import pathlib
-from collections.abc import Iterable
 from typing import Any
 
 from dlrm_jax.config import ConfigError, require
 from dlrm_jax.config import from_dict as decoded
+from dlrm_jax.config.documents import DEEPEST, from_json, from_yaml
 from dlrm_jax.config.values import mapping
 from dlrm_jax.data.schema.schema import HELD_OUT, Schema
 
-_MOST_BYTES = 16 << 20
-_DEEPEST = 8
-"""Levels of lists and names; a schema has three."""
+_MOST_CHARACTERS = 16 << 20
 
 
 def to_dict(schema: Schema) -> dict[str, Any]:
@@ -53,44 +50,17 @@ def from_dict(values: Any, where: str = "schema") -> Schema:
 
 def load(path: pathlib.Path) -> Schema:
     """Read a YAML or JSON file."""
-    import yaml  # Here, since serving reads schemas where only jax and numpy are.
-
     try:
-        require(path.stat().st_size <= _MOST_BYTES, f"{path} has more than {_MOST_BYTES >> 20} MB, so it is no schema")
-        text = path.read_text(encoding="utf8")
+        with path.open(encoding="utf8") as file:
+            text = file.read(_MOST_CHARACTERS + 1)
     except UnicodeDecodeError:
         raise ConfigError(f"{path} is not a text file, so no schema") from None
+    require(len(text) <= _MOST_CHARACTERS, f"{path} has more than {_MOST_CHARACTERS:,} characters, so it is no schema")
     try:
-        values = _load_json(text) if path.suffix == ".json" else _load_yaml(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"{path} is neither YAML nor JSON, or not a schema's: {reason}") from None
+        values = from_json(text, DEEPEST) if path.suffix == ".json" else from_yaml(text)
+    except ValueError as error:
+        raise ConfigError(f"{path} is neither YAML nor JSON, or not a schema's: {error}") from None
     return from_dict(values, str(path))
-
-
-def _load_json(text: str) -> Any:
-    values = json.loads(text)
-    level = [values]
-    for _ in range(_DEEPEST):
-        level = [inner for value in level for inner in _within(value)]
-    require(not level, f"it is nested deeper than {_DEEPEST} levels")
-    return values
-
-
-def _within(value: Any) -> Iterable[Any]:
-    return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-
-
-def _load_yaml(text: str) -> Any:
-    """YAML without aliases, by which a few lines can be gigabytes, and of a few levels."""
-    import yaml
-
-    depth = 0
-    for event in yaml.parse(text, Loader=yaml.SafeLoader):
-        require(not isinstance(event, yaml.AliasEvent), "it has an alias (*name); write out what that stands for")
-        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-        require(depth <= _DEEPEST, f"it is nested deeper than {_DEEPEST} levels")
-    return yaml.safe_load(text)
 
 
 def dump_yaml(schema: Schema) -> str:

@@ -27,6 +27,7 @@ from dlrm_jax.config import (
     ConfigError,
     LossConfig,
     ModelConfig,
+    from_dict,
     how_to_install,
     require,
     require_choice,
@@ -39,10 +40,12 @@ from dlrm_jax.data.read.prepared import read_json
 from dlrm_jax.data.read.raw_values import read_vocabulary
 from dlrm_jax.data.schema.schema import HELD_OUT, Sparse
 from dlrm_jax.data.schema.schema_io import from_dict as schema_from_dict
+from dlrm_jax.data.values.dense import DenseStatistics
 from dlrm_jax.model import metrics
 from dlrm_jax.serving.artifact.folded import folded
-from dlrm_jax.serving.artifact.loaded import MakeEngine
+from dlrm_jax.serving.artifact.loaded import MakeEngine, read_reader
 from dlrm_jax.serving.artifact.quantise import TABLE_TYPES, stored_table, take_stored
+from dlrm_jax.serving.artifact.raw_check import require_as_prepared
 from dlrm_jax.serving.artifact.signature import ServedFeature, Signature
 from dlrm_jax.serving.artifact.store import Version, write_version
 from dlrm_jax.serving.artifact.weights import read_weights
@@ -140,6 +143,7 @@ def export_model(
         _write_json(directory / "weights.json", index)
         if signature.schema is not None and dataset.directory is not None:
             _write_vocabularies(directory, signature, dataset.directory)
+            require_as_prepared(read_reader(Version(0, directory, {}), signature), signature, dataset)
         score, multiple, facts["evaluated_on"] = _scorer(Version(0, directory, {}), forward, make_engine)
         scores = {name: _evaluate(score, multiple, loss, dataset, name) for name in evaluated}
         _write_json(directory / "metrics.json", reporting.json_ready(scores))
@@ -184,9 +188,14 @@ def make_signature(model: ModelConfig, dataset: Dataset, kind: str) -> Signature
         embedding_dim=model.embedding_dim,
         kind=kind,
         schema=schema,
-        dense_statistics=None if counted is None else counted.get("dense", {}),
+        dense_statistics=None if counted is None else _dense_statistics(counted),
         bucket_edges=None if counted is None else _bucket_edges(counted),
     )
+
+
+def _dense_statistics(statistics: dict[str, Any]) -> dict[str, DenseStatistics]:
+    columns = statistics.get("dense", {}).items()
+    return {name: from_dict(DenseStatistics, own, f"statistics.json: dense column {name!r}") for name, own in columns}
 
 
 def _bucket_edges(statistics: dict[str, Any]) -> dict[str, tuple[float, ...]]:

@@ -4,6 +4,7 @@ import dataclasses
 import pathlib
 import re
 import threading
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -18,7 +19,7 @@ from dlrm_jax.host import memory
 from dlrm_jax.serving.artifact import signature as signatures
 from dlrm_jax.serving.artifact.errors import BadRequest
 from dlrm_jax.serving.artifact.signature import Signature
-from dlrm_jax.serving.artifact.store import Version, open_version
+from dlrm_jax.serving.artifact.store import Version, open_regular, open_version
 from dlrm_jax.serving.artifact.transform import Reader
 from dlrm_jax.serving.artifact.weights import ArrayFile, read_index, read_weights, require_fitting_files
 
@@ -35,9 +36,13 @@ class Program:
     def __init__(self, serialized: bytes) -> None:
         try:
             exported = jax_export.deserialize(bytearray(serialized))
+            module = exported.mlir_module()
         except ImportError:
             raise ConfigError(f"reading StableHLO needs flatbuffers: {how_to_install('serve')}") from None
-        _require_harmless(exported.mlir_module())
+        except Exception as error:  # Whatever flatbuffers and MLIR raise for bytes that no export wrote.
+            reason = " ".join(str(error).split())[:200]
+            raise ConfigError(f"program.stablehlo cannot be read: {reason}; export anew") from error
+        _require_harmless(module)
         self.serialized, self._call = serialized, jax.jit(exported.call)
         self._compiled: dict[int, Any] = {}
         self._lock = threading.Lock()
@@ -135,7 +140,7 @@ class Servable:
         self._engine = make_engine(version, like._engine if like is not None else None)
         multiple = self._engine.batch_multiple
         self.batch_sizes = tuple(sorted({-(-size // multiple) * multiple for size in batch_sizes}))
-        self.reader = Reader(self.signature, _read_vocabularies(version, self.signature), max_bag)
+        self.reader = read_reader(version, self.signature, max_bag)
         version.require_unchanged()
 
     def warm_up(self) -> None:
@@ -148,9 +153,14 @@ class Servable:
 
     def self_check(self) -> float:
         """The largest difference from the probabilities noted at export; ConfigError beyond the tolerance."""
-        with np.load(self.version.path("self_check.npz")) as noted:
-            got = self.score(noted["dense"], noted["ids"]).probability
-            difference = float(np.abs(got - noted["probability"]).max(initial=0.0))
+        path = self.version.path("self_check.npz")
+        try:
+            with open_regular(path) as file, np.load(file) as noted:
+                inputs, want = self.checked(noted["dense"], noted["ids"]), noted["probability"].astype(np.float32)
+            require(len(want) > 0 and want.shape == inputs[0].shape[:1], "it has not a probability for each row")
+        except (OSError, ValueError, LookupError, EOFError, TypeError, zipfile.BadZipFile) as error:
+            raise ConfigError(f"{path} holds no checked rows: {' '.join(str(error).split())}; export anew") from error
+        difference = float(np.abs(self.score(*inputs).probability - want).max())
         if not difference <= SELF_CHECK_TOLERANCE:
             raise ConfigError(
                 f"{self.version.directory}: probabilities differ by {difference:.3g} from those noted at export; at "
@@ -267,27 +277,33 @@ def _vocabulary_files(version: Version) -> dict[str, list[str]]:
     """The files of each table's vocabulary: keys, and where they are hashes a second one."""
     index = version.read_json("vocabularies.json") if version.has("vocabularies.json") else {}
     lists = isinstance(index, dict) and all(
-        isinstance(files, list) and len(files) in (1, 2) for files in index.values()
+        isinstance(files, list) and len(files) in (1, 2) and all(isinstance(file, str) for file in files)
+        for files in index.values()
     )
     require(lists, f"{version.directory}/vocabularies.json names no files; export anew")
     return index
 
 
+def read_reader(version: Version, signature: Signature, max_bag: int = 1000) -> Reader:
+    """What reads raw rows for a version."""
+    return Reader(signature, _read_vocabularies(version, signature), max_bag)
+
+
 def _read_vocabularies(version: Version, signature: Signature) -> dict[str, Vocabulary]:
     rows = {feature.table: feature.rows for feature in signature.features}
-    out = {}
-    for table, files in _vocabulary_files(version).items():
+    out, files_of = {}, _vocabulary_files(version)
+    for table, files in files_of.items():
         stored = [ArrayFile(version, file, "uint64") for file in files]
         sizes = {column.shape for column in stored}
         fits = sizes == {stored[0].shape[:1]} and stored[0].shape[0] <= rows.get(table, -1)
         require(fits, f"{version.directory}: the vocabulary of table {table!r} does not fit its rows; export anew")
         out[table] = Vocabulary(table, checked=len(stored) == 2)
         out[table].extend(*(column.rows(0, column.shape[0]) for column in stored))
-    _require_fitting_schema(version, signature, out)
+    _require_fitting_schema(version, signature, files_of)
     return out
 
 
-def _require_fitting_schema(version: Version, signature: Signature, vocabularies: Mapping[str, Vocabulary]) -> None:
+def _require_fitting_schema(version: Version, signature: Signature, files_of: Mapping[str, list[str]]) -> None:
     """ConfigError where the rules of raw values make other inputs than the model takes."""
     if signature.schema is None:
         return
@@ -298,7 +314,9 @@ def _require_fitting_schema(version: Version, signature: Signature, vocabularies
     dense = tuple(dense.name for dense in schema.dense)
     whole &= signature.dense_names in (dense, dense or ("constant",))  # Without numbers there was a constant once.
     whole &= all(dense.name in statistics for dense in schema.dense if dense.needs_statistics)
-    whole &= all(sparse.table_name in vocabularies for sparse in schema.sparse if sparse.ids == "vocabulary")
+    counted = [sparse for sparse in schema.sparse if sparse.ids == "vocabulary"]
+    # Texts have a second hash, by which one that was never seen is told from one that was.
+    whole &= all(len(files_of.get(s.table_name, ())) == 1 + (s.value_type == "string") for s in counted)
     edges, rows = signature.bucket_edges or {}, {feature.table: feature.rows for feature in signature.features}
     cut = {sparse.table_name for sparse in schema.sparse if sparse.is_quantile}
     whole &= all(table in edges and len(edges[table]) < rows[table] for table in cut)

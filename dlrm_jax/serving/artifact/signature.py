@@ -1,10 +1,13 @@
 """What an exported model takes: names, sizes and rules of its inputs, as a value that is saved beside it."""
 
 import dataclasses
+import itertools
+import math
 from typing import Any
 
 from dlrm_jax.config import ConfigError, require, require_choice, require_unique
 from dlrm_jax.config import from_dict as decoded
+from dlrm_jax.data.values.dense import LARGEST, DenseStatistics
 
 TABLE_TYPES = ("float32", "bfloat16", "int8", "int4")
 """How tables are stored (quantise.py)."""
@@ -37,7 +40,7 @@ class Signature:
     embedding_dim: int
     kind: str
     schema: dict[str, Any] | None = None
-    dense_statistics: dict[str, dict[str, Any]] | None = None
+    dense_statistics: dict[str, DenseStatistics] | None = None
     bucket_edges: dict[str, tuple[float, ...]] | None = None
 
     @property
@@ -62,9 +65,20 @@ def from_dict(values: Any) -> Signature:
         require_choice("signature.json: kind", signature.kind, TABLE_TYPES)
         require_unique("signature.json: dense", list(signature.dense_names))
         require_unique("signature.json: feature", [feature.name for feature in signature.features])
+        for name, statistics in (signature.dense_statistics or {}).items():
+            said = values["dense_statistics"][name].keys() == vars(statistics).keys()
+            require(said and _is_counted(statistics), f"signature.json: statistics of {name!r} are no counted ones")
+        for name, edges in (signature.bucket_edges or {}).items():
+            rising = all(below < above for below, above in itertools.pairwise((-math.inf, *edges, math.inf)))
+            require(rising, f"signature.json: bucket edges of {name!r} do not rise")
     except ConfigError as error:
         raise ConfigError(f"{error}; it is not a model's: export anew") from error
     return signature
+
+
+def _is_counted(own: DenseStatistics) -> bool:
+    least = abs(own.least) <= LARGEST or (own.least == math.inf and not own.count)
+    return own.count >= 0 and abs(own.mean) <= LARGEST and 0 <= own.squares < math.inf and least
 
 
 def _check(what: str, value: int) -> None:

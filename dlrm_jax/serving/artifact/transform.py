@@ -15,7 +15,7 @@ import numpy as np
 from dlrm_jax.config import EMPTY_SLOT
 from dlrm_jax.data.schema.schema import Dense, Schema
 from dlrm_jax.data.schema.schema_io import from_dict as schema_from_dict
-from dlrm_jax.data.values.dense import DenseStatistics, finish_dense, transform
+from dlrm_jax.data.values.dense import finish_dense, transform
 from dlrm_jax.data.values.vocabulary import Vocabulary
 from dlrm_jax.serving.artifact.errors import BadRequest, TooLate, shown
 from dlrm_jax.serving.artifact.raw_bags import UNKNOWN, BagReader, bag_readers, plain_bag
@@ -46,8 +46,7 @@ class Reader:
         self.columns = tuple(dict.fromkeys(read))
         """What a row must have, under these names."""
         self._required = frozenset(self.columns)
-        statistics = signature.dense_statistics or {}
-        self._statistics = {name: DenseStatistics(**values) for name, values in statistics.items()}
+        self._statistics = signature.dense_statistics or {}
         least = [self._statistics[d.name].least for d in self._schema_dense() if d.transform == "torchrec_log"]
         self._least = min(least, default=math.inf)
 

@@ -37,8 +37,8 @@ def read_index(version: Version) -> dict[str, Stored]:
     except (TypeError, AttributeError) as error:
         raise ConfigError(f"{version.directory}/weights.json does not name arrays: {error}; export anew") from error
     for name, stored in index.items():
-        names = [*stored.files, *stored.tables, stored.dtype] if isinstance(stored.files, list) else [None]
-        whole = bool(stored.files) and isinstance(stored.tables, list) and all(isinstance(text, str) for text in names)
+        lists = isinstance(stored.files, list) and isinstance(stored.tables, list) and bool(stored.files)
+        whole = lists and all(isinstance(text, str) for text in (*stored.files, *stored.tables, stored.dtype))
         fits = whole and len(stored.tables) in (0, len(stored.files))
         require(fits, f"{version.directory}/weights.json: array {name!r} is not described; export anew")
     return index
@@ -146,7 +146,7 @@ def read_model(version: Version) -> tuple[ModelConfig, float]:
         # Of what type tables were in training is nobody's business here: the signature says how they are stored.
         tables = tuple(dataclasses.replace(table, dtype="float32") for table in model.tables)
         model = dataclasses.replace(model, tables=tables)
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
         raise ConfigError(f"{version.directory}/model.json is not a model's: {error}; export anew") from error
     signature = signatures.from_dict(version.read_json("signature.json"))
     features = tuple(ServedFeature(f.name, f.table, f.hotness, f.pooling, model.num_ids(f)) for f in model.features)

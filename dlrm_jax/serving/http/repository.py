@@ -15,6 +15,8 @@ from dlrm_jax.serving.http.telemetry import Telemetry, log
 
 Loader = Callable[[Version, Servable | None], Servable]
 Result = TypeVar("Result")
+State = list[tuple[str, int, int]]
+"""Files of a version: name, bytes, nanoseconds of the last change."""
 
 _LOAD_SECONDS = 300.0
 _LOAD_BYTES_PER_SECOND = 20e6
@@ -29,7 +31,7 @@ class Repository:
         self.current: Servable | None = None
         self.refused: dict[int, str] = {}
         """Newer versions that were not taken, and why."""
-        self._tried: dict[int, list[tuple[str, int, int]]] = {}
+        self._tried: dict[int, State] = {}
         self._task: asyncio.Task[None] | None = None
         self._look = asyncio.Event()
 
@@ -72,19 +74,24 @@ class Repository:
     async def _reload(self) -> None:
         current = self.current
         assert current is not None
-        newer = [number for number in versions(self._model_dir) if number > current.version.number]
-        for number in reversed(newer):
-            state = _state(self._model_dir / str(number))
+        newer = await _in_time(self._model_dir, _LOAD_SECONDS, self._newer, current.version.number)
+        for number, state in newer:
             if self._tried.get(number) == state:
                 continue
             try:
-                self._take(await _in_time(self._model_dir / str(number), self._open, number, current))
+                directory = self._model_dir / str(number)
+                self._take(await _in_time(directory, _seconds_for(state), self._open, number, current))
                 self.refused = {refused: why for refused, why in self.refused.items() if refused > number}
                 return
             except Exception as error:  # Whatever is wrong with a new version, the present one goes on.
                 self._refuse(number, error, state)
 
-    def _refuse(self, number: int, error: Exception | str, state: list[tuple[str, int, int]]) -> None:
+    def _newer(self, present: int) -> list[tuple[int, State]]:
+        """Versions after `present`, the newest first, and how they lie there."""
+        numbers = [number for number in versions(self._model_dir) if number > present]
+        return [(number, _state(self._model_dir / str(number))) for number in reversed(numbers)]
+
+    def _refuse(self, number: int, error: Exception | str, state: State) -> None:
         """Note and tell that a version, as it lies there, is not served."""
         self._tried[number] = state
         self.refused[number] = " ".join(str(error).split()) or repr(error)
@@ -95,9 +102,9 @@ class Repository:
         """The first version, or the next older one where that cannot be loaded or scores otherwise than at export."""
         failure: Exception | None = None
         while True:
-            state = _state(first.directory)
+            state = await asyncio.to_thread(_state, first.directory)
             try:
-                return await _in_time(first.directory, self._ready, first, None)
+                return await _in_time(first.directory, _seconds_for(state), self._ready, first, None)
             except Exception as error:
                 failure = failure or error
                 try:
@@ -128,7 +135,7 @@ class Repository:
         log("model_ready", model=servable.signature.name, version=servable.version.number)
 
 
-async def _in_time(directory: pathlib.Path, work: Callable[..., Result], *args: Any) -> Result:
+async def _in_time(directory: pathlib.Path, seconds: float, work: Callable[..., Result], *args: Any) -> Result:
     """What `work` gives, on a thread that nobody waits for once its time, or this process, is over."""
     loop = asyncio.get_running_loop()
     future: asyncio.Future[Result] = loop.create_future()
@@ -148,14 +155,18 @@ async def _in_time(directory: pathlib.Path, work: Callable[..., Result], *args: 
             tell(future.set_exception, error)
 
     threading.Thread(target=run, daemon=True, name=f"load {directory.name}").start()
-    seconds = _LOAD_SECONDS + sum(size for _, size, _ in _state(directory)) / _LOAD_BYTES_PER_SECOND
     try:
         return await asyncio.wait_for(future, seconds)
     except TimeoutError:
         raise ConfigError(f"{directory} was not ready after {seconds:.0f} s; export the model anew") from None
 
 
-def _state(directory: pathlib.Path) -> list[tuple[str, int, int]]:
+def _seconds_for(state: State) -> float:
+    """How long loading a version may take."""
+    return _LOAD_SECONDS + sum(size for _, size, _ in state) / _LOAD_BYTES_PER_SECOND
+
+
+def _state(directory: pathlib.Path) -> State:
     """What changes when a refused version is mended, or was only half copied."""
     found = []
     for path in directory.rglob("*"):

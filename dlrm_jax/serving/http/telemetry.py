@@ -4,6 +4,7 @@ import collections
 import contextlib
 import json
 import logging
+import math
 import os
 import queue
 import sys
@@ -17,6 +18,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 _LATENCY_BUCKETS = (0.0005, 0.001, 0.002, 0.004, 0.006, 0.01, 0.015, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
 _ROW_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 _RECENT = 50_000
+_SUMMARY_SECONDS = 0.5
+"""So long a summary of the last requests, which takes ten milliseconds, is the answer to all who ask for it."""
 _WAITING_LINES = 10_000
 _FLUSH_SECONDS = 2.0
 STAGES = ("accept", "read", "parse", "queue", "compute", "total")
@@ -54,6 +57,7 @@ class Telemetry:
         self._version = Gauge("dlrm_model_version", "The version that answers.", registry=self.registry)
         self._reloads = Counter("dlrm_reloads_total", "Versions loaded or refused.", ["result"], registry=self.registry)
         self._recent: collections.deque[tuple[float, float, int]] = collections.deque(maxlen=_RECENT)
+        self._summary: tuple[float, dict[str, float | None]] = (-math.inf, {})
         self.started = time.time()
 
     def stage(self, name: str, seconds: float) -> None:
@@ -99,8 +103,14 @@ class Telemetry:
         return generate_latest(self.registry)
 
     def recently(self, seconds: float = 10.0) -> dict[str, float | None]:
-        """Requests and rows a second and latency percentiles (ms) of the last seconds."""
-        since = time.monotonic() - seconds
+        """Requests and rows a second and latency percentiles (ms) of the last seconds; made once for all who ask."""
+        now, (made, summary) = time.monotonic(), self._summary
+        if now - made > _SUMMARY_SECONDS:
+            summary = self._summarised(now - seconds, seconds)
+            self._summary = now, summary
+        return summary
+
+    def _summarised(self, since: float, seconds: float) -> dict[str, float | None]:
         last = [item for item in self._recent if item[0] >= since]
         out: dict[str, float | None] = {
             "requests_per_second": round(len(last) / seconds, 1),
