@@ -14,9 +14,9 @@ from dlrm_jax.config import ConfigError
 from dlrm_jax.data.formats import text_source
 from dlrm_jax.data.prepare.hashes import write_hashes
 from dlrm_jax.data.prepare.preparation import Options, prepare
-from dlrm_jax.data.read.pipeline import train_batches
 from dlrm_jax.data.read.prepared import open_prepared, read_json
 from dlrm_jax.data.schema.schema import Dense, Label, Sparse, Split
+from tests.batches import train_batches
 from tests.data.restart_test import Killed, dies_at
 from tests.prepared_helpers import digest, rows_of, schema
 
