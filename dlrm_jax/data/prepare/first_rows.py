@@ -24,7 +24,7 @@ def first_rows(schema: Schema, arrays: dict[str, pa.Array], kept: np.ndarray, ro
     if not all(_holds_plain(column.type) for column in columns.values()):
         return []
     first = np.flatnonzero(kept)[:_COUNT].tolist()
-    rows = [[int(row_R[i]), {name: column[i].as_py() for name, column in columns.items()}] for i in first]
+    rows = [(int(row_R[i]), {name: column[i].as_py() for name, column in columns.items()}) for i in first]
     return [[number, row] for number, row in rows if all(map(_is_plain, row.values()))]
 
 
