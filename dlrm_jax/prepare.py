@@ -13,6 +13,7 @@ from dlrm_jax.data.formats.source import expand
 from dlrm_jax.data.infer.choose import choose_schema
 from dlrm_jax.data.prepare.bar import Bar
 from dlrm_jax.data.prepare.blocks import COMPRESSIONS
+from dlrm_jax.data.prepare.extend import open_past
 from dlrm_jax.data.prepare.preparation import BAD_ROW_POLICIES, Options, prepare
 from dlrm_jax.data.schema.presets import PRESETS
 from dlrm_jax.data.values.label_values import one_class_warnings, shown_texts
@@ -42,6 +43,12 @@ def define_flags() -> None:
     )
     flags.DEFINE_string("max_memory", "", "Upper limit for memory, as 4GB; the run ends clearly before it goes beyond.")
     flags.DEFINE_enum("compression", "none", COMPRESSIONS, "Of the records: zstd halves the disk, none reads faster.")
+    flags.DEFINE_string(
+        "extend",
+        "",
+        "A finished dataset: OUTPUT is it and the rows of --input, known values keep their ids, its files are linked.",
+    )
+    flags.DEFINE_bool("refit", False, "With --extend: fit transforms to all days for the new rows, and for serving.")
     flags.DEFINE_string("describe", "", "Show the statistics of this prepared dataset as a table and pictures instead.")
 
 
@@ -56,16 +63,18 @@ def main() -> None:
         raise ConfigError("--output is missing; it names the new dataset's directory")
     output = pathlib.Path(FLAGS.output)
     files.require_output_directory("output", output)
-    options = Options(FLAGS.on_bad_row, parse_bytes(FLAGS.max_memory), FLAGS.compression)
+    extend = pathlib.Path(FLAGS.extend) if FLAGS.extend else None
+    options = Options(FLAGS.on_bad_row, parse_bytes(FLAGS.max_memory), FLAGS.compression, extend, FLAGS.refit)
     paths = expand(FLAGS.input)
-    schema = choose_schema(FLAGS.schema, paths)
-    for reason in schema.reasons:
+    past = open_past(extend, output) if extend else None
+    schema = past.schema if past and FLAGS.schema == "infer" else choose_schema(FLAGS.schema, paths)
+    for reason in () if past else schema.reasons:
         print(f"schema: {reason}", file=sys.stderr)
     keep_freed_chunks()
     start = time.perf_counter()
     with Bar() as bar:
         statistics = prepare(paths, output, schema, options, bar.show)
-    _print_summary(output, statistics, time.perf_counter() - start)
+    _print_summary(output, statistics, time.perf_counter() - start, past.rows if past else 0)
 
 
 def parse_bytes(text: str) -> int:
@@ -81,7 +90,7 @@ def parse_bytes(text: str) -> int:
     return int(value)
 
 
-def _print_summary(output: pathlib.Path, statistics: dict, seconds: float) -> None:
+def _print_summary(output: pathlib.Path, statistics: dict, seconds: float, before: int) -> None:
     skipped = statistics["skipped"]
     if skipped["rows"]:
         print(f"skipped {skipped['rows']:,} rows:")
@@ -95,13 +104,19 @@ def _print_summary(output: pathlib.Path, statistics: dict, seconds: float) -> No
     negative = statistics.get("negative_texts")
     if negative:
         print(f"label: counted as negative: {shown_texts(negative)}")
+    for note in statistics.get("notes", ()):
+        print(f"note: {note}")
     for warning in one_class_warnings(splits):
         print(f"warning: {warning}", file=sys.stderr)
     rows = sum(split["rows"] for split in splits.values())
     parts = ", ".join(f"{name} {split['rows']:,}" for name, split in splits.items())
     tables = statistics["tables"].values()
-    print(f"{rows:,} rows ({parts}), {len(tables)} tables of {sum(table['rows'] for table in tables):,} rows in all")
-    print(f"prepared in {seconds:.1f} s ({rows / seconds:,.0f} rows/s); train with --data_dir={os.fspath(output)}")
+    new = f" of which {rows - before:,} are new" if before else ""
+    print(
+        f"{rows:,} rows ({parts}){new}, {len(tables)} tables of {sum(table['rows'] for table in tables):,} rows in all"
+    )
+    rate = f"{(rows - before) / seconds:,.0f} rows/s"
+    print(f"prepared in {seconds:.1f} s ({rate}); train with --data_dir={os.fspath(output)}")
 
 
 def command() -> None:

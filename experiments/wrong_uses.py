@@ -49,6 +49,17 @@ FILES: dict[str, str | bytes] = {
     "price.csv": "click,user,item,price,day\n1,u1,i1,cheap,2024-01-01\n",
     "comma.csv": "click;user;item;price\n1;u1;i1;3,5\n0;u2;i2;4,5\n",
     "latin.csv": "click,user,item,price,day\n1,J\u00f6rg,i1,3,2024-01-01\n".encode("latin-1"),
+    "semicolons.csv": _log(50).replace(",", ";"),
+    "rowless.csv": "click,user,item,price,day\n",
+    "seconds.csv": _log(50).replace("2024-01-0", "170406720"),
+    "half/staging/job.json": "{}",
+    "rarer.yaml": _SCHEMA.replace("item]", "{name: item, min_count: 5}]") + "timestamp: day\nsplit: {by: time}\n",
+    "lists.yaml": _SCHEMA.replace("item]", "{name: item, separator: ';'}]") + "timestamp: day\nsplit: {by: time}\n",
+    "years.yaml": _SCHEMA + "timestamp: day\nsplit: {by: time, period: 1y}\n",
+    "seven.yaml": _SCHEMA + "timestamp: day\nsplit: {by: time, period: 7}\n",
+    "shares.yaml": _SCHEMA + "timestamp: day\nsplit: {by: time, period: 1d, val: 0.1}\n",
+    "weeks.yaml": _SCHEMA + "timestamp: day\nsplit: {by: time, period: 1w, val: 2}\n",
+    "timeless.yaml": _SCHEMA + "timestamp: day\nsplit: {by: random, period: 1d}\n",
     "unclosed.gz": b"\x1f\x8b\x08\x00" + bytes(20),
     "text.parquet": "not parquet at all",
     "array.json": '[{"click": 1}]\n',
@@ -133,6 +144,28 @@ CASES: dict[str, tuple[Case, ...]] = {
         Case("prepare --input=log.csv --output=d22 --schema=decimal.yaml", "decimal is 'x'"),
         Case("prepare --input=log.csv --output=d22 --schema=long.yaml", "longer than 100 bytes"),
         Case("prepare --input=log.csv --output=d22 --schema=kaggle", "--schema=kaggle is neither a file"),
+    ),
+    "Days and growth": (
+        Case("prepare --input=log.csv --output=d25 --schema=years.yaml", "period is '1y'"),
+        Case("prepare --input=log.csv --output=d25 --schema=seven.yaml", "column day holds dates"),
+        Case("prepare --input=log.csv --output=d26 --schema=shares.yaml", "val is 0.1; beside a period"),
+        Case("prepare --input=log.csv --output=d27 --schema=weeks.yaml", "leave none for train"),
+        Case("prepare --input=log.csv --output=d28 --schema=timeless.yaml", "a period needs by: time"),
+        Case("prepare --input=log.csv --extend=data --output=data", "is the dataset of --extend"),
+        Case("prepare --input=log.csv --extend=data --output=data/next", "lie one in the other"),
+        Case("prepare --input=log.csv --extend=nope --output=g1", "--extend=nope holds no prepared dataset"),
+        Case("prepare --input=log.csv --extend=half --output=g1", "--extend=half holds an unfinished preparation"),
+        Case("prepare --input=semicolons.csv --extend=data --output=g2", "separated by ';'"),
+        Case("prepare --input=empty.csv --extend=data --output=g3", "empty.csv"),
+        Case("prepare --input=rowless.csv --extend=data --output=g4", "no rows in rowless.csv"),
+        Case("prepare --input=nolabel.csv --extend=data --output=g5", "no column 'click'"),
+        Case(
+            "prepare --input=word.csv --extend=data --output=g6 --on_bad_row=skip_and_count", "no rows in word.csv; all"
+        ),
+        Case("prepare --input=seconds.csv --extend=data --output=g7", "which have no common order"),
+        Case("prepare --input=log.csv --extend=data --output=g8 --schema=rarer.yaml", "sparse[1].min_count: 5"),
+        Case("prepare --input=log.csv --extend=data --output=g8 --schema=lists.yaml", "sparse[1].separator: ';'"),
+        Case("prepare --input=log.csv --output=g9 --refit", "--refit has no effect without --extend"),
     ),
     "Files and directories": (
         Case("prepare --input='*.tsv' --output=d30", "matches no file"),
@@ -281,6 +314,7 @@ CASES: dict[str, tuple[Case, ...]] = {
 def make_scratch(directory: pathlib.Path) -> None:
     """Fill a directory with what the commands of CASES work on."""
     for name, content in FILES.items():
+        (directory / name).parent.mkdir(parents=True, exist_ok=True)
         (directory / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     for command in (
         "prepare --input=log.csv --output=data --schema=mine.yaml",

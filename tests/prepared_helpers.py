@@ -3,8 +3,6 @@
 import hashlib
 import pathlib
 
-import numpy as np
-
 from dlrm_jax.data.prepare.preparation import Options, prepare
 from dlrm_jax.data.read.prepared import open_prepared
 from dlrm_jax.data.schema.schema import Dense, Label, Schema, Sparse, Split
@@ -31,8 +29,7 @@ def prepare_text(
 
 def rows_of(output: pathlib.Path, split: str = "train"):
     """All rows of a split, in order, in memory."""
-    source = open_prepared(output).splits[split]
-    return source.read(np.arange(-(-len(source) // 4096)))
+    return open_prepared(output).splits[split].all_rows()
 
 
 def csv_rows(rows: list[tuple]) -> str:

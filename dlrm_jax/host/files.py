@@ -6,6 +6,7 @@ import fcntl
 import logging
 import os
 import pathlib
+import shutil
 import socket
 import time
 from collections.abc import Iterator
@@ -118,6 +119,24 @@ def whole(path: pathlib.Path, alone: bool = True) -> Iterator[pathlib.Path]:
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise
+
+
+def link_or_copy(source: pathlib.Path, target: pathlib.Path) -> bool:
+    """A file that never changes under a second name: whether by a hard link, else by a copy, which is whole or absent.
+
+    What is there already is left as it is.
+    """
+    if target.exists():
+        return os.path.samefile(source, target)
+    try:
+        os.link(source, target)
+        return True
+    except FileNotFoundError:
+        raise
+    except OSError:  # Another file system, one without links, or too many of them.
+        with whole(target) as temporary:
+            shutil.copyfile(source, temporary)
+        return False
 
 
 def require_input_file(flag: str, value: str) -> None:

@@ -68,7 +68,7 @@ def _reading(rows: Any, seconds: float) -> dict[str, float]:
     if isinstance(rows, GeneratedSplit):
         return {MAKE: rate(rows.read)}
     assert isinstance(rows, PreparedSplit)
-    read, both = rate(lambda blocks_G: [rows.blocks.record(int(b)) for b in blocks_G]), rate(rows.read)
+    read, both = rate(lambda blocks_G: [rows.blocks.record(int(b) % len(rows.blocks)) for b in blocks_G]), rate(rows.read)
     return {READ: read, DECODE: 1 / max(1 / both - 1 / read, 1e-12)}
 
 

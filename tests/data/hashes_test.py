@@ -9,7 +9,9 @@ import pytest
 
 from dlrm_jax.config import ConfigError
 from dlrm_jax.data.prepare import hashes
-from dlrm_jax.data.read.prepared import open_prepared, read_json
+from dlrm_jax.data.prepare.growth import Past
+from dlrm_jax.data.prepare.runs import Part
+from dlrm_jax.data.read.prepared import open_prepared, read_json, read_schema
 from dlrm_jax.data.schema.schema import Dense, Sparse
 from dlrm_jax.serving.artifact.export import _write_vocabularies, make_signature
 from tests.helpers import tiny_model
@@ -35,8 +37,15 @@ def taken(directory: pathlib.Path, into: pathlib.Path) -> tuple:
     return digest(into), signature.schema, signature.dense_statistics, dataset.table_sizes, rows.ids_RxK.tolist(), job
 
 
+def counted(directory: pathlib.Path) -> tuple:
+    """What --extend goes on from."""
+    past = Past.read(directory, read_schema(directory))
+    known = [past.known(table, of[0], [Part("train")]) for table, of in past.schema.tables().items()]
+    return past.growth, [(t.values.to_pylist(), t.ids_V.tolist(), t.counts_GxV.tolist()) for t in known]
+
+
 def test_no_flipped_bit_changes_a_value(prepared, tmp_path):
-    good = taken(prepared, tmp_path / "good")
+    good = taken(prepared, tmp_path / "good"), counted(prepared)
     files = sorted(path for path in prepared.rglob("*") if path.suffix in (".json", ".parquet"))
     rng, refused = np.random.default_rng(0), 0
     for trial in range(60):
@@ -46,7 +55,7 @@ def test_no_flipped_bit_changes_a_value(prepared, tmp_path):
         content[rng.integers(len(content))] ^= 1 << rng.integers(8)
         path.write_bytes(content)
         try:
-            assert taken(copy, tmp_path / f"{trial}" / "exported") == good, path
+            assert (taken(copy, tmp_path / f"{trial}" / "exported"), counted(copy)) == good, path
         except ConfigError as error:
             refused += 1
             assert "\n" not in str(error) and "anew" in str(error)

@@ -301,7 +301,7 @@ def test_metadata_are_the_bytes_that_tfds_writes(tmp_path, name, weighted, lengt
 
 @pytest.mark.parametrize("compression", ["none", "zstd"])
 def test_many_blocks_and_shards(tmp_path, monkeypatch, compression):
-    monkeypatch.setattr("dlrm_jax.data.prepare.second_pass._BLOCKS_PER_SHARD", 2)
+    monkeypatch.setattr("dlrm_jax.data.prepare.runs.BLOCKS_PER_SHARD", 2)
     num_rows = 4096 * 5 + 17
     rows = [(i % 2, i, f"v{i % 1000}") for i in range(num_rows)]
     output = prepare_text(tmp_path, csv_rows(rows), schema(), compression=compression)

@@ -229,7 +229,7 @@ def test_records_are_those_of_tfds_own_serializer(rows):
 
 def test_few_shards_are_open_at_a_time(tmp_path, monkeypatch):
     """A dataset of a thousand shards is read where a process may have fewer files open."""
-    monkeypatch.setattr("dlrm_jax.data.prepare.second_pass._BLOCKS_PER_SHARD", 1)
+    monkeypatch.setattr("dlrm_jax.data.prepare.runs.BLOCKS_PER_SHARD", 1)
     for module in ("prepare.blocks", "read.prepared"):
         monkeypatch.setattr(f"dlrm_jax.data.{module}.BLOCK_ROWS", 10)
     monkeypatch.setattr("dlrm_jax.data.read.prepared.OPEN_SHARDS", 4)

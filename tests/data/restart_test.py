@@ -40,7 +40,7 @@ def small_pieces(monkeypatch):
     """Many chunks, staged files and shards from a small log."""
     monkeypatch.setattr(text_source.TextSource.__init__, "__defaults__", (False, 10_000))
     monkeypatch.setattr("dlrm_jax.data.prepare.first_pass.CHUNKS_PER_FILE", 4)
-    monkeypatch.setattr("dlrm_jax.data.prepare.second_pass._BLOCKS_PER_SHARD", 1)
+    monkeypatch.setattr("dlrm_jax.data.prepare.runs.BLOCKS_PER_SHARD", 1)
 
 
 class Killed(BaseException):
@@ -49,15 +49,19 @@ class Killed(BaseException):
 
 def dies_at(monkeypatch, count: int) -> list[str]:
     """From now on the `count`-th file to be put into its place never is; the list receives the names that were."""
-    done, replace = [], os.replace
+    done = []
 
-    def dying(source, target):
-        if len(done) == count:
-            raise Killed
-        replace(source, target)
-        done.append(os.path.basename(target))
+    def dying(call):
+        def put(source, target):
+            if len(done) == count:
+                raise Killed
+            call(source, target)
+            done.append(os.path.basename(target))
 
-    monkeypatch.setattr(os, "replace", dying)
+        return put
+
+    for name in ("replace", "link"):
+        monkeypatch.setattr(os, name, dying(getattr(os, name)))
     return done
 
 
@@ -112,9 +116,9 @@ def test_finished_files_are_not_made_again(tmp_path, monkeypatch, count, among):
 SCRIPT = """
 import sys
 from dlrm_jax.data.formats import text_source
-from dlrm_jax.data.prepare import first_pass, second_pass
+from dlrm_jax.data.prepare import first_pass, runs
 text_source.TextSource.__init__.__defaults__ = (False, 10_000)
-first_pass.CHUNKS_PER_FILE, second_pass._BLOCKS_PER_SHARD = 4, 1
+first_pass.CHUNKS_PER_FILE, runs.BLOCKS_PER_SHARD = 4, 1
 from tests.data.restart_test import LOG
 from dlrm_jax.data.prepare.preparation import prepare
 import pathlib

@@ -39,10 +39,10 @@ class TextSource:
         self._needed = schema.source_columns()
         self._scalars = schema.scalar_columns()
         self._separators = {feature.source: feature.separator for feature in schema.sparse if feature.separator}
-        self._json = is_json
-        self._delimiter = schema.delimiter or guess_delimiter(paths[0], schema.encoding)
+        self.is_json = is_json
+        self.delimiter = schema.delimiter or guess_delimiter(paths[0], schema.encoding)
         # A quote that no file uses in its first bytes may still come later: only a schema without one turns it off.
-        self._quote = b"" if self._json else schema.quote.encode()
+        self._quote = b"" if self.is_json else schema.quote.encode()
 
     def chunks(self, start: Position) -> Iterator[Chunk]:
         """Chunks from `start` on."""
@@ -54,7 +54,7 @@ class TextSource:
 
     def _file_chunks(self, file: int, start: Position, done: int) -> Iterator[Chunk]:
         path = self.paths[file]
-        columns = None if self._json else self._column_names(path)
+        columns = None if self.is_json else self._column_names(path)
         offset, line = start.offset, start.line
         for data, num_lines, raw_position in self._records(path, offset):
             body, first_line = data, line
@@ -117,7 +117,7 @@ class TextSource:
     def _column_names(self, path: str) -> tuple[str, ...]:
         names = self._schema.columns
         if self._schema.header:
-            names = read_header(path, self._delimiter, self._schema.quote, self._schema.encoding)
+            names = read_header(path, self.delimiter, self._schema.quote, self._schema.encoding)
         require_columns(path, list(names), self._needed)
         return names
 
@@ -162,7 +162,7 @@ class TextSource:
             # A column named twice is read once; one thread, as the chunks themselves run in parallel.
             csv.ReadOptions(column_names=_unique(names), use_threads=False, block_size=len(data) + 1),
             csv.ParseOptions(
-                delimiter=self._delimiter,
+                delimiter=self.delimiter,
                 quote_char=self._schema.quote or False,
                 newlines_in_values=bool(self._quote) and self._quote in data,
                 invalid_row_handler=skip_row,

@@ -9,9 +9,11 @@ from typing import Any
 from dlrm_jax.config import ConfigError
 from dlrm_jax.data.read.prepared import is_prepared, read_json, read_schema
 from dlrm_jax.data.schema.schema import HELD_OUT
+from dlrm_jax.data.values.periods import units_a_second
 from dlrm_jax.host.texts import aligned
 
 _MAX_CURVES = 12
+_MAX_PERIODS = 30
 
 
 def describe(directory: pathlib.Path) -> str:
@@ -19,15 +21,22 @@ def describe(directory: pathlib.Path) -> str:
     if not is_prepared(directory):
         raise ConfigError(f"{directory} is not a prepared dataset; give the --output of dlrm_jax.prepare")
     statistics = read_json(directory / "statistics.json")
-    clock = _clock(statistics["positives_over_time"]) if read_schema(directory).timestamp else None
+    clock = _clock(statistics) if read_schema(directory).timestamp else None
     path = directory / "statistics.png"
     try:
         _draw(statistics, clock, path)
         drawn = f"pictures: {path}"
     except OSError:
         drawn = _draw_here(statistics, clock)
-    time = [_span(statistics["positives_over_time"], clock)] if clock else []
-    tables = [_splits(statistics), *time, _dense(statistics), _features(statistics), _tables(statistics)]
+    time = [_span(statistics, clock)] if clock else []
+    tables = [
+        _splits(statistics),
+        *_periods(statistics),
+        *time,
+        _dense(statistics),
+        _features(statistics),
+        _tables(statistics),
+    ]
     return "\n\n".join([*tables, drawn])
 
 
@@ -40,29 +49,27 @@ def _draw_here(statistics: dict[str, Any], clock: Callable[[float], datetime.dat
     return f"pictures: {path}"
 
 
-_UNITS = {"seconds": 1.0, "milliseconds": 1e3, "microseconds": 1e6, "nanoseconds": 1e9}
-_DATED = (1e8, 4.1e9)
-"""Seconds since 1970 from 1973 to 2099. Dates are staged as microseconds; a number beyond these is no date."""
-
-
-def _clock(bins: list[list[float]]) -> Callable[[float], datetime.datetime] | None:
-    """What makes a date (UTC) of a timestamp; None where the log's timestamps are other numbers, as days from 0."""
-    for unit in _UNITS.values():
-        if all(_DATED[0] <= start / unit <= _DATED[1] for start, *_ in bins):
-            return functools.partial(_date, unit)
-    return None
-
-
-def _date(unit: float, time: float) -> datetime.datetime:
-    return datetime.datetime.fromtimestamp(time / unit, datetime.UTC)
-
-
-def _span(bins: list[list[float]], clock: Callable[[float], datetime.datetime]) -> str:
-    """When the log begins and ends; bins are equally wide."""
+def _time_range(statistics: dict[str, Any]) -> list[float]:
+    """The first and the last time; older versions noted bins alone, equally wide, the last one beyond the last row."""
+    bins = statistics["positives_over_time"]
     width = (bins[-1][0] - bins[0][0]) / max(len(bins) - 1, 1)
-    half = datetime.timedelta(seconds=0.5)  # To the nearest second: bins are not of whole ones.
-    # The last bin ends one after the last row, in the log's unit.
-    first, last = (f"{clock(time) + half:%Y-%m-%d %H:%M:%S}" for time in (bins[0][0], bins[-1][0] + width - 1))
+    return statistics.get("time_range", [bins[0][0], bins[-1][0] + width - 1])
+
+
+def _clock(statistics: dict[str, Any]) -> Callable[[float], datetime.datetime] | None:
+    """What makes a date (UTC) of a timestamp; None where the log's timestamps are other numbers, as days from 0."""
+    units = units_a_second(*_time_range(statistics))
+    return functools.partial(_date, units) if units else None
+
+
+def _date(units: int, time: float) -> datetime.datetime:
+    return datetime.datetime.fromtimestamp(time / units, datetime.UTC)
+
+
+def _span(statistics: dict[str, Any], clock: Callable[[float], datetime.datetime]) -> str:
+    """When the log begins and ends."""
+    half = datetime.timedelta(seconds=0.5)  # To the nearest second.
+    first, last = (f"{clock(time) + half:%Y-%m-%d %H:%M:%S}" for time in _time_range(statistics))
     return f"time: {first} to {last} UTC"
 
 
@@ -87,6 +94,14 @@ def _splits(statistics: dict[str, Any]) -> str:
         rows.append([name, f"{split['rows']:,}", _percent(split["positive_rate"])])
     skipped = statistics["skipped"]["rows"]
     return aligned(rows) + (f"\nskipped: {skipped:,} rows" if skipped else "")
+
+
+def _periods(statistics: dict[str, Any]) -> list[str]:
+    """A table of the periods by which the log is split, where it is: the last ones, of many."""
+    found = statistics.get("periods", [])[-_MAX_PERIODS:]
+    rows = [["period", "split", "rows", "positive rate"]]
+    rows += [[p["name"], p["split"], f"{p['rows']:,}", _percent(p["positives"] / p["rows"])] for p in found]
+    return [aligned(rows)] if found else []
 
 
 def _features(statistics: dict[str, Any]) -> str:

@@ -17,28 +17,26 @@ class TablePlan:
     remap_V: np.ndarray | None = None
 
 
-def plan_table(features: list[Sparse], counts_SxV: np.ndarray, values: pa.Array | None) -> tuple[TablePlan, np.ndarray]:
+def plan_table(
+    rule: Sparse, total_V: np.ndarray, values: pa.Array, known_V: np.ndarray
+) -> tuple[TablePlan, np.ndarray]:
     """(the plan, provisional ids in the order of their final ones; those of infrequent values are left out).
 
-    `values` are those of a vocabulary, by provisional id.
+    `values` of a vocabulary and how often they occur, by provisional id; `known_V` are the final ids that some have
+    already, else -1: these stay, and new ones follow.
     """
-    rule = features[0]
-    if values is None:
-        rows = rule.size or (rule.modulo if rule.ids == "raw" else 0) or counts_SxV.shape[1]
-        return TablePlan(max(rows, 1)), np.zeros(0, np.int64)
-    num_keys = len(values)
-    total_V = np.zeros(num_keys, np.int64)
-    total_V[: counts_SxV.shape[1]] = counts_SxV[:, :num_keys].sum(axis=0)
-    kept = np.flatnonzero(total_V >= rule.min_count)
+    known = np.flatnonzero(known_V >= 0)
+    new = np.flatnonzero((known_V < 0) & (total_V >= rule.min_count))
     if rule.order == "frequency":
-        kept = kept[np.argsort(-total_V[kept], kind="stable")]
+        new = new[np.argsort(-total_V[new], kind="stable")]
     elif rule.order == "value":
-        kept = kept[pc.array_sort_indices(values.take(pa.array(kept))).to_numpy()]
-    first = int(rule.oov)
+        new = new[pc.array_sort_indices(values.take(pa.array(new))).to_numpy()]
+    kept = np.concatenate([known[np.argsort(known_V[known])], new]) if len(known) else new
+    num_keys, first = len(values), int(rule.oov)
     remap_V = np.full(num_keys + 1, 0 if rule.oov else -1, np.int32)
     remap_V[kept] = np.arange(first, first + len(kept), dtype=np.int32)
     remap_V[-1] = -1  # An empty slot is no value, so it is not an unknown one either.
-    unchanged = not rule.oov and len(kept) == num_keys and rule.order == "first"
+    unchanged = not rule.oov and np.array_equal(kept, np.arange(num_keys))
     return TablePlan(max(first + len(kept), 1), None if unchanged else remap_V), kept
 
 

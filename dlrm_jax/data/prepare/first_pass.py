@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 
 from dlrm_jax.config import ConfigError
 from dlrm_jax.data.formats.source import BadRow, Chunk, Columns, Position, Source
+from dlrm_jax.data.prepare.growth import Past
 from dlrm_jax.data.prepare.numbering import IS_DATE, MAX_EXAMPLES, Background, Parsed, Pending, number_new
 from dlrm_jax.data.prepare.staging import Staging, wide_name
 from dlrm_jax.data.schema.schema import Dense, Schema
@@ -143,8 +144,10 @@ def _hint(bad: BadRow) -> str:
 class FirstPass:
     """Runs, or goes on with, the first pass of a job."""
 
-    def __init__(self, schema: Schema, source: Source, staging: Staging, skip_bad: bool, max_memory: int) -> None:
-        self._schema, self._source, self._staging = schema, source, staging
+    def __init__(
+        self, schema: Schema, source: Source, staging: Staging, skip_bad: bool, max_memory: int, past: Past
+    ) -> None:
+        self._schema, self._source, self._staging, self._next_row = schema, source, staging, past.next_row
         self._skip_bad, self._max_memory = skip_bad, max_memory
         self._tables = schema.tables()
         self._table_index = {name: i for i, name in enumerate(self._tables)}
@@ -153,6 +156,8 @@ class FirstPass:
             for name, features in self._tables.items()
             if features[0].ids == "vocabulary" or features[0].is_quantile
         }
+        for name, vocabulary in self._vocabularies.items():
+            vocabulary.extend(*past.keys(name, self._tables[name][0]))
         self._feature_index = {feature.name: i for i, feature in enumerate(schema.sparse)}
 
     def run(self, progress: Callable[[int, int], None]) -> int:
@@ -184,7 +189,7 @@ class FirstPass:
             for addition in self._staging.additions(i):
                 self._vocabularies[names[addition.table]].extend(addition.keys, addition.checks)
         if not count:
-            return 0, Position(), 0
+            return 0, Position(), self._next_row
         meta = self._staging.meta(count - 1)
         return count, Position(**meta["next"]), meta["row"]
 

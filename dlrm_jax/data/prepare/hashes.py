@@ -22,7 +22,7 @@ _LOG = logging.getLogger("dlrm_jax")
 
 def write_hashes(directory: pathlib.Path, shard_lengths: Mapping[str, list[int]]) -> None:
     """Note the files that are there, when all are."""
-    found = [*directory.glob("*.json"), *(directory / "vocabularies").glob("*.parquet")]
+    found = [*directory.glob("*.json"), *directory.glob("*/*.parquet")]
     names = sorted(str(path.relative_to(directory)) for path in found if path.name not in _NOT_OURS)
     values = {"files": {name: _sha256(directory / name) for name in names}, "splits": dict(shard_lengths)}
     write_whole(directory / HASHES, json.dumps(values, indent=1).encode())

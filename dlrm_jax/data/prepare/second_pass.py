@@ -2,28 +2,31 @@
 
 import concurrent.futures
 import dataclasses
-import json
+import logging
 import os
 import pathlib
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 
+from dlrm_jax.config import require
 from dlrm_jax.data.prepare import blocks
-from dlrm_jax.data.prepare.final_ids import TablePlan, counting_groups, plan_table
+from dlrm_jax.data.prepare.extend import notes, require_same_separators
+from dlrm_jax.data.prepare.final_ids import counting_groups
+from dlrm_jax.data.prepare.growth import Past
+from dlrm_jax.data.prepare.runs import Part, Run, index_of_periods, of_split, shard_paths
+from dlrm_jax.data.prepare.shards import ShardWriter
 from dlrm_jax.data.prepare.splits import Splitter
-from dlrm_jax.data.prepare.staging import Staging, wide_name, write_whole
-from dlrm_jax.data.prepare.statistics import Counts, summarise_table, top_ids
-from dlrm_jax.data.prepare.vocabularies import describe_buckets, describe_ids, vocabulary_values, write_vocabulary
+from dlrm_jax.data.prepare.staging import Staging, wide_name, writing
+from dlrm_jax.data.prepare.statistics import Counts
+from dlrm_jax.data.prepare.tables import Finished, Finisher
 from dlrm_jax.data.schema.schema import SPLITS, Schema
-from dlrm_jax.data.values import buckets
-from dlrm_jax.data.values.dense import finish_dense
-from dlrm_jax.data.values.file_names import file_names
+from dlrm_jax.data.values.dense import DenseStatistics, finish_dense
+from dlrm_jax.host.files import link_or_copy
 
-_BLOCKS_PER_SHARD = 64
+_LOG = logging.getLogger("dlrm_jax")
 _COUNT_BYTES = 20
 """What counting takes for an id: three counts, their sum, and room to grow."""
 _MAX_COUNT_BYTES = 200 << 20
@@ -31,7 +34,7 @@ _MAX_COUNT_BYTES = 200 << 20
 
 
 class SecondPass:
-    """Vocabularies, statistics and shards of a staged log."""
+    """Vocabularies, statistics and shards of a staged log, behind those of the past."""
 
     def __init__(
         self,
@@ -41,139 +44,159 @@ class SecondPass:
         num_files: int,
         splitter: Splitter,
         compression: str,
+        past: Past,
+        refit: bool,
     ) -> None:
         self._schema, self._output, self._staging, self._splitter = schema, output, staging, splitter
-        self._num_files, self._compression = num_files, compression
+        self._num_files, self._compression, self._past, self._refit = num_files, compression, past, refit
         self._tables = schema.tables()
-        self._file_names = file_names(self._tables)
-        self._counts = Counts(schema, staging, num_files, splitter)
-        self._plans: dict[str, TablePlan] = {}
+        self._counts = Counts(schema, staging, num_files, splitter, past)
+        self._finisher = Finisher(schema, output, staging, num_files, splitter.groups, past, refit)
+        self._finished: dict[str, Finished] = {}
+        self._fitted: dict[int, DenseStatistics] = {}
         self._least = float("inf")
         self._remaps: list[tuple[slice, np.ndarray]] = []
+        self.runs: list[Run] = []
 
     def run(self, progress: Callable[[int], None]) -> dict[str, Any]:
         """Write everything but TFDS' metadata; the statistics. `progress(rows)` is told of rows written."""
         self._counts.count_rows()
-        torchrec = [i for i, dense in enumerate(self._schema.dense) if dense.transform == "torchrec_log"]
-        self._least = min((self._counts.dense[i].least for i in torchrec), default=float("inf"))
-        tables = self._finish_tables()
+        self._fit()
+        self._finished = self._finish_tables()
+        self._check_lists()
         self._remaps = self._slot_remaps()
-        shards = self._write_shards(progress)
+        self.runs = self._write(progress)
+        periods = self._splitter.periods
+        of_tables = [note for table in self._finished.values() for note in table.notes]
         return {
-            "splits": {
-                name: {
-                    "rows": int(rows),
-                    "positives": int(positives),
-                    "positive_rate": round(float(positives / rows), 6) if rows else None,
-                    "shards": len(shards[name]),
-                    "checksum": _combine([checksum for _, checksum in shards[name]]),
-                }
-                for name, rows, positives in zip(
-                    SPLITS, self._counts.rows_FxS.sum(axis=0), self._counts.positives_S, strict=True
-                )
-            },
+            "splits": {name: _summary(of_split(self.runs, name)) for name in SPLITS},
+            "runs": [run.as_json() for run in self.runs],
+            "periods": index_of_periods(self.runs, periods) if periods else [],
             "features": self._feature_statistics(),
-            "tables": tables,
+            "tables": {name: table.statistics for name, table in self._finished.items()},
             "dense": {
-                self._schema.dense[i].name: dataclasses.asdict(own)
-                for i, own in self._counts.dense.items()
-                if own.count
+                self._schema.dense[i].name: dataclasses.asdict(own) for i, own in self._fitted.items() if own.count
             },
             "dense_columns": {
                 dense.name: counted.summary()
                 for dense, counted in zip(self._schema.dense, self._counts.ranges, strict=True)
             },
-            "positives_over_time": self._counts.time_bins,
+            "notes": [*notes(self._past, self.runs, self._counts.dense, self._refit), *of_tables],
+        } | self._counts.time_bins.summary()
+
+    def growth(self) -> dict[str, Any]:
+        """What a later preparation goes on from, beside the statistics (growth.py)."""
+        periods, dense = self._splitter.periods, self._schema.dense
+        return {
+            "groups": [[group.split, group.period] for group in self._splitter.groups],
+            "period": dataclasses.asdict(periods) if periods else None,
+            "lookups": {name: [count.lookups, count.empty] for name, count in self._counts.features.items()},
+            "ranges": {d.name: dataclasses.asdict(own) for d, own in zip(dense, self._counts.ranges, strict=True)},
+            "dense": {dense[i].name: dataclasses.asdict(own) for i, own in self._counts.dense.items()},
+            "tables": {name: table.kept for name, table in self._finished.items()},
         }
 
-    def shard_lengths(self) -> dict[str, list[int]]:
-        """Blocks in each shard of the splits that have rows."""
-        lengths = {}
-        for i, name in enumerate(SPLITS):
-            rows = int(self._counts.rows_FxS[:, i].sum())
-            num_blocks = -(-rows // blocks.BLOCK_ROWS)
-            if num_blocks:
-                starts = range(0, num_blocks, _BLOCKS_PER_SHARD)
-                lengths[name] = [min(_BLOCKS_PER_SHARD, num_blocks - start) for start in starts]
-        return lengths
+    def _fit(self) -> None:
+        """Take the statistics that transforms use: of all rows, or those that the past used."""
+        keep = self._past.directory is not None and not self._refit
+        self._fitted = self._past.dense(fitted=True) if keep else self._counts.dense
+        for i in (i for i, dense in enumerate(self._schema.dense) if dense.transform == "torchrec_log"):
+            self._least = min(self._least, self._fitted[i].least)
+        for i, own in self._counts.dense.items():
+            dense = self._schema.dense[i]
+            require(
+                dense.transform != "torchrec_log" or not own.count or own.least > self._least - 2,
+                f"column {dense.source}: its least number is {own.least:g}, and torchrec_log as the days before fitted "
+                f"it is not defined at {self._least - 2:g} and below; give --refit, or prepare all days anew",
+            )
 
-    def _finish_tables(self) -> dict[str, dict[str, Any]]:
-        """Statistics of all tables, in groups that are dealt out to the cores."""
+    def _laid_out(self) -> list[tuple[Run, list[pathlib.Path]]]:
+        """All runs in the order in which they lie in their splits, with the files of those that are there already.
+
+        A period's split is that which it has now.
+        """
+        by_periods = self._splitter.periods is not None
+        held_out = {part.period: part.split for part in self._splitter.groups}
+        before = list(zip(self._past.runs, self._past.shard_paths(), strict=True))
+        if by_periods:
+            before = [(dataclasses.replace(run, split=held_out.get(run.period, "train")), f) for run, f in before]
+        counts = zip(self._counts.rows_FxP.sum(axis=0).tolist(), self._counts.positives_P.tolist(), strict=True)
+        new = {part: of for part, of in zip(self._splitter.parts, counts, strict=True) if of[0]}
+        out: list[tuple[Run, list[pathlib.Path]]] = []
+        place = 0
+        for part in sorted({*new, *(run.part for run, _ in before)}, key=_place):
+            # Blocks are counted from the first row of the split; or of all, since a period may change its split.
+            place = place if by_periods else 0
+            together = [(run, files) for run, files in before if run.part == part]
+            place += sum(run.rows for run, _ in together)
+            out += together
+            if part in new:
+                rows, positives = new[part]
+                out.append((Run.planned(part, rows, positives, place % blocks.BLOCK_ROWS), []))
+                place += rows
+        return out
+
+    def _write(self, progress: Callable[[int], None]) -> list[Run]:
+        """Link the shards that are there, write the others; all runs with their checksums."""
+        laid_out = self._laid_out()
+        runs = [run for run, _ in laid_out]
+        paths = shard_paths(self._output, self._schema.name, runs)
+        linked = []
+        for (_, files), targets in zip(laid_out, paths, strict=True):
+            for source, target in zip(files, targets, strict=False):
+                with writing(target):
+                    linked.append(link_or_copy(source, target))
+        if not all(linked):
+            _LOG.warning("%d shards of the days before were copied: they cannot be linked there", linked.count(False))
+        names = ["row", "label", "dense", "ids", *(["weight"] if self._schema.weight else [])]
+        names += [*self._splitter.columns, *map(wide_name, self._counts.dense)]
+        rows_FxP = self._counts.rows_FxP
+        writer = ShardWriter(self._staging, self._splitter, rows_FxP, names, self._finish, self._compression)
+        new = [(run, path) for (run, files), path in zip(laid_out, paths, strict=True) if not files]
+        written = iter(writer.write(new, progress))
+        return [run if files else next(written) for run, files in laid_out]
+
+    def _finish_tables(self) -> dict[str, Finished]:
+        """All tables, in groups that are dealt out to the cores."""
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
             found = {name: out for group in pool.map(self._finish_group, self._groups()) for name, out in group.items()}
         return {name: found[name] for name in self._tables}
 
+    def _check_lists(self) -> None:
+        lookups = {}
+        for name, count in self._counts.features.items():
+            ids, empty = self._past.growth.get("lookups", {}).get(name, (0, 0))
+            lookups[name] = count.lookups - ids, count.empty - empty
+        require_same_separators(self._schema, self._past, lookups, self._splitter.num_rows)
+
     def _groups(self) -> list[list[int]]:
         """Tables that are counted in one reading of the ids: as many as a core's memory for counts holds."""
         keys = self._staging.num_keys(self._num_files)
-        tables = enumerate(self._tables.values())
-        num_bytes = [_COUNT_BYTES * (keys[i] or features[0].size or features[0].modulo) for i, features in tables]
+        num_bytes = []
+        for i, (name, features) in enumerate(self._tables.items()):
+            num_keys = keys[i] + self._past.num_keys(name)
+            num_bytes.append(_COUNT_BYTES * (num_keys or features[0].size or features[0].modulo))
         return counting_groups(num_bytes, os.cpu_count() or 1, _MAX_COUNT_BYTES)
 
-    def _finish_group(self, group: list[int]) -> dict[str, dict[str, Any]]:
+    def _finish_group(self, group: list[int]) -> dict[str, Finished]:
         names = [list(self._tables)[i] for i in group]
         counts = self._counts.count_tables([self._tables[name] for name in names])
-        return {name: self._finish_table(i, name, c) for i, name, c in zip(group, names, counts, strict=True)}
-
-    def _finish_table(self, index: int, name: str, counts_SxV: np.ndarray) -> dict[str, Any]:
-        """Give a table its final ids and write its vocabulary; its statistics."""
-        features = self._tables[name]
-        values: pa.Array | None = None
-        if features[0].is_quantile:
-            return self._finish_quantiles(index, name, counts_SxV)
-        if features[0].ids == "vocabulary":
-            values = vocabulary_values(self._staging, self._num_files, index, features[0])
-        plan, kept = plan_table(features, counts_SxV, values)
-        self._plans[name] = plan
-        if values is None:
-            final_SxV = _widened(counts_SxV, plan.rows)
-        else:
-            num_keys = len(values)
-            padded_SxV = _widened(counts_SxV, num_keys)
-            first = int(features[0].oov)
-            final_SxV = np.zeros((3, plan.rows), counts_SxV.dtype)
-            final_SxV[:, first : first + len(kept)] = padded_SxV[:, kept]
-            infrequent_S = padded_SxV.sum(axis=1) - padded_SxV[:, kept].sum(axis=1)
-            if first:
-                final_SxV[:, 0] = infrequent_S
-            values = values.take(pa.array(kept))
-            path = self._output / "vocabularies" / f"{self._file_names[name]}.parquet"
-            write_vocabulary(path, values, final_SxV.sum(axis=0)[first:], first)
-        top = top_ids(final_SxV.sum(axis=0))
-        out = summarise_table(final_SxV, top, describe_ids(top, values, int(features[0].oov)))
-        if values is not None:
-            out["infrequent_values"] = num_keys - len(kept)
-            out["coverage"] = {
-                split: round(1 - float(infrequent_S[i] / padded_SxV[i].sum()), 6) if padded_SxV[i].sum() else None
-                for i, split in enumerate(SPLITS)
-            }
-        return out
-
-    def _finish_quantiles(self, index: int, name: str, counts_SxV: np.ndarray) -> dict[str, Any]:
-        """Give a table of quantile buckets its edges, of the rows for training, and its final ids; its statistics."""
-        rule = self._tables[name][0]
-        numbers_V = vocabulary_values(self._staging, self._num_files, index, rule).to_numpy()
-        counts_SxV = _widened(counts_SxV, len(numbers_V))
-        edges_E = buckets.edges(numbers_V, counts_SxV[0], rule.size)
-        bucket_V = buckets.among(edges_E, numbers_V)
-        self._plans[name] = TablePlan(rule.size, np.append(bucket_V, np.int32(-1)))
-        final_SxV = np.stack([np.bincount(bucket_V, counts_V, rule.size) for counts_V in counts_SxV]).astype(np.int64)
-        top = top_ids(final_SxV.sum(axis=0))
-        return summarise_table(final_SxV, top, describe_buckets(top, edges_E)) | {"edges": edges_E.tolist()}
+        return {name: self._finisher.finish(name, of_table) for name, of_table in zip(names, counts, strict=True)}
 
     def _feature_statistics(self) -> dict[str, Any]:
         metas = [self._staging.meta(file) for file in range(self._num_files)]
-        rows_S = self._counts.rows_FxS.sum(axis=0)
+        before = self._past.statistics.get("features", {})
+        rows = self._past.rows + self._splitter.num_rows
         out = {}
         for i, feature in enumerate(self._schema.sparse):
             count = self._counts.features[feature.name]
-            rows = int(rows_S.sum())
+            truncated = before.get(feature.name, {}).get("truncated_ids", 0)
             out[feature.name] = {
                 "table": feature.table_name,
                 "hotness": feature.hotness,
-                "mean_hotness": round(float(count.lookups_S.sum() / rows), 6),
-                "empty_share": round(float(count.empty_S.sum() / rows), 6),
-                "truncated_ids": sum(meta["truncated"][i] for meta in metas),
+                "mean_hotness": round(count.lookups / rows, 6),
+                "empty_share": round(count.empty / rows, 6),
+                "truncated_ids": truncated + sum(meta["truncated"][i] for meta in metas),
             }
         return out
 
@@ -181,79 +204,11 @@ class SecondPass:
         """(slots of a feature, how their ids change), where they change."""
         remaps, start = [], 0
         for feature in self._schema.sparse:
-            remap_V = self._plans[feature.table_name].remap_V
+            remap_V = self._finished[feature.table_name].plan.remap_V
             if remap_V is not None:
                 remaps.append((slice(start, start + feature.hotness), remap_V))
             start += feature.hotness
         return remaps
-
-    def _write_shards(self, progress: Callable[[int], None]) -> dict[str, list[tuple[int, int]]]:
-        """Write the shards that are missing: (rows, checksum) of each, by split."""
-        written = 0
-        shards: dict[str, list[tuple[int, int]]] = {name: [] for name in SPLITS}
-        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-            futures = [
-                (name, pool.submit(self._write_shard, split, i, len(lengths), length))
-                for split, (name, lengths) in self._numbered_lengths()
-                for i, length in enumerate(lengths)
-            ]
-            try:
-                for name, future in futures:
-                    shards[name].append(future.result())
-                    written += shards[name][-1][0]
-                    progress(written)
-            except BaseException:
-                pool.shutdown(wait=True, cancel_futures=True)
-                raise
-        return shards
-
-    def _numbered_lengths(self) -> list[tuple[int, tuple[str, list[int]]]]:
-        return [(SPLITS.index(name), (name, lengths)) for name, lengths in self.shard_lengths().items()]
-
-    def _write_shard(self, split: int, index: int, count: int, num_blocks: int) -> tuple[int, int]:
-        name = blocks.shard_name(self._schema.name, SPLITS[split], index, count)
-        path, note = self._output / name, self._staging.directory / f"{name}.json"
-        if path.exists() and note.exists():
-            done = json.loads(note.read_text())
-            return done["rows"], done["checksum"]
-        start = index * _BLOCKS_PER_SHARD * blocks.BLOCK_ROWS
-        total = int(self._counts.rows_FxS[:, split].sum())
-        rows = min(total - start, num_blocks * blocks.BLOCK_ROWS)
-        checksum = blocks.write_shard(path, self._records(split, start, start + rows), self._compression)
-        write_whole(note, json.dumps({"rows": rows, "checksum": checksum}).encode())
-        return rows, checksum
-
-    def _records(self, split: int, start: int, stop: int) -> Iterator[bytes]:
-        """Serialized blocks of the split's rows `start` to `stop`."""
-        held: list[dict[str, np.ndarray]] = []
-        for part in self._parts(split, start, stop):
-            held.append(part)
-            count = sum(len(piece["label"]) for piece in held)
-            if count >= blocks.BLOCK_ROWS:
-                block = {key: _joined([piece[key] for piece in held]) for key in part}
-                yield blocks.serialize({key: column[: blocks.BLOCK_ROWS] for key, column in block.items()})
-                held = [{key: column[blocks.BLOCK_ROWS :] for key, column in block.items()}]
-        if held and any(len(piece["label"]) for piece in held):
-            yield blocks.serialize({key: _joined([piece[key] for piece in held]) for key in held[0]})
-
-    def _parts(self, split: int, start: int, stop: int) -> Iterator[dict[str, np.ndarray]]:
-        """The split's rows `start` to `stop`, finished, at most a block at once: so they stay in the cache."""
-        first = 0
-        for file, count in enumerate(self._counts.rows_FxS[:, split]):
-            if first + count > start and first < stop:
-                position = first
-                for i, columns in enumerate(self._staging.batches(file, self._staged_names())):
-                    codes = self._splitter.codes(file, i, columns)
-                    mine = np.flatnonzero(np.broadcast_to(codes, columns["label"].shape) == split)
-                    rows = mine[max(start - position, 0) : max(stop - position, 0)]
-                    position += len(mine)
-                    for piece in range(0, len(rows), blocks.BLOCK_ROWS):
-                        yield self._finish(columns, rows[piece : piece + blocks.BLOCK_ROWS])
-            first += int(count)
-
-    def _staged_names(self) -> list[str]:
-        names = ["row", "label", "dense", "ids", *(["weight"] if self._schema.weight else [])]
-        return [*names, *self._splitter.columns, *map(wide_name, self._counts.dense)]
 
     def _finish(self, columns: dict[str, np.ndarray], rows: np.ndarray) -> dict[str, np.ndarray]:
         if rows[-1] - rows[0] + 1 == len(rows):  # Mostly they follow each other: views instead of copies.
@@ -261,7 +216,7 @@ class SecondPass:
         else:
             columns = {name: column[rows] for name, column in columns.items()}
         dense_RxN, ids_RxK = columns["dense"], columns["ids"]
-        for i, statistics in self._counts.dense.items():
+        for i, statistics in self._fitted.items():
             dense_RxN = dense_RxN if dense_RxN.flags.writeable else dense_RxN.copy()
             values = columns[wide_name(i)]
             dense_RxN[:, i] = finish_dense(self._schema.dense[i], values, statistics, self._least)
@@ -272,16 +227,18 @@ class SecondPass:
         return ({"dense": dense_RxN} if self._schema.dense else {}) | {"ids": ids_RxK} | kept
 
 
-def _widened(counts_SxV: np.ndarray, rows: int) -> np.ndarray:
-    """Counts of `rows` ids; those beyond what was counted never occurred."""
-    if counts_SxV.shape[1] >= rows:
-        return counts_SxV[:, :rows]
-    return np.pad(counts_SxV, ((0, 0), (0, rows - counts_SxV.shape[1])))
+def _place(part: Part) -> int:
+    return SPLITS.index(part.split) if part.period is None else part.period
 
 
-def _joined(pieces: list[np.ndarray]) -> np.ndarray:
-    return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
-
-
-def _combine(checksums: list[int]) -> str:
-    return f"{zlib.crc32(np.asarray(checksums, np.uint32).tobytes()):08x}"
+def _summary(runs: list[Run]) -> dict[str, Any]:
+    """A split as statistics.json has it."""
+    rows, positives = sum(run.rows for run in runs), sum(run.positives for run in runs)
+    checksums = [checksum for run in runs for _, checksum in run.shards]
+    return {
+        "rows": rows,
+        "positives": positives,
+        "positive_rate": round(positives / rows, 6) if rows else None,
+        "shards": len(checksums),
+        "checksum": f"{zlib.crc32(np.asarray(checksums, np.uint32).tobytes()):08x}",
+    }

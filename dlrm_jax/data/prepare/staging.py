@@ -116,6 +116,12 @@ class Staging:
                 batch = reader.get_batch(i)
                 yield {name: _to_numpy(batch.column(name)) for name in batch.schema.names}
 
+    def times(self, num_files: int) -> Iterator[np.ndarray]:
+        """The timestamps of some files, a batch after the other."""
+        for index in range(num_files):
+            for columns in self.batches(index, ["time"]):
+                yield columns["time"]
+
     def num_keys(self, num_files: int) -> collections.Counter[int]:
         """How many keys each vocabulary, by its table's number, has after some files."""
         count: collections.Counter[int] = collections.Counter()

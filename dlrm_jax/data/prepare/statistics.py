@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 
 from dlrm_jax.config import ConfigError
+from dlrm_jax.data.prepare.growth import Past
 from dlrm_jax.data.prepare.splits import Splitter
 from dlrm_jax.data.prepare.staging import Staging, wide_name
 from dlrm_jax.data.schema.schema import SPLITS, Schema, Sparse
-from dlrm_jax.data.values.dense import DenseRange, DenseStatistics, inverse
+from dlrm_jax.data.values.dense import inverse
 
-NUM_TIME_BINS = 100
 NUM_TOP_IDS = 10
 _CURVE_POINTS = 60
 _MAX_COUNTED = 500_000_000
@@ -20,47 +20,40 @@ _MAX_COUNTED = 500_000_000
 
 @dataclasses.dataclass
 class FeatureCount:
-    """Of one feature: ids looked up, and empty bags, by split."""
+    """Of one feature: ids looked up, and empty bags."""
 
-    lookups_S: np.ndarray
-    empty_S: np.ndarray
+    lookups: int = 0
+    empty: int = 0
 
 
 class Counts:
     """Everything that is counted over the staged rows."""
 
-    def __init__(self, schema: Schema, staging: Staging, num_files: int, splitter: Splitter) -> None:
+    def __init__(self, schema: Schema, staging: Staging, num_files: int, splitter: Splitter, past: Past) -> None:
         self._schema, self._staging, self._num_files, self._splitter = schema, staging, num_files, splitter
         self._slots = np.cumsum([0, *(feature.hotness for feature in schema.sparse)])
-        self.rows_FxS = np.zeros((num_files, len(SPLITS)), np.int64)
-        self.positives_S = np.zeros(len(SPLITS), np.int64)
-        self.time_bins: list[list[float]] = []
-        self.features = {f.name: FeatureCount(np.zeros(3, np.int64), np.zeros(3, np.int64)) for f in schema.sparse}
-        self.ranges = [DenseRange() for _ in schema.dense]
-        self.dense = {i: DenseStatistics() for i, dense in enumerate(schema.dense) if dense.needs_statistics}
+        self.rows_FxP = np.zeros((num_files, len(splitter.parts)), np.int64)
+        self.positives_P = np.zeros(len(splitter.parts), np.int64)
+        self.time_bins = past.time_bins()
+        before = past.growth.get("lookups", {})
+        self.features = {f.name: FeatureCount(*before.get(f.name, ())) for f in schema.sparse}
+        self.ranges = past.ranges()
+        self.dense = past.dense()
 
     def count_rows(self) -> None:
         """Count rows and labels, and what dense transforms want to know; comes before everything else."""
-        by_time = bool(self._schema.timestamp)
-        low, high = self._time_range() if by_time else (0, self._splitter.num_rows - 1)
-        width = max((high - low + 1) / NUM_TIME_BINS, 1e-9)
-        rows, positives = np.zeros(NUM_TIME_BINS), np.zeros(NUM_TIME_BINS)
+        by_time, num_parts = bool(self._schema.timestamp), len(self._splitter.parts)
         wanted = ["label", "dense", "missing", *(["time"] if by_time else []), *map(wide_name, self.dense)]
         for file, batch, columns, codes in self._batches(wanted):
             label_R = columns["label"]
             codes_R = np.broadcast_to(codes, label_R.shape)
-            self.rows_FxS[file] += np.bincount(codes_R, minlength=3)
-            self.positives_S += np.bincount(codes_R, label_R, minlength=3).astype(np.int64)
+            self.rows_FxP[file] += np.bincount(codes_R, minlength=num_parts)
+            self.positives_P += np.bincount(codes_R, label_R, minlength=num_parts).astype(np.int64)
             first = self._splitter.first_row(file, batch)
-            place_R = columns["time"] if by_time else np.arange(first, first + len(label_R))
-            bin_R = np.minimum(((place_R - low) / width).astype(np.int64), NUM_TIME_BINS - 1)
-            rows += np.bincount(bin_R, minlength=NUM_TIME_BINS)
-            positives += np.bincount(bin_R, label_R, minlength=NUM_TIME_BINS)
+            self.time_bins.add(columns["time"] if by_time else np.arange(first, first + len(label_R)), label_R)
             for column, statistics in self.dense.items():
                 statistics.add(columns[wide_name(column)])
             self._count_ranges(columns)
-        edges = low + np.arange(NUM_TIME_BINS) * width
-        self.time_bins = [list(item) for item in zip(edges.tolist(), rows.tolist(), positives.tolist(), strict=True)]
 
     def _count_ranges(self, columns: dict[str, np.ndarray]) -> None:
         if "missing" not in columns:
@@ -70,63 +63,61 @@ class Counts:
             wide = columns.get(wide_name(i))
             into.add(inverse(dense.transform, columns["dense"][:, i]) if wide is None else wide, missing_RxN[:, i])
 
-    def _time_range(self) -> tuple[int, int]:
-        times = [b["time"] for file in range(self._num_files) for b in self._staging.batches(file, ["time"])]
-        return int(min(t.min() for t in times if len(t))), int(max(t.max() for t in times if len(t)))
-
     def _batches(self, names: list[str]) -> Iterator[tuple[int, int, dict[str, np.ndarray], np.ndarray | int]]:
-        """(staged file, batch, its columns, its rows' splits)."""
+        """(staged file, batch, its columns, its rows' parts)."""
         for file in range(self._num_files):
             for i, columns in enumerate(self._staging.batches(file, [*names, *self._splitter.columns])):
                 yield file, i, columns, self._splitter.codes(file, i, columns)
 
     def count_tables(self, tables: list[list[Sparse]]) -> list[np.ndarray]:
-        """counts_SxV of some tables' provisional ids, given the features of each; fills `features` for these."""
+        """counts_GxV of some tables' provisional ids, given the features of each; fills `features` for these."""
         index_of = {feature.name: i for i, feature in enumerate(self._schema.sparse)}
         # Half the memory, where no id can occur 2^31 times.
         most = self._splitter.num_rows * max(feature.hotness for features in tables for feature in features)
         dtype = np.int32 if most * max(map(len, tables)) < 2**31 else np.int64
-        counts = [np.zeros((3, features[0].size + 1), dtype) for features in tables]
-        for _, _, columns, codes in self._batches(["ids"]):
-            ids_KxR = columns["ids"].T
+        group_P = self._splitter.group_of
+        counts = [np.zeros((len(self._splitter.groups), features[0].size + 1), dtype) for features in tables]
+        for _, _, columns, parts in self._batches(["ids"]):
+            ids_KxR, codes = columns["ids"].T, group_P[parts]
             for i, features in enumerate(tables):
                 for feature in features:
                     start = self._slots[index_of[feature.name]]
                     bag = [np.ascontiguousarray(ids_R) for ids_R in ids_KxR[start : start + feature.hotness]]
                     counts[i] = _count_bag(self.features[feature.name], bag, codes, counts[i])
-        return [counts_SxV[:, 1:] for counts_SxV in counts]
+        return [counts_GxV[:, 1 : 1 + _seen(counts_GxV[:, 1:])] for counts_GxV in counts]
+
+
+def _seen(counts_GxV: np.ndarray) -> int:
+    """One more than the greatest id that occurs."""
+    return int(np.flatnonzero(counts_GxV.any(axis=0)).max(initial=-1)) + 1
 
 
 def _count_bag(
-    into: FeatureCount, slots: list[np.ndarray], codes: np.ndarray | int, counts_SxV: np.ndarray
+    into: FeatureCount, slots: list[np.ndarray], codes: np.ndarray | np.integer, counts_GxV: np.ndarray
 ) -> np.ndarray:
-    """Add some rows. Column 0 of `counts_SxV` takes the empty slots, so that id i is column i + 1."""
+    """Add some rows. Column 0 of `counts_GxV` takes the empty slots, so that id i is column i + 1."""
     top = max((int(ids_R.max(initial=-1)) for ids_R in slots), default=-1) + 2
     if top > _MAX_COUNTED:
         raise ConfigError(
             f"ids: raw gives ids up to {top - 2:,}, so a table of that many rows; say ids: vocabulary or hash instead"
         )
-    if top > counts_SxV.shape[1]:
-        grown = np.zeros((3, max(top, counts_SxV.shape[1] * 3 // 2)), counts_SxV.dtype)
-        grown[:, : counts_SxV.shape[1]] = counts_SxV
-        counts_SxV = grown
-    empty_before_S = counts_SxV[:, 0].copy()
-    rows_S = np.zeros(3, np.int64)
-    for split in [codes] if isinstance(codes, int) else np.unique(codes):
-        parts = slots if isinstance(codes, int) else [ids_R[codes == split] for ids_R in slots]
-        rows_S[split] = len(parts[0])
+    if top > counts_GxV.shape[1]:
+        grown = np.zeros((len(counts_GxV), max(top, counts_GxV.shape[1] * 3 // 2)), counts_GxV.dtype)
+        grown[:, : counts_GxV.shape[1]] = counts_GxV
+        counts_GxV = grown
+    empty_before = int(counts_GxV[:, 0].sum())
+    for group in np.unique(codes):
+        parts = slots if codes.ndim == 0 else [ids_R[codes == group] for ids_R in slots]
         for ids in parts:
-            if counts_SxV.shape[1] < 4 * len(ids):
-                counts_SxV[split] += np.bincount(ids + 1, minlength=counts_SxV.shape[1]).astype(counts_SxV.dtype)
+            if counts_GxV.shape[1] < 4 * len(ids):
+                counts_GxV[group] += np.bincount(ids + 1, minlength=counts_GxV.shape[1]).astype(counts_GxV.dtype)
             else:
-                np.add.at(counts_SxV[split], ids + 1, counts_SxV.dtype.type(1))
-    empty_S = counts_SxV[:, 0] - empty_before_S
-    into.lookups_S += rows_S * len(slots) - empty_S
-    if len(slots) > 1:
-        empty_R = np.logical_and.reduce([ids_R < 0 for ids_R in slots])
-        empty_S = np.bincount(np.broadcast_to(codes, empty_R.shape)[empty_R], minlength=3)
-    into.empty_S += empty_S
-    return counts_SxV
+                np.add.at(counts_GxV[group], ids + 1, counts_GxV.dtype.type(1))
+    empty_slots = int(counts_GxV[:, 0].sum()) - empty_before
+    into.lookups += sum(map(len, slots)) - empty_slots
+    several = len(slots) > 1
+    into.empty += int(np.logical_and.reduce([ids_R < 0 for ids_R in slots]).sum()) if several else empty_slots
+    return counts_GxV
 
 
 def summarise_table(counts_SxV: np.ndarray, top: np.ndarray, texts: list[str]) -> dict[str, Any]:

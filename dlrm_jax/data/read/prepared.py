@@ -14,10 +14,12 @@ import numpy as np
 from dlrm_jax.config import ConfigError
 from dlrm_jax.data.prepare.blocks import BLOCK_ROWS, parse
 from dlrm_jax.data.prepare.hashes import checked, require_lengths
+from dlrm_jax.data.prepare.runs import Run, from_json, of_split, record_ends
 from dlrm_jax.data.read.dataset import Dataset, Split
 from dlrm_jax.data.read.windows import BlockOrder, read_windows
 from dlrm_jax.data.schema.schema import SPLITS, Schema
-from dlrm_jax.data.schema.schema_io import from_dict, to_dict
+from dlrm_jax.data.schema.schema_io import from_dict as schema_from_dict
+from dlrm_jax.data.schema.schema_io import to_dict
 from dlrm_jax.data.values.label_values import only_label
 
 OPEN_SHARDS = 128
@@ -30,7 +32,11 @@ WINDOW_ROWS = WINDOW_BLOCKS * BLOCK_ROWS
 
 @dataclasses.dataclass(frozen=True)
 class PreparedSplit:
-    """Rows on disk. Blocks come in an order from (seed, epoch); rows are permuted within each run of 32 blocks."""
+    """Rows on disk. Blocks come in an order from (seed, epoch); rows are permuted within each run of 32 blocks.
+
+    Block b has the rows from `first` + b * BLOCK_ROWS of the split on. It is one record, but where the dataset grew or
+    was split by periods: there it may be parts of some.
+    """
 
     name: str
     blocks: Any
@@ -38,8 +44,12 @@ class PreparedSplit:
     num_rows: int
     limit_K: np.ndarray
     """Rows of the table that each slot's ids name."""
+    ends: np.ndarray
+    """At which row of the split each record ends."""
     only_label: int | None = None
     """See dataset.Rows."""
+    first: int = 0
+    """The split's row at which these begin."""
 
     def __len__(self) -> int:
         return self.num_rows
@@ -66,12 +76,28 @@ class PreparedSplit:
         if not len(group):
             none = np.zeros(0, np.float32)
             return Split(none[:, None], np.zeros((0, len(self.limit_K)), np.int32), none, none.astype(np.int64))
-        read = [self._block(int(i)) for i in group]
-        columns = {key: np.concatenate([block[key] for block in read]) for key in read[0]}
+        records: dict[int, dict[str, np.ndarray]] = {}
+        pieces = [piece for block in group.tolist() for piece in self._pieces(block, records)]
+        columns = {key: np.concatenate([piece[key] for piece in pieces]) for key in pieces[0]}
         dense_RxN = columns.get("dense", np.zeros((len(columns["label"]), 0), np.float32))
         return Split(dense_RxN, columns["ids"], columns["label"], columns["row"], columns.get("weight"))
 
-    def _block(self, index: int) -> dict[str, np.ndarray]:
+    def part(self, first: int, num_rows: int, only_label: int | None) -> "PreparedSplit":
+        """Some rows that follow each other."""
+        return dataclasses.replace(self, first=self.first + first, num_rows=num_rows, only_label=only_label)
+
+    def _pieces(self, block: int, records: dict[int, dict[str, np.ndarray]]) -> Iterator[dict[str, np.ndarray]]:
+        """The rows of a block, from the records that have them; `records` are those read already."""
+        start = self.first + block * BLOCK_ROWS
+        stop = min(start + BLOCK_ROWS, self.first + self.num_rows)
+        for index in range(int(np.searchsorted(self.ends, start, "right")), int(np.searchsorted(self.ends, stop)) + 1):
+            begin = int(self.ends[index - 1]) if index else 0
+            if index not in records:
+                records[index] = self._record(index, int(self.ends[index]) - begin)
+            rows = slice(max(start - begin, 0), stop - begin)
+            yield {key: column[rows] for key, column in records[index].items()}
+
+    def _record(self, index: int, size: int) -> dict[str, np.ndarray]:
         try:
             block = self.blocks[index]
         except Exception as error:  # What a damaged shard raises depends on where it is damaged.
@@ -79,7 +105,7 @@ class PreparedSplit:
             raise ConfigError(
                 f"block {index} of split {self.name!r} cannot be read: {reason}; prepare it anew"
             ) from error
-        if len(block["label"]) != min(BLOCK_ROWS, self.num_rows - index * BLOCK_ROWS):
+        if len(block["label"]) != size:
             raise ConfigError(f"block {index} of split {self.name!r} has {len(block['label'])} rows; prepare it anew")
         ids_RxK = block["ids"]
         if ids_RxK.shape[1] != len(self.limit_K) or (_largest(ids_RxK) >= self.limit_K).any() or ids_RxK.min() < -1:
@@ -135,7 +161,7 @@ def is_prepared(directory: pathlib.Path) -> bool:
 
 def read_schema(directory: pathlib.Path) -> Schema:
     """The schema of a prepared dataset."""
-    return from_dict(read_json(directory / "schema.json"), str(directory / "schema.json"))
+    return schema_from_dict(read_json(directory / "schema.json"), str(directory / "schema.json"))
 
 
 def read_json(path: pathlib.Path) -> Any:
@@ -176,7 +202,10 @@ def open_prepared(directory: pathlib.Path) -> Dataset:
         blocks = _Blocks(paths, [length for _, length in shards.get(name, ())], builder.info.features)
         counts = statistics["splits"][name]
         only = only_label(counts["rows"], counts.get("positives"), counts["positive_rate"])
-        splits[name] = PreparedSplit(name, blocks, counts["rows"], limit_K, only)
+        runs = [Run(name, counts["rows"], 0)]  # As older versions had them.
+        if "runs" in statistics:
+            runs = of_split(from_json(statistics["runs"]), name)
+        splits[name] = PreparedSplit(name, blocks, counts["rows"], limit_K, record_ends(runs), only)
     return Dataset(
         name=schema.name,
         # What was prepared by older versions has a column of ones where the log has no numbers.

@@ -7,6 +7,7 @@ from dlrm_jax.data.formats.encoding import UTF8, require_encoding
 from dlrm_jax.data.formats.readers import READERS
 from dlrm_jax.data.schema.sparse import Sparse, check_crosses
 from dlrm_jax.data.values import transforms
+from dlrm_jax.data.values.periods import require_period
 
 MOVIELENS = ("movielens", "movielens_by_time")
 FORMATS = ("text", "parquet", "jsonl", "dlrm_npz", "mlperf_bin", "torchrec_npy", "mlperf_multi_hot", *MOVIELENS)
@@ -71,9 +72,10 @@ class Split:
     """Which rows are train, val and test.
 
     order: the first rows train, the last test; random: by a hash of the row's position; time: by the timestamp, ties
-    in train; column: `column` says train, val or test; files: those that match `val_files` and `test_files`;
-    last_part: the log in `parts` equal parts (0: its files), the last halved, `first_half` saying what the first half
-    is (the reference: test; MLPerf and TorchRec: val).
+    in train, and with a `period`, as 1d (values/periods.py), by whole periods: `val` and `test` count the last ones
+    that have rows, one each where a file leaves them out; column: `column` says train, val or test; files: those that
+    match `val_files` and `test_files`; last_part: the log in `parts` equal parts (0: its files), the last halved,
+    `first_half` saying what the first half is (the reference: test; MLPerf and TorchRec: val).
     """
 
     by: str = "random"
@@ -85,17 +87,30 @@ class Split:
     test_files: str = ""
     parts: int = 0
     first_half: str = "val"
+    period: str = ""
 
     def __post_init__(self) -> None:
         require_choice("split: by", self.by, SPLITS_BY)
         require_choice("split: first_half", self.first_half, HELD_OUT)
-        require(
-            self.val >= 0 and self.test >= 0 and self.val + self.test < 1,
-            f"split: val is {self.val} and test {self.test}; they are fractions that leave something for train",
-        )
+        if self.period:
+            self._check_period()
+        else:
+            require(
+                self.val >= 0 and self.test >= 0 and self.val + self.test < 1,
+                f"split: val is {self.val} and test {self.test}; they are fractions that leave something for train",
+            )
         require(self.parts >= 0, f"split: parts is {self.parts}; it must not be negative")
         require(self.by != "column" or bool(self.column), "split: by: column needs column")
         require(self.by != "files" or bool(self.val_files or self.test_files), "split: by: files needs test_files")
+
+    def _check_period(self) -> None:
+        require(self.by == "time", f"split: period is {self.period!r}, but by is {self.by}; a period needs by: time")
+        require_period(self.period)
+        for name in HELD_OUT:
+            value = getattr(self, name)
+            whole = value >= 0 and value % 1 == 0
+            require(whole, f"split: {name} is {value}; beside a period it is a whole number of periods, as 1")
+            object.__setattr__(self, name, int(value))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any
 from dlrm_jax.config import ConfigError, require
 from dlrm_jax.config import from_dict as decoded
 from dlrm_jax.config.values import mapping
-from dlrm_jax.data.schema.schema import Schema
+from dlrm_jax.data.schema.schema import HELD_OUT, Schema
 
 _MOST_BYTES = 16 << 20
 _DEEPEST = 8
@@ -44,6 +44,9 @@ def from_dict(values: Any, where: str = "schema") -> Schema:
         items = values.get(name) or []
         require(isinstance(items, list), f"{where}: {name} is not a list")
         values[name] = [{"name": item} if isinstance(item, str) else item for item in items]
+    split = values.get("split")
+    if isinstance(split, dict) and split.get("period"):
+        values["split"] = dict.fromkeys(HELD_OUT, 1) | split
     schema: Schema = decoded(Schema, values, where)
     return schema
 

@@ -78,26 +78,29 @@ def inverse(name: str, values: np.ndarray) -> np.ndarray:
     return np.exp(values) - 3 if name == "nvidia_log" else values
 
 
+@dataclasses.dataclass
 class DenseRange:
     """What a person wants to know of a dense column: least, most, mean of the log's numbers, how many are missing."""
 
-    def __init__(self) -> None:
-        self._rows = self._missing = 0
-        self._sum, self._least, self._most = 0.0, float("inf"), -float("inf")
+    rows: int = 0
+    missing: int = 0
+    total: float = 0.0
+    least: float = float("inf")
+    most: float = -float("inf")
 
     def add(self, numbers: np.ndarray, missing: np.ndarray) -> None:
         """Count some rows; what stands in `numbers` where they are missing does not matter."""
         count = int(missing.sum())
-        self._rows, self._missing = self._rows + len(numbers), self._missing + count
+        self.rows, self.missing = self.rows + len(numbers), self.missing + count
         present = numbers[~missing] if count else numbers
         if len(present):
-            self._sum += float(present.sum(dtype=np.float64))
-            self._least, self._most = min(self._least, float(present.min())), max(self._most, float(present.max()))
+            self.total += float(present.sum(dtype=np.float64))
+            self.least, self.most = min(self.least, float(present.min())), max(self.most, float(present.max()))
 
     def summary(self) -> dict[str, float | None]:
         """As statistics.json has it; None for the numbers of a column without any."""
-        count = self._rows - self._missing
-        share = round(self._missing / self._rows, 6) if self._rows else None
+        count = self.rows - self.missing
+        share = round(self.missing / self.rows, 6) if self.rows else None
         if not count:
             return {"least": None, "most": None, "mean": None, "missing_share": share}
-        return {"least": self._least, "most": self._most, "mean": self._sum / count, "missing_share": share}
+        return {"least": self.least, "most": self.most, "mean": self.total / count, "missing_share": share}
