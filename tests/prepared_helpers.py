@@ -29,7 +29,7 @@ def prepare_text(
 
 def rows_of(output: pathlib.Path, split: str = "train"):
     """All rows of a split, in order, in memory."""
-    return open_prepared(output).splits[split].all_rows()
+    return open_prepared(output).splits[split].whole()
 
 
 def csv_rows(rows: list[tuple]) -> str:

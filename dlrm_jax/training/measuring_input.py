@@ -68,7 +68,9 @@ def _reading(rows: Any, seconds: float) -> dict[str, float]:
     if isinstance(rows, GeneratedSplit):
         return {MAKE: rate(rows.read)}
     assert isinstance(rows, PreparedSplit)
-    read, both = rate(lambda blocks_G: [rows.blocks.record(int(b) % len(rows.blocks)) for b in blocks_G]), rate(rows.read)
+    blocks = rows.blocks
+    read = rate(lambda blocks_G: [blocks.record(int(block) % len(blocks)) for block in blocks_G])
+    both = rate(rows.read)
     return {READ: read, DECODE: 1 / max(1 / both - 1 / read, 1e-12)}
 
 
