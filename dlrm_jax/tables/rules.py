@@ -72,6 +72,11 @@ class Rule:
         """What is kept of a row."""
         return ()
 
+    @property
+    def counts_updates(self) -> bool:
+        """Whether what is kept of a row is understood by the number of the run's updates."""
+        return False
+
     def step(self, row: Rows) -> tuple[jax.Array, Arrays]:
         """One update of M rows."""
         raise NotImplementedError
@@ -203,6 +208,11 @@ class _Adam(Rule):
         """The moments, and what counts a row's updates."""
         counted = (Slot("count", ROW, dtype="int32", adds=True, least=0),) if self.correct_by == "row" else ()
         return (Slot("mean"), Slot("square", self._square, least=0), *counted)
+
+    @property
+    def counts_updates(self) -> bool:
+        """Whether moments are corrected for the number of the run's updates."""
+        return self.correct_by == "step"
 
     def step(self, row: Rows) -> tuple[jax.Array, Arrays]:
         """Both moments corrected for their start at 0."""

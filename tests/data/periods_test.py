@@ -9,11 +9,11 @@ import tensorflow_datasets as tfds
 
 from dlrm_jax.config import ConfigError
 from dlrm_jax.data.read.periods import periods_of, rows_of_period
-from dlrm_jax.data.read.pipeline import train_batches
 from dlrm_jax.data.read.prepared import in_memory, open_prepared
 from dlrm_jax.data.schema.schema import Split
 from dlrm_jax.data.schema.schema_io import from_dict
 from dlrm_jax.data.values.periods import Periods
+from tests.batches import train_batches
 from tests.prepared_helpers import prepare_text, schema
 
 DAILY = Split("time", period="1d", val=1, test=1)
