@@ -1,0 +1,62 @@
+"""Score each period of a log, then train on it: `python -m dlrm_jax.online --data_dir=data/mine --workdir=runs/on`."""
+
+import logging
+import pathlib
+
+from absl import flags
+
+from dlrm_jax.cli import flags as run_flags
+from dlrm_jax.cli.commands import run_command
+from dlrm_jax.cli.exported import open_exported
+from dlrm_jax.cli.flags import config_from_flags, define_run_flags, flagfile_text
+from dlrm_jax.config import require
+from dlrm_jax.host import files, processes
+from dlrm_jax.judging import by_period
+from dlrm_jax.train import exiting_when_interrupted
+from dlrm_jax.training.online import RESULTS, OnlineOptions, validate_progressively
+
+FLAGS = flags.FLAGS
+_LOG = logging.getLogger("dlrm_jax")
+_WITHOUT_EFFECT = ("num_steps", "num_epochs", "eval_every", "checkpoint_every", "patience", "target_value")
+
+
+def define_flags() -> None:
+    """Define this command's own flags."""
+    flags.DEFINE_string("periods", "", "FIRST:LAST by name, both included; either may be left out. Empty: all.")
+    flags.DEFINE_integer("frozen_after", 1, "Periods after which a copy of the model learns no more; 0: none is kept.")
+    flags.DEFINE_integer(
+        "retrain",
+        0,
+        "Before each period also train a fresh model in so many passes over all rows before it, which must fit into "
+        "memory: the work grows with the square of the periods. 0: no.",
+    )
+
+
+def main() -> None:
+    """Flags to config, config to scores, scores to the screen, a file and a picture."""
+    config, options = config_from_flags(), OnlineOptions(FLAGS.periods, FLAGS.frozen_after, FLAGS.retrain)
+    require(bool(FLAGS.workdir), "--workdir is missing; it says where the model, its scores and the picture go")
+    workdir = pathlib.Path(FLAGS.workdir)
+    files.require_output_directory("workdir", workdir)
+    given = [f"--{name}" for name in _WITHOUT_EFFECT if FLAGS[name].present]
+    if given:
+        _LOG.warning("without effect: %s; each period is gone through once", ", ".join(given))
+    with exiting_when_interrupted():
+        result = validate_progressively(config, options, workdir, flagfile_text(), open_exported)
+    if not processes.is_first():
+        return
+    print(by_period.table(result["periods"]))
+    by_period.draw(result["periods"], workdir / "online.png")
+    print(f"scores are in {workdir / RESULTS}, a picture in {workdir / 'online.png'}")
+
+
+def command() -> None:
+    """The command, as a console script calls it too."""
+    define_flags()
+    define_run_flags()
+    flags.adopt_module_key_flags(run_flags)  # Else --help would not list them.
+    run_command(main)
+
+
+if __name__ == "__main__":
+    command()

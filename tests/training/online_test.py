@@ -1,0 +1,94 @@
+"""Progressive validation: what is scored when, that a run that is killed goes on to the same bits, the refusals."""
+
+import dataclasses
+import json
+
+import pytest
+
+from dlrm_jax.config import ConfigError
+from dlrm_jax.data.read.load import DataConfig, load_dataset
+from dlrm_jax.data.read.periods import between
+from dlrm_jax.judging import by_period
+from dlrm_jax.training import loop, online
+from dlrm_jax.training.online import OnlineOptions, validate_progressively
+from tests.training.resume_test import CONFIG, assert_same_bits, final_state
+
+DRIFTING = dataclasses.replace(CONFIG, data=DataConfig(num_examples=1200, num_periods=4, drift=0.3), log_every=2)
+OPTIONS = OnlineOptions(frozen_after=2, retrain=1)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("whole")
+    return workdir, validate_progressively(DRIFTING, OPTIONS, workdir)
+
+
+def test_each_model_scores_a_period_before_it_learns_from_it(whole, tmp_path):
+    workdir, result = whole
+    periods, dataset = result["periods"], load_dataset(DRIFTING.data)
+    assert [sorted(set(one) & set(online.MODELS)) for one in periods] == [
+        ["living", "optimum"],
+        ["living", "optimum", "retrained"],
+        *[["frozen", "living", "optimum", "retrained"]] * 2,
+    ]
+    assert all(one["rows"] == one["living"]["num_samples"] == 300 for one in periods)
+    assert periods[2]["frozen"] == periods[2]["living"] and periods[3]["frozen"] != periods[3]["living"]
+    assert periods[3]["optimum"] == dataset.optimum["period_03"]
+    assert int(final_state(workdir, DRIFTING).step) == 4 * 5
+    assert 0.4 < periods[0]["living"]["auc"] < 0.6, "nothing was learned yet"
+    table = by_period.table(periods).splitlines()
+    assert table[-1].split()[:4] == ["mean", "of", "2", "600"] and len(table) == 6
+    by_period.draw(periods, tmp_path / "online.png")
+    assert (tmp_path / "online.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("killed_at", [("living", 2), ("frozen", 3), ("retrained", 2)])
+def test_a_killed_run_goes_on_to_the_same_bits(whole, tmp_path, monkeypatch, killed_at):
+    score = online._score
+
+    def dying(run, scores, model, state, number):
+        if (model, number) == killed_at:
+            raise KeyboardInterrupt
+        score(run, scores, model, state, number)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(online, "_score", dying)
+        validate_progressively(DRIFTING, OPTIONS, tmp_path)
+    assert validate_progressively(DRIFTING, OPTIONS, tmp_path) == whole[1]
+    assert json.loads((tmp_path / "online.json").read_text()) == json.loads((whole[0] / "online.json").read_text())
+    assert_same_bits(final_state(tmp_path, DRIFTING), final_state(whole[0], DRIFTING))
+
+
+def test_what_is_another_run_is_refused(whole, tmp_path):
+    workdir, _ = whole
+    other = dataclasses.replace(DRIFTING, batch_size=32)
+    with pytest.raises(
+        ConfigError, match=r"--init_from=\S+ takes its model\) or the same settings.*batch_size: 32 != 64"
+    ):
+        validate_progressively(other, OPTIONS, workdir)
+    with pytest.raises(ConfigError, match="frozen_after: 1 != 2"):
+        validate_progressively(DRIFTING, OnlineOptions(), workdir)
+    with pytest.raises(
+        ConfigError, match=r"holds a run of dlrm_jax\.online; choose another --workdir, or --init_from it"
+    ):
+        loop.train_and_evaluate(DRIFTING, workdir)
+    with pytest.raises(ConfigError, match="dataset 'planted' is not split by periods"):
+        validate_progressively(CONFIG, OPTIONS, tmp_path)
+    with pytest.raises(ConfigError, match="--frozen_after=4; behind it must be one of 4 periods"):
+        validate_progressively(DRIFTING, OnlineOptions(frozen_after=4), tmp_path)
+    with pytest.raises(ConfigError, match="there is one period, period_03: it takes two"):
+        validate_progressively(DRIFTING, OnlineOptions("period_03:"), tmp_path)
+    with pytest.raises(ConfigError, match="--retrain=-1; it must not be negative"):
+        OnlineOptions(retrain=-1)
+
+
+def test_periods_are_chosen_by_their_names():
+    periods = list(load_dataset(DRIFTING.data).periods)
+    assert between(periods, "period_01:period_02") == periods[1:3] and between(periods, ":period_00") == periods[:1]
+    for names, words in (
+        ("period_01", "give FIRST:LAST"),
+        ("period_9:", "there is no period 'period_9'; they are period_00 to period_03"),
+        ("period_02:period_01", "period_02 comes after period_01"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            between(periods, names)
