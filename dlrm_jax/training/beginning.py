@@ -31,6 +31,7 @@ from dlrm_jax.host import huge_pages
 from dlrm_jax.host.texts import aligned
 from dlrm_jax.tables.grown import Grown
 from dlrm_jax.tables.rules import make_rule
+from dlrm_jax.training.known_ids import require_known_ids
 from dlrm_jax.training.origin import OpenModel, Origin, open_origin
 from dlrm_jax.training.placed import Placed
 from dlrm_jax.training.run_config import KEEP, TABLES_ONLY, RunConfig
@@ -94,6 +95,7 @@ def begin(
     origin = open_origin(pathlib.Path(config.init_from), workdir, placed, open_model)
     only_tables = config.init_only == TABLES_ONLY
     require_fitting(origin, placed.model, dataset, only_tables)
+    require_known_ids(origin, dataset)
     seed = config.seed if origin.seed is None else origin.seed
     step = origin.step if config.init_steps == KEEP else 0
     old = {table.name: table for table in origin.model.tables}

@@ -7,9 +7,11 @@ from typing import Any
 
 from dlrm_jax.config import ConfigError, ModelConfig, OptimizerConfig, model_from_dict, require
 from dlrm_jax.config import from_dict as decoded
+from dlrm_jax.data.read.load import CACHE
+from dlrm_jax.data.read.prepared import is_prepared
 from dlrm_jax.tables.plan import DATA_PARALLEL, make_plan
 from dlrm_jax.tables.reshard import Rows
-from dlrm_jax.training import checkpoint
+from dlrm_jax.training import checkpoint, reporting
 from dlrm_jax.training.placed import Placed
 from dlrm_jax.training.run_config import identity_of
 
@@ -19,8 +21,8 @@ class Origin:
     """`name` is for people, `dense` are fields of a TrainState by name, and `rows` those of its tables.
 
     Without an `optimizer` there are weights alone. New rows are drawn by `seed`, the new run's own where nobody knows
-    by which one the others were. `schema` says what the columns were (Dataset.schema), `by_slot` whether an optimizer's
-    slots are stored by name.
+    by which one the others were. `schema` says what the columns were (Dataset.schema), `data` where they
+    were prepared, if that is there; `by_slot` whether an optimizer's slots are stored by name.
     """
 
     name: str
@@ -31,6 +33,7 @@ class Origin:
     seed: int | None = None
     optimizer: OptimizerConfig | None = None
     schema: Mapping[str, Any] | None = None
+    data: pathlib.Path | None = None
     by_slot: bool = True
 
 
@@ -72,5 +75,13 @@ def _of_workdir(workdir: pathlib.Path, placed: Placed) -> Origin:
         seed=identity["seed"] if seed is None else seed,
         optimizer=optimizer,
         schema=record.get("schema"),
+        data=_data_of(workdir),
         by_slot=record["placement"].get("slots", False),
     )
+
+
+def _data_of(workdir: pathlib.Path) -> pathlib.Path | None:
+    """Where a run's data were prepared, if that is there still."""
+    said = reporting.earlier(workdir, "config.json").get("data", {}).get("data_dir", "")
+    places = [workdir / CACHE, *([pathlib.Path(said)] if said else [])]
+    return next((place for place in places if is_prepared(place)), None)

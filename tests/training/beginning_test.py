@@ -6,9 +6,12 @@ import jax
 import numpy as np
 import pytest
 
+from dlrm_jax.cli.exported import open_exported
 from dlrm_jax.config import ConfigError
 from dlrm_jax.data.read.load import load_dataset
+from dlrm_jax.data.read.prepared import open_prepared
 from dlrm_jax.data.read.windows import slice_rows
+from dlrm_jax.data.schema.schema import Sparse
 from dlrm_jax.host.mesh import MeshShape, make_mesh
 from dlrm_jax.tables.by_name import named_tables
 from dlrm_jax.tables.init import init_tables
@@ -16,10 +19,13 @@ from dlrm_jax.tables.plan import make_plan
 from dlrm_jax.training import loop, opening
 from dlrm_jax.training.beginning import begin, require_fitting
 from dlrm_jax.training.checkpoint import LATEST, Checkpoints
-from dlrm_jax.training.origin import open_origin
+from dlrm_jax.training.known_ids import require_known_ids
+from dlrm_jax.training.origin import Origin, open_origin
 from dlrm_jax.training.placed import Placed
-from tests.helpers import optimizer
+from tests.helpers import optimizer, tiny_model
 from tests.placement_helpers import by_name, slots_by_name
+from tests.prepared_helpers import csv_rows, prepare_text, schema
+from tests.serving_helpers import export_tiny, lively_state, random_dataset
 from tests.training.resume_test import CONFIG
 
 FIRST, BOTH = 8, 15
@@ -171,3 +177,43 @@ def test_what_cannot_be_begun_from_is_refused_in_one_line(log, first, tmp_path):
     origin = dataclasses.replace(open_origin(first, tmp_path, placed, None), schema={"dense": [{"name": "y"}]})
     with pytest.raises(ConfigError, match=r"dense columns.*'x' != 'y'"):
         require_fitting(origin, placed.model, renamed, only_tables=False)
+
+
+def test_an_exported_model_gives_its_weights_and_nothing_else(tmp_path):
+    model = tiny_model(learned_pooling=True)
+    export_tiny(tmp_path / "model", model)
+    data = random_dataset(model)
+    placed = Placed(
+        model, optimizer("adagrad", "adam"), make_plan(model, MeshShape(1, 2), "row_wise"), make_mesh(MeshShape(1, 2))
+    )
+    config = dataclasses.replace(CONFIG, init_from=str(tmp_path / "model"))
+    state, begun = begin(config, tmp_path, placed, data, open_exported)
+    there, fresh = lively_state(model), placed.init_state(0)
+    assert int(state.step) == begun.step == 0
+    jax.tree.map(np.testing.assert_array_equal, state.dense_params, there.dense_params)
+    jax.tree.map(np.testing.assert_array_equal, state.table_opt_state, fresh.table_opt_state)
+    found = by_name(placed, state.tables)
+    for name, rows in named_tables(model, there.tables):
+        np.testing.assert_array_equal(found[name], rows)
+    export_tiny(tmp_path / "model", model, "int8")
+    with pytest.raises(
+        ConfigError, match=r"version 2 has tables of int8, which nothing is trained on from; export with"
+    ):
+        begin(config, tmp_path, placed, data, open_exported)
+
+
+def test_ids_that_stand_for_other_values_are_refused(tmp_path):
+    """Prepared by themselves, the next day's rows have ids of their own; extended, those of the day before stay."""
+    rows = [(i % 2, i, value) for i, value in enumerate("abcab" * 4)]
+    (tmp_path / "first").mkdir()
+    first = prepare_text(tmp_path / "first", csv_rows(rows), schema())
+    (tmp_path / "second").mkdir()
+    second = prepare_text(tmp_path / "second", csv_rows(rows[::-1]), schema())
+    hashed = prepare_text(tmp_path, csv_rows(rows), schema(sparse=(Sparse("c", ids="hash", size=9),)))
+    one, other, by_hash = map(open_prepared, (first, second, hashed))
+    origin = Origin("day 1", tiny_model(), {}, None, schema=one.schema, data=first)
+    require_known_ids(origin, one)
+    with pytest.raises(ConfigError, match=r"ids of table 'c' stand for other values in .*second.* than in .*first"):
+        require_known_ids(origin, other)
+    with pytest.raises(ConfigError, match=r"ids are given otherwise .*c.ids: 'hash' != 'vocabulary'"):
+        require_known_ids(origin, by_hash)
