@@ -17,7 +17,8 @@ from dlrm_jax.training.online import RESULTS, OnlineOptions, validate_progressiv
 
 FLAGS = flags.FLAGS
 _LOG = logging.getLogger("dlrm_jax")
-_WITHOUT_EFFECT = ("num_steps", "num_epochs", "eval_every", "checkpoint_every", "patience", "target_value")
+_AS_IF = {"num_steps": 0, "num_epochs": 1, "eval_every": 0, "checkpoint_every": 0, "patience": 0, "target_value": None}
+"""What flags of a training would say of what is done here, whatever they say."""
 
 
 def define_flags() -> None:
@@ -30,17 +31,27 @@ def define_flags() -> None:
         "Before each period also train a fresh model in so many passes over all rows before it, which must fit into "
         "memory: the work grows with the square of the periods. 0: no.",
     )
+    flags.DEFINE_float(
+        "decay_sums",
+        1.0,
+        "Multiply Adagrad's sums of squares, of tables and dense parameters, with this behind each period, so that "
+        "later ones still move the model; 1: no.",
+    )
+
+
+def _options() -> OnlineOptions:
+    return OnlineOptions(FLAGS.periods, FLAGS.frozen_after, FLAGS.retrain, FLAGS.decay_sums)
 
 
 def main() -> None:
     """Flags to config, config to scores, scores to the screen, a file and a picture."""
-    config, options = config_from_flags(), OnlineOptions(FLAGS.periods, FLAGS.frozen_after, FLAGS.retrain)
+    config, options = config_from_flags(), _options()
     require(bool(FLAGS.workdir), "--workdir is missing; it says where the model, its scores and the picture go")
     workdir = pathlib.Path(FLAGS.workdir)
     files.require_output_directory("workdir", workdir)
-    given = [f"--{name}" for name in _WITHOUT_EFFECT if FLAGS[name].present]
-    if given:
-        _LOG.warning("without effect: %s; each period is gone through once", ", ".join(given))
+    ignored = [f"--{name}" for name, value in _AS_IF.items() if FLAGS[name].present and FLAGS[name].value != value]
+    if ignored:
+        _LOG.warning("without effect: %s; each period is gone through once", ", ".join(ignored))
     with exiting_when_interrupted():
         result = validate_progressively(config, options, workdir, flagfile_text(), open_exported)
     if not processes.is_first():

@@ -176,7 +176,7 @@ def _unlike(
         return "fresh"
     then = make_rule(origin.optimizer, old[table.name].optimizer)
     now = make_rule(optimizer, table.optimizer)
-    if type(then) is not type(now) or then.slots != now.slots:
+    if then.kind is not now.kind or then.slots != now.slots:
         return f"fresh: {now.describe()} here, {then.describe()} there"
     return f"fresh: {now.describe()} counts updates, from 0" if now.counts_updates and step != origin.step else ""
 

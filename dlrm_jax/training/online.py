@@ -24,6 +24,7 @@ from dlrm_jax.training import checkpoint, reporting
 from dlrm_jax.training.beginning import begin
 from dlrm_jax.training.evaluation import Evaluator
 from dlrm_jax.training.feed import make_feed
+from dlrm_jax.training.forgetting import make_decay
 from dlrm_jax.training.loop import Progress, the_only_training
 from dlrm_jax.training.monitor import Interrupted, Losses, catch_signals
 from dlrm_jax.training.opening import open_run
@@ -48,10 +49,13 @@ class OnlineOptions:
     periods: str = ""
     frozen_after: int = 1
     retrain: int = 0
+    decay_sums: float = 1.0
+    """What Adagrad's sums are multiplied with behind each period."""
 
     def __post_init__(self) -> None:
         for name, value in (("frozen_after", self.frozen_after), ("retrain", self.retrain)):
             require(value >= 0, f"--{name}={value}; it must not be negative")
+        require(0 < self.decay_sums <= 1, f"--decay_sums={self.decay_sums:g}; it must be above 0, and 1 at most")
 
 
 class Online:
@@ -79,12 +83,14 @@ class Online:
         self.evaluate = Evaluator(
             dataclasses.replace(config, eval_batch_size=min(config.eval_batch_size, typical)), self.placed, self.dataset
         )
+        self.decay = None if options.decay_sums == 1 else make_decay(self.placed, options.decay_sums)
         self._stepper: Stepper | None = None
 
     @property
     def settings(self) -> dict[str, Any]:
         """What must be equal for a run to go on, as JSON has it."""
-        return {"periods": [period.name for period in self.periods], "frozen_after": self.options.frozen_after}
+        names = [period.name for period in self.periods]
+        return {"periods": names, "frozen_after": self.options.frozen_after, "decay_sums": self.options.decay_sums}
 
     def scores(self, state: TrainState, number: int) -> dict[str, Any]:
         """The metrics of a state on a period."""
@@ -196,6 +202,8 @@ def _live(
             _score(run, scores, LIVING, state, number)
             state = _train(run, train_step, losses, state, step, run.steps(run.rows[number]), stop)
             step += run.steps(run.rows[number])
+            if run.decay is not None:
+                state = run.decay(state)
             progress.losses = losses.held()
             if number + 1 == run.options.frozen_after:
                 for later in range(number + 1, len(run.periods)):
@@ -266,7 +274,7 @@ def _write_results(run: Online, progress: Progress) -> dict[str, Any]:
         facts = {"name": period.name, "start": period.start, "rows": period.rows, "positives": period.positives}
         periods.append(facts | known)
     result = {"frozen_after": run.options.frozen_after, "retrain": run.options.retrain, "periods": periods}
-    result |= {"seed": run.config.seed, "versions": reporting.versions()}
+    result |= {"decay_sums": run.options.decay_sums, "seed": run.config.seed, "versions": reporting.versions()}
     if processes.is_first():
         reporting.write_json_atomically(run.workdir / RESULTS, result)
     return result

@@ -3,6 +3,9 @@
 import dataclasses
 import json
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from dlrm_jax.config import ConfigError
@@ -10,11 +13,14 @@ from dlrm_jax.data.read.load import DataConfig, load_dataset
 from dlrm_jax.data.read.periods import between
 from dlrm_jax.judging import by_period
 from dlrm_jax.training import loop, online
+from dlrm_jax.training.forgetting import make_decay
 from dlrm_jax.training.online import OnlineOptions, validate_progressively
+from dlrm_jax.training.placed import on_one_device
+from tests.helpers import optimizer, tiny_model
 from tests.training.resume_test import CONFIG, assert_same_bits, final_state
 
 DRIFTING = dataclasses.replace(CONFIG, data=DataConfig(num_examples=1200, num_periods=4, drift=0.3), log_every=2)
-OPTIONS = OnlineOptions(frozen_after=2, retrain=1)
+OPTIONS = OnlineOptions(frozen_after=2, retrain=1, decay_sums=0.5)
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +86,29 @@ def test_what_is_another_run_is_refused(whole, tmp_path):
         validate_progressively(DRIFTING, OnlineOptions("period_03:"), tmp_path)
     with pytest.raises(ConfigError, match="--retrain=-1; it must not be negative"):
         OnlineOptions(retrain=-1)
+
+
+@pytest.mark.parametrize("bounded", [0.0, 5.0])
+def test_sums_of_adagrad_decay_and_nothing_else_does(bounded):
+    model = tiny_model(learned_pooling=True)
+    settings = dataclasses.replace(optimizer("rowwise_adagrad", "adam"), clip_value=bounded)
+    placed = on_one_device(model, settings)
+    ones = jax.tree.map(jnp.ones_like, placed.init_state(0))
+    (stack,) = placed.stacks
+    for name, kept in make_decay(placed, 0.25)(ones).table_opt_state.items():
+        assert (np.asarray(kept["sum"]) == 0.25).all(), name
+    ones = jax.tree.map(jnp.ones_like, placed.init_state(0))
+    rest = make_decay(placed, 0.25)(ones).replace(table_opt_state={})
+    assert all((np.asarray(leaf) == 1).all() for leaf in jax.tree.leaves(rest))
+    dense = on_one_device(model, optimizer("ftrl", "adagrad"))
+    ones = jax.tree.map(jnp.ones_like, dense.init_state(0))
+    decayed = make_decay(dense, 0.25)(ones)
+    assert {float(leaf.min()) for leaf in jax.tree.leaves(decayed.dense_opt_state)} == {0.25}
+    assert (np.asarray(decayed.table_opt_state[stack.name]["sum"]) == 1).all(), "FTRL's are understood by its others"
+    with pytest.raises(ConfigError, match=r"--decay_sums=0\.25 has no effect: neither tables nor dense"):
+        make_decay(on_one_device(model, optimizer("adam", "adam")), 0.25)
+    with pytest.raises(ConfigError, match=r"--decay_sums=1\.5; it must be above 0, and 1 at most"):
+        OnlineOptions(decay_sums=1.5)
 
 
 def test_periods_are_chosen_by_their_names():
