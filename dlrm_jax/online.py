@@ -37,10 +37,16 @@ def define_flags() -> None:
         "Multiply Adagrad's sums of squares, of tables and dense parameters, with this behind each period, so that "
         "later ones still move the model; 1: no.",
     )
+    flags.DEFINE_integer(
+        "evict_after",
+        0,
+        "Behind each period, give rows that none of the last so many periods asked for the weights of their table's "
+        "out-of-vocabulary row; their number is in online.json. 0: no.",
+    )
 
 
 def _options() -> OnlineOptions:
-    return OnlineOptions(FLAGS.periods, FLAGS.frozen_after, FLAGS.retrain, FLAGS.decay_sums)
+    return OnlineOptions(FLAGS.periods, FLAGS.frozen_after, FLAGS.retrain, FLAGS.decay_sums, FLAGS.evict_after)
 
 
 def main() -> None:

@@ -230,7 +230,9 @@ CASES: dict[str, tuple[Case, ...]] = {
             f"train --data_dir=data --workdir=w4 --init_from=runs/mine {SMALL} --embedding_dim=8 --bottom_mlp=8",
             "table 'user' has rows of 4 there and of 8 here",
         ),
-        Case(f"train --num_examples=500 --workdir=w5 --init_from=runs/mine {SMALL}", "can grow, not shrink"),
+        Case(
+            f"train --num_examples=500 --workdir=w5 --init_from=runs/mine {SMALL}", "num_dense: 6 != 1; make them equal"
+        ),
         Case(f"train --data_dir=data --workdir=runs/mine --init_from=runs/planted {SMALL}", "leave --init_from out"),
         Case("train --num_examples=500 --workdir=w6 --init_steps=reset", "it is for --init_from; leave it out"),
         Case("train --num_examples=500 --workdir=w7 --drift=0.1", "it needs --num_periods; leave it out"),
@@ -241,6 +243,7 @@ CASES: dict[str, tuple[Case, ...]] = {
             f"online --num_examples=500 --num_periods=4 --workdir=w10 --periods=p1: {SMALL}", "there is no period 'p1'"
         ),
         Case(f"online --num_examples=500 --num_periods=4 --workdir=w11 --frozen_after=4 {SMALL}", "one of 4 periods"),
+        Case(f"online --num_examples=500 --num_periods=4 --workdir=w12 --evict_after=2 {SMALL}", "with oov: true"),
         Case(f"online --data_dir=data --workdir=runs/mine {SMALL}", "is not split by periods"),
     ),
     "Settings": (

@@ -18,7 +18,10 @@ _REMEDY = "prepare the new rows with --extend of the data there"
 
 def require_known_ids(origin: Origin, dataset: Dataset) -> None:
     """ConfigError for a table whose ids are others; where its vocabularies cannot be compared, that is said."""
+    if origin.schema is None and dataset.schema is None:
+        return  # Generated, both: ids are those of the generator.
     if origin.schema is None or dataset.schema is None:
+        _LOG.warning("%s is of other data, not prepared alike: whether ids mean the same is not known", origin.name)
         return
     then, now = (schema_from_dict(dict(schema), "the schema") for schema in (origin.schema, dataset.schema))
     common = [table for table in now.tables() if table in then.tables()]

@@ -23,6 +23,7 @@ from dlrm_jax.host import heap, processes
 from dlrm_jax.training import checkpoint, reporting
 from dlrm_jax.training.beginning import begin
 from dlrm_jax.training.evaluation import Evaluator
+from dlrm_jax.training.evicting import Eviction
 from dlrm_jax.training.feed import make_feed
 from dlrm_jax.training.forgetting import make_decay
 from dlrm_jax.training.loop import Progress, the_only_training
@@ -38,6 +39,8 @@ _LOG = logging.getLogger("dlrm_jax")
 RESULTS = "online.json"
 LIVING, FROZEN, RETRAINED, OPTIMUM = MODELS = ("living", "frozen", "retrained", "optimum")
 """Whose scores of a period there may be."""
+EVICTED = "evicted"
+"""Key of how many rows of each table were evicted behind a period."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,9 +54,12 @@ class OnlineOptions:
     retrain: int = 0
     decay_sums: float = 1.0
     """What Adagrad's sums are multiplied with behind each period."""
+    evict_after: int = 0
+    """Periods after which a row that none of them asked for becomes the out-of-vocabulary row; 0: never."""
 
     def __post_init__(self) -> None:
-        for name, value in (("frozen_after", self.frozen_after), ("retrain", self.retrain)):
+        for name in ("frozen_after", "retrain", "evict_after"):
+            value = getattr(self, name)
             require(value >= 0, f"--{name}={value}; it must not be negative")
         require(0 < self.decay_sums <= 1, f"--decay_sums={self.decay_sums:g}; it must be above 0, and 1 at most")
 
@@ -84,13 +90,15 @@ class Online:
             dataclasses.replace(config, eval_batch_size=min(config.eval_batch_size, typical)), self.placed, self.dataset
         )
         self.decay = None if options.decay_sums == 1 else make_decay(self.placed, options.decay_sums)
+        after = options.evict_after
+        self.evict = Eviction(self.placed, self.dataset, self.rows, after) if after else None
         self._stepper: Stepper | None = None
 
     @property
     def settings(self) -> dict[str, Any]:
         """What must be equal for a run to go on, as JSON has it."""
-        names = [period.name for period in self.periods]
-        return {"periods": names, "frozen_after": self.options.frozen_after, "decay_sums": self.options.decay_sums}
+        chosen = {key: value for key, value in dataclasses.asdict(self.options).items() if key != "retrain"}
+        return chosen | {"periods": [period.name for period in self.periods]}
 
     def scores(self, state: TrainState, number: int) -> dict[str, Any]:
         """The metrics of a state on a period."""
@@ -204,6 +212,10 @@ def _live(
             step += run.steps(run.rows[number])
             if run.decay is not None:
                 state = run.decay(state)
+            if run.evict is not None:
+                state, evicted = run.evict(state, number)
+                scores[run.periods[number].name][EVICTED] = evicted
+                _LOG.info("%s: %s rows evicted", run.periods[number].name, f"{sum(evicted.values()):,}")
             progress.losses = losses.held()
             if number + 1 == run.options.frozen_after:
                 for later in range(number + 1, len(run.periods)):
@@ -269,6 +281,8 @@ def _write_results(run: Online, progress: Progress) -> dict[str, Any]:
     periods = []
     for period in run.periods[: progress.online["done"]]:
         known = {name: found for name in MODELS if (found := scores[period.name].get(name))}
+        if EVICTED in scores[period.name]:
+            known[EVICTED] = scores[period.name][EVICTED]
         if period.name in optimum:
             known[OPTIMUM] = dict(optimum[period.name])
         facts = {"name": period.name, "start": period.start, "rows": period.rows, "positives": period.positives}

@@ -8,15 +8,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dlrm_jax.config import ConfigError
+from dlrm_jax.config import ConfigError, TableConfig
 from dlrm_jax.data.read.load import DataConfig, load_dataset
-from dlrm_jax.data.read.periods import between
+from dlrm_jax.data.read.periods import between, periods_of, rows_of_period
+from dlrm_jax.data.read.prepared import open_prepared
+from dlrm_jax.data.schema.schema import Sparse, Split
+from dlrm_jax.host.mesh import MeshShape, make_mesh
 from dlrm_jax.judging import by_period
+from dlrm_jax.tables.plan import make_plan
 from dlrm_jax.training import loop, online
+from dlrm_jax.training.evicting import Eviction
 from dlrm_jax.training.forgetting import make_decay
 from dlrm_jax.training.online import OnlineOptions, validate_progressively
-from dlrm_jax.training.placed import on_one_device
+from dlrm_jax.training.placed import Placed, on_one_device
 from tests.helpers import optimizer, tiny_model
+from tests.placement_helpers import by_name, slots_by_name
+from tests.prepared_helpers import csv_rows, prepare_text, schema
 from tests.training.resume_test import CONFIG, assert_same_bits, final_state
 
 DRIFTING = dataclasses.replace(CONFIG, data=DataConfig(num_examples=1200, num_periods=4, drift=0.3), log_every=2)
@@ -109,6 +116,34 @@ def test_sums_of_adagrad_decay_and_nothing_else_does(bounded):
         make_decay(on_one_device(model, optimizer("adam", "adam")), 0.25)
     with pytest.raises(ConfigError, match=r"--decay_sums=1\.5; it must be above 0, and 1 at most"):
         OnlineOptions(decay_sums=1.5)
+
+
+def rows_of(*values: str) -> list[tuple]:
+    """Rows of one value each, a day after the other, three of each value."""
+    return [(i % 2, day, value) for day, of_day in enumerate(values) for value in of_day for i in range(3)]
+
+
+@pytest.mark.parametrize(("shards", "sharding"), [(1, "data_parallel"), (3, "row_wise")])
+def test_rows_that_nobody_asked_for_become_the_out_of_vocabulary_row(tmp_path, shards, sharding):
+    of = schema(sparse=(Sparse("c", oov=True),), timestamp="x", split=Split("time", period="1", val=1, test=1))
+    dataset = open_prepared(prepare_text(tmp_path, csv_rows(rows_of("abc", "ab", "ad", "ad", "b")), of))
+    shape, periods = MeshShape(1, shards), periods_of(dataset)
+    model = tiny_model(num_dense=1, tables=(TableConfig("c", 5, 4),), features=dataset.features)
+    assert dataset.table_sizes == {"c": 5} and len(periods) == 5, "out of vocabulary, a, b, c, d"
+    placed = Placed(model, optimizer("rowwise_adagrad"), make_plan(model, shape, sharding), make_mesh(shape))
+    state = placed.init_state(0)
+    ones = jax.tree.map(jnp.ones_like, state.table_opt_state)
+    evict = Eviction(placed, dataset, [rows_of_period(dataset, period) for period in periods], 2)
+    assert [evict.rows(number).get("c", np.zeros(0)).tolist() for number in range(5)] == [[], [], [3], [2], []]
+    before = by_name(placed, state.tables)["c"]
+    after, counts = evict(state.replace(table_opt_state=ones), 3)
+    rows, kept = by_name(placed, after.tables)["c"], slots_by_name(placed, after.table_opt_state)["c/sum"]
+    np.testing.assert_array_equal(rows, before[[0, 1, 0, 3, 4]])
+    assert kept[:, 0].tolist() == [1, 1, 0, 1, 1] and counts == {"c": 1}
+    for leaf, sharding in zip(jax.tree.leaves(after), jax.tree.leaves(placed.shardings), strict=True):
+        assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
+    with pytest.raises(ConfigError, match="--evict_after=2: no table of planted has an out-of-vocabulary row"):
+        Eviction(placed, load_dataset(DRIFTING.data), [], 2)
 
 
 def test_periods_are_chosen_by_their_names():
