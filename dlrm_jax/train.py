@@ -10,6 +10,7 @@ from absl import flags
 
 from dlrm_jax.cli import flags as run_flags
 from dlrm_jax.cli.commands import run_command
+from dlrm_jax.cli.exported import open_exported
 from dlrm_jax.cli.flags import config_from_flags, defaults_taken, define_run_flags, flagfile_text, settings_text
 from dlrm_jax.config import ConfigError
 from dlrm_jax.data.read.prepared import is_prepared, read_schema
@@ -61,12 +62,12 @@ def main() -> None:
     with exiting_when_interrupted(), processes.ending_together(but_for=Interrupted):
         workdir = _workdir(pathlib.Path(config.data.data_dir))
         if FLAGS.num_seeds != 1:
-            written = train_seeds(config, workdir, FLAGS.num_seeds, flagfile_text(), defaults_taken())
+            written = train_seeds(config, workdir, FLAGS.num_seeds, flagfile_text(), defaults_taken(), open_exported)
             print(format_seeds(written))
             print(f"{FLAGS.num_seeds} seeds; all results are in {workdir / SEEDS}")
             return
         try:
-            result = train_and_evaluate(config, workdir, flagfile_text(), defaults_taken())
+            result = train_and_evaluate(config, workdir, flagfile_text(), defaults_taken(), open_exported)
         except ResultNotWritten as error:
             result, unwritten = error.result, error
     if not processes.is_first():

@@ -222,6 +222,30 @@ CASES: dict[str, tuple[Case, ...]] = {
         Case("train --workdir=runs/mine --num_examples=1000", "holds another run"),
         Case("evaluate --workdir=runs/mine --data_dir=runs", "runs"),
     ),
+    "Models that go on": (
+        Case(f"train --data_dir=data --workdir=w1 --init_from=nowhere {SMALL}", "is no directory; give the workdir"),
+        Case(f"train --data_dir=data --workdir=w2 --init_from=runs {SMALL}", "holds neither checkpoints of a run nor"),
+        Case(f"train --data_dir=data --workdir=w3 --init_from=runs/mine {SMALL} --top_mlp=5,1", "--init_only=tables"),
+        Case(
+            f"train --data_dir=data --workdir=w4 --init_from=runs/mine {SMALL} --embedding_dim=8 --bottom_mlp=8",
+            "table 'user' has rows of 4 there and of 8 here",
+        ),
+        Case(
+            f"train --num_examples=500 --workdir=w5 --init_from=runs/mine {SMALL}", "num_dense: 6 != 1; make them equal"
+        ),
+        Case(f"train --data_dir=data --workdir=runs/mine --init_from=runs/planted {SMALL}", "leave --init_from out"),
+        Case("train --num_examples=500 --workdir=w6 --init_steps=reset", "it is for --init_from; leave it out"),
+        Case("train --num_examples=500 --workdir=w7 --drift=0.1", "it needs --num_periods; leave it out"),
+        Case("train --num_examples=500 --workdir=w8 --num_periods=2", "train, val and test need 3"),
+        Case("online --num_examples=500 --num_periods=4", "--workdir is missing"),
+        Case("online --data_dir=data --workdir=w9", "is not split by periods"),
+        Case(
+            f"online --num_examples=500 --num_periods=4 --workdir=w10 --periods=p1: {SMALL}", "there is no period 'p1'"
+        ),
+        Case(f"online --num_examples=500 --num_periods=4 --workdir=w11 --frozen_after=4 {SMALL}", "one of 4 periods"),
+        Case(f"online --num_examples=500 --num_periods=4 --workdir=w12 --evict_after=2 {SMALL}", "with oov: true"),
+        Case(f"online --data_dir=data --workdir=runs/mine {SMALL}", "is not split by periods"),
+    ),
     "Settings": (
         Case("train --data_dir=data --workdir=w --class_weights=0.5,2", "it is for --loss=wbce"),
         Case("train --data_dir=data --workdir=w --loss=wbce --class_weights=0,0", "nothing would be learned"),

@@ -202,7 +202,9 @@ def _differs(known: Setting) -> bool:
 def settings_text() -> dict[str, str]:
     """Our flags as texts, but for files that are read: where these lie may differ between machines."""
     return {
-        flag.name: _text(flag.name) for flag in _ours() if flag.name not in ("data_dir", "id_trace", "sharding_plan")
+        flag.name: _text(flag.name)
+        for flag in _ours()
+        if flag.name not in ("data_dir", "id_trace", "sharding_plan", "init_from")
     }
 
 

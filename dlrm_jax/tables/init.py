@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from dlrm_jax.config import NORMAL, ModelConfig, TableConfig
 from dlrm_jax.tables.collective import shard_index
+from dlrm_jax.tables.dtypes import table_dtype
 from dlrm_jax.tables.forms.base import Stack
 from dlrm_jax.tables.hashing import mix, table_keys
 from dlrm_jax.tables.layout import local_stacks
@@ -20,6 +21,7 @@ from dlrm_jax.tables.pooling import POOLING_WEIGHTS
 
 FILL_FLOATS = 2**23
 """Floats drawn at a time."""
+_LEAST_BORN = 256
 
 
 def init_tables(model: ModelConfig, seed: int) -> dict[str, jax.Array]:
@@ -72,6 +74,25 @@ def table_scales(model: ModelConfig, tables: tuple[TableConfig, ...]) -> tuple[n
             scales.append(math.sqrt(1 / table.num_embeddings) if uniform else table.embedding_dim**-0.5)
         shifts.append((high + low) / 2)
     return np.array(scales, np.float32), np.array(shifts, np.float32)
+
+
+def born_rows(model: ModelConfig, table: TableConfig, seed: int, row_R: np.ndarray) -> np.ndarray:
+    """Some rows of a table as they are stored before any step: what `init_stack` puts there, to the bit."""
+    size = max(_LEAST_BORN, 1 << (len(row_R) - 1).bit_length())  # Of few sizes, so that little is compiled.
+    scale_T, shift_T = table_scales(model, (table,))
+    normal, dim = model.table_init != "dlrm", table.embedding_dim
+    padded_R = np.resize(row_R, size).astype(np.uint32)
+    rows = _born(padded_R, table_keys((table,), seed)[0], scale_T[0], shift_T[0], normal, dim, table.dtype)
+    return np.asarray(rows)[: len(row_R)]
+
+
+@functools.partial(jax.jit, static_argnums=(4, 5, 6))
+def _born(
+    row_R: jax.Array, key_2: jax.Array, scale: jax.Array, shift: jax.Array, normal: bool, dim: int, dtype: str
+) -> jax.Array:
+    shape = (len(row_R), dim)
+    row_RxD, column_RxD = jnp.broadcast_to(row_R[:, None], shape), jax.lax.broadcasted_iota(jnp.uint32, shape, 1)
+    return table_dtype(dtype).from_floats(draw(row_RxD, column_RxD, key_2, scale, normal) + shift)
 
 
 def _fill_shard(model: ModelConfig, stack: Stack, key_Tx2: jax.Array) -> jax.Array:

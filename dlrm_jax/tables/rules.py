@@ -66,11 +66,23 @@ class Rule:
     """`step(rows) -> (what is added to the weights, new slots)`. Of a `linear` rule repeats need no merging."""
 
     linear: ClassVar[bool] = False
+    sums: ClassVar[tuple[str, ...]] = ()
+    """Slots that only ever grow, and may be made smaller at any time: rows are then moved as far as earlier on."""
 
     @property
     def slots(self) -> tuple[Slot, ...]:
         """What is kept of a row."""
         return ()
+
+    @property
+    def counts_updates(self) -> bool:
+        """Whether what is kept of a row is understood by the number of the run's updates."""
+        return False
+
+    @property
+    def kind(self) -> type["Rule"]:
+        """What must be the same for what one rule kept to be of use to another: not its options."""
+        return type(self)
 
     def step(self, row: Rows) -> tuple[jax.Array, Arrays]:
         """One update of M rows."""
@@ -136,6 +148,7 @@ class Adagrad(Rule):
     """s += g^2, w -= rate g / (sqrt(s) + eps): PyTorch's and the reference's."""
 
     eps: float = 1e-10
+    sums: ClassVar[tuple[str, ...]] = ("sum",)
     slots = (Slot("sum", adds=True, least=0),)
 
     def step(self, row: Rows) -> tuple[jax.Array, Arrays]:
@@ -153,6 +166,7 @@ class RowwiseAdagrad(Rule):
     """
 
     eps: float = 1e-10
+    sums: ClassVar[tuple[str, ...]] = ("sum",)
     slots = (Slot("sum", ROW, adds=True, least=0),)
 
     def step(self, row: Rows) -> tuple[jax.Array, Arrays]:
@@ -203,6 +217,11 @@ class _Adam(Rule):
         """The moments, and what counts a row's updates."""
         counted = (Slot("count", ROW, dtype="int32", adds=True, least=0),) if self.correct_by == "row" else ()
         return (Slot("mean"), Slot("square", self._square, least=0), *counted)
+
+    @property
+    def counts_updates(self) -> bool:
+        """Whether moments are corrected for the number of the run's updates."""
+        return self.correct_by == "step"
 
     def step(self, row: Rows) -> tuple[jax.Array, Arrays]:
         """Both moments corrected for their start at 0."""
@@ -286,6 +305,16 @@ class Bounded(Rule):
     def slots(self) -> tuple[Slot, ...]:
         """Those of the rule."""
         return self.rule.slots
+
+    @property
+    def counts_updates(self) -> bool:
+        """As the rule."""
+        return self.rule.counts_updates
+
+    @property
+    def kind(self) -> type[Rule]:
+        """The rule's."""
+        return self.rule.kind
 
     def describe(self) -> str:
         """The rule, and that its rows are bounded."""

@@ -85,17 +85,18 @@ class Feed:
         batch = self._expanded(as_batch(self.split.whole()))
         return self._placed(batch, None if self.shardings is None else self.shardings.rows)
 
-    def train_windows(self, seed: int, start_step: int, shuffle: bool) -> Prefetcher[Traveller, Window]:
-        """(what travels, the window) from step `start_step` on, for ever."""
+    def train_windows(
+        self, seed: int, start_step: int, shuffle: bool, began_at: int = 0
+    ) -> Prefetcher[Traveller, Window]:
+        """(what travels, the window) from step `start_step` on, for ever; the first epoch begins at step `began_at`."""
         visit = "positions" if self.resident else "windows"
-        return self._prefetched(
-            train_epochs(self.split, self.cut.batch_size, seed, start_step, shuffle, visit), start_step
-        )
+        position = start_step - began_at
+        return self.windows(train_epochs(self.split, self.cut.batch_size, seed, position, shuffle, visit), start_step)
 
     def eval_windows(self) -> Prefetcher[Traveller, Window]:
         """The same of every row once, in order; behind the last row there may be batches of padding alone."""
         visit = self.split.positions if self.resident else self.split.windows
-        return self._prefetched(iter([visit(0, 0, False)]), 0)
+        return self.windows(iter([visit(0, 0, False)]), 0)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -131,7 +132,8 @@ class Feed:
 
         return jax.tree.map(taken, self._rows, PADDING)
 
-    def _prefetched(self, epochs: Iterator[Any], start_step: int) -> Prefetcher[Traveller, Window]:
+    def windows(self, epochs: Iterator[Any], start_step: int) -> Prefetcher[Traveller, Window]:
+        """The same of any epochs, each as `Rows.windows` has it, or where rows stay as `Rows.positions` has it."""
         source: Iterator[Traveller]
         if self.resident:
             source = order_windows(epochs, self.cut, len(self.split))

@@ -17,10 +17,12 @@ from dlrm_jax.data.read.pipeline import Cut, process_shard, steps_per_epoch
 from dlrm_jax.data.values.label_values import describe_one_class
 from dlrm_jax.host import files, heap, huge_pages, processes
 from dlrm_jax.training import checkpoint, plateau, reporting
+from dlrm_jax.training.beginning import Begun, begin
 from dlrm_jax.training.evaluation import Evaluator, evaluate_splits
 from dlrm_jax.training.feed import Room, make_feed
 from dlrm_jax.training.monitor import Clock, Interrupted, Losses, Speed, catch_signals
 from dlrm_jax.training.opening import open_run
+from dlrm_jax.training.origin import OpenModel
 from dlrm_jax.training.placement import failing_in_one_line, prediction, setting_of
 from dlrm_jax.training.run_config import EARLIER_SCHEDULES, RunConfig, identity_of
 from dlrm_jax.training.state import TrainState
@@ -47,6 +49,9 @@ class Progress:
     """Evaluations without a gain, after which the rate is cut."""
     earlier_schedules: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     """Where the run went on with another learning rate: the settings it had before, and `until_step`."""
+    begun: Begun = dataclasses.field(default_factory=Begun)
+    online: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """How far a run period by period is (online.py); empty for a run that it is not."""
 
 
 class Run:
@@ -77,6 +82,12 @@ class Run:
         self.feed = make_feed(self.placed, self.dataset, self.dataset.splits["train"], cut, room, self.num_steps)
         self.evaluate = Evaluator(config, self.placed, self.dataset, room)
         self.writes = processes.is_first()
+        self.began_at = 0
+
+    @property
+    def last_step(self) -> int:
+        """The step at which the run ends; steps are counted from where it began, which may be beyond 0."""
+        return self.began_at + self.num_steps
 
     def _require_val_rows(self) -> None:
         if len(self.dataset.splits["val"]):
@@ -94,22 +105,27 @@ class Run:
 
     def undisturbed(self, step: int) -> int:
         """Steps from `step` to the next one that evaluates or saves, or the last."""
-        return min(self.num_steps - step, *(n - step % n for n in (self.eval_every, self.checkpoint_every)))
+        own = step - self.began_at
+        return min(self.num_steps - own, *(n - own % n for n in (self.eval_every, self.checkpoint_every)))
 
 
 def train_and_evaluate(
-    config: RunConfig, workdir: pathlib.Path, flagfile: str | None = None, defaults: str = ""
+    config: RunConfig,
+    workdir: pathlib.Path,
+    flagfile: str | None = None,
+    defaults: str = "",
+    open_model: OpenModel | None = None,
 ) -> dict[str, Any]:
     """Train, or go on training, in `workdir`; returns what `result.json` says. Raises Interrupted after a signal.
 
     `flagfile` is kept as `flags.txt`, so that the run can be repeated from it; `defaults`, settings that the user left
-    open, are told once nothing forbids the run. ConfigError if another training is running there, ResultNotWritten if
-    all is done but the files at the end.
+    open, are told once nothing forbids the run. `open_model` opens the exported model of --init_from.
+    ConfigError if another training is running there, ResultNotWritten if all is done but the files at the end.
     """
     checkpoint.require_name(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     with the_only_training(workdir):
-        return _train_and_evaluate(config, workdir, flagfile, defaults)
+        return _train_and_evaluate(config, workdir, flagfile, defaults, open_model)
 
 
 @contextlib.contextmanager
@@ -137,7 +153,7 @@ class ResultNotWritten(ConfigError):
 
 
 def _train_and_evaluate(
-    config: RunConfig, workdir: pathlib.Path, flagfile: str | None, defaults: str
+    config: RunConfig, workdir: pathlib.Path, flagfile: str | None, defaults: str, open_model: OpenModel | None
 ) -> dict[str, Any]:
     run = Run(config, workdir)
     processes.agree("data", run.identity["data"] | {"plan": run.placed.plan.to_dict()})
@@ -147,7 +163,8 @@ def _train_and_evaluate(
     with ExitStack() as stack:
         stack.enter_context(failing_in_one_line(config, run.placed))
         checkpoints = stack.enter_context(checkpoint.Checkpoints(workdir))
-        state, progress = restore_or_init(run, checkpoints)
+        state, progress = restore_or_begin(run, checkpoints, open_model)
+        run.began_at = progress.begun.step
         if defaults:
             _LOG.info("defaults taken: %s", defaults)
         if run.writes:
@@ -174,10 +191,13 @@ def _train_and_evaluate(
     return result
 
 
-def restore_or_init(run: Run, checkpoints: checkpoint.Checkpoints) -> tuple[TrainState, Progress]:
-    """The last checkpoint of this workdir, or a fresh state; ConfigError if the workdir belongs to another run."""
+def restore_or_begin(
+    run: Run, checkpoints: checkpoint.Checkpoints, open_model: OpenModel | None
+) -> tuple[TrainState, Progress]:
+    """The last checkpoint of this workdir, or a first state; ConfigError if the workdir belongs to another run."""
     if checkpoints.step(checkpoint.LATEST) is None:
-        return run.placed.init_state(run.config.seed), Progress()
+        state, begun = begin(run.config, run.workdir, run.placed, run.dataset, open_model)
+        return state, Progress(begun=begun)
     record = checkpoints.record(checkpoint.LATEST)
     progress: Progress = from_dict(Progress, record["progress"], "the checkpoint's progress")
     require_the_same_run(run, record, checkpoints.step(checkpoint.LATEST) or 0, progress)
@@ -191,7 +211,7 @@ def restore_or_init(run: Run, checkpoints: checkpoint.Checkpoints) -> tuple[Trai
         )
         progress.best_value = progress.best_step = None
     progress.stopped = stopping(run.config, progress)
-    _LOG.info("resumed at step %d of %d", int(state.step), run.num_steps)
+    _LOG.info("resumed at step %d of %d", int(state.step), progress.begun.step + run.num_steps)
     return state, progress
 
 
@@ -213,9 +233,13 @@ def require_the_same_run(run: Run, record: dict[str, Any], step: int, progress: 
             f"{run.workdir} was trained with{'' if plateaus[1] else 'out'} --lr_plateau, and goes on so; leave it "
             f"{'in' if plateaus[1] else 'out'}, or choose another --workdir"
         )
-    if step > run.num_steps:
+    if progress.online:
+        raise ConfigError(f"{run.workdir} holds a run of dlrm_jax.online; choose another --workdir, or --init_from it")
+    progress.begun.require_same(config, run.workdir)
+    own = step - progress.begun.step
+    if own > run.num_steps:
         raise ConfigError(
-            f"{run.workdir} is at step {step} already, beyond the {run.num_steps} asked for; nothing was changed. "
+            f"{run.workdir} is at step {own} already, beyond the {run.num_steps} asked for; nothing was changed. "
             "Ask for more --num_steps or --num_epochs, or choose another --workdir"
         )
     metric = progress.target_metric or reporting.earlier(run.workdir, "config.json").get("target_metric")
@@ -231,7 +255,7 @@ def require_the_same_run(run: Run, record: dict[str, Any], step: int, progress: 
 
 def config_of(run: Run, progress: Progress) -> dict[str, Any]:
     """What `config.json` says: the settings, the data by its own name, and what the schedule was before, if another."""
-    config = dataclasses.replace(run.config, data=named(run.config.data, run.dataset))
+    config = dataclasses.replace(progress.begun.noted_in(run.config), data=named(run.config.data, run.dataset))
     earlier = {EARLIER_SCHEDULES: progress.earlier_schedules} if progress.earlier_schedules else {}
     return dataclasses.asdict(config) | earlier
 
@@ -249,8 +273,8 @@ def train(
     config, step, speed = run.config, int(state.step), Speed()
     alone = jax.process_count() == 1
     with (
-        run.feed.train_windows(config.seed, step, config.shuffle) as windows,
-        reporting.Progress(run.num_steps, step, config.batch_size, silent=not run.writes) as bar,
+        run.feed.train_windows(config.seed, step, config.shuffle, run.began_at) as windows,
+        reporting.Progress(run.last_step, step, config.batch_size, silent=not run.writes) as bar,
     ):
         train_step = Stepper(config, run.placed, run.feed, windows)
         clock = Clock(train_step, config.batch_size)
@@ -260,11 +284,12 @@ def train(
 
         names = run.dataset.dense_names
         losses = Losses(run.workdir, names, progress.losses, config.log_every, write, run.feed.host_batch)
-        while step < run.num_steps and progress.stopped is None:
+        while step < run.last_step and progress.stopped is None:
             taken, state = train_step(state, step, run.undisturbed(step))
             step += taken
-            at_eval = step % run.eval_every == 0 or step == run.num_steps
-            at_checkpoint = step % run.checkpoint_every == 0 or at_eval
+            own = step - run.began_at
+            at_eval = own % run.eval_every == 0 or own == run.num_steps
+            at_checkpoint = own % run.checkpoint_every == 0 or at_eval
             # Several processes stop at one step: they ask each other where all have come to the end of a window.
             asked = alone or train_step.at_window_end or at_checkpoint
             signum = processes.largest(stop_signal[0] if stop_signal else 0) if asked else 0
@@ -282,7 +307,7 @@ def train(
                 state = evaluate_progress(run, state, step, progress, checkpoints, log)
             if at_checkpoint or signum or progress.stopped:
                 checkpoints.save(checkpoint.LATEST, state, run.placed, record_of(run, progress))
-            if signum and progress.stopped is None and step < run.num_steps:
+            if signum and progress.stopped is None and step < run.last_step:
                 checkpoints.wait()
                 raise Interrupted(signum, step)
             clock.resume()

@@ -44,6 +44,8 @@ OF_OLDER_VERSIONS = "ids_out_of_range"
 EARLIER_SCHEDULES = "earlier_schedules"
 """Key in config.json beside a RunConfig's fields, of a run that went on with another schedule: what it had before."""
 NEVER, ALWAYS = "never", "always"
+KEEP, RESET = INIT_STEPS = ("keep", "reset")
+TABLES_ONLY = "tables"
 _SMALLER_IS_BETTER = ("log_loss", "normalized_entropy")
 
 
@@ -53,6 +55,7 @@ def _has_hidden_layers(run: Any) -> bool:
 
 
 _HIDDEN = Needs(_has_hidden_layers, "it needs a hidden layer: a --bottom_mlp or --top_mlp of at least two widths")
+_BEGUN = Needs(lambda run: bool(run.init_from), "it is for --init_from")
 _OF_EACH = "for both MLPs, or bottom:...,top:... (the other then has the default)"
 
 
@@ -176,6 +179,20 @@ class RunConfig:
         False,
         "In a workdir that is used already, go on although --learning_rate, warm-up or decay differ from before: from "
         "there on they are as given now. config.json keeps what they were.",
+    )
+    init_from: str = setting(
+        "",
+        "In a fresh workdir, begin with the weights and optimizer state of the latest checkpoint of the run in this "
+        "workdir, or with the weights of an exported model; tables may have grown (docs/GROWING.md).",
+    )
+    init_steps: str = setting(
+        KEEP,
+        "With --init_from: keep lets steps, schedules and what else depends on them go on, reset begins at step 0.",
+        choices=INIT_STEPS,
+        needs=_BEGUN,
+    )
+    init_only: str = setting(
+        "", "With --init_from: `tables` takes embedding tables alone.", choices=("", TABLES_ONLY), needs=_BEGUN
     )
     sharding: ShardingOptions = dataclasses.field(default_factory=ShardingOptions)
 

@@ -25,7 +25,7 @@ from dlrm_jax.tables.forms.base import Stack
 from dlrm_jax.tables.layout import place_stacks
 from dlrm_jax.tables.plan import plan_from_dict
 from dlrm_jax.tables.pooling import POOLING_WEIGHTS
-from dlrm_jax.tables.reshard import Kind, Source, read_array
+from dlrm_jax.tables.reshard import Kind, Rows, Source, read_array
 from dlrm_jax.tables.rules import ROW
 from dlrm_jax.training import checksums
 from dlrm_jax.training.checksums import array_name
@@ -77,8 +77,8 @@ class Saved:
             found = found if by_slot else _with_slots(found, tables)
         else:
             with self._in_one_line():
-                found = _read_tables(self._rows(saved), placed, tables, by_slot)
-        return _complete(TrainState(**dense, **found), placed)
+                found = read_tables(self._rows(saved), placed, tables, by_slot)
+        return complete(TrainState(**dense, **found), placed)
 
     def read_model(self, placed: Placed) -> tuple[dict[str, Any], Source]:
         """(a state but for its tables, by field, rows of its tables where they are stored): it fits any memory."""
@@ -173,8 +173,8 @@ class _Sliced:
         return self._store[rows].read().result()
 
 
-def _read_tables(source: Source, placed: Placed, tables: dict[str, Any], by_slot: bool) -> dict[str, Any]:
-    """The placed parts of a state, from the rows of a checkpoint that was made under another plan."""
+def read_tables(source: Rows, placed: Placed, tables: dict[str, Any], by_slot: bool) -> dict[str, Any]:
+    """The placed parts of a state, from rows that lie elsewhere, as in a checkpoint made under another plan."""
     arrays = {stack.name + ending: (stack, bool(ending)) for stack in placed.stacks for ending in ("", POOLING_WEIGHTS)}
 
     def read(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
@@ -190,7 +190,7 @@ def _read_tables(source: Source, placed: Placed, tables: dict[str, Any], by_slot
     return jax.tree_util.tree_map_with_path(read, tables)
 
 
-def _complete(state: TrainState, placed: Placed) -> TrainState:
+def complete(state: TrainState, placed: Placed) -> TrainState:
     """`state`, once it is seen to hold what `placed` asks for, array by array."""
     wanted, _ = jax.tree_util.tree_flatten_with_path(placed.abstract_state)
     for (path, want), leaf in zip(wanted, jax.tree.leaves(state), strict=True):

@@ -14,6 +14,7 @@ from dlrm_jax.host import processes
 from dlrm_jax.host.texts import aligned
 from dlrm_jax.training import reporting
 from dlrm_jax.training.loop import the_only_training, train_and_evaluate
+from dlrm_jax.training.origin import OpenModel
 from dlrm_jax.training.run_config import RunConfig
 
 SEEDS = "seeds.json"
@@ -23,7 +24,12 @@ _LOG = logging.getLogger("dlrm_jax")
 
 
 def train_seeds(
-    config: RunConfig, workdir: pathlib.Path, num_seeds: int, flagfile: str | None = None, defaults: str = ""
+    config: RunConfig,
+    workdir: pathlib.Path,
+    num_seeds: int,
+    flagfile: str | None = None,
+    defaults: str = "",
+    open_model: OpenModel | None = None,
 ) -> dict[str, Any]:
     """Train with seeds `config.seed`, the next, and so on, in `workdir/seed-N`; what `seeds.json` says.
 
@@ -54,7 +60,8 @@ def train_seeds(
             else:
                 _LOG.info("seed %d, %d of %d, in %s", seed, len(runs) + 1, num_seeds, own)
                 _share_prepared(workdir, own)
-                result = train_and_evaluate(dataclasses.replace(config, seed=seed), own, defaults=defaults)
+                of_seed = dataclasses.replace(config, seed=seed)
+                result = train_and_evaluate(of_seed, own, defaults=defaults, open_model=open_model)
                 runs[str(seed)] = {key: result[key] for key in ("step", *_SPLITS)}
             # Those that are finished, but not asked for now, stay known.
             written = of_all | {"runs": finished | runs, "summary": summary(runs)}

@@ -104,6 +104,12 @@ class Stepper:
         self._dispatched_at = now
         return count, state
 
+    def go_on_with(self, windows: Windows) -> None:
+        """Take other windows of the same feed from here on; nothing is compiled anew."""
+        self._windows, self._following, self._window, self._record, self._left = windows, None, None, None, 0
+        if self._pipeline is not None:
+            self._pipeline.routes = None
+
     @property
     def record(self) -> Record:
         """Of the window that is gone through, from the first step on."""

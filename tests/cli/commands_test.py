@@ -187,6 +187,7 @@ OUTPUTS = {
     "export": ["--workdir=WORKDIR", "--out=BELOW"],
     "prepare": ["--input=README.md", "--output=BELOW"],
     "train": ["--workdir=BELOW"],
+    "online": ["--workdir=BELOW"],
 }
 
 

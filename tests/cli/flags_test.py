@@ -36,6 +36,8 @@ SETTINGS = {
     "multi_hot": ("virtual", "data.multi_hot", "virtual"),
     "multi_hot_sizes": ("2,5", "data.multi_hot_sizes", (2, 5)),
     "multi_hot_distribution": ("pareto", "data.multi_hot_distribution", "pareto"),
+    "num_periods": ("6", "data.num_periods", 6),
+    "drift": ("0.25", "data.drift", 0.25),
     "seed": ("5", "seed", 5),
     "shuffle": ("false", "shuffle", False),
     "cpu_kernels": ("native", "cpu_kernels", "native"),
@@ -98,6 +100,9 @@ SETTINGS = {
     "target_value": ("0.4", "target_value", 0.4),
     "patience": ("17", "patience", 17),
     "allow_schedule_change": ("true", "allow_schedule_change", True),
+    "init_from": ("runs/yesterday", "init_from", "runs/yesterday"),
+    "init_steps": ("reset", "init_steps", "reset"),
+    "init_only": ("tables", "init_only", "tables"),
     "sharding": ("column_wise", "sharding.sharding", "column_wise"),
     "sharding_plan": ("plan.json", "sharding.plan", "plan.json"),
     "mesh": ("data:2", "sharding.mesh", "data:2"),
@@ -190,7 +195,9 @@ DECAY = ("decay_steps=5",)
 # Of each flag that has an effect under some settings only: those settings.
 NEEDS = {
     "split": ("dataset=movielens_100k", "data_dir=raw"),
-    "num_examples": (),
+    **dict.fromkeys(("num_examples", "num_periods"), ()),
+    "drift": ("num_periods=6",),
+    **dict.fromkeys(("init_steps", "init_only"), ("init_from=runs/yesterday",)),
     "max_rows_per_table": ("dataset=criteo_kaggle", "data_dir=raw"),
     **dict.fromkeys(("num_dense", "id_skew", "id_trace"), ("dataset=synthetic",)),
     "table_sizes": ("dataset=synthetic",),
@@ -214,6 +221,7 @@ NEEDS = {
 # Settings under which it has none, where that is not so by default.
 WITHOUT = {
     "num_examples": ("dataset=criteo_kaggle", "data_dir=raw"),
+    "num_periods": ("dataset=synthetic",),
     "self_interaction": ("interaction=cat",),
     **dict.fromkeys(("norm", "dropout"), ("bottom_mlp=16", "top_mlp=1")),
     "num_epochs": ("num_steps=50",),

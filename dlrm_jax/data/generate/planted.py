@@ -5,11 +5,12 @@ nonlinear function of the dense features, and all dot products of features. Labe
 """
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 
-from dlrm_jax.config import EMPTY_SLOT, ConfigError, FeatureConfig
-from dlrm_jax.data.read.dataset import Dataset, Rows, Split
+from dlrm_jax.config import EMPTY_SLOT, ConfigError, FeatureConfig, require
+from dlrm_jax.data.read.dataset import Dataset, Period, Rows, Split
 from dlrm_jax.data.read.windows import GeneratedSplit, concatenate, slice_rows
 from dlrm_jax.data.schema.schema import SPLITS
 from dlrm_jax.model.metrics import auc
@@ -54,6 +55,19 @@ class _Teacher:
             dense_weight_N=rng.normal(0, 0.3, _NUM_DENSE),
             dense_square_N=rng.normal(0, 0.2, _NUM_DENSE),
         )
+
+    def walked(self, rng: np.random.Generator, drift: float) -> "_Teacher":
+        """A period later: as far from here as `drift` says, and as spread out."""
+        keep, fresh = (1 - drift**2) ** 0.5, vars(_Teacher.draw(rng))
+
+        def mixed(old: Any, new: Any) -> Any:
+            return (
+                {name: mixed(old[name], new[name]) for name in old}
+                if isinstance(old, dict)
+                else keep * old + drift * new
+            )
+
+        return _Teacher(**mixed(vars(self), fresh))
 
     def probability(self, dense_RxN: np.ndarray, ids_RxK: np.ndarray) -> np.ndarray:
         centred_RxN = dense_RxN.astype(np.float64) - 0.5
@@ -116,12 +130,15 @@ class _Log:
     def block(self, index: int) -> tuple[Split, np.ndarray]:
         """(rows, the teacher's probability of each)."""
         rng = np.random.default_rng((self.seed, 1, index))
-        ids_RxK = _draw_ids(rng, self.id_of_rank, _BLOCK_ROWS)
-        dense_RxN = rng.random((_BLOCK_ROWS, _NUM_DENSE), np.float32)
-        prob_R = self.teacher.probability(dense_RxN, ids_RxK)
-        label_R = (rng.random(_BLOCK_ROWS) < prob_R).astype(np.float32)
-        row_R = np.arange(index * _BLOCK_ROWS, (index + 1) * _BLOCK_ROWS)
-        return Split(dense_RxN, ids_RxK, label_R, row_R), prob_R
+        return self.draw(rng, self.teacher, index * _BLOCK_ROWS, _BLOCK_ROWS)
+
+    def draw(self, rng: np.random.Generator, teacher: _Teacher, first: int, count: int) -> tuple[Split, np.ndarray]:
+        """`count` rows that a teacher labels, numbered from `first` on, and its probability of each."""
+        ids_RxK = _draw_ids(rng, self.id_of_rank, count)
+        dense_RxN = rng.random((count, _NUM_DENSE), np.float32)
+        prob_R = teacher.probability(dense_RxN, ids_RxK)
+        label_R = (rng.random(count) < prob_R).astype(np.float32)
+        return Split(dense_RxN, ids_RxK, label_R, np.arange(first, first + count)), prob_R
 
     def make_block(self, index: int) -> Split:
         """The rows of a block."""
@@ -153,8 +170,44 @@ def generate(seed: int, num_examples: int = DEFAULT_EXAMPLES) -> Dataset:
     optimum = {}
     for name, start, stop in zip(SPLITS, bounds, bounds[1:], strict=False):
         judged, prob_R = log.rows(start, stop if in_memory else start + _MAX_JUDGED)
-        optimum[name] = {"auc": auc(prob_R, judged.label_R), "log_loss": _log_loss(prob_R, judged.label_R)}
+        optimum[name] = _optimum(prob_R, judged.label_R)
         splits[name] = judged if in_memory else GeneratedSplit(start, stop - start, _BLOCK_ROWS, log.make_block)
+    return _dataset(splits, optimum, checksum="" if in_memory else f"planted-{seed}-{num_examples}")
+
+
+def generate_periods(seed: int, num_examples: int, num_periods: int, drift: float) -> Dataset:
+    """`num_examples` rows in equal periods, between which the teacher walks; the last one is test, the one before val.
+
+    `optimum` has every period's by its name too, the teacher of that period against its labels.
+    """
+    rows = num_examples // max(num_periods, 1)
+    require(num_periods >= 3, f"num_periods is {num_periods}; train, val and test need 3")
+    require(rows >= 1, f"num_periods is {num_periods}, more than num_examples, {num_examples}")
+    require(
+        num_examples <= _MAX_IN_MEMORY,
+        f"num_examples is {num_examples}; a planted log of periods is kept in memory: at most {_MAX_IN_MEMORY:,}",
+    )
+    log, teacher = _Log.of(seed), _Log.of(seed).teacher
+    parts: dict[str, list[tuple[Split, np.ndarray]]] = {name: [] for name in SPLITS}
+    periods, optimum = [], {}
+    for number in range(num_periods):
+        if number:
+            teacher = teacher.walked(np.random.default_rng((seed, 3, number)), drift)
+        split = SPLITS[max(0, number - num_periods + 3)]
+        drawn, prob_R = log.draw(np.random.default_rng((seed, 2, number)), teacher, number * rows, rows)
+        first = sum(len(one) for one, _ in parts[split])
+        parts[split].append((drawn, prob_R))
+        name = f"period_{number:02d}"
+        periods.append(Period(name, number, split, first, rows, int(drawn.label_R.sum())))
+        optimum[name] = _optimum(prob_R, drawn.label_R)
+    splits: dict[str, Rows] = {}
+    for name, own in parts.items():
+        splits[name] = whole = concatenate([one for one, _ in own])
+        optimum[name] = _optimum(np.concatenate([prob_R for _, prob_R in own]), whole.label_R)
+    return _dataset(splits, optimum, periods=tuple(periods))
+
+
+def _dataset(splits: dict[str, Rows], optimum: dict[str, dict[str, float]], **more: Any) -> Dataset:
     return Dataset(
         name="planted",
         dense_names=tuple(f"dense_{i}" for i in range(_NUM_DENSE)),
@@ -162,8 +215,12 @@ def generate(seed: int, num_examples: int = DEFAULT_EXAMPLES) -> Dataset:
         table_sizes=_TABLE_SIZES,
         splits=splits,
         optimum=optimum,
-        checksum="" if in_memory else f"planted-{seed}-{num_examples}",
+        **more,
     )
+
+
+def _optimum(prob_R: np.ndarray, label_R: np.ndarray) -> dict[str, float]:
+    return {"auc": auc(prob_R, label_R), "log_loss": _log_loss(prob_R, label_R)}
 
 
 def _log_loss(prob_R: np.ndarray, label_R: np.ndarray) -> float:

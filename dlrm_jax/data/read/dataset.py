@@ -94,12 +94,25 @@ class Split:
 
 
 @dataclasses.dataclass(frozen=True)
+class Period:
+    """A period that has rows: rows `first` to `first + rows` of its split. `start` is in the unit of the log."""
+
+    name: str
+    start: int
+    split: str
+    first: int
+    rows: int
+    positives: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Dataset:
     """A click log ready to train on.
 
-    `table_sizes` maps table name to rows; `optimum`, where the data was planted, holds per split the AUC and
-    log loss of the teacher's own probabilities, which no model can beat in expectation. `checksum` stands for all
-    values where they are not in memory. `expander`, where given, makes bags of the one-hot ids, batch by batch.
+    `table_sizes` maps table name to rows; `optimum`, where the data was planted, holds by split, and by period where
+    there are `periods`, the AUC and log loss of the teacher's own probabilities, which no model can beat in
+    expectation. `checksum` stands for all values where they are not in memory. `expander`, where given, makes bags of
+    the one-hot ids, batch by batch.
     `schema` says what the raw log's columns were (schema_io.to_dict), which checkpoints keep; `directory` where it
     was prepared.
     """
@@ -114,6 +127,7 @@ class Dataset:
     expander: "BatchExpander | None" = None
     schema: Mapping[str, Any] | None = None
     directory: pathlib.Path | None = None
+    periods: tuple[Period, ...] = ()
 
     def __post_init__(self) -> None:
         for name in SPLITS:

@@ -21,6 +21,8 @@ from dlrm_jax.host.memory import gigabytes, host_available, require_room
 _GENERATED = ("planted", "synthetic")
 _CRITEO_FILES = ("train.txt", "train.csv")
 DATASETS = (*_GENERATED, "movielens_100k", "criteo_kaggle")
+_ENDINGS = {"random": "", "time": "_time", "week": "_week"}
+"""Of the preset's name, by --split of movielens_100k."""
 CACHE = "data"
 """Where in a run's workdir its raw log is prepared."""
 _LOG = logging.getLogger("dlrm_jax")
@@ -50,7 +52,7 @@ class DataConfig:
     split: str = setting(
         "random",
         "How movielens_100k is split into train, val and test.",
-        choices=("random", "time"),
+        choices=("random", "time", "week"),
         needs=Needs(
             lambda run: run.data.dataset == "movielens_100k",
             "it is for the raw log of --dataset=movielens_100k; for one's own log say it when preparing",
@@ -61,6 +63,20 @@ class DataConfig:
         "Examples to generate for planted and synthetic; 0 for their default.",
         at_least=0,
         needs=Needs(_generated("planted", "synthetic"), "only --dataset=planted and --dataset=synthetic are generated"),
+    )
+    num_periods: int = setting(
+        0,
+        "planted: equal periods of the log, for dlrm_jax.online; the last one is test, the one before val. 0: none.",
+        at_least=0,
+        needs=Needs(_generated("planted"), "it is for --dataset=planted"),
+    )
+    drift: float = setting(
+        0.0,
+        "planted: how far the hidden teacher's weights walk from a period to the next; after the step d a weight w is "
+        "sqrt(1 - d^2) w + d times a fresh one.",
+        at_least=0,
+        below=1,
+        needs=Needs(lambda run: run.data.num_periods > 0, "it needs --num_periods"),
     )
     seed: int = setting(0, "Decides initial weights, order of rows, and planted data.", at_least=0)
     max_rows_per_table: int = setting(
@@ -178,7 +194,10 @@ def _load(config: DataConfig, workdir: pathlib.Path | None) -> Dataset:
         )
         raise ConfigError(f"--data_dir={config.data_dir} holds {what}")
     if config.dataset == "planted":
-        return planted.generate(config.seed, config.num_examples or planted.DEFAULT_EXAMPLES)
+        num_examples = config.num_examples or planted.DEFAULT_EXAMPLES
+        if config.num_periods:
+            return planted.generate_periods(config.seed, num_examples, config.num_periods, config.drift)
+        return planted.generate(config.seed, num_examples)
     if config.dataset == "synthetic":
         num_examples = config.num_examples or synthetic.DEFAULT_EXAMPLES
         return synthetic.generate(synthetic_spec(config), config.seed, num_examples)
@@ -218,7 +237,7 @@ def _raw_log(config: DataConfig) -> tuple[tuple[str, ...], Schema]:
     """(what to prepare, the preset that says how), with what flags say otherwise."""
     if config.dataset == "movielens_100k":
         of_directory = (config.data_dir,)
-        return of_directory, choose_schema(config.dataset + ("_time" if config.split == "time" else ""), of_directory)
+        return of_directory, choose_schema(config.dataset + _ENDINGS[config.split], of_directory)
     directory = pathlib.Path(config.data_dir)
     places = [directory, *(directory / name for name in _CRITEO_FILES)]
     paths = tuple(str(path) for path in places if path.is_file())[:1]

@@ -1,28 +1,16 @@
 """The periods of a prepared log that is split by them (`split: {by: time, period: 1d}`), and the rows of each."""
 
-import dataclasses
-
-from dlrm_jax.config import ConfigError
-from dlrm_jax.data.read.dataset import Dataset, Rows, Split
+from dlrm_jax.config import ConfigError, require
+from dlrm_jax.data.read.dataset import Dataset, Period, Rows, Split
 from dlrm_jax.data.read.prepared import PreparedSplit, read_json
 from dlrm_jax.data.read.windows import slice_rows
 from dlrm_jax.data.values.label_values import only_label
 
 
-@dataclasses.dataclass(frozen=True)
-class Period:
-    """A period that has rows: rows `first` to `first + rows` of its split. `start` is in the unit of the log."""
-
-    name: str
-    start: int
-    split: str
-    first: int
-    rows: int
-    positives: int
-
-
 def periods_of(dataset: Dataset) -> list[Period]:
     """All periods, the earliest first; ConfigError for data that is not split by them."""
+    if dataset.periods:
+        return list(dataset.periods)
     found = read_json(dataset.directory / "statistics.json").get("periods") if dataset.directory else None
     if not found:
         raise ConfigError(
@@ -30,6 +18,18 @@ def periods_of(dataset: Dataset) -> list[Period]:
             "schema"
         )
     return [Period(**period) for period in found]
+
+
+def between(periods: list[Period], names: str) -> list[Period]:
+    """Those from the first to the last of `names`, FIRST:LAST, both included; either may be left out."""
+    known = [period.name for period in periods]
+    first, colon, last = names.partition(":")
+    require(bool(colon), f"--periods={names}; give FIRST:LAST, either may be left out, as {known[0]}:")
+    for name in filter(None, (first, last)):
+        require(name in known, f"--periods={names}: there is no period {name!r}; they are {known[0]} to {known[-1]}")
+    found = periods[known.index(first) if first else 0 : known.index(last) + 1 if last else None]
+    require(bool(found), f"--periods={names}: {first} comes after {last}")
+    return found
 
 
 def rows_of_period(dataset: Dataset, period: Period) -> Rows:

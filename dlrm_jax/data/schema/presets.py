@@ -48,7 +48,7 @@ def _multi_hot() -> Schema:
     return Schema(base.name, base.label, base.dense, sparse, split=base.split, format=base.format)
 
 
-def _movielens(name: str, kind: str = "movielens") -> Schema:
+def _movielens(name: str, kind: str = "movielens", split: Split = Split("order")) -> Schema:  # noqa: B008
     # The reader joins the three files, and makes the columns and the order of rows that movielens.py describes.
     return Schema(
         name=name,
@@ -63,7 +63,7 @@ def _movielens(name: str, kind: str = "movielens") -> Schema:
             Sparse("genres", hotness=6, order="value"),
         ),
         timestamp="timestamp",
-        split=Split("order"),
+        split=split,
         format=kind,
     )
 
@@ -153,6 +153,10 @@ PRESETS: dict[str, tuple[str, Callable[[], Schema]]] = {
     "movielens_100k_time": (
         "the same 80/10/10 by time",
         lambda: _movielens("movielens_100k_time", "movielens_by_time"),
+    ),
+    "movielens_100k_week": (
+        "the same by weeks, for dlrm_jax.online: the last one test, the one before val",
+        lambda: _movielens("movielens_100k_week", "movielens_by_time", Split("time", val=1, test=1, period="1w")),
     ),
     "movielens_1m": ("MovieLens 1M, a directory: rated 4 or 5? 80/10/10 at random", lambda: _movielens("movielens_1m")),
     "frappe_x1": (
