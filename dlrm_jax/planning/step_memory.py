@@ -52,7 +52,7 @@ def _dense(model: ModelConfig, examples: int, pooled: int) -> int:
     """The most that the dense model's passes hold at once, in floats."""
     interaction = model.interaction
     top, bottom, width = model.top_mlp, model.bottom_mlp, dense_work(model).interaction_width
-    vectors, saved = len(model.features) + 1, _saved_of_bottom(model)
+    vectors, saved = model.num_vectors, _saved_of_bottom(model)
     of_hidden, of_bottoms = _kept(model.top_hidden), _kept(model.bottom_hidden)
     joined = vectors * model.embedding_dim
     below_top = saved + joined + (width if interaction.name == "dot" else 0)
