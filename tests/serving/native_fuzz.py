@@ -113,7 +113,7 @@ class Fuzz:
             "learned_pooling": self.pick(True, False),
         }
         fields["embed_numbers"] = fields["num_dense"] > 0 and self.pick(True, False)
-        if not fields["num_dense"] or fields["embed_numbers"] and self.pick(True, False):
+        if not fields["num_dense"] or (fields["embed_numbers"] and self.pick(True, False)):
             fields["bottom_mlp"] = ()
         hidden = [HiddenConfig(self.pick(*ACTIVATIONS), self.pick(NO_NORM, LAYER_NORM)) for _ in range(2)]
         fields |= {"bottom_hidden": hidden[0], "top_hidden": hidden[1]}
