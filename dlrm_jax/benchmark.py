@@ -68,7 +68,7 @@ def _at(config: RunConfig, sweep: str, value: int) -> RunConfig:
         case "hotness":
             return replace(config, data=replace(config.data, hotness=(value,)))
         case "dim":
-            bottom = (*config.model.bottom_mlp[:-1], value)
+            bottom = (*config.model.bottom_mlp[:-1], value) if config.model.bottom_mlp else ()
             return replace(config, model=replace(config.model, embedding_dim=value, bottom_mlp=bottom))
         case _:
             if value > jax.device_count():

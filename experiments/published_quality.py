@@ -3,7 +3,7 @@
 `python experiments/published_quality.py --frappe=DIR --movielens=DIR`: Frappe's holds train.csv, valid.csv, test.csv.
 Trains the flag files of RECIPES with `--num_seeds` each, and the first with one part of its recipe left out at a time;
 writes two tables of experiments/README.md and published_quality.png. Finished runs are kept in --results, where the
-same command goes on.
+same command goes on; rows of runs that are neither there nor asked for stay in the tables as they are.
 """
 
 import argparse
@@ -36,6 +36,12 @@ WITHOUT: dict[str, dict[str, str]] = {
     "the package's initial weights": {"table_init": "dlrm", "dense_init": "dlrm"},
     "tables in bfloat16": {"table_dtype": "bfloat16"},
     "row-wise Adagrad for tables, rate 0.02": {"table_optimizer": "rowwise_adagrad", "table_rate": "20"},
+}
+
+
+HEADS = {
+    "published": "| flag file | seeds | test AUC, mean (range) | published | log loss, mean | published | an epoch |",
+    "ablation": "| DLRM on Frappe | seeds | val AUC | test AUC | to the whole | test log loss | steps |",
 }
 
 
@@ -75,33 +81,44 @@ def seconds_an_epoch(workdir: pathlib.Path, num_rows: int) -> float:
     return num_rows / sorted(rates)[len(rates) // 2]
 
 
-def recipes_table(rows: dict[str, tuple[dict, float]]) -> str:
-    """Markdown, a row a flag file."""
-    lines = ["| flag file | seeds | test AUC, mean (range) | published | log loss, mean | published | an epoch |"]
-    lines.append("|---|---|---|---|---|---|---|")
+def kept_rows(path: pathlib.Path, section: str) -> dict[str, str]:
+    """The rows of a table of experiments/README.md, by what stands first in each."""
+    text = path.read_text().partition(f"<!-- {section} -->")[2].partition(f"<!-- /{section} -->")[0]
+    rows = [line for line in text.splitlines() if line.startswith("| ")][1:]
+    return {line.split(" | ")[0].removeprefix("| "): line for line in rows}
+
+
+def table(head: str, rows: dict[str, str], kept: dict[str, str], order: list[str]) -> str:
+    """Markdown: in this order the rows that there are, and of the others those that were kept."""
+    every = kept | rows
+    return "\n".join([head, "|---" * (head.count("|") - 1) + "|", *(every[name] for name in order if name in every)])
+
+
+def recipe_rows(rows: dict[str, tuple[dict, float]]) -> dict[str, str]:
+    """By flag file."""
+    lines = {}
     for name, (written, seconds) in rows.items():
         auc, loss = (written["summary"]["test"][metric] for metric in ("auc", "log_loss"))
         spread = f"**{auc['mean']:.5f}** ({auc['minimum']:.5f} to {auc['maximum']:.5f})"
-        lines.append(
+        lines[f"`{name}.flags`"] = (
             f"| `{name}.flags` | {len(written['runs'])} | {spread} | {RECIPES[name][1]} | "
             f"{loss['mean']:.5f} | {RECIPES[name][2]} | {seconds:.1f} s |"
         )
-    return "\n".join(lines)
+    return lines
 
 
-def ablation_table(rows: dict[str, dict]) -> str:
-    """Markdown, a row a change of the recipe."""
-    lines = ["| DLRM on Frappe | seeds | val AUC | test AUC | to the whole | test log loss | steps |"]
-    lines.append("|---|---|---|---|---|---|---|")
-    whole = next(iter(rows.values()))["summary"]["test"]["auc"]["mean"]
+def ablation_rows(rows: dict[str, dict], kept: dict[str, str]) -> dict[str, str]:
+    """By change of the recipe; where the whole recipe is not among them, against its row among those kept."""
+    lines, first = {}, next(iter(WITHOUT))
+    whole = rows[first]["summary"]["test"]["auc"]["mean"] if first in rows else float(kept[first].split(" | ")[3])
     for name, written in rows.items():
         val, test = written["summary"]["val"], written["summary"]["test"]
         steps = sum(run["step"] for run in written["runs"].values()) // len(written["runs"])
-        lines.append(
+        lines[name] = (
             f"| {name} | {len(written['runs'])} | {val['auc']['mean']:.5f} | {test['auc']['mean']:.5f} | "
             f"{test['auc']['mean'] - whole:+.5f} | {test['log_loss']['mean']:.5f} | {steps} |"
         )
-    return "\n".join(lines)
+    return lines
 
 
 def draw(workdirs: dict[str, pathlib.Path], path: pathlib.Path) -> None:
@@ -148,20 +165,26 @@ def main() -> None:
             return train(name, source, workdir, num_seeds, changes)
         return json.loads((workdir / "seeds.json").read_text()) if (workdir / "seeds.json").exists() else None
 
+    kept = {section: kept_rows(readme, section) for section in HEADS}
+
+    def write(section: str, rows: dict[str, str], order: list[str]) -> None:
+        replace_section(readme, section, f"{table(HEADS[section], rows, kept[section], order)}\n\n{stamp}")
+
     recipes: dict[str, tuple[dict, float]] = {}
     for name, (num_rows, *_) in RECIPES.items():
         source = data if name.startswith("frappe") else given.movielens
         if written := trained(name, name, source, given.num_seeds, {}):
             recipes[name] = written, seconds_an_epoch(given.results / name, num_rows)
-            replace_section(readme, "published", f"{recipes_table(recipes)}\n\n{stamp}")
+            write("published", recipe_rows(recipes), [f"`{known}.flags`" for known in RECIPES])
     workdirs, ablation = {}, {}
     for number, (name, changes) in enumerate(WITHOUT.items()):
         key = f"without_{number}" if changes else "frappe_dlrm"
         if written := trained("frappe_dlrm", key, data, 1 if changes else given.num_seeds, changes):
             workdirs[name], ablation[name] = given.results / key, written
-            replace_section(readme, "ablation", f"{ablation_table(ablation)}\n\n{stamp}")
+            write("ablation", ablation_rows(ablation, kept["ablation"]), list(WITHOUT))
     shown = ("the whole recipe", "no L2", "no dropout", "no batch norm", "no cut of the rate")
-    draw({name: workdirs[name] for name in shown if name in workdirs}, ROOT / "experiments" / "published_quality.png")
+    if set(shown) <= set(workdirs):  # Else the picture that is there shows more.
+        draw({name: workdirs[name] for name in shown}, ROOT / "experiments" / "published_quality.png")
 
 
 if __name__ == "__main__":

@@ -89,6 +89,11 @@ def test_hidden_layers_that_the_reference_has_not_are_refused():
         compat.save_reference_state(model, None)
 
 
+def test_embedded_numbers_which_the_reference_has_not_are_refused():
+    with pytest.raises(ConfigError, match="no embedded numbers"):
+        compat.save_reference_state(tiny_model(embed_numbers=True), None)
+
+
 def test_weights_of_an_unknown_kind_are_refused_by_name():
     with pytest.raises(ConfigError, match=r"cannot load 'emb_l\.0\.weight_x': known are embedding tables, plain, quot"):
         compat.load_reference_state({"emb_l.0.weight_x": np.zeros((2, 2))})

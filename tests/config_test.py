@@ -56,6 +56,10 @@ def run_config(**changes) -> RunConfig:
         (lambda: tiny_model(num_dense=-1), "num_dense is -1"),
         (lambda: tiny_model(num_dense=0), "bottom_mlp is (5, 4) but num_dense is 0; leave bottom_mlp empty"),
         (lambda: tiny_model(bottom_mlp=()), "bottom_mlp is empty; it needs at least one layer"),
+        (
+            lambda: tiny_model(num_dense=0, bottom_mlp=(), embed_numbers=True),
+            "embed_numbers is on, but the data has no numbers; leave it out",
+        ),
         (lambda: tiny_model(features=(FeatureConfig("x", "nowhere"),)), "'x' reads table 'nowhere'"),
         (lambda: tiny_model(features=(FeatureConfig("x", "user"),)), "no feature reads table flag, item"),
         (

@@ -39,8 +39,10 @@ def pooled(model: ModelConfig, tables, batch):
 
 def logits(model: ModelConfig, params, batch):
     dense = params["dense"]
-    numbers = [mlp(dense["bottom_mlp"], batch.dense_BxN, True)] if model.num_dense else []
-    x = interaction(model, dense, numbers, numbers + pooled(model, params["tables"], batch))
+    numbers = [mlp(dense["bottom_mlp"], batch.dense_BxN, True)] if model.bottom_mlp else []
+    rows = dense["numbers"]["vectors"] if model.embed_numbers else []
+    embedded = [batch.dense_BxN[:, n : n + 1] * rows[n][None] for n in range(len(rows))]
+    x = interaction(model, dense, numbers, numbers + pooled(model, params["tables"], batch) + embedded)
     return mlp(dense["top_mlp"], x, False)[:, 0]
 
 

@@ -54,7 +54,7 @@ class Case:
         m, kinds = self.model, {f"{f.table}x{f.hotness}{f.pooling[0]}" for f in self.model.features}
         return (
             f"seed {self.seed}: {m.interaction.name}{dict(m.interaction.options)} N={m.num_dense} "
-            f"D={m.embedding_dim} learned={m.learned_pooling} "
+            f"embedded={m.embed_numbers} bottom={m.bottom_mlp} D={m.embedding_dim} learned={m.learned_pooling} "
             f"{self.loss.name}/{self.loss.threshold} dense={self.optimizer.dense} table={self.optimizer.table} "
             f"eps={self.optimizer.eps} lr={self.optimizer.schedule.learning_rate} B={self.batch_size} "
             f"G={self.micro_batches} weighted={self.weighted_ids} {self.mesh} {self.sharding} "
@@ -136,7 +136,9 @@ def draw(seed: int) -> Case:
         "cross_rank": one_of(1, 2, 4),
         "learned_pooling": bool(rng.random() < 0.4),
     }
-    model = ModelConfig(**meeting(fields | _other_interaction(seed, dim)))
+    fields |= _other_interaction(seed, dim)
+    fields |= _embedded_numbers(seed, fields["num_dense"])
+    model = ModelConfig(**meeting(fields))
     loss = LossConfig(one_of("bce", "wbce", "mse"), (0.5, 2.0), one_of(0.0, 0.0, 0.01, 0.2))
     dense = one_of("sgd", "momentum", "adagrad", "adam", "adamw")
     optimizer = OptimizerConfig(
@@ -170,6 +172,14 @@ def _other_interaction(seed: int, dim: int) -> dict:
     fields = {"tower_mlp": (4, 2), "projection_branch1": (3, 2 * dim), "projection_branch2": (3 * dim,)}
     fields["interaction"] = str(rng.choice(["full_cross", "parallel_cross", "fm", "projection"]))
     return fields | ({"num_dense": 0, "bottom_mlp": ()} if rng.random() < 0.5 else {})
+
+
+def _embedded_numbers(seed: int, num_dense: int) -> dict:
+    """For every third seed whose model has numbers, fields of one that embeds them, half without a bottom MLP."""
+    rng = np.random.default_rng((seed, 17))
+    if not num_dense or rng.random() > 1 / 3:
+        return {}
+    return {"embed_numbers": True} | ({"bottom_mlp": ()} if rng.random() < 0.5 else {})
 
 
 def make_trainer(case: Case, dtype: str = "float32"):

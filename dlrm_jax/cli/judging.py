@@ -13,8 +13,23 @@ from dlrm_jax.data.read.dataset import Dataset
 from dlrm_jax.data.read.prepared import open_prepared
 from dlrm_jax.judging import pictures
 from dlrm_jax.judging.importance import Importance, importances, sampled
-from dlrm_jax.judging.judge import compare, judge, require_possible, require_same_rows, units_of_split
-from dlrm_jax.judging.report import comparison_json, comparison_text, importance_text, report_json, report_text, summary
+from dlrm_jax.judging.judge import (
+    compare,
+    judge,
+    parts_of_split,
+    require_possible,
+    require_same_rows,
+    units_of_split,
+)
+from dlrm_jax.judging.report import (
+    compared_json,
+    compared_slices_json,
+    comparison_text,
+    importance_text,
+    report_json,
+    report_text,
+    summary,
+)
 from dlrm_jax.model.metrics import Scored
 from dlrm_jax.training import reporting
 from dlrm_jax.training.evaluation import Evaluator
@@ -66,8 +81,10 @@ class Subject:
             other = str(asked.compare)
             models[other] = self._scored_by(asked.compare)
             units = units_of_split(split, self.with_columns, asked.options.group_by)
-            comparison = compare(rows, models[other], units, asked.comparison)
-            written["comparison"] = comparison_json(comparison)
+            parts = parts_of_split(split, self.with_columns, asked.options, self._data_dir())
+            comparison = compare(rows, models[other], units, asked.comparison, parts)
+            written["comparison"] = compared_json(comparison.whole)
+            written["comparison_by_slice"] = compared_slices_json(comparison)
             print(f"\n{comparison_text(comparison, self.name, other)}")
         if asked.plots is not None:
             pictures.draw_all(asked.plots, models, found)

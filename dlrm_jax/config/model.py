@@ -151,13 +151,19 @@ class DenseConfig:
 
     `bottom_mlp` and `top_mlp` are the widths after each layer, without the input: Criteo Kaggle's reference
     "13-512-256-64-16" is 13 numbers and `bottom_mlp=(512, 256, 64, 16)`.
-    `learned_pooling` multiplies each pooled row with a trainable weight of that row. `compute_dtype` is what MLPs and
+    `learned_pooling` multiplies each pooled row with a trainable weight of that row. With `embed_numbers` each number
+    meets the features as a vector of its own, and `bottom_mlp` may be empty. `compute_dtype` is what MLPs and
     layers of interactions compute in; parameters, tables, dot products, logits and gradients of weights are float32.
     """
 
     bottom_mlp: tuple[int, ...] = setting((64, 16), "Widths of the bottom MLP's layers, without its input.")
     top_mlp: tuple[int, ...] = setting((64, 32, 1), "Widths of the top MLP's layers, without its input.")
     interaction: InteractionConfig = setting(DOT, "How features meet (dlrm_jax/model/interactions).")  # noqa: RUF009
+    embed_numbers: bool = setting(
+        False,
+        "Each number times a learned vector of its own meets the features, beside the bottom MLP's output; with "
+        "--bottom_mlp= (no width) instead of it.",
+    )
     learned_pooling: bool = setting(False, "Multiply each looked-up row with a trainable weight of that row.")
     dense_init: str = setting(
         "dlrm",
@@ -219,12 +225,14 @@ class ModelConfig(DenseConfig):
 
     def _check_mlps(self) -> None:
         for name, widths in (("bottom_mlp", self.bottom_mlp), ("top_mlp", self.top_mlp)):
-            needed = name == "top_mlp" or self.num_dense > 0
+            needed = name == "top_mlp" or (self.num_dense > 0 and not self.embed_numbers)
             require(len(widths) >= 1 or not needed, f"{name} is empty; it needs at least one layer")
             require(min(widths, default=1) >= 1, f"{name} is {widths}; every width must be at least 1")
         require(self.top_mlp[-1] == 1, f"top_mlp ends in {self.top_mlp[-1]}; the last width must be 1 (the logit)")
         if not self.num_dense:
             require(not self.bottom_mlp, f"bottom_mlp is {self.bottom_mlp} but num_dense is 0; leave bottom_mlp empty")
+            require(not self.embed_numbers, "embed_numbers is on, but the data has no numbers; leave it out")
+        if not self.bottom_mlp:
             return
         require(
             self.bottom_mlp[-1] == self.embedding_dim,
@@ -274,6 +282,11 @@ class ModelConfig(DenseConfig):
     def has_dropout(self) -> bool:
         """Whether training draws random numbers."""
         return max(self.bottom_hidden.dropout, self.top_hidden.dropout) > 0
+
+    @property
+    def num_vectors(self) -> int:
+        """Vectors of an example that meet: the bottom MLP's output, the features', those of embedded numbers."""
+        return bool(self.bottom_mlp) + len(self.features) + (self.num_dense if self.embed_numbers else 0)
 
     @property
     def num_slots(self) -> int:

@@ -8,9 +8,10 @@ import numpy as np
 
 from dlrm_jax.config import ConfigError
 from dlrm_jax.data.read.dataset import Dataset, Rows
-from dlrm_jax.data.read.prepared import is_prepared
+from dlrm_jax.data.read.prepared import is_prepared, read_json
 from dlrm_jax.data.read.raw_values import texts_of
 from dlrm_jax.data.schema.schema_io import from_dict
+from dlrm_jax.data.values.dense import in_log
 
 EMPTY = "(empty)"
 _BUCKETS = 10
@@ -118,22 +119,28 @@ def _id_texts(ids: np.ndarray, table: str, dataset: Dataset, data_dir: str) -> l
 
 
 def _number_slices(column: Column, at_most: int, dataset: Dataset) -> Slices:
-    name = column.name + _transform_of(column.name, dataset)
     values, number_R = np.unique(column.value_R, return_inverse=True)
     if len(values) <= at_most:
-        return Slices(name, number_R, tuple(f"{value:g}" for value in values))
+        name, shown = _as_in_log(column.name, values, dataset)
+        return Slices(name, number_R, tuple(f"{value:g}" for value in shown))
     wanted = np.quantile(column.value_R, np.linspace(0, 1, min(at_most, _BUCKETS) + 1))
     edges = np.unique(wanted.astype(np.float32))
     number_R = np.searchsorted(edges[1:-1], column.value_R, side="right")
     used, number_R = np.unique(number_R, return_inverse=True)
     last = len(edges) - 2
-    texts = [f"{edges[i]:g} to {'' if i == last else 'below '}{edges[i + 1]:g}" for i in used]
+    name, shown = _as_in_log(column.name, edges, dataset)
+    texts = [f"{shown[i]:g} to {'' if i == last else 'below '}{shown[i + 1]:g}" for i in used]
     return Slices(name, number_R, tuple(texts))
 
 
-def _transform_of(name: str, dataset: Dataset) -> str:
-    """What was made of the log's number before the model, which is what is shown."""
-    for dense in from_dict(dict(dataset.schema)).dense if dataset.schema is not None else ():
-        if dense.name == name and dense.transform != "none":
-            return f" ({dense.transform})"
-    return ""
+def _as_in_log(name: str, values: np.ndarray, dataset: Dataset) -> tuple[str, np.ndarray]:
+    """(the column's name, its numbers as the log has them); with the transform's name where they stay as they are."""
+    columns = from_dict(dict(dataset.schema)).dense if dataset.schema is not None else ()
+    transforms = {dense.name: dense.transform for dense in columns}
+    if name not in transforms:
+        return name, values
+    statistics = {} if dataset.directory is None else read_json(dataset.directory / "statistics.json").get("dense", {})
+    try:
+        return name, in_log(columns, name, values.astype(np.float64), statistics)
+    except KeyError:
+        return f"{name} ({transforms[name]})", values

@@ -74,20 +74,16 @@ def judge(rows: Scored, split: Rows, dataset: Dataset, options: Options, data_di
     which slices are named as in the log.
     """
     require_possible(dataset, options)
-    columns = read_columns(dataset, split, {*options.slice_by, options.group_by} - {""})
     counted = rows.weight_R > 0
-    units = _units(columns[options.group_by]) if options.group_by else Units.of_rows(len(rows))
-    units = units.only(counted)
+    units = units_of_split(split, dataset, options.group_by).only(counted)
     rows = rows.kept(counted)
     require(len(rows) > 0, "the split has no rows to judge")
     whole = Measured(rows, units)
     sets, places = [("all", whole)], {}
-    for name in options.slice_by:
-        slices = slices_of(columns[name], options.max_slices, dataset, data_dir)
-        number_R = slices.number_R[counted]
-        parts = [(text, number_R == i) for i, text in enumerate(slices.texts)]
-        own = [(text, Measured(rows.kept(part), units.part(part))) for text, part in parts if part.any()]
-        places[slices.name] = range(len(sets), len(sets) + len(own))
+    for name, parts in parts_of_split(split, dataset, options, data_dir).items():
+        kept = [(text, part_R[counted]) for text, part_R in parts]
+        own = [(text, Measured(rows.kept(part), units.part(part))) for text, part in kept if part.any()]
+        places[name] = range(len(sets), len(sets) + len(own))
         sets += own
     judged = _judgements(sets, units.num_units, options.bootstrap)
     groups = None
@@ -95,6 +91,17 @@ def judge(rows: Scored, split: Rows, dataset: Dataset, options: Options, data_di
         groups = Groups(options.group_by, whole.num_groups, whole.one_class_groups, whole.one_class_share)
     slices_by = {name: [judged[i] for i in of] for name, of in places.items()}
     return Report(judged[0], groups, slices_by, options.bootstrap)
+
+
+def parts_of_split(
+    split: Rows, dataset: Dataset, options: Options, data_dir: str = ""
+) -> dict[str, list[tuple[str, np.ndarray]]]:
+    """By column of slices, as it is called there: each slice in words, and which rows of the split it has."""
+    columns, parts = read_columns(dataset, split, options.slice_by), {}
+    for name in options.slice_by:
+        slices = slices_of(columns[name], options.max_slices, dataset, data_dir)
+        parts[slices.name] = [(text, slices.number_R == i) for i, text in enumerate(slices.texts)]
+    return parts
 
 
 def units_of_split(split: Rows, dataset: Dataset, group_by: str) -> Units:
@@ -118,27 +125,62 @@ def _judgements(sets: Sequence[tuple[str, Measured]], num_units: int, bootstrap:
 
 
 @dataclasses.dataclass(frozen=True)
-class Comparison:
+class Compared:
     """Two models' metrics on the same rows, and the second's minus the first's."""
 
+    text: str
+    num_rows: int
     first: Mapping[str, float]
     second: Mapping[str, float]
     differences: Mapping[str, Difference]
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """Two models compared on a split as a whole and, by column, on its slices."""
+
+    whole: Compared
+    slices: Mapping[str, Sequence[Compared]]
     bootstrap: Bootstrap
 
 
-def compare(first: Scored, second: Scored, units: Units, bootstrap: Bootstrap) -> Comparison:
-    """Both score the same rows in the same order; every resample is of both, so that what rows share cancels out."""
+def compare(
+    first: Scored,
+    second: Scored,
+    units: Units,
+    bootstrap: Bootstrap,
+    parts_by: Mapping[str, Sequence[tuple[str, np.ndarray]]] | None = None,
+) -> Comparison:
+    """Both score the same rows in the same order; every resample is of both, so that what rows share cancels out.
+
+    `parts_by` are the slices, as `parts_of_split` gives them.
+    """
     counted = first.weight_R > 0
     units = units.only(counted)
-    sets = [Measured(rows.kept(counted), units) for rows in (first, second)]
-    values = [one.values() for one in sets]
+    kept = {name: [(text, part_R[counted]) for text, part_R in parts] for name, parts in (parts_by or {}).items()}
+    found = {name: [(text, part) for text, part in parts if part.any()] for name, parts in kept.items()}
+    every = [("all", np.ones(counted.sum(), bool)), *(one for parts in found.values() for one in parts)]
+    models = [rows.kept(counted) for rows in (first, second)]
+    sets = [Measured(rows.kept(part), units.part(part)) for _, part in every for rows in models]
     samples = resampled(sets, units.num_units, bootstrap)
+    compared = iter(
+        [
+            _compared(text, sets[2 * i : 2 * i + 2], samples[2 * i : 2 * i + 2], bootstrap)
+            for i, (text, _) in enumerate(every)
+        ]
+    )
+    whole = next(compared)
+    return Comparison(whole, {name: [next(compared) for _ in parts] for name, parts in found.items()}, bootstrap)
+
+
+def _compared(
+    text: str, sets: Sequence[Measured], samples: Sequence[Mapping[str, np.ndarray]], bootstrap: Bootstrap
+) -> Compared:
+    first, second = (one.values() for one in sets)
     found = {
-        name: difference(values[0][name], values[1][name], samples[0][name], samples[1][name], bootstrap)
-        for name in values[0]
+        name: difference(first[name], second[name], samples[0][name], samples[1][name], bootstrap) for name in first
     }
-    return Comparison(values[0], values[1], found, bootstrap)
+    return Compared(text, sets[0].num_rows, first, second, found)
 
 
 def rows_fingerprint(split: Rows) -> str:

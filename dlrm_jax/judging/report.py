@@ -7,7 +7,7 @@ from typing import Any
 
 from dlrm_jax.host.texts import aligned
 from dlrm_jax.judging.importance import Importance
-from dlrm_jax.judging.judge import Comparison, Judgement, Report
+from dlrm_jax.judging.judge import Compared, Comparison, Judgement, Report
 from dlrm_jax.judging.measures import MEASURES
 
 _WIDEST = 40
@@ -73,16 +73,30 @@ def importance_text(found: Sequence[Importance], repeats: int, num_rows: int) ->
 
 
 def comparison_text(comparison: Comparison, first: str, second: str) -> str:
-    """Both models beside each other, the difference with its interval, and the share that speaks against it."""
+    """Both models beside each other, the difference with its interval, and the share that speaks against it.
+
+    Of slices AUC and log loss; JSON has all metrics.
+    """
     rows = [["metric", first, second, "difference", "interval", "p"]]
-    for name, delta in comparison.differences.items():
-        values = [_number(comparison.first[name]), _number(comparison.second[name]), _signed(delta.value)]
-        rows.append([name, *values, f"{_signed(delta.low)} to {_signed(delta.high)}", _number(delta.p, 3)])
+    rows += [[name, *_beside(comparison.whole, name)] for name in comparison.whole.differences]
     how = comparison.bootstrap
-    return (
+    text = (
         f"{second} minus {first} on the same rows; intervals of {100 * how.confidence:g}% by {how.resamples:,} paired "
         f"resamples, p twice the share of them on the other side of zero\n{aligned(rows)}"
     )
+    for column, slices in comparison.slices.items():
+        rows = [["slice", "rows", "metric", first, second, "difference", "interval", "p"]]
+        for one in slices:
+            for name in ("auc", "log_loss"):
+                rows.append([one.text[:_WIDEST], f"{one.num_rows:,}", name, *_beside(one, name)])
+        text += f"\n\nby {column}\n{aligned(rows, left=(0, 2))}"
+    return text
+
+
+def _beside(one: Compared, name: str) -> list[str]:
+    delta = one.differences[name]
+    values = [_number(one.first[name]), _number(one.second[name]), _signed(delta.value)]
+    return [*values, f"{_signed(delta.low)} to {_signed(delta.high)}", _number(delta.p, 3)]
 
 
 def report_json(report: Report) -> dict[str, Any]:
@@ -101,11 +115,19 @@ def _judgement(one: Judgement) -> dict[str, Any]:
     return {"num_samples": one.num_rows, "metrics": dict(one.values), "intervals": intervals}
 
 
-def comparison_json(comparison: Comparison) -> dict[str, Any]:
+def compared_json(one: Compared) -> dict[str, Any]:
     """By metric: both values, the difference, its interval, p."""
     return {
-        name: {"first": comparison.first[name], "second": comparison.second[name]} | dataclasses.asdict(delta)
-        for name, delta in comparison.differences.items()
+        name: {"first": one.first[name], "second": one.second[name]} | dataclasses.asdict(delta)
+        for name, delta in one.differences.items()
+    }
+
+
+def compared_slices_json(comparison: Comparison) -> dict[str, Any]:
+    """By column: each slice, its rows and what `compared_json` has of it."""
+    return {
+        name: [{"slice": one.text, "num_samples": one.num_rows, "metrics": compared_json(one)} for one in slices]
+        for name, slices in comparison.slices.items()
     }
 
 

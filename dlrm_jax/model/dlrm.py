@@ -4,11 +4,12 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 from dlrm_jax.config import ModelConfig, require
 from dlrm_jax.model import interactions
 from dlrm_jax.model.mlp import ACTIVATED, MLP, Training
-from dlrm_jax.model.vectors import FeatureVectors
+from dlrm_jax.model.vectors import FeatureVectors, NumberVectors
 
 
 class DLRM(nn.Module):
@@ -27,8 +28,11 @@ class DLRM(nn.Module):
         config = self.config
         pooled_BxFxD = FeatureVectors(config, name="vectors")(pooled)
         common = {"init_name": config.dense_init, "dtype": config.compute_dtype, "training": training}
+        if config.embed_numbers:
+            embedded_BxNxD = NumberVectors(config, name="numbers")(dense_BxN)
+            pooled_BxFxD = jnp.concatenate([pooled_BxFxD, embedded_BxNxD], axis=1)
         bottom_BxD = None
-        if config.num_dense:
+        if config.bottom_mlp:
             bottom = MLP(config.bottom_mlp, ACTIVATED, hidden=config.bottom_hidden, **common, name="bottom_mlp")
             bottom_BxD = bottom(dense_BxN)
         # The interaction's parameters stand under its name.

@@ -41,7 +41,7 @@ def _torch_bias(fan_in: int) -> Initializer:
     return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -limit, limit)
 
 
-_INITS: dict[str, tuple[Initializer, Callable[[int], Initializer]]] = {
+INITS: dict[str, tuple[Initializer, Callable[[int], Initializer]]] = {
     "dlrm": (_dlrm_kernel, _dlrm_bias),
     "torch": (_torch_kernel, _torch_bias),
     "flax": (nn.initializers.lecun_normal(), lambda fan_in: nn.initializers.zeros),
@@ -77,7 +77,7 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """(B, in) to (B, widths[-1])."""
-        kernel_init, bias_init = _INITS[self.init_name]
+        kernel_init, bias_init = INITS[self.init_name]
         for i, width in enumerate(self.widths):
             kind = HIDDEN if i < len(self.widths) - 1 else self.last
             # A batch norm takes a bias away again, so that its gradient would be rounding, of which Adam makes steps.

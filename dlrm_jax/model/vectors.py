@@ -1,4 +1,4 @@
-"""From pooled vectors to one vector of D columns a feature: parts combined, narrow ones projected.
+"""From pooled vectors to one vector of D columns a feature: parts combined, narrow ones projected; numbers embedded.
 
 Where every feature has one part, and all tables have D columns, the pooled vectors are the features' and nothing is
 added.
@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from dlrm_jax.config import FeatureConfig, ModelConfig
+from dlrm_jax.model.mlp import INITS
 
 
 class FeatureVectors(nn.Module):
@@ -47,6 +48,26 @@ class FeatureVectors(nn.Module):
                 vector_Bxd = vector_Bxd @ matrices[name]
             vectors.append(vector_Bxd)
         return jnp.stack(vectors, axis=1)
+
+
+class NumberVectors(nn.Module):
+    """(B, N) -> (B, N, D): each number times a vector of its own, a row of the parameter `vectors` (N, D).
+
+    It is what a table with one row gives to an id of that weight (arXiv:2012.08986, section 2, "field embedding").
+    Each row is drawn as the kernel of a product from one number to D.
+    """
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, dense_BxN: jax.Array) -> jax.Array:
+        """(B, N) to (B, N, D)."""
+        of_product, (_, num_dense), dim = INITS[self.config.dense_init][0], dense_BxN.shape, self.config.embedding_dim
+
+        def init(key: jax.Array) -> jax.Array:
+            return jax.vmap(lambda key: of_product(key, (1, dim))[0])(jax.random.split(key, num_dense))
+
+        return dense_BxN[:, :, None] * self.param("vectors", init)[None]
 
 
 def _matrix_name(config: ModelConfig, feature: FeatureConfig) -> str:

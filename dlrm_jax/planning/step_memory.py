@@ -53,10 +53,11 @@ def _dense(model: ModelConfig, examples: int, pooled: int) -> int:
     """The most that the dense model's passes hold at once, in floats."""
     interaction = model.interaction
     top, bottom, width = model.top_mlp, model.bottom_mlp, dense_work(model).interaction_width
-    vectors, saved = len(model.features) + 1, _saved_of_bottom(model)
+    vectors, saved = model.num_vectors, _saved_of_bottom(model)
     of_hidden, of_bottoms = _kept(model.top_hidden), _kept(model.bottom_hidden)
     joined = vectors * model.embedding_dim
-    below_top = saved + joined + (width if interaction.name == "dot" else 0)
+    embedded = model.embed_numbers * model.num_dense * model.embedding_dim  # Beside where they are joined.
+    below_top = saved + joined + embedded + (width if interaction.name == "dot" else 0)
     options = interactions.complete(interaction).options
     crosses = options.get("cross_layers", 0)
     below_top += crosses * (2 * width + options.get("cross_rank", 0))
@@ -71,7 +72,7 @@ def _dense(model: ModelConfig, examples: int, pooled: int) -> int:
         others = sum(of_bottom[1:]) + sum(of_top[:j])
         moments.append(examples * kept + others + int(_OF_A_GRADIENT * of_top[j]))
     if interaction.name == "dot":
-        moments.append(examples * (saved + 2 * joined + vectors**2 + width) + sum(kernels))
+        moments.append(examples * (saved + 2 * (joined + embedded) + vectors**2 + width) + sum(kernels))
     elif crosses:
         moments.append(examples * (below_top + 2 * joined) + sum(kernels))
     for j, output in enumerate(bottom):

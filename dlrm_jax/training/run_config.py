@@ -119,7 +119,7 @@ class ModelOptions(DenseConfig):
         num_dense = len(dataset.dense_names)
         dense["bottom_mlp"] = self.bottom_mlp if num_dense else ()
         bottom, dense["top_hidden"] = read_hidden(self.activation, self.norm, self.dropout)
-        dense["bottom_hidden"] = bottom if num_dense else PLAIN
+        dense["bottom_hidden"] = bottom if dense["bottom_mlp"] else PLAIN
         model = ModelConfig(num_dense=num_dense, tables=tables, features=dataset.features, **dense)
         return compressed(model, self.compress_tables)
 

@@ -21,6 +21,7 @@ _SCOPES = {
     "route": "lookup",
     "lookup": "lookup",
     "interaction": "interaction",
+    "numbers": "interaction",
     "bottom_mlp": "MLPs",
     "top_mlp": "MLPs",
     "dense_update": "MLPs",

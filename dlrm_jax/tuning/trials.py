@@ -2,19 +2,24 @@
 
 import dataclasses
 import json
+import logging
 import pathlib
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
 from dlrm_jax.config import ConfigError, from_dict, to_dict
+from dlrm_jax.host import files
 from dlrm_jax.host.texts import aligned
 from dlrm_jax.training import reporting
 from dlrm_jax.tuning.search import Round, best
 
 _ERROR = re.compile(r"^error: (.*)$", re.MULTILINE)
+_WAIT_SECONDS = 0.5
+_LOG = logging.getLogger("dlrm_jax")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +82,7 @@ class Trials:
         """Train a trial, or go on with it, in a process of its own: one that fails, or runs out of memory, is noted."""
         directory = self.directory(trial)
         directory.mkdir(parents=True, exist_ok=True)
+        self._wait_for_what_was_left(trial)
         flags = self.flags[trial] | self.length(share) | {"workdir": str(directory)}
         command = [*self.command, f"--flagfile={self.flagfile}", *(f"--{name}={text}" for name, text in flags.items())]
         with (directory / "log.txt").open("w+") as log:
@@ -92,6 +98,14 @@ class Trials:
         noted = {"flags": self.flags[trial], "outcome": to_dict(outcome)}
         reporting.write_json_atomically(self._note(trial, number), noted)
         return outcome
+
+    def _wait_for_what_was_left(self, trial: int) -> None:
+        """A search that was killed leaves the trial that it trained; two trainings in one workdir would fail."""
+        lock = self.directory(trial) / files.LOCK
+        if files.is_held(lock):
+            _LOG.info("trial %d is still being trained, as an earlier search left it; waiting for its end", trial)
+        while files.is_held(lock):
+            time.sleep(_WAIT_SECONDS)
 
 
 def last_of_each(outcomes: list[Outcome]) -> list[Outcome]:

@@ -49,6 +49,7 @@ SETTINGS = {
     "cross_layers": ("4", "model.interaction.options.cross_layers", 4),
     "cross_rank": ("6", "model.interaction.options.cross_rank", 6),
     "tower_mlp": ("9,3", "model.interaction.options.tower_mlp", (9, 3)),
+    "embed_numbers": ("true", "model.embed_numbers", True),
     "learned_pooling": ("true", "model.learned_pooling", True),
     "compress_tables": ("qr,collisions=8", "model.compress_tables", "qr,collisions=8"),
     "table_dtype": ("bfloat16", "model.table_dtype", "bfloat16"),

@@ -41,6 +41,8 @@ def test_everything_that_can_be_asked(runs, tmp_path):
         assert report["metrics"][name] == pytest.approx(line[name], abs=1e-6)
         assert report["comparison"][name]["value"] == 0 and report["comparison"][name]["p"] == 1
         assert line["intervals"][name] == report["intervals"][name]
+    slices = report["comparison_by_slice"]["price"]
+    assert [one["slice"] for one in slices] == [one["slice"] for one in report["slices"]["price"]]
     assert line["gauc"] == report["metrics"]["gauc"] and report["groups"]["column"] == "user"
     assert [one["slice"][:1] for one in report["slices"]["item"]][-1] == "("
     assert report["slices"]["item"][0]["slice"].startswith("i"), "items as in the log"

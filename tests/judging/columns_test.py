@@ -6,6 +6,7 @@ import pytest
 from dlrm_jax.config import ConfigError
 from dlrm_jax.data.read.prepared import open_prepared
 from dlrm_jax.data.schema.schema import Dense, Sparse
+from dlrm_jax.data.values.transforms import TRANSFORMS
 from dlrm_jax.judging.columns import read_columns, require_columns, slices_of
 from tests.judging.logs import log_of, scored
 from tests.prepared_helpers import prepare_text, schema
@@ -50,18 +51,23 @@ def test_numbers_are_their_values_or_buckets_of_equally_many_rows():
         assert low * 0.9999 <= inside.min() and inside.max() <= high * 1.0001
 
 
-def test_values_are_shown_as_in_the_log(tmp_path):
-    rows = [f"{i % 2},{i},{colour},{i % 3:x}f\n" for i, colour in enumerate(["red", "green", "", "blue", "red"])]
+def test_values_are_shown_as_in_the_log(tmp_path, monkeypatch):
+    monkeypatch.setattr(TRANSFORMS, "_known", TRANSFORMS.all() | {"root": np.sqrt})
+    rows = [f"{i % 2},{i + 3},{colour},{i % 3:x}f\n" for i, colour in enumerate(["red", "green", "", "blue", "red"])]
     sparse = (Sparse("c", min_count=2, oov=True), Sparse("h", type="hex"), Sparse("b", column="c", ids="hash", size=3))
-    of = schema(sparse=sparse, dense=(Dense("x", transform="log1p"),))
+    numbers = ("none", "log1p", "nvidia_log", "torchrec_log", "standardise", "root")
+    of = schema(sparse=sparse, dense=tuple(Dense(kind, "x", kind) for kind in numbers))
     output = prepare_text(tmp_path, "label,x,c,h\n" + "".join(rows), of)
     dataset = open_prepared(output)
-    shown = {name: sliced(name, 20, dataset, "train", str(output)) for name in ("c", "h", "b", "x")}
+    shown = {name: sliced(name, 20, dataset, "train", str(output)) for name in ("c", "h", "b", *numbers)}
     texts = {name: [slices.texts[i] for i in slices.number_R] for name, slices in shown.items()}
     assert texts["c"] == ["red", "(infrequent)", "(empty)", "(infrequent)", "red"]
     assert texts["h"] == ["f", "1f", "2f", "f", "1f"]
     assert set(texts["b"]) <= {"0", "1", "2", "(empty)"}, "a hash has no way back"
-    assert shown["x"].name == "x (log1p)" and texts["x"][:2] == ["0", "0.693147"]
+    for kind in numbers[:-1]:
+        assert shown[kind].name == kind and texts[kind] == ["3", "4", "5", "6", "7"]
+    assert sliced("log1p", 2, dataset, "train", str(output)).texts == ("3 to below 5", "5 to 7")
+    assert shown["root"].name == "root (root)" and texts["root"][1] == "2", "nobody knows the way back"
 
 
 def test_a_column_that_is_not_there_is_one_line():

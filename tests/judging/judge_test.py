@@ -10,7 +10,7 @@ from sklearn import metrics as sk
 
 from dlrm_jax.config import ConfigError
 from dlrm_jax.judging.bootstrap import Bootstrap
-from dlrm_jax.judging.judge import Options, compare, judge, require_same_rows, units_of_split
+from dlrm_jax.judging.judge import Options, compare, judge, parts_of_split, require_same_rows, units_of_split
 from dlrm_jax.judging.report import comparison_text, report_json, report_text, summary
 from tests.judging.logs import log_of, scored
 from tests.judging.measures_test import by_scikit_learn, gauc_by_pandas
@@ -66,13 +66,27 @@ def test_intervals_hold_the_value_and_a_report_says_all():
 def test_a_comparison_is_of_the_same_rows_and_paired():
     second = scored(1)
     second = dataclasses.replace(second, logits_R=second.logits_R[::-1].copy(), prob_R=second.prob_R[::-1].copy())
-    found = compare(ROWS, second, units_of_split(SPLIT, DATA, "user"), Bootstrap(100))
+    parts = parts_of_split(SPLIT, DATA, Options(slice_by=("hour",)))
+    found = compare(ROWS, second, units_of_split(SPLIT, DATA, "user"), Bootstrap(100), parts)
     want = sk.roc_auc_score(ROWS.label_R, second.logits_R) - sk.roc_auc_score(ROWS.label_R, ROWS.logits_R)
-    delta = found.differences["auc"]
+    delta = found.whole.differences["auc"]
     assert delta.value == pytest.approx(want) and delta.low < want < delta.high < 0 and delta.p <= 0.02
     text = comparison_text(found, "ours", "theirs")
     assert "theirs minus ours" in text and f"{want:+.5f}" in text
-    assert {"gauc", "brier", "pr_auc"} <= set(found.differences)
+    assert {"gauc", "brier", "pr_auc"} <= set(found.whole.differences)
+    assert "by hour" in text and [one.text for one in found.slices["hour"]] == [text for text, _ in parts["hour"]]
+    for one, (_, part_R) in zip(found.slices["hour"], parts["hour"], strict=True):
+        aucs = [sk.roc_auc_score(ROWS.label_R[part_R], rows.logits_R[part_R]) for rows in (ROWS, second)]
+        delta = one.differences["auc"]
+        assert one.num_rows == part_R.sum() and delta.value == pytest.approx(aucs[1] - aucs[0])
+        assert delta.low < delta.value < delta.high
+
+
+def test_a_model_differs_from_itself_in_no_slice():
+    parts = parts_of_split(SPLIT, DATA, Options(slice_by=("hour",)))
+    found = compare(ROWS, ROWS, units_of_split(SPLIT, DATA, ""), Bootstrap(40), parts)
+    for one in found.slices["hour"]:
+        assert {(delta.low, delta.high, delta.p) for delta in one.differences.values()} == {(0, 0, 1)}
 
 
 def test_other_rows_are_refused_and_other_columns_are_not():

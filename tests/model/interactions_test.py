@@ -33,6 +33,7 @@ from dlrm_jax.planning.dense_work import dense_work
 from dlrm_jax.planning.hardware import HARDWARE
 from dlrm_jax.serving.artifact.loaded import load
 from dlrm_jax.serving.artifact.native import NativeCpu
+from dlrm_jax.tables.by_name import named_tables
 from dlrm_jax.tables.plan import make_plan
 from dlrm_jax.training.loop import train_and_evaluate
 from dlrm_jax.training.run_config import ModelOptions, identity_of
@@ -58,7 +59,16 @@ TABLE = {
     "projection": ({"interaction": "projection", **BRANCHES}, 4 + 2 * 3),
 }
 NO_NUMBERS = {"num_dense": 0, "bottom_mlp": ()}
+# The same, where each of the three numbers is a vector among those that meet.
+EMBEDDED = {
+    "dot, numbers embedded": ({"embed_numbers": True}, 4 + 28),
+    "full_cross, numbers embedded": (
+        {"interaction": "full_cross", "cross_layers": 1, "embed_numbers": True, "bottom_mlp": ()},
+        28,
+    ),
+}
 CASES = {
+    **{name: fields for name, (fields, _) in EMBEDDED.items()},
     **{name: fields for name, (fields, _) in TABLE.items()},
     **{f"{name}, no numbers": fields | NO_NUMBERS for name, (fields, _) in TABLE.items()},
 }
@@ -171,7 +181,7 @@ def test_output_and_gradients_are_those_of_the_plain_form_in_float64(changes, mo
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-11), *gradients)
 
 
-WHOLE_MODELS = {name: CASES[name] for name in (*TABLE, "dot, no numbers", "projection, no numbers")}
+WHOLE_MODELS = {name: CASES[name] for name in (*TABLE, *EMBEDDED, "dot, no numbers", "projection, no numbers")}
 """For what compiles whole programs."""
 SMALL = {"tables": (TableConfig("t", 9, 4),), "features": (FeatureConfig("f", "t", 2), FeatureConfig("g", "t"))}
 whole_models = pytest.mark.parametrize("changes", WHOLE_MODELS.values(), ids=WHOLE_MODELS.keys())
@@ -198,6 +208,16 @@ def test_an_export_gives_the_logits_of_training(tmp_path, changes):
     assert model_from_dict(json.loads((version.directory / "model.json").read_text())["model"]) == model
 
 
+@pytest.mark.parametrize("changes", [fields for fields, _ in EMBEDDED.values()], ids=EMBEDDED)
+def test_an_embedded_number_meets_the_features_as_its_multiple_of_a_vector(changes):
+    model = tiny_model(**changes)
+    state, batch = lively_state(model), random_batch(model, 8)
+    params = {"dense": state.dense_params, "tables": dict(named_tables(model, state.tables))}
+    np.testing.assert_allclose(logits(model, state, batch), oracle.logits(model, params, batch), rtol=1e-4, atol=1e-5)
+    vectors_NxD = np.asarray(state.dense_params["numbers"]["vectors"])
+    assert vectors_NxD.shape == (3, 4) and len(set(vectors_NxD.flat)) == 12
+
+
 @every_case
 def test_it_is_planned_with_the_width_and_the_weights_that_it_has(changes):
     model = tiny_model(**changes)
@@ -207,7 +227,8 @@ def test_it_is_planned_with_the_width_and_the_weights_that_it_has(changes):
     work = dense_work(model)
     assert work.interaction_width == params["top_mlp"]["layer_0"]["kernel"].shape[0]
     if model.num_dense:
-        assert work.interaction_width == next(width for fields, width in TABLE.values() if fields == changes)
+        known = (*TABLE.values(), *EMBEDDED.values())
+        assert work.interaction_width == next(width for fields, width in known if fields == changes)
 
 
 @every_case

@@ -89,6 +89,15 @@ SHAPES += [
         1,
     ),
     (step_of(26, 16, 5, *KAGGLE, bottom_hidden=NORMED, top_hidden=FREE), (1, 1), "data_parallel", "sgd", 8192, 4),
+    (step_of(26, 16, 1, *KAGGLE, embed_numbers=True), (1, 1), "data_parallel", "sgd", 2048, 1),
+    (
+        step_of(10, 16, 1, (), (400, 1), interaction="cat", num_dense=100, embed_numbers=True, bottom_mlp=()),
+        (1, 1),
+        "data_parallel",
+        "sgd",
+        4096,
+        1,
+    ),
 ]
 ALONE = [
     *(

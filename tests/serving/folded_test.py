@@ -55,11 +55,13 @@ def test_server_several_devices_and_native_score_as_evaluation_does(tmp_path, ch
         np.testing.assert_allclose(got, want, rtol=0, atol=1e-6, err_msg=name)
 
 
-def test_a_tower_is_folded_too(tmp_path):
-    model = tiny_model(**TOWER, top_hidden=HiddenConfig(norm="batch"), bottom_hidden=HiddenConfig(norm="layer"))
+@pytest.mark.parametrize(("dtype", "atol"), [("float32", 1e-6), ("bfloat16", 0.01)])
+def test_a_tower_is_folded_too(tmp_path, dtype, atol):
+    hidden = {"top_hidden": HiddenConfig(norm="batch"), "bottom_hidden": HiddenConfig(norm="layer")}
+    model = tiny_model(**TOWER, **hidden, compute_dtype=dtype)
     version, batch = export_tiny(tmp_path, model), random_batch(model, 16)
     got = load(tmp_path, batch_sizes=(16,)).predict(batch.dense_BxN, batch.ids_BxK)
-    np.testing.assert_allclose(got, evaluated(model, batch), rtol=0, atol=1e-6)
+    np.testing.assert_allclose(got, evaluated(model, batch), rtol=0, atol=atol)
     names = read_dense(version)
     assert "parallel_cross/tower/layer_1/bias" in names and not any("tower/norm" in name for name in names)
     exported, _ = read_model(version)

@@ -113,7 +113,8 @@ class Fuzz:
             "tower_mlp": tuple(self.rng.integers(1, 70, self.rng.integers(1, 3)).tolist()),
             "learned_pooling": self.pick(True, False),
         }
-        if not fields["num_dense"]:
+        fields["embed_numbers"] = fields["num_dense"] > 0 and self.pick(True, False)
+        if not fields["num_dense"] or (fields["embed_numbers"] and self.pick(True, False)):
             fields["bottom_mlp"] = ()
         hidden = [HiddenConfig(self.pick(*ACTIVATIONS), self.pick(NO_NORM, LAYER_NORM)) for _ in range(2)]
         fields |= {"bottom_hidden": hidden[0], "top_hidden": hidden[1]}

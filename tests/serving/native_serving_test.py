@@ -59,6 +59,11 @@ MODELS = {
         {**NO_NUMBERS, "interaction": "parallel_full_cross", "cross_layers": 2, "tower_mlp": (70, 9), "top_mlp": (1,)}
         | {"top_hidden": HiddenConfig("relu", "batch", 0.4)},
     ),
+    "numbers embedded": ("int8", {"embed_numbers": True, "self_interaction": True, **WIDE}),
+    "numbers embedded, no bottom MLP": (
+        "float32",
+        {"embed_numbers": True, "bottom_mlp": (), "interaction": "cross", "cross_layers": 1, "cross_rank": 3},
+    ),
     "bfloat16": ("bfloat16", {}),
     "int8": ("int8", MANY),
     "int4": ("int4", {}),

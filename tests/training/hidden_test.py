@@ -81,6 +81,17 @@ def test_twenty_steps_on_several_devices_are_those_on_one():
         assert_close(trained(EVERYWHERE, devices, steps=20), one)
 
 
+def test_in_bfloat16_statistics_stay_float32_and_one_meaning_on_any_devices():
+    model = dataclasses.replace(in_top(BOTH), compute_dtype="bfloat16")
+    half, full = trained_alone(model), trained_alone(in_top(BOTH))
+    assert half[0] != full[0], "products are of bfloat16"
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(half[1])} == {"float32"}
+    assert_close(half[0], full[0], 0.01)
+    assert_close(half[1][1], full[1][1], 0.02)
+    losses, (_, averages), _ = trained(model, 2)
+    assert_close((losses, averages), (half[0], half[1][1]))
+
+
 def test_parts_of_a_batch_drop_what_the_whole_drops():
     assert_close(trained(in_top(DROPOUT), 2, parts=4), trained_alone(in_top(DROPOUT)))
 

@@ -1,5 +1,6 @@
 """Tests `dlrm_jax/tuning/trials.py` and the command: each trial trains once, whatever stops the search."""
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -7,9 +8,11 @@ import sys
 import pytest
 
 from dlrm_jax.config import ConfigError
+from dlrm_jax.host import files
+from dlrm_jax.tuning import trials as of_search
 from dlrm_jax.tuning.search import Search, rounds
 from dlrm_jax.tuning.trials import Trials, best_flags, kept_file, ranked, require_one
-from tests.helpers import ROOT
+from tests.helpers import ROOT, has_logged, until
 
 TRAIN = """
 import json, pathlib, sys
@@ -63,6 +66,21 @@ def test_an_outcome_of_other_flags_is_not_taken(tmp_path):
     assert outcome.value == pytest.approx(0.209)
 
 
+def test_a_trial_that_a_killed_search_left_is_waited_for(tmp_path, monkeypatch):
+    trials, waited = search_of(tmp_path, ["0.1"]), []
+    trials.directory(0).mkdir()
+    with contextlib.ExitStack() as left:
+        left.enter_context(files.alone(trials.directory(0) / files.LOCK, "another training is running"))
+
+        def sleep(seconds: float) -> None:
+            waited.append((trials.directory(0) / "calls").exists())
+            left.close()
+
+        monkeypatch.setattr(of_search.time, "sleep", sleep)
+        (outcome,) = trials.run(rounds(Search(), 1), lambda outcome: None)
+    assert waited == [False] and outcome.value == pytest.approx(0.109)
+
+
 def test_where_all_fail_the_first_reason_is_told(tmp_path):
     order = ranked(search_of(tmp_path, ["bad", "bad"]).run(rounds(Search(), 2), lambda outcome: None), False)
     with pytest.raises(ConfigError, match="all 2 trials failed; the first: x is 'bad'"):
@@ -75,6 +93,24 @@ def test_a_workdir_of_another_search_is_refused(tmp_path):
     kept_file(trials, {"seed": 1})
     with pytest.raises(ConfigError, match="holds another search"):
         kept_file(trials, {"seed": 2})
+
+
+@pytest.mark.slow
+@pytest.mark.end_to_end
+def test_a_search_that_was_killed_goes_on_and_loses_no_step(tmp_path):
+    (tmp_path / "search.yaml").write_text("{method: grid, flags: {learning_rate: [0.001, 0.02]}}")
+    flags = ("num_examples=1000", "embedding_dim=4", "bottom_mlp=8,4", "top_mlp=8,1", "batch_size=8", "log_every=1")
+    flags += ("num_steps=2000", "eval_every=500", f"search={tmp_path}/search.yaml", f"workdir={tmp_path}/run")
+    command = [sys.executable, "-m", "dlrm_jax.tune", *(f"--{flag}" for flag in flags)]
+    first = tmp_path / "run" / "trial-000"
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL) as process:
+        until(lambda: has_logged(first, 100), process)
+        process.kill()
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    tuned = json.loads((tmp_path / "run" / "tune.json").read_text())
+    assert sorted((row["trial"], row["error"]) for row in tuned["trials"]) == [(0, ""), (1, "")]
+    steps = [line["step"] for line in map(json.loads, (first / "metrics.jsonl").open()) if line["split"] == "train"]
+    assert steps == list(range(1, 2001))
 
 
 @pytest.mark.slow

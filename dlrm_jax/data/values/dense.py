@@ -1,6 +1,8 @@
 """Dense columns: what a number becomes, in preparation and in serving. NumPy alone."""
 
 import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -76,6 +78,23 @@ def inverse(name: str, values: np.ndarray) -> np.ndarray:
     if name == "log1p":
         return np.expm1(values)
     return np.exp(values) - 3 if name == "nvidia_log" else values
+
+
+def in_log(schema_dense: Sequence[Dense], name: str, values: np.ndarray, statistics: Mapping[str, Any]) -> np.ndarray:
+    """`values` of column `name`, as the model gets them, as the log has them; `statistics` as statistics.json has them.
+
+    KeyError for a transform of which nobody knows the way back.
+    """
+    dense = next(one for one in schema_dense if one.name == name)
+    if dense.transform == "standardise":
+        own = DenseStatistics(**statistics[name])
+        return values * own.deviation + own.centre
+    if dense.transform == "torchrec_log":
+        least = min(statistics[one.name]["least"] for one in schema_dense if one.transform == "torchrec_log")
+        return np.exp(values) - 2 + least
+    if dense.transform not in ("none", "log1p", "nvidia_log"):
+        raise KeyError(dense.transform)
+    return inverse(dense.transform, values)
 
 
 @dataclasses.dataclass

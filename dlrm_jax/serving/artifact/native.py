@@ -56,7 +56,7 @@ class _Model(ctypes.Structure):
     _fields_ = (
         *((name, _INT) for name in ("num_dense", "num_slots", "width", "kind", "interaction", "self_interaction")),
         *((name, _INT) for name in ("num_features", "num_bottom", "num_cross", "cross_step", "num_tower", "num_top")),
-        ("feature_of_slot", _Array),
+        *((name, _Array) for name in ("feature_of_slot", "numbers")),
         *((name, _POINTER) for name in ("features", "bottom", "cross", "tower", "top")),
         ("threshold", ctypes.c_float),
     )
@@ -149,6 +149,7 @@ class NativeCpu:
             num_top=len(top),
             features=self._address_of(features),
             feature_of_slot=_described(self._keep(feature_of_slot[None])),
+            numbers=_described(self._keep(dense["numbers/vectors"])) if model.embed_numbers else _Array(),
             bottom=self._address_of(bottom),
             cross=self._address_of(cross),
             tower=self._address_of(tower),

@@ -77,12 +77,12 @@ struct Feature {
 };
 
 // `cross` has `cross_step` layers for each cross layer: v and w, or of full rank w alone; num_cross counts them all. A
-// tower, of num_tower layers, takes what the cross layers take, and its output comes behind theirs. Without numbers,
-// num_dense 0, there is no bottom MLP.
+// tower, of num_tower layers, takes what the cross layers take, and its output comes behind theirs. Without a bottom MLP,
+// num_bottom 0, there are no numbers, or they are embedded: `numbers` (num_dense, width), or without data.
 struct Model {
   int64_t num_dense, num_slots, width, kind, interaction, self_interaction;
   int64_t num_features, num_bottom, num_cross, cross_step, num_tower, num_top;
-  Array feature_of_slot;
+  Array feature_of_slot, numbers;
   const Feature* features;
   const Layer *bottom, *cross, *tower, *top;
   float threshold;
@@ -96,8 +96,10 @@ inline int64_t Padded(int64_t columns) { return (columns + kPanel - 1) / kPanel 
 
 inline const float* Floats(const Array& array) { return static_cast<const float*>(array.data); }
 
-// The bottom MLP's output, if there is one, and the features'.
-inline int64_t NumVectors(const Model& model) { return model.num_features + (model.num_dense > 0); }
+// The bottom MLP's output, if there is one, the features', and those of embedded numbers.
+inline int64_t NumVectors(const Model& model) {
+  return (model.num_bottom > 0) + model.num_features + (model.numbers.data != nullptr ? model.num_dense : 0);
+}
 
 inline int64_t VectorsWidth(const Model& model) { return NumVectors(model) * model.width; }
 
@@ -107,7 +109,7 @@ inline int64_t TowerWidth(const Model& model) { return model.num_tower ? model.t
 inline int64_t InteractionWidth(const Model& model) {
   if (model.interaction != kDot) return VectorsWidth(model) + TowerWidth(model);
   const int64_t vectors = NumVectors(model);
-  return (model.num_dense > 0) * model.width + vectors * (vectors - 1) / 2 + (model.self_interaction ? vectors : 0);
+  return (model.num_bottom > 0) * model.width + vectors * (vectors - 1) / 2 + (model.self_interaction ? vectors : 0);
 }
 
 // Numbers of a stored row, and bytes of each.
@@ -158,7 +160,9 @@ const char* Wrong(const Model& model) {
   for (const int64_t count : {model.num_dense, model.num_bottom, model.num_cross, model.num_tower}) {
     if (!Within(count, 0, kWidest)) return "its sizes";
   }
-  if ((model.num_dense > 0) != (model.num_bottom > 0)) return "its sizes";
+  const bool embeds = model.numbers.data != nullptr;
+  if (embeds && (!model.num_dense || !Holds(model.numbers, kFloats, model.num_dense, model.width))) return "its numbers";
+  if ((model.num_dense > 0) != (model.num_bottom > 0 || embeds)) return "its sizes";
   if (!Within(model.cross_step, 1, 2) || model.num_cross % model.cross_step) return "its sizes";
   if (model.interaction != kCross && (model.num_cross || model.num_tower)) return "its interaction";
   if (!Within(model.kind, kFloat32, kInt4)) return "how its tables are stored";
@@ -381,12 +385,12 @@ class Block {
     __builtin_prefetch(row + row_bytes_ - 1);  // A row need not begin with a line.
   }
 
-  // Each bag's rows into its vector of the example, behind the bottom MLP's.
+  // Each bag's rows into its vector of the example, behind the bottom MLP's; then the embedded numbers' vectors.
   void Pool() {
     const int64_t end_of_slots = rows_ * model_.num_slots;
     int64_t slot = 0;
     for (int64_t b = 0; b < rows_; ++b) {
-      float* sum = scratch_.vectors.data() + b * vectors_width_ + (model_.num_dense > 0) * model_.width;
+      float* sum = scratch_.vectors.data() + b * vectors_width_ + (model_.num_bottom > 0) * model_.width;
       for (int64_t f = 0; f < model_.num_features; ++f, sum += model_.width) {
         const Feature& feature = model_.features[f];
         const int64_t end = slot + feature.hotness;
@@ -401,6 +405,11 @@ class Block {
           const float weight = feature.weights.data == nullptr ? scale : scale * Floats(feature.weights)[row];
           AddRow(model_.kind, Stored(feature, row), model_.width, weight, sum);
         }
+      }
+      if (model_.numbers.data == nullptr) continue;
+      const float* vector = Floats(model_.numbers);
+      for (const float* x = dense_ + b * model_.num_dense; x != dense_ + (b + 1) * model_.num_dense; ++x) {
+        for (int64_t d = 0; d < model_.width; ++d) *sum++ = *x * *vector++;
       }
     }
   }
@@ -428,7 +437,7 @@ class Block {
     }
     const Layer all{{panels.data()}, {scratch_.zeros.data()}, {}, width, num_vectors_, kNone, 0};
     Apply(all, vectors, width, num_vectors_, scratch_.products.data(), columns);
-    if (model_.num_dense > 0) out = std::copy_n(vectors, width, out);
+    if (model_.num_bottom > 0) out = std::copy_n(vectors, width, out);
     for (int64_t v = 0; v < num_vectors_; ++v) {
       out = std::copy_n(scratch_.products.data() + v * columns, v + (model_.self_interaction ? 1 : 0), out);
     }
