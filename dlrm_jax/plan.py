@@ -21,7 +21,7 @@ from dlrm_jax.training import reporting
 from dlrm_jax.training.opening import read
 from dlrm_jax.training.options import choose_plan
 from dlrm_jax.training.placement import load_of
-from dlrm_jax.training.run_config import RunConfig
+from dlrm_jax.training.run_config import ALWAYS, RunConfig
 from dlrm_jax.training.topology import compile_report, parse_topology
 
 FLAGS = flags.FLAGS
@@ -42,6 +42,14 @@ def model_of(config: RunConfig, workdir: pathlib.Path | None = None) -> ModelCon
     if config.data.multi_hot != "none":  # Both ways give bags of the same sizes, and this one holds nothing in memory.
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, multi_hot="virtual"))
     return read(config, workdir)[1]
+
+
+def resident_rows(config: RunConfig, workdir: pathlib.Path | None = None) -> int:
+    """Rows of train and val that are to stay on every device; where that is left open, none are planned for."""
+    if config.data_on_device != ALWAYS:
+        return 0
+    splits = read(config, workdir)[0].splits
+    return len(splits["train"]) + len(splits["val"])
 
 
 def hardware_of() -> hardware.Hardware:
@@ -68,11 +76,12 @@ def main() -> None:
     if num_devices < 0:
         raise ConfigError(f"--devices={num_devices} is not a number of devices")
     mesh = parse_mesh(config.sharding.mesh, num_devices or 2**31, "" if topology else "plan for --devices={0}")
+    workdir = pathlib.Path(FLAGS.workdir) if FLAGS.workdir else None
     setting = planner.Setting(
-        model=model_of(config, pathlib.Path(FLAGS.workdir) if FLAGS.workdir else None),
+        model=model_of(config, workdir),
         optimizer=config.optimizer,
         mesh=mesh,
-        load=load_of(config),
+        load=dataclasses.replace(load_of(config), resident_rows=resident_rows(config, workdir)),
         hardware=hardware_of(),
         group_size=config.sharding.group_size,
         packed=topology is not None,

@@ -28,6 +28,7 @@ from dlrm_jax.tables.rows import LANES
 from dlrm_jax.tables.rules import WEIGHT, row_means
 
 FLOAT = 4
+RESIDENT = "rows of the data"
 _OPT_COPIES = {"sgd": 0, "momentum": 1, "adagrad": 1, "adam": 2, "adamw": 2}
 _KERNELS = 80
 """Kernels of a training step besides the collectives (counted in a compiled step of the Kaggle configuration)."""
@@ -49,6 +50,8 @@ class Load:
     num_micro_batches: int = 1
     exchange_dtype: str = ""
     exchange_capacity: int = 0
+    resident_rows: int = 0
+    """Rows of the data that stay on every device."""
 
     def distinct(self, table: TableConfig, draws: float) -> float:
         """Expected distinct ids of `draws` from a table."""
@@ -254,6 +257,7 @@ def _memory(
         "dense parameters": dense * (1 + _OPT_COPIES[optimizer.dense]) + dense_work(model).averages * FLOAT,
         "activations": batch + activations,
         "exchange buffers": exchange,
+        **({RESIDENT: load.resident_rows * batch // b} if load.resident_rows else {}),
     }
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dlrm_jax.config import ModelConfig, OptimizerConfig
 from dlrm_jax.host.memory import gigabytes
 from dlrm_jax.host.mesh import MeshShape
-from dlrm_jax.planning.cost import Cost, Load, estimate
+from dlrm_jax.planning.cost import RESIDENT, Cost, Load, estimate
 from dlrm_jax.planning.hardware import Hardware
 from dlrm_jax.tables.forms import FORMS
 from dlrm_jax.tables.plan import Plan, make_plan, table_bytes
@@ -93,6 +93,8 @@ def remedy(setting: Setting, cost: Cost, room: float, copies: float = 0, sharing
     """
     state = cost.memory["tables"] + cost.memory["optimizer state"]
     others, all_copies = cost.bytes_held - state, (1 + copies) * state
+    if cost.bytes_held - cost.memory.get(RESIDENT, 0) < room <= cost.bytes_held:
+        return "--data_on_device=auto, by which rows travel"
     if others >= room:
         return "a smaller --batch_size, if not smaller MLPs: the tables are not all that is too large"
     share = (room - others) / max(all_copies, 1)

@@ -10,8 +10,9 @@ from dlrm_jax.config import ConfigError, LossConfig
 from dlrm_jax.data.read.load import DataConfig, load_dataset
 from dlrm_jax.data.schema.schema import Dense, Label, Schema, Sparse, Split
 from dlrm_jax.host.mesh import parse_mesh
-from dlrm_jax.plan import model_of
+from dlrm_jax.plan import model_of, resident_rows
 from dlrm_jax.planning import planner, report
+from dlrm_jax.planning.cost import RESIDENT
 from dlrm_jax.planning.hardware import HARDWARE
 from dlrm_jax.training.options import ShardingOptions, choose_plan
 from dlrm_jax.training.placement import load_of, place_run, prediction, setting_of
@@ -133,6 +134,22 @@ def test_what_is_planned_is_what_a_run_predicts_for_itself():
     assert narrow.sent.total < plain.sent.total == cut.sent.total and both.sent == narrow.sent
     assert cut.memory["activations"] < plain.memory["activations"]
     assert both.memory["activations"] < narrow.memory["activations"]
+
+
+def test_rows_that_stay_on_devices_are_planned_for():
+    config = dataclasses.replace(run_of(SYNTHETIC), data_on_device="always")
+    rows = load_dataset(config.data).splits
+    assert resident_rows(config) == len(rows["train"]) + len(rows["val"])
+    assert resident_rows(dataclasses.replace(config, data_on_device="auto")) == 0
+    setting = setting_of(config, model_of(config), parse_mesh("model:4", 4))
+    load = dataclasses.replace(setting.load, resident_rows=10**9)
+    costs = [
+        one.cost_of(choose_plan(one.model, config.sharding, one.mesh, None))
+        for one in (setting, dataclasses.replace(setting, load=load))
+    ]
+    more = costs[1].bytes_held - costs[0].bytes_held
+    assert more == costs[1].memory[RESIDENT] == 10**9 * 4 * (setting.model.num_dense + setting.model.num_slots + 2)
+    assert "--data_on_device=auto" in planner.remedy(setting, costs[1], more)
 
 
 GIVEN = {"group_size": 2, "exchange_dtype": "bfloat16", "exchange_capacity": 64}
