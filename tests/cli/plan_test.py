@@ -137,7 +137,7 @@ def test_what_is_planned_is_what_a_run_predicts_for_itself():
 
 
 def test_rows_that_stay_on_devices_are_planned_for():
-    config = dataclasses.replace(run_of(SYNTHETIC), data_on_device="always")
+    config = dataclasses.replace(run_of(SYNTHETIC, sharding="row_wise"), data_on_device="always")
     rows = load_dataset(config.data).splits
     assert resident_rows(config) == len(rows["train"]) + len(rows["val"])
     assert resident_rows(dataclasses.replace(config, data_on_device="auto")) == 0
