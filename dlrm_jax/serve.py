@@ -9,7 +9,7 @@ from absl import flags
 from dlrm_jax.cli.commands import run_command
 from dlrm_jax.config import ConfigError, how_to_install, require
 from dlrm_jax.host import files, memory
-from dlrm_jax.host.formulations import KERNELS, NATIVE, XLA
+from dlrm_jax.host.formulations import NATIVE, XLA
 from dlrm_jax.tables.forms import FORMS
 
 if typing.TYPE_CHECKING:
@@ -55,7 +55,10 @@ def define_flags() -> None:
     flags.DEFINE_enum("sharding", "auto", (*FORMS.all(), "auto"), "With --mesh: how tables lie on it, as in training.")
     flags.DEFINE_string("sharding_plan", "", "With --mesh: JSON file that places single tables otherwise.")
     flags.DEFINE_enum(
-        "cpu_kernels", XLA, KERNELS, "Who scores on a CPU: the exported program, or C++ compiled at the first use."
+        "kernels",
+        XLA,
+        (XLA, NATIVE),
+        "Who scores: the exported program, or, on a CPU, C++ that is compiled at the first use.",
     )
     flags.DEFINE_bool("allow_oversubscription", False, memory.TRY_ANYWAY_HELP)
     flags.DEFINE_string("token_file", "", "File with a token that every request but health must bear.")
@@ -128,7 +131,7 @@ def _make_engine(largest_batch: int) -> "MakeEngine":
         for name in ("sharding", "sharding_plan"):
             require(not FLAGS[name].present, f"--{name} places tables on several devices: give --mesh=model:N too")
         make: MakeEngine = OneDevice
-        native = FLAGS.cpu_kernels == NATIVE
+        native = FLAGS.kernels == NATIVE
         if native:
             from dlrm_jax.serving.artifact.native import NativeCpu
 
@@ -139,7 +142,7 @@ def _make_engine(largest_batch: int) -> "MakeEngine":
                 return make(version, like)
 
         return with_room
-    require(FLAGS.cpu_kernels == XLA, "--cpu_kernels=native scores on one device: leave it or --mesh out")
+    require(FLAGS.kernels == XLA, "--kernels=native scores on one device: leave it or --mesh out")
     from dlrm_jax.serving.artifact.placed import engine_maker
     from dlrm_jax.training.options import ShardingOptions
 

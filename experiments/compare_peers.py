@@ -3,7 +3,7 @@
     pip install ".[peers]" && python experiments/compare_peers.py \
         [--configs=kaggle_b128,kaggle_b2048,synthetic,rm1,rm2] [--json=FILE] [--picture=FILE] [--readme]
 
-Ours is measured twice: as it is by default, and with --cpu_kernels=native, where the machine has a C++ compiler. Both
+Ours is measured twice: as it is by default, and with --kernels=native, where the machine has a C++ compiler. Both
 find their tables on huge pages, as a run of ours puts them; the peers' lie as their own library puts them. The process
 keeps what it frees, as a run of ours has it, whichever side freed it.
 All sides work where JAX does, on the CPU or the first GPU. Each peer starts from our weights, and must have our logits
@@ -43,7 +43,7 @@ from dlrm_jax.data.batch import Batch
 from dlrm_jax.data.generate.synthetic import device_batch
 from dlrm_jax.data.read.load import synthetic_spec
 from dlrm_jax.host import gpu_atomics, heap
-from dlrm_jax.host.formulations import NATIVE, XLA
+from dlrm_jax.host.formulations import AUTO, NATIVE
 from dlrm_jax.plan import model_of
 from dlrm_jax.tables.by_name import named_tables
 from dlrm_jax.tables.kernels import build
@@ -82,7 +82,7 @@ class Ours:
 
     def __init__(self, config: RunConfig, placed: Placed) -> None:
         self.model, self.state = placed.model, placed.init_state(config.seed)
-        self.kernels = (XLA, NATIVE) if build.has_compiler() and jax.default_backend() == "cpu" else (XLA,)
+        self.kernels = (AUTO, NATIVE) if build.has_compiler() and jax.default_backend() == "cpu" else (AUTO,)
         self._steps, self._forwards = {}, {}
         for kernels in self.kernels:
             ops = dataclasses.replace(placed, kernels=kernels).ops
@@ -90,11 +90,11 @@ class Ours:
             self._steps[kernels] = placed.jit_step(step)
             self._forwards[kernels] = jax.jit(functools.partial(logits, placed.model, ops=ops))
 
-    def forward(self, batch: Batch, kernels: str = XLA) -> jax.Array:
+    def forward(self, batch: Batch, kernels: str = AUTO) -> jax.Array:
         """logits_B."""
         return jax.block_until_ready(self._forwards[kernels](self.state, batch))
 
-    def train_step(self, batch: Batch, kernels: str = XLA) -> float:
+    def train_step(self, batch: Batch, kernels: str = AUTO) -> float:
         """One update of everything; returns the loss."""
         self.state, metrics = jax.block_until_ready(self._steps[kernels](self.state, batch))
         return float(metrics["loss"])

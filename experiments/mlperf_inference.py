@@ -19,7 +19,7 @@ import mlperf_loadgen as loadgen
 import numpy as np
 from measure import ROOT, replace_section, where_and_when
 
-from dlrm_jax.host.formulations import KERNELS, NATIVE, XLA
+from dlrm_jax.host.formulations import NATIVE, XLA
 from dlrm_jax.model.metrics import auc
 from dlrm_jax.serving.artifact.loaded import MakeEngine, OneDevice, load
 from dlrm_jax.serving.artifact.native import NativeCpu
@@ -161,7 +161,7 @@ def section(summary: str, flags: argparse.Namespace) -> str:
     wanted = ("Scenario", "Mode", "Scheduled samples", "Completed samples", "Samples per second", "Result is")
     wanted += ("50.00 percentile", "99.00 percentile", "min_duration", "min_query_count", "target_latency (ns)")
     lines = [line.strip() for line in summary.splitlines() if line.strip().startswith(wanted)]
-    names = ("scenario", "cpu_kernels", "seconds", "confirm_seconds", "qps", "latency_ms", "min_queries")
+    names = ("scenario", "kernels", "seconds", "confirm_seconds", "qps", "latency_ms", "min_queries")
     given = " ".join(["--find", *(f"--{name}={getattr(flags, name)}" for name in names)])
     where = f"Measured {where_and_when(versions())}; `python experiments/mlperf_inference.py {given}`."
     return "\n".join(["```", *lines, "```", "", where])
@@ -192,7 +192,7 @@ def main() -> None:
     parser.add_argument("--min_queries", type=int, default=100)
     parser.add_argument("--samples", type=int, default=1000)
     parser.add_argument("--max_batch", type=int, default=2048)
-    parser.add_argument("--cpu_kernels", choices=KERNELS, default=XLA, help="as of dlrm_jax.serve")
+    parser.add_argument("--kernels", choices=(XLA, NATIVE), default=XLA, help="as of dlrm_jax.serve")
     parser.add_argument("--find", action="store_true")
     parser.add_argument("--confirm_seconds", type=float, default=120.0, help="of --find's last test")
     parser.add_argument("--tries", type=int, default=8)
@@ -200,14 +200,12 @@ def main() -> None:
     parser.add_argument("--logs", type=pathlib.Path, default=pathlib.Path("runs/mlperf"))
     flags = parser.parse_args()
     flags.logs.mkdir(parents=True, exist_ok=True)
-    engine = NativeCpu if flags.cpu_kernels == NATIVE else OneDevice
+    engine = NativeCpu if flags.kernels == NATIVE else OneDevice
     system = System(flags.model, flags.samples, flags.max_batch, engine)
     if flags.find:
         text = section(find(system, flags), flags)
         print(text)
-        replace_section(
-            ROOT / "experiments" / "README.md", f"mlperf_{flags.scenario.lower()}_{flags.cpu_kernels}", text
-        )
+        replace_section(ROOT / "experiments" / "README.md", f"mlperf_{flags.scenario.lower()}_{flags.kernels}", text)
         return
     summary = run(system, flags, flags.qps)
     if flags.accuracy:

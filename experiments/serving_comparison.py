@@ -1,6 +1,6 @@
 """Our server beside FastAPI + PyTorch: rates at a latency limit, and one prediction in process, with equal weights.
 
-Ours twice: as it is by default, and with --cpu_kernels=native.
+Ours twice: as it is by default, and with --kernels=native.
 
 `python experiments/serving_comparison.py --model=DIR --torch_python=PYTHON [--part=process|server]` writes the section
 of that part in experiments/README.md. DIR is what experiments/peers/kaggle_shaped.py exports; PYTHON has torch,
@@ -56,7 +56,7 @@ def commands(flags: argparse.Namespace) -> dict[str, list[str]]:
     """How each side's server starts; the port follows, as a part of the last word."""
     ours = [sys.executable, "-m", "dlrm_jax.serve", f"--model={flags.model}"]
     torch = [flags.torch_python, str(PEERS / "fastapi_torch.py"), str(flags.model)]
-    return {"ours": [*ours, "--port="], "native": [*ours, "--cpu_kernels=native", "--port="], "torch": [*torch, ""]}
+    return {"ours": [*ours, "--port="], "native": [*ours, "--kernels=native", "--port="], "torch": [*torch, ""]}
 
 
 def stage_sums(port: int) -> dict[str, tuple[float, float]]:

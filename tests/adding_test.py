@@ -122,7 +122,7 @@ def test_a_table_dtype_trains_under_a_sharding_type_of_another_package(added, tm
               "--batch_size=256", "--learning_rate=0.5")  # fmt: skip
     with flags_of(*common, "--num_steps=10", "--sharding=hashed", "--mesh=model:4") as config:
         loop.train_and_evaluate(config, tmp_path / "run", flagfile_text())
-    with flags_of(*common, "--num_steps=20", "--mesh=model:1", "--cpu_kernels=native") as config:
+    with flags_of(*common, "--num_steps=20", "--mesh=model:1", "--kernels=native") as config:
         loop.train_and_evaluate(config, tmp_path / "run", flagfile_text())
     assert "tables.cc has float32 of one dim only, so XLA looks up and updates these tables" in caplog.text
     opened = open_stored(tmp_path / "run", "latest")

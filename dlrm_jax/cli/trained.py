@@ -9,7 +9,7 @@ from dlrm_jax.config import ConfigError, differences, tell
 from dlrm_jax.config.documents import from_json
 from dlrm_jax.data.read.load import DataConfig
 from dlrm_jax.data.read.prepared import is_prepared
-from dlrm_jax.host.formulations import XLA
+from dlrm_jax.host.formulations import AUTO
 from dlrm_jax.tables import reshard
 from dlrm_jax.training import run_config
 from dlrm_jax.training.checkpoint import Checkpoints
@@ -92,7 +92,7 @@ def open_stored(workdir: pathlib.Path, which: str, data_dir: str | None = None, 
 
 def _open(workdir: pathlib.Path, data_dir: str | None, oversubscribe: bool) -> Opened:
     config = load_config(workdir, data_dir)
-    placed_anew = dataclasses.replace(config, sharding=ShardingOptions(), cpu_kernels=XLA)
+    placed_anew = dataclasses.replace(config, sharding=ShardingOptions(), kernels=AUTO)
     return open_run(dataclasses.replace(placed_anew, allow_oversubscription=oversubscribe), workdir)
 
 

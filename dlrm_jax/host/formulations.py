@@ -10,8 +10,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-XLA, NATIVE = KERNELS = ("xla", "native")
-"""Who looks up, updates and scores on a CPU: XLA, or C++ of tables/kernels, compiled at the first use."""
+AUTO, XLA, PALLAS, NATIVE = KERNELS = ("auto", "xla", "pallas", "native")
+"""Who looks up and updates tables: XLA, Pallas on GPUs, C++ on a CPU, compiled at the first use; auto chooses."""
 
 
 def by_platform(cpu: Callable[..., Any], others: Callable[..., Any], *args: Any) -> Any:

@@ -24,15 +24,15 @@ from jax.sharding import Mesh, PartitionSpec
 from dlrm_jax.config import Lookup, ModelConfig, OptimizerConfig
 from dlrm_jax.config.learning import ALL_ROWS
 from dlrm_jax.host.mesh import BATCH_SPEC, DATA, MODEL
-from dlrm_jax.tables.collective import ExchangeOptions, shard_index, sum_over_shards
+from dlrm_jax.tables.collective import ExchangeOptions, sum_over_shards
 from dlrm_jax.tables.forms.bags import slot_scale
-from dlrm_jax.tables.forms.base import Here, Learning, Stack
+from dlrm_jax.tables.forms.base import Here, Learning, Pool, Stack
 from dlrm_jax.tables.forms.whole import update_whole, whole_gradient
-from dlrm_jax.tables.hashing import mix, table_keys
 from dlrm_jax.tables.layout import local_stacks
+from dlrm_jax.tables.noise import noise_of
 from dlrm_jax.tables.pooling import POOLING_WEIGHTS, Take
 from dlrm_jax.tables.rules import ROW, Rule, Slot, make_rule
-from dlrm_jax.tables.updates import SUM, Stored, Update, squares
+from dlrm_jax.tables.updates import SUM, Segments, Stored, Update, squares
 
 Arrays = dict[str, Any]
 
@@ -84,11 +84,26 @@ def local_ops(model: ModelConfig, optimizer: OptimizerConfig | None = None, take
     return _Parts(model, optimizer, local_stacks(model), ExchangeOptions(), take).ops()
 
 
+class Fused(NamedTuple):
+    """Kernels in place of XLA's, for arrays whose rows are whole and do not share lines; None: XLA's."""
+
+    pool: Pool | None = None
+    segments: Segments | None = None
+
+
+NOT_FUSED = Fused()
+
+
 def placed_ops(
-    model: ModelConfig, optimizer: OptimizerConfig, stacks: tuple[Stack, ...], mesh: Mesh, options: ExchangeOptions
+    model: ModelConfig,
+    optimizer: OptimizerConfig,
+    stacks: tuple[Stack, ...],
+    mesh: Mesh,
+    options: ExchangeOptions,
+    fused: Fused = NOT_FUSED,
 ) -> TableOps:
     """The same for arrays split over a mesh as `stacks` say."""
-    parts = _Parts(model, optimizer, stacks, options)
+    parts = _Parts(model, optimizer, stacks, options, fused=fused)
     if mesh.size == 1:
         return parts.ops()
     table_specs, state_specs = array_specs(model, stacks), slot_specs(optimizer, model, stacks)
@@ -176,9 +191,10 @@ class _Parts:
         stacks: tuple[Stack, ...],
         options: ExchangeOptions,
         take: TakeOf | None = None,
+        fused: Fused = NOT_FUSED,
     ) -> None:
         self._model, self._optimizer, self._stacks = model, optimizer, stacks
-        self._options, self._take = options, take
+        self._options, self._take, self._fused = options, take, fused
 
     def ops(self) -> TableOps:
         return TableOps(self.route, self.lookup, lambda *args: (*self.update(*args), {}), self.squares)
@@ -195,7 +211,8 @@ class _Parts:
         new_routes = {}
         bags: dict[int, list[jax.Array]] = {dim: [] for dim in self._model.dims}
         for stack in self._stacks:
-            here = Here(stack, self._options, _of(stack, tables), self._take and self._take(stack.dim))
+            take = self._take and self._take(stack.dim)
+            here = Here(stack, self._options, _of(stack, tables), take, self._fused_for(stack).pool)
             found, new_routes[stack.name] = stack.form.lookup(here, routes[stack.name])
             bags[stack.dim].append(found)
         pooled = []
@@ -276,6 +293,10 @@ class _Parts:
     def _dim(self, lookup: Lookup) -> int:
         return self._model.table(lookup.part.table).embedding_dim
 
+    def _fused_for(self, stack: Stack) -> Fused:
+        whole = stack.pack == 1 and not stack.form.splits_columns
+        return self._fused if whole else NOT_FUSED
+
     def _updates(
         self, stack: Stack, rate: jax.Array, count: jax.Array, factor: jax.Array | float
     ) -> tuple[Update, Update]:
@@ -284,7 +305,7 @@ class _Parts:
             raise ValueError("update needs an optimizer")
         rule, own = stack_rule(self._optimizer, stack), stack.tables[0].rate * self._optimizer.table_rate
         weights = Update(rule, rate if own == 1 else rate * own, count, factor=factor)
-        rows = dataclasses.replace(weights, dtype=stack.dtype)
+        rows = dataclasses.replace(weights, dtype=stack.dtype, segments=self._fused_for(stack).segments)
         if not stack.dtype.exact:
             rows = dataclasses.replace(rows, noise=noise_of(stack, count))
         if stack.form.splits_columns:
@@ -294,22 +315,6 @@ class _Parts:
 
             rows = dataclasses.replace(rows, row_mean=row_mean, dim=stack.dim)
         return rows, weights
-
-
-def noise_of(stack: Stack, count: jax.Array) -> Callable[[jax.Array], jax.Array]:
-    """Random bits of (table name, row, column, number of the update), the same wherever a row lies."""
-
-    def noise(rows_M: jax.Array) -> jax.Array:
-        shard = shard_index(stack.num_shards)
-        table_M, row_M = stack.owners(rows_M, shard)
-        key_Mx2 = jnp.asarray(table_keys(stack.tables, 0))[table_M]
-        column_w = stack.columns(shard).astype(jnp.uint32)
-        of_row_M = mix(
-            mix(row_M.astype(jnp.uint32) * jnp.uint32(0x9E3779B1) + key_Mx2[:, 0]) + count.astype(jnp.uint32)
-        )
-        return mix(of_row_M[:, None] ^ (column_w * jnp.uint32(0x85EBCA77))[None] + key_Mx2[:, 1:])
-
-    return noise
 
 
 def _of(stack: Stack, arrays: Arrays) -> Arrays:

@@ -54,11 +54,32 @@ class BagGrad(struct.PyTreeNode):
     d_bags_NxD: jax.Array
 
 
+class Noise(NamedTuple):
+    """32 random bits for each number of a row, in two steps, so that a kernel may take the second by itself.
+
+    of_rows: row numbers (M,) -> (M, 2), what stands for each row.
+    bits: (the first of these, the second, columns), of one shape or broadcast to it -> bits.
+    """
+
+    of_rows: Callable[[jax.Array], jax.Array]
+    bits: Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+    columns_w: jax.Array
+
+    def __call__(self, rows_M: jax.Array) -> jax.Array:
+        """(M, w): those of rows by number."""
+        keys_Mx2 = self.of_rows(rows_M)
+        return self.bits(keys_Mx2[:, :1], keys_Mx2[:, 1:], self.columns_w[None])
+
+
 class Stored(NamedTuple):
     """A table's array and the slots of its rule, by name."""
 
     weights: jax.Array
     slots: Arrays
+
+
+Segments = Callable[["Update", tuple[BagGrad, ...], Stored], Stored]
+"""`Update.by_bags` by a kernel (tables/kernels)."""
 
 
 def _mean(rows_MxD: jax.Array) -> jax.Array:
@@ -69,9 +90,9 @@ def _mean(rows_MxD: jax.Array) -> jax.Array:
 class Update:
     """One update of a table: its rule, the rate, the number of the update (from 1 on).
 
-    `row_mean`, (M, D) to (M, 1), and `dim` are given where a row's columns lie on several devices. `noise`, row
-    numbers to (M, D) random bits, is given where weights are stored as a `dtype` that rounds them. Gradients are
-    multiplied with `factor` first.
+    `row_mean`, (M, D) to (M, 1), and `dim` are given where a row's columns lie on several devices. `noise` is
+    given where weights are stored as a `dtype` that rounds them. Gradients are multiplied with `factor` first. Where
+    there are `segments`, a kernel, they merge and update in place of XLA.
     """
 
     rule: Rule
@@ -80,22 +101,27 @@ class Update:
     row_mean: Callable[[jax.Array], jax.Array] = _mean
     dim: int = 0
     dtype: TableDtype = FLOAT32
-    noise: Callable[[jax.Array], jax.Array] | None = None
+    noise: Noise | None = None
     factor: jax.Array | float = 1.0
+    segments: Segments | None = None
 
     def by_rows(self, grad: SparseGrad, stored: Stored) -> Stored:
         """The table after the gradient of its slots, in place if donated."""
+        if self.segments is not None:
+            return self.segments(self, (BagGrad(grad.ids_M[None], None, grad.rows_MxD),), stored)
         if self.rule.linear and self.noise is None:
             added_MxD, _ = self.rule.step(self._seen(grad.rows_MxD, grad.rows_MxD, {}))
             return Stored(add_rows(stored.weights, grad.ids_M, added_MxD), stored.slots)
-        return self._merged(merge_duplicates(grad, num_rows(stored.weights, grad.rows_MxD.shape[1])), stored)
+        return self.of_merged(merge_duplicates(grad, num_rows(stored.weights, grad.rows_MxD.shape[1])), stored)
 
     def by_all_rows(self, gradient_MxD: jax.Array, stored: Stored) -> Stored:
         """The table after a gradient of all of its rows."""
-        return self._merged(SparseGrad(jnp.arange(len(gradient_MxD), dtype=jnp.int32), gradient_MxD), stored)
+        return self.of_merged(SparseGrad(jnp.arange(len(gradient_MxD), dtype=jnp.int32), gradient_MxD), stored)
 
     def by_bags(self, bags: tuple[BagGrad, ...], stored: Stored) -> Stored:
         """`by_rows` by the bags of one or more hotnesses, together one gradient."""
+        if self.segments is not None:
+            return self.segments(self, bags, stored)
         if self.rule.linear and self.noise is None:
             return Stored(self._add_bags(bags, stored.weights), stored.slots)
         return self._in_pieces(bags, stored)
@@ -106,7 +132,8 @@ class Update:
             grad_MxD = grad_MxD * self.factor
         return Rows(grad_MxD, weights_MxD, old, self.rate, self.count, self.row_mean, dim, self.factor)
 
-    def _merged(self, merged: SparseGrad, stored: Stored) -> Stored:
+    def of_merged(self, merged: SparseGrad, stored: Stored) -> Stored:
+        """The table after a gradient of rows that are inside it at most once each."""
         # A slot that merging emptied has id V: it reads row V - 1 (clamped), adds nothing, and its writes are dropped.
         ids_M, width = merged.ids_M, merged.rows_MxD.shape[1]
         old = {s.name: take_rows(stored.slots[s.name], ids_M, s.width(width)) for s in self.rule.slots}
@@ -140,7 +167,7 @@ class Update:
         """Merge and update PIECE sorted slots at a time; an id whose slots go on in the next piece waits for it."""
         width = bags[0].d_bags_NxD.shape[1]
         void = num_rows(stored.weights, width)
-        ids_M, bag_M, scale_M, d_bags = _flat(bags)
+        ids_M, bag_M, scale_M, d_bags = flat_slots(bags)
         sorted_ids_M, order_M = sort_ids(jnp.where((ids_M >= 0) & (ids_M < void), ids_M, void))
         # At least one void slot follows the last id, so that none waits in the end.
         padding = -(len(ids_M) + 1) % PIECE + 1
@@ -159,7 +186,7 @@ class Update:
             sums = sums.at[segment_P].add(rows_PxD, indices_are_sorted=True, mode="promise_in_bounds")
             ids = jnp.full(PIECE + 1, void, jnp.int32).at[0].set(waiting_id)
             ids = ids.at[segment_P].set(ids_P, indices_are_sorted=True, mode="promise_in_bounds").at[last].set(void)
-            return (self._merged(SparseGrad(ids, sums), stored), ids_P[-1], sums[last]), None
+            return (self.of_merged(SparseGrad(ids, sums), stored), ids_P[-1], sums[last]), None
 
         start = (stored, jnp.int32(void), jnp.zeros(width, d_bags.dtype))
         return jax.lax.scan(update_piece, start, pieces)[0][0]
@@ -178,7 +205,8 @@ class Squares(Update):
 
     l2: float = 0.0
 
-    def _merged(self, merged: SparseGrad, stored: Stored) -> Stored:
+    def of_merged(self, merged: SparseGrad, stored: Stored) -> Stored:
+        """The table, and SUM with this gradient's squares added."""
         ids_M, rows_MxD = merged.ids_M, merged.rows_MxD
         if self.l2:
             rows_MxD = rows_MxD + self.l2 * self.dtype.to_floats(take_rows(stored.weights, ids_M, rows_MxD.shape[1]))
@@ -207,7 +235,7 @@ def merge_duplicates(grad: SparseGrad, num_rows: int) -> SparseGrad:
     return SparseGrad(ids_M=ids_M, rows_MxD=rows_MxD)
 
 
-def _flat(bags: tuple[BagGrad, ...]) -> tuple[jax.Array, jax.Array, jax.Array | None, jax.Array]:
+def flat_slots(bags: tuple[BagGrad, ...]) -> tuple[jax.Array, jax.Array, jax.Array | None, jax.Array]:
     """(ids of all slots, each one's bag, each one's scale or None, all bags' gradients)."""
     first, bag_of = 0, []
     for grad in bags:

@@ -9,16 +9,16 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from dlrm_jax.config import ModelConfig, OptimizerConfig, require
+from dlrm_jax.config import ModelConfig, OptimizerConfig
 from dlrm_jax.data.batch import Batch, without_unweighted
 from dlrm_jax.host import huge_pages
-from dlrm_jax.host.formulations import NATIVE, XLA
+from dlrm_jax.host.formulations import XLA
 from dlrm_jax.host.mesh import MeshShape, batch_sharding, make_mesh, replicated
 from dlrm_jax.tables.collective import ExchangeOptions
-from dlrm_jax.tables.exchange import TableOps, array_specs, placed_ops, slot_specs
+from dlrm_jax.tables.exchange import TableOps, array_specs, slot_specs
 from dlrm_jax.tables.forms.base import Stack
 from dlrm_jax.tables.init import init_stack
-from dlrm_jax.tables.kernels.ops import native_ops
+from dlrm_jax.tables.kernels.choice import Kernels, chosen, table_ops
 from dlrm_jax.tables.layout import place_stacks
 from dlrm_jax.tables.plan import DATA_PARALLEL, Plan, make_plan
 from dlrm_jax.training.state import TrainState, compiled_init_dense, init_dense, new_state
@@ -28,8 +28,8 @@ from dlrm_jax.training.state import TrainState, compiled_init_dense, init_dense,
 class Placed:
     """`model` under `plan` on `mesh`. `packed` stores several rows a line of 128 lanes (rows.py), as TPUs need.
 
-    `kernels`, `xla` or `native`, says what looks up and updates the tables of one CPU. Its numbers are those of every
-    other plan but for the order of float32 sums (exchange.py says what optimizers make of that).
+    `kernels`, a name of host.formulations.KERNELS, says who looks up and updates the tables. Their numbers are those of
+    every other plan but for the order of float32 sums (exchange.py says what optimizers make of that).
     """
 
     model: ModelConfig
@@ -40,13 +40,6 @@ class Placed:
     packed: bool = False
     kernels: str = XLA
 
-    def __post_init__(self) -> None:
-        one = self.mesh.size == 1
-        require(
-            one or self.kernels == XLA,
-            f"--cpu_kernels=native works on one device; this run has {self.mesh.size}: --mesh=model:1",
-        )
-
     @functools.cached_property
     def stacks(self) -> tuple[Stack, ...]:
         """How the tables are stored."""
@@ -55,9 +48,12 @@ class Placed:
     @functools.cached_property
     def ops(self) -> TableOps:
         """Route, lookup and update."""
-        if self.kernels == NATIVE:
-            return native_ops(self.model, self.optimizer, self.stacks)
-        return placed_ops(self.model, self.optimizer, self.stacks, self.mesh, self.options)
+        return table_ops(self.chosen, self.model, self.optimizer, self.stacks, self.mesh, self.options)
+
+    @functools.cached_property
+    def chosen(self) -> Kernels:
+        """What `kernels` means here; ConfigError for what there is not."""
+        return chosen(self.kernels, self.model, self.optimizer, self.mesh)
 
     @property
     def num_devices(self) -> int:

@@ -21,6 +21,7 @@ from dlrm_jax.planning.cost import Cost, Load, estimate
 from dlrm_jax.planning.hardware import of_device
 from dlrm_jax.planning.planner import Setting, auto_plan
 from dlrm_jax.planning.skew import skews
+from dlrm_jax.tables.kernels.choice import ALL_XLA
 from dlrm_jax.tables.plan import DATA_PARALLEL, Plan, make_plan
 from dlrm_jax.training.options import AUTO, check_on_one_device, choose_plan, place, without_effect
 from dlrm_jax.training.placed import Placed, on_one_device
@@ -46,12 +47,19 @@ def place_run(config: RunConfig, model: ModelConfig, dataset: Dataset, copies: f
     if shape.size == 1:
         _say_unused(check_on_one_device(model, config.sharding), "on one device")
         require_room(config, setting, make_plan(model, shape, DATA_PARALLEL), copies)
-        return on_one_device(model, config.optimizer, config.cpu_kernels)
+        return _with_kernels(on_one_device(model, config.optimizer, config.kernels))
     auto = auto_plan(setting) if config.sharding.sharding == AUTO else None
     require_room(config, setting, choose_plan(model, config.sharding, shape, auto), copies)
     sample = sample_batches(config, dataset)
-    placed = place(model, config.optimizer, config.sharding, auto, sample, kernels=config.cpu_kernels)
+    placed = place(model, config.optimizer, config.sharding, auto, sample, kernels=config.kernels)
     _say_unused(without_effect(config.sharding, placed.plan), "under this plan")
+    return _with_kernels(placed)
+
+
+def _with_kernels(placed: Placed) -> Placed:
+    """The same, once it is known who looks up and updates its tables, and told where that is not XLA."""
+    if placed.chosen != ALL_XLA:
+        _LOG.info("kernels of the tables: %s", placed.chosen)
     return placed
 
 

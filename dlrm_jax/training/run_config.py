@@ -28,19 +28,19 @@ from dlrm_jax.config import from_dict as decoded
 from dlrm_jax.config.learning import ALL_ROWS
 from dlrm_jax.data.read.dataset import Dataset
 from dlrm_jax.data.read.load import DataConfig
-from dlrm_jax.host.formulations import KERNELS, XLA
+from dlrm_jax.host.formulations import AUTO, KERNELS
 from dlrm_jax.host.memory import TRY_ANYWAY_HELP
 from dlrm_jax.model import interactions
 from dlrm_jax.tables.compress import compressed
 from dlrm_jax.tables.dtypes import DTYPES
 from dlrm_jax.tables.rules import make_rule
 from dlrm_jax.training.hidden_options import read_hidden
-from dlrm_jax.training.options import AUTO, ShardingOptions
+from dlrm_jax.training.options import ShardingOptions
 from dlrm_jax.training.table_settings import read_table_settings, require_known
 
 TARGET_METRICS = ("auc", "log_loss", "accuracy", "normalized_entropy")
-OF_OLDER_VERSIONS = "ids_out_of_range"
-"""Key of older versions, under which no id of prepared or generated data ever was."""
+OF_OLDER_VERSIONS = ("ids_out_of_range", "cpu_kernels")
+"""Keys of older versions: of ids, of which no prepared or generated data ever had one outside, and of `kernels`."""
 EARLIER_SCHEDULES = "earlier_schedules"
 """Key in config.json beside a RunConfig's fields, of a run that went on with another schedule: what it had before."""
 NEVER, ALWAYS = "never", "always"
@@ -167,10 +167,10 @@ class RunConfig:
     target_value: float | None = setting(None, "Stop when the target metric reaches this.")
     patience: int = setting(0, "Stop after this many evaluations without improvement; 0: never.", at_least=0)
     shuffle: bool = setting(True, "Shuffle the training rows anew in every epoch.")
-    cpu_kernels: str = setting(
-        XLA,
-        "What looks up and updates the tables of a CPU: XLA, or C++ that is compiled here at the first use (needs a "
-        "compiler), faster for bags; one device only. Equal up to rounding.",
+    kernels: str = setting(
+        AUTO,
+        "Who looks up and updates tables: XLA; pallas, on GPUs; native, C++ on one CPU, compiled at the first use "
+        "(needs a compiler), faster for bags; auto: what is faster here. Equal up to rounding.",
         choices=KERNELS,
     )
     allow_oversubscription: bool = setting(False, TRY_ANYWAY_HELP)
@@ -257,7 +257,7 @@ class RunConfig:
 
 def identity_of(record: Mapping[str, Any]) -> dict[str, Any]:
     """The `identity` that a checkpoint's record holds, as it would be written today."""
-    identity = {key: value for key, value in record["identity"].items() if key != OF_OLDER_VERSIONS}
+    identity = {key: value for key, value in record["identity"].items() if key not in OF_OLDER_VERSIONS}
     model = model_from_dict(identity["model"])
     model = dataclasses.replace(model, interaction=interactions.complete(model.interaction))
     if "optimizer" in identity:
@@ -272,7 +272,7 @@ def without_schedule(identity: dict[str, Any]) -> dict[str, Any]:
 
 def from_dict(values: dict[str, Any]) -> RunConfig:
     """The RunConfig that `to_dict` (through JSON) wrote; ConfigError for what no run wrote."""
-    values = {name: value for name, value in values.items() if name not in (EARLIER_SCHEDULES, OF_OLDER_VERSIONS)}
+    values = {name: value for name, value in values.items() if name not in (EARLIER_SCHEDULES, *OF_OLDER_VERSIONS)}
     if isinstance(values.get("model"), dict):
         values["model"] = nested_interaction(values["model"])
     config: RunConfig = decoded(RunConfig, values, "the run")

@@ -68,6 +68,12 @@ class Saved:
         """The state, placed as `placed` says, whatever it was placed as."""
         tables, rest = split(placed.abstract_state)
         how = self.record["placement"]
+        if how.get("kernels", str(placed.chosen)) != str(placed.chosen):
+            _LOG.info(
+                "kernels of the tables were %s, and are %s here: what comes is equal up to rounding, not to the bit",
+                how["kernels"],
+                placed.chosen,
+            )
         saved, by_slot = saved_stacks(placed, how), how.get("slots", False)
         if self._noted is None:
             _LOG.warning("checkpoint %s has no checksums, as those of older versions: it is not checked", self._where)
@@ -237,7 +243,8 @@ def split(state: TrainState) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def placement(placed: Placed) -> dict[str, Any]:
     """What must be known to read a checkpoint's tables, as JSON values."""
-    return {"plan": placed.plan.to_dict(), "packed": placed.packed, "divisible": True, "slots": True}
+    how = {"plan": placed.plan.to_dict(), "packed": placed.packed, "divisible": True, "slots": True}
+    return how | {"kernels": str(placed.chosen)}
 
 
 def saved_stacks(placed: Placed, saved: dict[str, Any]) -> tuple[Stack, ...]:

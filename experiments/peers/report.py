@@ -119,7 +119,7 @@ def draw(results: dict[str, dict], path: pathlib.Path) -> None:
         axis.bar_label(bars, labels, label_type="center", rotation=90, fontsize=7, color="white")
         natives = [row.get(side, {}).get("native_ratio", np.nan) for row in rows]
         axis.scatter(np.arange(len(rows)) + (i - 1) * 0.27, natives, s=14, color="black", marker="D", zorder=3)
-    axis.scatter([], [], s=14, color="black", marker="D", label="the same, over ours by --cpu_kernels=native")
+    axis.scatter([], [], s=14, color="black", marker="D", label="the same, over ours by --kernels=native")
     axis.axhline(1, color="black", linewidth=0.8)
     axis.set_yscale("log")
     axis.set_xticks(np.arange(len(rows)), names, fontsize=7, rotation=30, ha="right")

@@ -40,7 +40,7 @@ SETTINGS = {
     "drift": ("0.25", "data.drift", 0.25),
     "seed": ("5", "seed", 5),
     "shuffle": ("false", "shuffle", False),
-    "cpu_kernels": ("native", "cpu_kernels", "native"),
+    "kernels": ("native", "kernels", "native"),
     "allow_oversubscription": ("true", "allow_oversubscription", True),
     "embedding_dim": ("8", "model.embedding_dim", 8),
     "bottom_mlp": ("32,8", "model.bottom_mlp", (32, 8)),

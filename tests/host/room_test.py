@@ -136,7 +136,7 @@ def test_an_allocation_that_fails_while_serving_names_the_largest_holder(tmp_pat
 
     monkeypatch.setattr(loaded, "OneDevice", fails)
     unset = types.SimpleNamespace(present=False)
-    flags = {"mesh": "", "cpu_kernels": "xla", "allow_oversubscription": False}
+    flags = {"mesh": "", "kernels": "xla", "allow_oversubscription": False}
     monkeypatch.setattr(serve, "FLAGS", _Flags(flags, unset))
     line = r"memory ran out \(Out of memory allocating 5 bytes\); most of it is weights/.* an export with --tables="
     with pytest.raises(ConfigError, match=line):

@@ -276,11 +276,11 @@ def test_cores_are_those_of_the_machine_and_of_the_containers_share(tmp_path, mo
 @needs_compiler
 def test_what_native_does_not_have_is_refused(tmp_path, monkeypatch):
     version = export_tiny(tmp_path, tiny_model(compute_dtype="bfloat16"))
-    with pytest.raises(ConfigError, match="--cpu_kernels=native computes in float32, this model in bfloat16"):
+    with pytest.raises(ConfigError, match="--kernels=native computes in float32, this model in bfloat16"):
         NativeCpu(version)
     version = export_tiny(tmp_path, tiny_model())
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    with pytest.raises(ConfigError, match="--cpu_kernels=native is for CPUs; this process uses a gpu"):
+    with pytest.raises(ConfigError, match="--kernels=native is for CPUs; this process uses a gpu"):
         NativeCpu(version)
 
 
@@ -303,7 +303,7 @@ def test_it_needs_no_training_code(exported):
 def test_the_command_serves_the_same_bits_in_any_batch(exported):
     batch = random_batch(tiny_model(**LONG), 20)
     want = load(exported, make_engine=NativeCpu).predict(batch.dense_BxN, batch.ids_BxK)
-    with running(exported, "--cpu_kernels=native") as server:
+    with running(exported, "--kernels=native") as server:
         for rows in (20, 3, 1):
             values = (("dense", "FP32", batch.dense_BxN[:rows]), ("ids", "INT32", batch.ids_BxK[:rows]))
             inputs = [{"name": n, "datatype": t, "shape": v.shape, "data": v.ravel().tolist()} for n, t, v in values]
@@ -317,12 +317,12 @@ def test_the_command_serves_the_same_bits_in_any_batch(exported):
 @pytest.mark.parametrize(
     ("compiler", "flags", "said"),
     [
-        ("g++", ["--mesh=model:2"], "--cpu_kernels=native scores on one device: leave it or --mesh out"),
+        ("g++", ["--mesh=model:2"], "--kernels=native scores on one device: leave it or --mesh out"),
         ("false", [], "could not compile score.cc"),
     ],
 )
 def test_a_mistake_is_one_line(exported, tmp_path, monkeypatch, compiler, flags, said):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("CXX", compiler)
-    finished = run("serve", f"--model={exported}", "--port=0", "--cpu_kernels=native", *flags)
+    finished = run("serve", f"--model={exported}", "--port=0", "--kernels=native", *flags)
     assert finished.returncode == 1 and said in finished.stderr and "Traceback" not in finished.stderr

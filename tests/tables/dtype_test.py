@@ -14,9 +14,10 @@ from dlrm_jax.planning.cost import Load, estimate
 from dlrm_jax.planning.hardware import HARDWARE
 from dlrm_jax.serving import load
 from dlrm_jax.tables.dtypes import DTYPES, rounded, table_dtype
-from dlrm_jax.tables.exchange import init_slots, local_ops, noise_of
+from dlrm_jax.tables.exchange import init_slots, local_ops
 from dlrm_jax.tables.init import init_tables
 from dlrm_jax.tables.layout import local_stacks
+from dlrm_jax.tables.noise import noise_of
 from dlrm_jax.tables.plan import make_plan
 from dlrm_jax.training.checkpoint import LATEST, Checkpoints
 from dlrm_jax.training.placed import Placed

@@ -1,6 +1,5 @@
 """C++ lookup and update equal to XLA's, on every kind of bag; compiled once, refused clearly where they cannot be."""
 
-import dataclasses
 import hashlib
 import os
 import subprocess
@@ -16,8 +15,7 @@ from dlrm_jax.host.mesh import MeshShape
 from dlrm_jax.tables import exchange, init
 from dlrm_jax.tables.exchange import init_slots, local_ops
 from dlrm_jax.tables.init import init_tables
-from dlrm_jax.tables.kernels import build, ops
-from dlrm_jax.tables.kernels.ops import native_ops
+from dlrm_jax.tables.kernels import build, native
 from dlrm_jax.tables.layout import local_stacks, place_stacks
 from dlrm_jax.tables.plan import DATA_PARALLEL, make_plan
 
@@ -70,11 +68,18 @@ def run(make_ops, model, settings, ids, weights, d_pooled):
     return jax.tree.map(np.asarray, (pooled, tables, states))
 
 
+def native_ops(model, settings):
+    build.register()
+    lookup, update = (what == "native" for what in native.does(model, settings))
+    assert lookup or update
+    return native.with_native(local_ops(model, settings), lookup, update, settings, local_stacks(model))
+
+
 def assert_equal_to_plain(model, settings, *slots):
     plain = run(local_ops, model, settings, *slots)
-    native = run(native_ops, model, settings, *slots)
+    ours = run(native_ops, model, settings, *slots)
     # A row of the smallest table takes hundreds of gradients, and rounding grows with their sum.
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), native, plain)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), ours, plain)
 
 
 @needs_compiler
@@ -102,7 +107,7 @@ def test_native_over_several_stacks_is_equal_to_plain(monkeypatch):
     plan = make_plan(model, MeshShape(1, 1), DATA_PARALLEL)
     stacks = place_stacks(model, plan, max_rows=20)
     assert len(stacks) == 2
-    for module in (exchange, init, ops, sys.modules[__name__]):
+    for module in (exchange, init, native, sys.modules[__name__]):
         monkeypatch.setattr(module, "local_stacks", lambda model, divisible=True: stacks)
 
     assert_equal_to_plain(model, settings_of("rowwise_adagrad"), *slots_of(model, 20))
@@ -229,12 +234,5 @@ def test_a_rule_that_native_does_not_know_is_left_to_xla_and_said(caplog):
     with caplog.at_level("INFO", logger="dlrm_jax"):
         assert_equal_to_plain(model, settings_of("adam"), *slots_of(model, 20))
     assert [record.getMessage() for record in caplog.records] == [
-        "--cpu_kernels=native: tables.cc has no Adam, so XLA updates the tables"
+        "--kernels=native: tables.cc has no Adam, so XLA updates the tables"
     ]
-
-
-def test_what_native_does_not_have_is_refused():
-    learned = dataclasses.replace(model_of(16, (2, 2, 2)), learned_pooling=True)
-
-    with pytest.raises(ConfigError, match="--cpu_kernels=native has no --learned_pooling"):
-        native_ops(learned)

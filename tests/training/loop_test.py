@@ -14,8 +14,7 @@ from dlrm_jax.data.generate import planted
 from dlrm_jax.data.read.dataset import Split
 from dlrm_jax.data.read.load import DataConfig
 from dlrm_jax.data.schema.schema import Split as ByRandom
-from dlrm_jax.tables.kernels.ops import native_ops
-from dlrm_jax.training import checkpoint, loop, placed, reporting
+from dlrm_jax.training import checkpoint, loop, reporting
 from tests.prepared_helpers import prepare_text, schema
 from tests.tables.native_test import needs_compiler
 from tests.training.resume_test import CONFIG, final_state
@@ -108,14 +107,12 @@ BAGS = DataConfig("synthetic", num_examples=2000, table_sizes=(50, 60, 70), hotn
 
 
 @needs_compiler
-def test_native_kernels_are_the_same_run(tmp_path, monkeypatch):
-    asked = []
-    monkeypatch.setattr(placed, "native_ops", lambda *args: asked.append(args) or native_ops(*args))
-    bags = dataclasses.replace(CONFIG, data=BAGS)
+def test_native_kernels_are_the_same_run(tmp_path, caplog):
+    bags = dataclasses.replace(CONFIG, data=BAGS, kernels="xla")
     result = loop.train_and_evaluate(bags, tmp_path / "xla")
-    assert not asked
-    native = loop.train_and_evaluate(dataclasses.replace(bags, cpu_kernels="native"), tmp_path / "native")
-    assert asked
+    with caplog.at_level("INFO", logger="dlrm_jax"):
+        native = loop.train_and_evaluate(dataclasses.replace(bags, kernels="native"), tmp_path / "native")
+    assert "kernels of the tables: native" in caplog.text
     assert native["test"]["log_loss"] == pytest.approx(result["test"]["log_loss"], abs=1e-5)
     ours, theirs = (final_state(tmp_path / kind, bags) for kind in ("native", "xla"))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), ours, theirs)
@@ -123,7 +120,7 @@ def test_native_kernels_are_the_same_run(tmp_path, monkeypatch):
 
 @needs_compiler
 def test_native_kernels_go_on_to_the_same_bits(tmp_path):
-    native = dataclasses.replace(CONFIG, data=BAGS, cpu_kernels="native")
+    native = dataclasses.replace(CONFIG, data=BAGS, kernels="native")
     loop.train_and_evaluate(native, tmp_path / "through")
     for steps in (30, 60):
         loop.train_and_evaluate(dataclasses.replace(native, num_steps=steps), tmp_path / "stopped")
@@ -133,8 +130,8 @@ def test_native_kernels_go_on_to_the_same_bits(tmp_path):
 
 def test_native_kernels_on_several_devices_are_refused(tmp_path):
     several = dataclasses.replace(CONFIG.sharding, mesh="model:2")
-    with pytest.raises(ConfigError, match="--cpu_kernels=native works on one device; this run has 2"):
-        loop.train_and_evaluate(dataclasses.replace(CONFIG, cpu_kernels="native", sharding=several), tmp_path)
+    with pytest.raises(ConfigError, match="--kernels=native works on one device; this run has 2"):
+        loop.train_and_evaluate(dataclasses.replace(CONFIG, kernels="native", sharding=several), tmp_path)
 
 
 def test_two_ways_to_run_ahead_are_refused(tmp_path):

@@ -1,4 +1,4 @@
-"""An exported model scored by C++ on this machine's CPU (tables/kernels/score.cc): `--cpu_kernels=native`.
+"""An exported model scored by C++ on this machine's CPU (tables/kernels/score.cc): `--kernels=native`.
 
 A row's score has the same bits in whatever batch it comes; it equals that of the exported program up to rounding.
 """
@@ -83,18 +83,16 @@ class NativeCpu:
         del like  # Nothing is compiled for one version.
         model, threshold = read_model(version)
         if model.compute_dtype != "float32":
-            raise ConfigError(f"--cpu_kernels=native computes in float32, this model in {model.compute_dtype}")
+            raise ConfigError(f"--kernels=native computes in float32, this model in {model.compute_dtype}")
         if not model.is_plain:
             raise ConfigError(
-                "--cpu_kernels=native scores tables of one dim, one a feature; this model has others: leave it out"
+                "--kernels=native scores tables of one dim, one a feature; this model has others: leave it out"
             )
         if model.interaction.name not in _INTERACTIONS:
             known = ", ".join(_INTERACTIONS)
-            raise ConfigError(
-                f"--cpu_kernels=native scores {known}; this model has {model.interaction.name}: leave it out"
-            )
+            raise ConfigError(f"--kernels=native scores {known}; this model has {model.interaction.name}: leave it out")
         if jax.default_backend() != "cpu":
-            raise ConfigError(f"--cpu_kernels=native is for CPUs; this process uses a {jax.default_backend()}")
+            raise ConfigError(f"--kernels=native is for CPUs; this process uses a {jax.default_backend()}")
         self._score = _library().dlrm_score
         self._threads = threads or cores()
         self._kept: list[Any] = []

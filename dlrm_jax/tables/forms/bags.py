@@ -121,7 +121,10 @@ def pool_bags(here: Here, bags: Bags) -> jax.Array:
     features: list[int] = []
     for group, members in _groups(hotness):
         scale = None if scale_Nxk is None else scale_Nxk[:, group]
-        pooled.append(pooling.pool(take, table, rows_Nxk[:, group], scale))
+        if here.pool is None:
+            pooled.append(pooling.pool(take, table, rows_Nxk[:, group], scale))
+        else:
+            pooled.append(here.pool(here.stack, table, rows_Nxk[:, group], scale))
         features += members
     return pooled[0] if len(pooled) == 1 else jnp.concatenate(pooled, axis=1)[:, np.argsort(features)]
 
@@ -195,10 +198,12 @@ def update_bags(here: Learning, bags: Bags, d_pooled_Nxfxw: jax.Array) -> tuple[
         return {name: stored.weights}, {name: stored.slots}
 
     args: Any = (here.tables, here.states, bags.rows_Nxk, bags.scale_Nxk, d_pooled_Nxfxw)
-    one_id_a_bag = sum(hotness) == len(hotness)
+    one_id_a_bag = sum(hotness) == len(hotness) and here.of_rows.segments is None
     shared = here.stack.num_shards > 1 and here.of_rows.dim and row_means(here.of_rows.rule)
     if one_id_a_bag or shared or here.learns_weights:
         return by_rows(*args)  # Devices that share rows agree on a mean in one collective, not in one a piece.
+    if here.of_rows.segments is not None:
+        return by_bags(*args)
     return by_platform(by_bags, by_rows, *args)
 
 

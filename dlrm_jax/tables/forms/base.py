@@ -7,6 +7,7 @@ an array of tables one below the other, so that one gather and one scatter serve
 
 import abc
 import dataclasses
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import jax
@@ -240,14 +241,22 @@ class Stack:
         return self.row_shards * lines, lanes
 
 
+Pool = Callable[[Stack, jax.Array, jax.Array, jax.Array | None], jax.Array]
+"""(stack, its array, ids_BxGxh, scale_BxGxh or None) -> sums of bags (B, G, D): pooling.pool by a kernel."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Here:
-    """A stack on one device in a step: its own arrays, and how it exchanges; `take` reads rows stored otherwise."""
+    """A stack on one device in a step: its own arrays, and how it exchanges.
+
+    `take` reads rows stored otherwise; `pool`, a kernel, sums bags in place of XLA.
+    """
 
     stack: Stack
     options: ExchangeOptions
     tables: Arrays = dataclasses.field(default_factory=dict)
     take: Take | None = None
+    pool: Pool | None = None
 
     @property
     def learns_weights(self) -> bool:

@@ -1,1 +1,1 @@
-"""Lookup and update of tables, and a whole model's score, by C++ on CPUs, as an option: --cpu_kernels=native."""
+"""Lookup and update of tables by other means than XLA, a kernel each: `--kernels`. Pallas on GPUs, C++ on CPUs."""

@@ -1,4 +1,4 @@
-"""Lookup and update of the tables by tables.cc: the TableOps of one CPU, equal to exchange.local_ops up to rounding.
+"""Lookup and update of the tables of one CPU by tables.cc, equal to exchange.local_ops up to rounding.
 
 Of ids that are no bags XLA's gather, and its scatter for SGD, are as fast: those stay. So do rules that tables.cc does
 not know, which a line in the log says.
@@ -12,11 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dlrm_jax.config import ConfigError, ModelConfig, OptimizerConfig
+from dlrm_jax.config import ModelConfig, OptimizerConfig
 from dlrm_jax.config.learning import ALL_ROWS
-from dlrm_jax.tables.exchange import Arrays, TableOps, local_ops, stack_rule
+from dlrm_jax.host.formulations import NATIVE, XLA
+from dlrm_jax.tables.exchange import Arrays, TableOps, stack_rule
 from dlrm_jax.tables.forms.base import Stack
-from dlrm_jax.tables.kernels import build
 from dlrm_jax.tables.layout import local_stacks
 from dlrm_jax.tables.rules import Adagrad, RowwiseAdagrad, Rule, Sgd
 
@@ -28,42 +28,36 @@ _CALLS: dict[type[Rule], str] = {
 }
 
 
-def native_ops(
-    model: ModelConfig, optimizer: OptimizerConfig | None = None, stacks: tuple[Stack, ...] | None = None
-) -> TableOps:
-    """All tables on one CPU, by default in the stacks of one device. Compiles tables.cc where no earlier run did.
+def does(model: ModelConfig, optimizer: OptimizerConfig, tell: bool = True) -> tuple[str, str]:
+    """(NATIVE or XLA for lookups, for updates): what tables.cc has of a model, and no more than is worth it.
 
-    Raises ConfigError for learned pooling, on other devices than CPUs, and without a C++ compiler.
+    What is left to XLA as tables.cc does not have it is told to the log.
     """
-    if model.learned_pooling:
-        raise ConfigError("--cpu_kernels=native has no --learned_pooling; leave one of them out")
-    if jax.default_backend() != "cpu":
-        raise ConfigError(f"--cpu_kernels=native is for CPUs; tables are on a {jax.default_backend()} here")
-    build.register()
-    stacks = stacks or local_stacks(model)
-    plain = local_ops(model, optimizer)
-    unknown = sorted({rule.describe() for rule in _rules(optimizer, stacks) if type(rule) not in _CALLS})
-    if optimizer is not None and (optimizer.clip_norm or optimizer.table_update == ALL_ROWS):
+    log = _LOG.info if tell else _LOG.debug
+    stacks = local_stacks(model)
+    rules = [stack_rule(optimizer, stack) for stack in stacks]
+    unknown = sorted({rule.describe() for rule in rules if type(rule) not in _CALLS})
+    if optimizer.clip_norm or optimizer.table_update == ALL_ROWS:
         unknown.append("--clip_norm or --table_update=all")
     if unknown:
-        _LOG.info("--cpu_kernels=native: tables.cc has no %s, so XLA updates the tables", ", ".join(unknown))
+        log("--kernels=native: tables.cc has no %s, so XLA updates the tables", ", ".join(unknown))
     if len(model.dims) > 1 or any(table.dtype != "float32" for table in model.tables):
-        _LOG.info(
-            "--cpu_kernels=native: tables.cc has float32 of one dim only, so XLA looks up and updates these tables"
-        )
-        return plain
+        log("--kernels=native: tables.cc has float32 of one dim only, so XLA looks up and updates these tables")
+        return XLA, XLA
     has_bags = model.num_slots > len(model.features)
-    is_sgd = all(isinstance(rule, Sgd) for rule in _rules(optimizer, stacks))
-    return TableOps(
-        plain.route,
-        functools.partial(_lookup, stacks) if has_bags else plain.lookup,
-        plain.update if unknown or (is_sgd and not has_bags) else functools.partial(_update, optimizer, stacks),
-        plain.squares,
-    )
+    adds = not has_bags and all(isinstance(rule, Sgd) for rule in rules)
+    return NATIVE if has_bags else XLA, XLA if unknown or adds else NATIVE
 
 
-def _rules(optimizer: OptimizerConfig | None, stacks: tuple[Stack, ...]) -> list[Rule]:
-    return [] if optimizer is None else [stack_rule(optimizer, stack) for stack in stacks]
+def with_native(
+    plain: TableOps, lookup: bool, update: bool, optimizer: OptimizerConfig, stacks: tuple[Stack, ...]
+) -> TableOps:
+    """`plain`, with lookups or updates by tables.cc, which `build.register` has to have made known to XLA."""
+    if lookup:
+        plain = plain._replace(lookup=functools.partial(_lookup, stacks))
+    if update:
+        plain = plain._replace(update=functools.partial(_update, optimizer, stacks))
+    return plain
 
 
 def _lookup(stacks: tuple[Stack, ...], tables: Arrays, routes: Arrays) -> tuple[jax.Array, Arrays]:
@@ -79,7 +73,7 @@ def _lookup(stacks: tuple[Stack, ...], tables: Arrays, routes: Arrays) -> tuple[
 
 
 def _update(
-    optimizer: OptimizerConfig | None,
+    optimizer: OptimizerConfig,
     stacks: tuple[Stack, ...],
     tables: Arrays,
     states: Arrays,
@@ -89,8 +83,6 @@ def _update(
     count: jax.Array,
 ) -> tuple[Arrays, Arrays, Arrays]:
     del count  # None of these rules looks at it.
-    if optimizer is None:
-        raise ValueError("update needs an optimizer")
     new_tables, new_states = {}, {}
     for stack in stacks:
         rule = stack_rule(optimizer, stack)
