@@ -1,4 +1,4 @@
-"""Tables as text."""
+"""Tables as text, and texts in pictures."""
 
 from collections.abc import Collection, Sequence
 
@@ -11,3 +11,8 @@ def aligned(rows: Sequence[Sequence[str]], left: Collection[int] = (0,)) -> str:
         cells = enumerate(zip(row, widths, strict=True))
         lines.append("  ".join(cell.ljust(width) if i in left else cell.rjust(width) for i, (cell, width) in cells))
     return "\n".join(line.rstrip() for line in lines)
+
+
+def drawn(text: str) -> str:
+    """A text that a picture shows as it stands: between two dollars matplotlib would find a formula."""
+    return text.replace("$", r"\$")

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from dlrm_jax.host.texts import drawn
 from dlrm_jax.judging.importance import Importance
 from dlrm_jax.model.metrics import Scored
 
@@ -56,7 +57,7 @@ def gain_curve(rows: Scored) -> tuple[np.ndarray, np.ndarray]:
 def draw_all(directory: pathlib.Path, models: Mapping[str, Scored], found: Sequence[Importance]) -> None:
     """calibration.png and lift.png of all models on the same rows, importance.png where there is one."""
     directory.mkdir(parents=True, exist_ok=True)
-    counted = {name: rows.kept(rows.weight_R > 0) for name, rows in models.items()}
+    counted = {drawn(name): rows.kept(rows.weight_R > 0) for name, rows in models.items()}
     draw_calibration(counted, directory / "calibration.png")
     draw_lift(counted, directory / "lift.png")
     if found:
@@ -108,7 +109,7 @@ def draw_importance(found: Sequence[Importance], path: pathlib.Path) -> None:
     shown = found[:_MOST_BARS][::-1]
     figure = _figure(figsize=(10, 1.4 + 0.28 * len(shown)))
     areas, losses = figure.subplots(1, 2, sharey=True)
-    names = [one.column for one in shown]
+    names = [drawn(one.column) for one in shown]
     for axes, label, values in (
         (areas, "AUC lost", [(one.auc_drop, one.auc_drop_deviation) for one in shown]),
         (losses, "log loss gained", [(one.log_loss_rise, one.log_loss_rise_deviation) for one in shown]),

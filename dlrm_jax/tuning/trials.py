@@ -13,7 +13,7 @@ from typing import Any
 
 from dlrm_jax.config import ConfigError, from_dict, to_dict
 from dlrm_jax.host import files
-from dlrm_jax.host.texts import aligned
+from dlrm_jax.host.texts import aligned, drawn
 from dlrm_jax.training import reporting
 from dlrm_jax.tuning.search import Round, best
 
@@ -144,7 +144,7 @@ def draw(trials: Trials, order: list[Outcome], path: pathlib.Path) -> None:
     figure = Figure(figsize=(4 * min(len(names), 3), 3.2 * rows), layout="constrained")
     for number, name in enumerate(names):
         axes = figure.add_subplot(rows, min(len(names), 3), number + 1)
-        texts = [trials.flags[outcome.trial][name] for outcome in known]
+        texts = [drawn(trials.flags[outcome.trial][name]) for outcome in known]
         numbers = _numbers(texts)
         axes.scatter(numbers or texts, [outcome.value for outcome in known], alpha=0.7)
         axes.scatter((numbers or texts)[:1], [known[0].value], marker="*", s=200, color="C1", label="best")

@@ -31,8 +31,8 @@ def test_gain_takes_ties_at_once_and_counts_weights():
 
 
 def test_pictures_are_written(tmp_path):
-    found = [Importance(f"column {i}", "ids", 0.1 / (i + 1), float("nan"), 0.2, 0.01) for i in range(50)]
-    draw_all(tmp_path / "new", {"a": scored(0), "b": scored(0, levels=3, weighted=True)}, found)
+    found = [Importance(f"column $^{i}$", "ids", 0.1 / (i + 1), float("nan"), 0.2, 0.01) for i in range(50)]
+    draw_all(tmp_path / "new", {"runs/$a^^$": scored(0), "b": scored(0, levels=3, weighted=True)}, found)
     names = {path.name for path in (tmp_path / "new").iterdir()}
     assert names == {"calibration.png", "lift.png", "importance.png"}
     assert all((tmp_path / "new" / name).read_bytes().startswith(b"\x89PNG") for name in names)

@@ -10,7 +10,7 @@ from dlrm_jax.config import ConfigError
 from dlrm_jax.data.read.prepared import is_prepared, read_json, read_schema
 from dlrm_jax.data.schema.schema import HELD_OUT
 from dlrm_jax.data.values.periods import units_a_second
-from dlrm_jax.host.texts import aligned
+from dlrm_jax.host.texts import aligned, drawn
 
 _MAX_CURVES = 12
 _MAX_PERIODS = 30
@@ -144,11 +144,11 @@ def _draw(statistics: dict[str, Any], clock: Callable[[float], datetime.datetime
     for name in largest:
         points = tables[name]["frequency_curve"]
         if points:
-            curves.plot(*zip(*points, strict=True), label=name, marker="." if len(points) < 3 else "None")
+            curves.plot(*zip(*points, strict=True), label=drawn(name), marker="." if len(points) < 3 else "None")
     curves.set(xscale="log", yscale="log", xlabel="rank of the id", ylabel="occurrences", title="id frequencies")
     curves.legend(fontsize=7, ncols=2)
     shown = sorted(tables, key=lambda name: tables[name]["distinct"])[-40:]
-    sizes.barh(shown, [max(tables[name]["distinct"], 1) for name in shown])
+    sizes.barh([drawn(name) for name in shown], [max(tables[name]["distinct"], 1) for name in shown])
     sizes.set(xscale="log", xlabel="distinct ids", title="cardinalities")
     sizes.set_xlim(left=0.9)  # From one on, so that lengths compare, and the ticks are powers of ten.
     sizes.tick_params(axis="y", labelsize=7)
