@@ -17,13 +17,14 @@ from dlrm_jax.data.read.pipeline import Cut, process_shard, steps_per_epoch
 from dlrm_jax.data.values.label_values import describe_one_class
 from dlrm_jax.host import files, heap, huge_pages, processes
 from dlrm_jax.training import checkpoint, plateau, reporting
-from dlrm_jax.training.beginning import Begun, begin
+from dlrm_jax.training.beginning import begin
 from dlrm_jax.training.evaluation import Evaluator, evaluate_splits
 from dlrm_jax.training.feed import Room, make_feed
 from dlrm_jax.training.monitor import Clock, Interrupted, Losses, Speed, catch_signals
 from dlrm_jax.training.opening import open_run
 from dlrm_jax.training.origin import OpenModel
 from dlrm_jax.training.placement import failing_in_one_line, prediction, setting_of
+from dlrm_jax.training.progress import Progress, stopping
 from dlrm_jax.training.run_config import EARLIER_SCHEDULES, RunConfig, identity_of
 from dlrm_jax.training.state import TrainState
 from dlrm_jax.training.stepper import Stepper
@@ -31,27 +32,6 @@ from dlrm_jax.training.stepper import Stepper
 _LOG = logging.getLogger("dlrm_jax")
 _READ_SECONDS = 1.0
 """How long a loss may stay unread on the device where steps are slow."""
-
-
-@dataclasses.dataclass
-class Progress:
-    """How far the evaluations of a run got; saved with each checkpoint, so that stopping rules survive a restart."""
-
-    best_value: float | None = None
-    best_step: int | None = None
-    evals_since_best: int = 0
-    stopped: str | None = None
-    target_metric: str | None = None
-    """What `best_value` is of; None in checkpoints of before it was noted, where config.json says it."""
-    losses: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """Losses since the last line of the log (monitor.Losses)."""
-    stall: plateau.Stall = dataclasses.field(default_factory=plateau.Stall)
-    """Evaluations without a gain, after which the rate is cut."""
-    earlier_schedules: list[dict[str, Any]] = dataclasses.field(default_factory=list)
-    """Where the run went on with another learning rate: the settings it had before, and `until_step`."""
-    begun: Begun = dataclasses.field(default_factory=Begun)
-    online: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """How far a run period by period is (online.py); empty for a run that it is not."""
 
 
 class Run:
@@ -341,20 +321,6 @@ def evaluate_progress(
     reached = f"val {config.target_metric} {value:.6f} at step {step}"
     _LOG.info("%s%s", reached, f"; stopping: {progress.stopped}" if progress.stopped else "")
     return plateau.cut_where_stalled(config.optimizer.schedule, progress.stall, value, config.smaller_is_better, state)
-
-
-def stopping(config: RunConfig, progress: Progress) -> str | None:
-    """Why a run ends here under today's stopping rules; None if it goes on."""
-    best = f"no val {config.target_metric} so far"
-    if progress.best_value is not None:
-        best = f"val {config.target_metric} {progress.best_value:.6f} at step {progress.best_step}"
-        if config.reaches_target(progress.best_value):
-            return f"{best} reached the target {config.target_value}"
-    if config.patience and progress.evals_since_best >= config.patience:
-        return (
-            f"{best}, and {progress.evals_since_best} of --patience={config.patience} evaluations without a better one"
-        )
-    return None
 
 
 def predicted_and_measured(run: Run, speed: Speed, memory: int | None) -> dict[str, dict[str, Any]]:

@@ -26,11 +26,12 @@ from dlrm_jax.training.evaluation import Evaluator
 from dlrm_jax.training.evicting import Eviction
 from dlrm_jax.training.feed import make_feed
 from dlrm_jax.training.forgetting import make_decay
-from dlrm_jax.training.loop import Progress, the_only_training
+from dlrm_jax.training.loop import the_only_training
 from dlrm_jax.training.monitor import Interrupted, Losses, catch_signals
 from dlrm_jax.training.opening import open_run
 from dlrm_jax.training.origin import OpenModel
 from dlrm_jax.training.placement import failing_in_one_line
+from dlrm_jax.training.progress import Progress
 from dlrm_jax.training.run_config import RunConfig, identity_of
 from dlrm_jax.training.state import TrainState
 from dlrm_jax.training.stepper import Stepper

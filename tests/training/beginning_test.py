@@ -20,6 +20,7 @@ from dlrm_jax.training import loop, opening
 from dlrm_jax.training.beginning import begin, require_fitting
 from dlrm_jax.training.checkpoint import LATEST, Checkpoints
 from dlrm_jax.training.known_ids import require_known_ids
+from dlrm_jax.training.options import ShardingOptions
 from dlrm_jax.training.origin import Origin, open_origin
 from dlrm_jax.training.placed import Placed
 from tests.helpers import optimizer, tiny_model
@@ -82,21 +83,26 @@ def latest(workdir, placed):
         return checkpoints.restore(LATEST, placed), checkpoints.record(LATEST)
 
 
-def test_two_days_one_after_the_other_equal_one_run_over_both(log, data, first, tmp_path):
+@pytest.mark.parametrize("shards", [1, 4])
+def test_two_days_one_after_the_other_equal_one_run_over_both(log, data, first, tmp_path, shards):
     """With batch norm, dropout, stochastic rounding and Adam's counts, all of which depend on what came before."""
+    run = dataclasses.replace(DAY, sharding=ShardingOptions(mesh=f"model:{shards}", sharding="row_wise"))
+    if shards > 1:
+        data(day(log, 0, FIRST))
+        loop.train_and_evaluate(run, first := tmp_path / "first")
     data(day(log, FIRST, BOTH))
-    second = dataclasses.replace(DAY, init_from=str(first))
-    loop.train_and_evaluate(dataclasses.replace(second, num_steps=3), tmp_path / "second")
-    result = loop.train_and_evaluate(second, tmp_path / "second")  # Goes on where it was stopped.
-    data(day(log, 0, BOTH))
-    loop.train_and_evaluate(DAY, tmp_path / "both")
-    placed = placed_as(DAY, log, 1)
-    states = [latest(tmp_path / name, placed)[0] for name in ("second", "both")]
-    jax.tree.map(np.testing.assert_array_equal, *states)
-    assert result["step"] == BOTH and latest(tmp_path / "second", placed)[1]["progress"]["begun"]["step"] == FIRST
+    second = dataclasses.replace(run, init_from=str(first))
+    if shards == 1:  # Goes on where it was stopped.
+        loop.train_and_evaluate(dataclasses.replace(second, num_steps=3), tmp_path / "second")
+    result = loop.train_and_evaluate(second, tmp_path / "second")
     with pytest.raises(ConfigError, match=r"a run that began with --init_from=\S+ --init_steps=keep; leave"):
-        data(day(log, FIRST, BOTH))
         loop.train_and_evaluate(dataclasses.replace(second, init_steps="reset"), tmp_path / "second")
+    data(day(log, 0, BOTH))
+    loop.train_and_evaluate(run, tmp_path / "both")
+    placed = placed_as(run, log, shards)
+    states = [latest(tmp_path / name, placed)[0] for name in ("second", "both")]
+    jax.tree.map(lambda *leaves: np.testing.assert_array_equal(*map(np.asarray, leaves)), *states)
+    assert result["step"] == BOTH and latest(tmp_path / "second", placed)[1]["progress"]["begun"]["step"] == FIRST
 
 
 @pytest.mark.parametrize(("shards", "sharding"), [(1, "data_parallel"), (4, "row_wise"), (4, "column_wise")])

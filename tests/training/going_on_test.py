@@ -12,7 +12,7 @@ from dlrm_jax import evaluate
 from dlrm_jax.cli import trained
 from dlrm_jax.config import ConfigError
 from dlrm_jax.training import loop, opening
-from dlrm_jax.training.loop import Progress, stopping
+from dlrm_jax.training.progress import Progress, stopping
 from dlrm_jax.training.reporting import read_metrics
 from tests.training.resume_test import CONFIG, final_state
 
