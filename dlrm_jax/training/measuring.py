@@ -1,6 +1,7 @@
 """A run's step and forward pass, measured: compile time, step time by parts, work against the hardware, memory."""
 
 import dataclasses
+import functools
 import itertools
 import pathlib
 import resource
@@ -22,11 +23,14 @@ from dlrm_jax.training.opening import open_run
 from dlrm_jax.training.placed import Placed
 from dlrm_jax.training.placement import failing_in_one_line, setting_of
 from dlrm_jax.training.run_config import RunConfig
-from dlrm_jax.training.step import logits
+from dlrm_jax.training.step import logits, make_train_step
 from dlrm_jax.training.stepper import Stepper
 
 TRAIN, FORWARD, INPUT = "train", "forward", "input"
-_BATCHES, _WARM_STEPS, _LEAST_STEPS, _TRACED_STEPS = 4, 2, 5, 5
+_BATCHES, _WARM_STEPS, _LEAST_STEPS, _MOST_DISPATCHED, _TRACED_STEPS = 4, 2, 5, 200, 5
+_ROUND_SECONDS = 0.1
+_TRACED_OPTIONS: dict[str, dict[str, str | bool]] = {"gpu": {"xla_gpu_enable_command_buffer": ""}}
+"""Of the compiler, for the profiler: it would see a GPU's step as one operation, the command buffer it is put in."""
 
 
 def measure(
@@ -85,61 +89,85 @@ def _passes(
     config: RunConfig, placed: Placed, batches: list[Batch], seconds: float, parts: bool
 ) -> dict[str, dict[str, Any]]:
     """The measured numbers of both passes."""
-    state = placed.init_state(config.seed)
+    held = [placed.init_state(config.seed)]
     heap.keep_freed_temporaries()  # As a run does.
     stepper = Stepper(config, placed, itertools.cycle((batch, batch) for batch in batches))
+    settings = (placed.model, config.loss, config.optimizer, config.num_micro_batches, placed.ops, config.seed)
     score = jax.jit(
         lambda state, batch: logits(placed.model, state, batch, placed.ops),
         in_shardings=(placed.shardings, placed.batch_sharding),
     )
-    forward, forward_compile = _compiled(score, state, batches[0])
-    at_once = config.steps_per_dispatch
+    start = time.perf_counter()
+    forward = score.lower(held[0], batches[0]).compile()
+    forward_compile, at_once = time.perf_counter() - start, config.steps_per_dispatch
 
     def train(i: int) -> Any:
-        nonlocal state
         del i  # The stepper takes the batches in turn.
-        taken, state = stepper(state, at_once)
+        taken, held[0] = stepper(held[0], at_once)
         return taken[-1][1]
 
+    def stepping(executable: Any, i: int) -> Any:
+        held[0], step_metrics = executable(held[0], batches[i % _BATCHES])
+        return step_metrics
+
+    def scoring(executable: Any, i: int) -> Any:
+        return executable(held[0], batches[i % _BATCHES])
+
     jax.block_until_ready(train(0))
-    return {
-        TRAIN: {"compile_seconds": stepper.compile_seconds}
-        | _timed(train, stepper.executable, seconds, parts, at_once),
-        FORWARD: {"compile_seconds": forward_compile}
-        | _timed(lambda i: forward(state, batches[i % _BATCHES]), forward, seconds, parts),
+    scored = functools.partial(scoring, forward)
+    numbers: dict[str, dict[str, Any]] = {
+        TRAIN: {"compile_seconds": stepper.compile_seconds} | _timed(train, stepper.executable, seconds, at_once),
+        FORWARD: {"compile_seconds": forward_compile} | _timed(scored, forward, seconds),
     }
+    if parts:
+        traced: list[tuple[Callable[[int], Any], Any]] = [(train, stepper.executable), (scored, forward)]
+        if options := _TRACED_OPTIONS.get(jax.default_backend()):
+            jitted = ((placed.jit_step(make_train_step(*settings)), stepping), (score, scoring))
+            compiled = [one.lower(held[0], batches[0]).compile(compiler_options=options) for one, _ in jitted]
+            traced = [(functools.partial(call, one), one) for (_, call), one in zip(jitted, compiled, strict=True)]
+        for kind, one in zip((TRAIN, FORWARD), traced, strict=True):
+            numbers[kind]["parts"] = _shares(*one)
+    return numbers
 
 
-def _compiled(jitted: Any, *args: Any) -> tuple[Any, float]:
-    start = time.perf_counter()
-    executable = jitted.lower(*args).compile()
-    return executable, time.perf_counter() - start
+def _timed(call: Callable[[int], Any], executable: Any, seconds: float, at_once: int = 1) -> dict[str, Any]:
+    """A step's time, `at_once` a call, waited for and dispatched back to back; what it holds by XLA's account.
 
+    A device that knows its next steps, as in a run, does not wait for the host between them.
+    """
 
-def _timed(
-    call: Callable[[int], Any], executable: Any, seconds: float, parts: bool, at_once: int = 1
-) -> dict[str, Any]:
-    """Median and quartiles of a step's time, `at_once` a call; what it holds by XLA's account; its parts' shares."""
-    taken: list[float] = []
+    def rounds(calls: int) -> list[float]:
+        """Seconds a step, of rounds of so many calls, each waited for, for half of the time."""
+        taken: list[float] = []
+        end = time.perf_counter() + seconds / 2
+        while len(taken) * calls < _LEAST_STEPS or time.perf_counter() < end:
+            start = time.perf_counter()
+            last = [call(i) for i in range(calls)][-1]
+            jax.block_until_ready(last)
+            taken.append((time.perf_counter() - start) / (calls * at_once))
+        return taken
+
     for i in range(_WARM_STEPS):
         jax.block_until_ready(call(i))
-    end = time.perf_counter() + seconds
-    while len(taken) < _LEAST_STEPS or time.perf_counter() < end:
-        start = time.perf_counter()
-        jax.block_until_ready(call(len(taken)))
-        taken.append((time.perf_counter() - start) / at_once)
-    numbers: dict[str, Any] = {
-        "step_seconds": float(np.median(taken)),
-        "quartiles": [float(q) for q in np.quantile(taken, (0.25, 0.75))],
-        "steps": len(taken) * at_once,
+    waited = rounds(1)
+    # In rounds so long that waiting for their last step does not count.
+    together = int(min(max(_ROUND_SECONDS / (np.median(waited) * at_once), _LEAST_STEPS), _MOST_DISPATCHED))
+    dispatched = rounds(together)
+    return {
+        "step_seconds": float(np.median(dispatched)),
+        "quartiles": [float(q) for q in np.quantile(dispatched, (0.25, 0.75))],
+        "waited_seconds": float(np.median(waited)),
+        "steps": (len(waited) + len(dispatched) * together) * at_once,
         "temporary_bytes": executable.memory_analysis().temp_size_in_bytes,
         "held_bytes": held_by(executable),
     }
-    if parts:
-        text = executable.as_text()
-        events = step_parts.profile(lambda: [jax.block_until_ready(call(i)) for i in range(_TRACED_STEPS)], text)
-        numbers["parts"] = step_parts.shares(events, step_parts.parts_of(text))
-    return numbers
+
+
+def _shares(call: Callable[[int], Any], executable: Any) -> dict[str, float]:
+    """Where the time of a step goes, by the profiler."""
+    text = executable.as_text()
+    events = step_parts.profile(lambda: [jax.block_until_ready(call(i)) for i in range(_TRACED_STEPS)], text)
+    return step_parts.shares(events, step_parts.parts_of(text))
 
 
 def _against(
