@@ -69,7 +69,8 @@ def run(command: list[str], limit: float) -> str:
         command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=limit, check=False
     )
     if done.returncode:
-        raise Failed((done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1][:200])
+        lines = done.stderr.strip().splitlines() or [f"status {done.returncode}"]
+        raise Failed(next((line for line in reversed(lines) if "rror: " in line), lines[-1])[:200])
     return done.stdout
 
 
@@ -135,7 +136,7 @@ def runs(divisor: int) -> Iterator[Unit]:
 
         def whole(limit: float, batch: int = batch // divisor) -> dict[str, float]:
             end = time.perf_counter() + limit
-            flags = ["--flagfile=experiments/criteo_kaggle.flags", "--dataset=", f"--data_dir={data}"]
+            flags = ["--flagfile=experiments/criteo_kaggle.flags", f"--data_dir={data}"]
             flags += [f"--batch_size={batch}", "--log_every=1000"]
             workdir, num_steps = directory / f"run_{batch}", max(20, 12_000_000 // divisor // batch)
             run(

@@ -150,8 +150,10 @@ def _timed(call: Callable[[int], Any], executable: Any, seconds: float, at_once:
     for i in range(_WARM_STEPS):
         jax.block_until_ready(call(i))
     waited = rounds(1)
-    # In rounds so long that waiting for their last step does not count.
-    together = int(min(max(_ROUND_SECONDS / (np.median(waited) * at_once), _LEAST_STEPS), _MOST_DISPATCHED))
+    # In rounds so long that waiting for their last step does not count. On CPUs one by one: devices that meet in
+    # several programs at once may wait for each other for ever.
+    most = 1 if jax.default_backend() == "cpu" else _MOST_DISPATCHED
+    together = int(min(max(_ROUND_SECONDS / (np.median(waited) * at_once), _LEAST_STEPS), most))
     dispatched = rounds(together)
     return {
         "step_seconds": float(np.median(dispatched)),
