@@ -87,9 +87,10 @@ def text(numbers: dict[str, Any]) -> str:
         one = numbers[kind]
         low, high = one["quartiles"]
         lines += [
-            f"{kind}: {one['step_seconds'] * 1e3:,.3f} ms (quartiles {low * 1e3:,.3f} to {high * 1e3:,.3f}, "
-            f"{one['steps']} steps), {one['samples_per_second']:,.0f} samples/s, "
-            f"compiled in {one['compile_seconds']:.1f} s",
+            f"{kind}: {one['step_seconds'] * 1e3:,.3f} ms a step, dispatched back to back (quartiles {low * 1e3:,.3f} "
+            f"to {high * 1e3:,.3f}), {one['waited_seconds'] * 1e3:,.3f} ms waited for one by one; "
+            f"{one['samples_per_second']:,.0f} samples/s, {one['steps']} steps, compiled in "
+            f"{one['compile_seconds']:.1f} s",
             f"  {one['flops'] / 1e9:,.2f} GFLOP ({one['flops_share']:.0%} of the ceiling), "
             f"{one['traffic_bytes'] / 1e6:,.1f} MB ({one['traffic_share']:.0%}); bound by {one['bound']}, "
             f"{one['roofline']:.0%} of the roofline",

@@ -286,6 +286,7 @@ CASES: dict[str, tuple[Case, ...]] = {
         Case("train --data_dir=data --workdir=w --sharding_plan=nobody.json", "nobody, which the model does not have"),
         Case("train --data_dir=data --workdir=w --num_processes=2", "go together"),
         Case("JAX_NUM_CPU_DEVICES=2 train --data_dir=data --workdir=w --kernels=native", "works on one device"),
+        Case("train --data_dir=data --workdir=w --kernels=pallas", "is for GPUs; tables are on a cpu here"),
         Case("plan --flagfile=kaggle.flags --hardware=gpu", "--hardware=gpu is not known"),
         Case("plan --flagfile=kaggle.flags --topology=v5e:8", "--topology=v5e:8"),
         Case("benchmark --seconds=inf", "never ends"),

@@ -153,7 +153,7 @@ class DenseConfig:
     "13-512-256-64-16" is 13 numbers and `bottom_mlp=(512, 256, 64, 16)`.
     `learned_pooling` multiplies each pooled row with a trainable weight of that row. With `embed_numbers` each number
     meets the features as a vector of its own, and `bottom_mlp` may be empty. `compute_dtype` is what MLPs and
-    layers of interactions compute in; parameters, tables, dot products, logits and gradients of weights are float32.
+    interactions multiply in; sums, parameters, tables, logits and gradients of weights are float32.
     """
 
     bottom_mlp: tuple[int, ...] = setting((64, 16), "Widths of the bottom MLP's layers, without its input.")
@@ -174,7 +174,7 @@ class DenseConfig:
         "dlrm", "Initial rows: dlrm, U(+-sqrt(1/rows)); flax, N(0, 1/sqrt(dim)); or normal:S, N(0, S), as normal:1e-4."
     )
     compute_dtype: str = setting(
-        "float32", "What MLPs and cross layers compute in; weights stay float32.", choices=COMPUTE_DTYPES
+        "float32", "What MLPs and interactions multiply in; sums and weights stay float32.", choices=COMPUTE_DTYPES
     )
 
     def __post_init__(self) -> None:

@@ -1,6 +1,7 @@
 """A run's step and forward pass, measured: compile time, step time by parts, work against the hardware, memory."""
 
 import dataclasses
+import functools
 import itertools
 import pathlib
 import resource
@@ -22,11 +23,16 @@ from dlrm_jax.training.opening import open_run
 from dlrm_jax.training.placed import Placed
 from dlrm_jax.training.placement import failing_in_one_line, setting_of
 from dlrm_jax.training.run_config import RunConfig
-from dlrm_jax.training.step import logits
+from dlrm_jax.training.state import TrainState
+from dlrm_jax.training.step import logits, make_train_step
 from dlrm_jax.training.stepper import Stepper
+from dlrm_jax.training.window_step import make_window_step
 
 TRAIN, FORWARD, INPUT = "train", "forward", "input"
-_BATCHES, _WARM_STEPS, _LEAST_STEPS, _TRACED_STEPS = 4, 2, 5, 5
+_BATCHES, _WARM_STEPS, _LEAST_STEPS, _MOST_DISPATCHED, _TRACED_STEPS = 4, 2, 5, 200, 5
+_ROUND_SECONDS = 0.1
+_TRACED_OPTIONS: dict[str, dict[str, str | bool]] = {"gpu": {"xla_gpu_enable_command_buffer": ""}}
+"""Of the compiler, for the profiler: it would see a GPU's step as one operation, the command buffer it is put in."""
 
 
 def measure(
@@ -85,63 +91,106 @@ def _passes(
     config: RunConfig, placed: Placed, feed: Feed, window: Window, seconds: float, parts: bool
 ) -> dict[str, dict[str, Any]]:
     """The measured numbers of both passes."""
-    state = placed.init_state(config.seed)
+    held, done = [placed.init_state(config.seed)], 0
     heap.keep_freed_temporaries()  # As a run does.
     score = jax.jit(
         lambda state, window, step: logits(placed.model, state, feed.batch(window, step), placed.ops),
         in_shardings=(placed.shardings, feed.shardings, None),
     )
-    forward, forward_compile = _compiled(score, state, window, np.int32(0))
-    steps = 0
+    start = time.perf_counter()
+    forward = score.lower(held[0], window, np.int32(0)).compile()
+    forward_compile = time.perf_counter() - start
+    scored = functools.partial(lambda executable, i: executable(held[0], window, np.int32(i)), forward)
     with Prefetcher(itertools.repeat(np.zeros(0)), lambda _: window) as windows:
         stepper = Stepper(config, placed, feed, windows)
 
         def train(i: int) -> Any:
-            nonlocal state, steps
+            nonlocal done
             del i  # The stepper takes the batches in turn.
-            taken, state = stepper(state, steps, stepper.at_once)
-            steps += taken
-            return state.step
+            taken, held[0] = stepper(held[0], done, stepper.at_once)
+            done += taken
+            return held[0].step
 
         jax.block_until_ready(train(0))
-        numbers = _timed(train, stepper.executable, seconds, parts, stepper.at_once)
-    return {
-        TRAIN: {"compile_seconds": stepper.compile_seconds} | numbers,
-        FORWARD: {"compile_seconds": forward_compile}
-        | _timed(lambda i: forward(state, window, np.int32(i)), forward, seconds, parts),
-    }
+        trained = _timed(train, stepper.executable, seconds, stepper.at_once)
+        numbers: dict[str, dict[str, Any]] = {
+            TRAIN: {"compile_seconds": stepper.compile_seconds} | trained,
+            FORWARD: {"compile_seconds": forward_compile} | _timed(scored, forward, seconds),
+        }
+        if parts:
+            traced = [(train, stepper.executable), (scored, forward)]
+            if options := _TRACED_OPTIONS.get(jax.default_backend()):
+                traced = _traced(config, placed, feed, window, held, stepper.record.values_TxM, score, options)
+            for kind, one in zip((TRAIN, FORWARD), traced, strict=True):
+                numbers[kind]["parts"] = _shares(*one)
+    return numbers
 
 
-def _compiled(jitted: Any, *args: Any) -> tuple[Any, float]:
-    start = time.perf_counter()
-    executable = jitted.lower(*args).compile()
-    return executable, time.perf_counter() - start
+def _traced(
+    config: RunConfig,
+    placed: Placed,
+    feed: Feed,
+    window: Window,
+    held: list[TrainState],
+    record_TxM: jax.Array,
+    score: Any,
+    options: dict[str, Any],
+) -> list[tuple[Callable[[int], Any], Any]]:
+    """(call, program) of both passes, compiled by `options` under which the profiler sees their parts."""
+    settings = (placed.model, config.loss, config.optimizer, config.num_micro_batches, placed.ops, config.seed)
+    step = placed.jit_window_step(make_window_step(make_train_step(*settings), feed), feed.shardings)
+    train = step.lower(held[0], record_TxM, window).compile(compiler_options=options)
+    forward = score.lower(held[0], window, np.int32(0)).compile(compiler_options=options)
+    records = [record_TxM]
+
+    def stepping(i: int) -> Any:
+        del i
+        held[0], records[0] = train(held[0], records[0], window)
+        return held[0].step
+
+    return [(stepping, train), (lambda i: forward(held[0], window, np.int32(i)), forward)]
 
 
-def _timed(
-    call: Callable[[int], Any], executable: Any, seconds: float, parts: bool, at_once: int = 1
-) -> dict[str, Any]:
-    """Median and quartiles of a step's time, `at_once` a call; what it holds by XLA's account; its parts' shares."""
-    taken: list[float] = []
+def _timed(call: Callable[[int], Any], executable: Any, seconds: float, at_once: int = 1) -> dict[str, Any]:
+    """A step's time, `at_once` a call, waited for and dispatched back to back; what it holds by XLA's account.
+
+    A device that knows its next steps, as in a run, does not wait for the host between them.
+    """
+
+    def rounds(calls: int) -> list[float]:
+        """Seconds a step, of rounds of so many calls, each waited for, for half of the time."""
+        taken: list[float] = []
+        end = time.perf_counter() + seconds / 2
+        while len(taken) * calls < _LEAST_STEPS or time.perf_counter() < end:
+            start = time.perf_counter()
+            last = [call(i) for i in range(calls)][-1]
+            jax.block_until_ready(last)
+            taken.append((time.perf_counter() - start) / (calls * at_once))
+        return taken
+
     for i in range(_WARM_STEPS):
         jax.block_until_ready(call(i))
-    end = time.perf_counter() + seconds
-    while len(taken) < _LEAST_STEPS or time.perf_counter() < end:
-        start = time.perf_counter()
-        jax.block_until_ready(call(len(taken)))
-        taken.append((time.perf_counter() - start) / at_once)
-    numbers: dict[str, Any] = {
-        "step_seconds": float(np.median(taken)),
-        "quartiles": [float(q) for q in np.quantile(taken, (0.25, 0.75))],
-        "steps": len(taken) * at_once,
+    waited = rounds(1)
+    # In rounds so long that waiting for their last step does not count. On CPUs one by one: devices that meet in
+    # several programs at once may wait for each other for ever.
+    most = 1 if jax.default_backend() == "cpu" else _MOST_DISPATCHED
+    together = int(min(max(_ROUND_SECONDS / (np.median(waited) * at_once), _LEAST_STEPS), most))
+    dispatched = rounds(together)
+    return {
+        "step_seconds": float(np.median(dispatched)),
+        "quartiles": [float(q) for q in np.quantile(dispatched, (0.25, 0.75))],
+        "waited_seconds": float(np.median(waited)),
+        "steps": (len(waited) + len(dispatched) * together) * at_once,
         "temporary_bytes": executable.memory_analysis().temp_size_in_bytes,
         "held_bytes": held_by(executable),
     }
-    if parts:
-        text = executable.as_text()
-        events = step_parts.profile(lambda: [jax.block_until_ready(call(i)) for i in range(_TRACED_STEPS)], text)
-        numbers["parts"] = step_parts.shares(events, step_parts.parts_of(text))
-    return numbers
+
+
+def _shares(call: Callable[[int], Any], executable: Any) -> dict[str, float]:
+    """Where the time of a step goes, by the profiler."""
+    text = executable.as_text()
+    events = step_parts.profile(lambda: [jax.block_until_ready(call(i)) for i in range(_TRACED_STEPS)], text)
+    return step_parts.shares(events, step_parts.parts_of(text))
 
 
 def _against(

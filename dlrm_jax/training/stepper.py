@@ -64,6 +64,8 @@ class Stepper:
         self._several = placed.jit_window_step(make_window_step(step, feed, self.at_once), shardings)
         empty = functools.partial(jnp.full, (feed.cut.steps, len(RECORDED)), np.nan, jnp.float32)
         self._empty_record = jax.jit(empty, out_shardings=placed.everywhere)
+        # Several devices of a CPU that meet in two programs at once may wait for each other for ever.
+        self._one_by_one = placed.num_devices > 1 and jax.default_backend() == "cpu"
         self._executables: dict[str, Any] = {}
         self._following: tuple[Traveller, Window] | None = None
         self._window: Window | None = None
@@ -78,7 +80,9 @@ class Stepper:
             self._enter_next_window(step)
         assert self._record is not None
         values: Any = self._record.values_TxM
-        idle = self._dispatched_at is not None and values.is_ready()
+        if self._one_by_one:
+            jax.block_until_ready(values)
+        idle = self._dispatched_at is not None and values.is_ready() and not self._one_by_one
         count = self.at_once if 1 < self.at_once <= min(at_most, self._left) else 1
         if self._pipeline is not None:
             if self._left == 1:

@@ -99,6 +99,17 @@ def test_pairwise_dots_equal_the_plain_form_with_gradient(num_vectors, with_diag
     cotangent = jax.random.normal(jax.random.key(1), expected.shape)
     np.testing.assert_allclose(our_vjp(cotangent)[0], plain_vjp(cotangent)[0], rtol=1e-5, atol=1e-5)
 
+    def in_bfloat16(vectors, cotangent):
+        found, vjp = jax.vjp(lambda v: pairwise_dots(v, with_diagonal, "bfloat16"), vectors)
+        return found, vjp(cotangent)[0]
+
+    found, gradient = in_bfloat16(vectors, cotangent)
+    assert found.dtype == gradient.dtype == np.float32  # Of numbers with 8 bits, which are not added up in as few.
+    np.testing.assert_allclose(found, expected, rtol=2**-7, atol=0.02)
+    np.testing.assert_allclose(gradient, plain_vjp(cotangent)[0], rtol=2**-7, atol=0.05)
+    text = jax.jit(in_bfloat16).lower(vectors, cotangent).as_text()
+    assert [line.count("bf16>") for line in text.splitlines() if "dot_general" in line] == [2, 2]
+
 
 def meet(bottom, pooled, name: str = "dot", **options):
     """What comes out of an interaction that has no weights."""

@@ -16,19 +16,25 @@ def pairs(num_vectors: int, with_diagonal: bool) -> tuple[np.ndarray, np.ndarray
     return np.tril_indices(num_vectors, 0 if with_diagonal else -1)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def pairwise_dots(vectors_BxVxD: jax.Array, with_diagonal: bool) -> jax.Array:
-    """(B, P) dot products of all pairs of the V vectors of each example, P = V(V-1)/2, or V(V+1)/2 with diagonal."""
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def pairwise_dots(vectors_BxVxD: jax.Array, with_diagonal: bool, dtype: str = "float32") -> jax.Array:
+    """(B, P) dot products of all pairs of the V vectors of each example, P = V(V-1)/2, or V(V+1)/2 with diagonal.
+
+    Products, and those of the gradient, are of numbers of `dtype`, added up in float32.
+    """
+    return _pairwise_dots_fwd(vectors_BxVxD, with_diagonal, dtype)[0]
+
+
+def _pairwise_dots_fwd(vectors_BxVxD: jax.Array, with_diagonal: bool, dtype: str) -> tuple[jax.Array, jax.Array]:
+    vectors_BxVxD = vectors_BxVxD.astype(dtype)
     rows, columns = pairs(vectors_BxVxD.shape[1], with_diagonal)
-    products_BxVxV = jnp.einsum("bid,bjd->bij", vectors_BxVxD, vectors_BxVxD)
-    return products_BxVxV[:, rows, columns]
+    products_BxVxV = jnp.einsum("bid,bjd->bij", vectors_BxVxD, vectors_BxVxD, preferred_element_type=jnp.float32)
+    return products_BxVxV[:, rows, columns], vectors_BxVxD
 
 
-def _pairwise_dots_fwd(vectors_BxVxD: jax.Array, with_diagonal: bool) -> tuple[jax.Array, jax.Array]:
-    return pairwise_dots(vectors_BxVxD, with_diagonal), vectors_BxVxD
-
-
-def _pairwise_dots_bwd(with_diagonal: bool, vectors_BxVxD: jax.Array, d_pairs_BxP: jax.Array) -> tuple[jax.Array]:
+def _pairwise_dots_bwd(
+    with_diagonal: bool, dtype: str, vectors_BxVxD: jax.Array, d_pairs_BxP: jax.Array
+) -> tuple[jax.Array]:
     # Autodiff would scatter the triangle into zeros and multiply twice. Gathering the symmetric matrix
     # (a missing diagonal reads an appended zero column) needs no scatter and one product.
     num_vectors = vectors_BxVxD.shape[1]
@@ -39,7 +45,8 @@ def _pairwise_dots_bwd(with_diagonal: bool, vectors_BxVxD: jax.Array, d_pairs_Bx
     symmetric_BxVxV = padded[:, source_VxV]
     if with_diagonal:
         symmetric_BxVxV = symmetric_BxVxV * (1 + jnp.eye(num_vectors, dtype=padded.dtype))[None]
-    return (jnp.einsum("bij,bjd->bid", symmetric_BxVxV, vectors_BxVxD),)
+    symmetric_BxVxV = symmetric_BxVxV.astype(dtype)
+    return (jnp.einsum("bij,bjd->bid", symmetric_BxVxV, vectors_BxVxD, preferred_element_type=jnp.float32),)
 
 
 pairwise_dots.defvjp(_pairwise_dots_fwd, _pairwise_dots_bwd)
@@ -54,4 +61,5 @@ class Dot(Interaction):
     @nn.compact
     def __call__(self, bottom_BxD: jax.Array | None, pooled_BxFxD: jax.Array) -> jax.Array:
         """(B, D) or None, (B, F, D) to (B, D + P), or (B, P) without numbers."""
-        return behind(bottom_BxD, pairwise_dots(stacked(bottom_BxD, pooled_BxFxD), self.self_interaction))
+        vectors_BxVxD = stacked(bottom_BxD, pooled_BxFxD)
+        return behind(bottom_BxD, pairwise_dots(vectors_BxVxD, self.self_interaction, self.dtype))

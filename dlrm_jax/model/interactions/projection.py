@@ -44,5 +44,6 @@ class Projection(Interaction):
             branches.append(mlp(x_BxI))
         rows, columns = (branch_BxW.shape[1] // dim for branch_BxW in branches)
         y_BxPxD, z_BxDxQ = branches[0].reshape(batch, rows, dim), branches[1].reshape(batch, dim, columns)
-        products_BxPxQ = jnp.einsum("bpd,bdq->bpq", y_BxPxD, z_BxDxQ)
+        y_BxPxD, z_BxDxQ = (vectors.astype(self.dtype) for vectors in (y_BxPxD, z_BxDxQ))
+        products_BxPxQ = jnp.einsum("bpd,bdq->bpq", y_BxPxD, z_BxDxQ, preferred_element_type=jnp.float32)
         return behind(bottom_BxD, products_BxPxQ.reshape(batch, rows * columns))

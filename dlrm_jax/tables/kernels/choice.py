@@ -115,21 +115,19 @@ def _that_work(kernels: Kernels, model: ModelConfig, optimizer: OptimizerConfig)
 
     for rule, dtype, dim in _kinds(model, optimizer):
         if kernels.lookup == PALLAS:
-            problem = _problem(functools.partial(check.pool_case, dtype, dim), 1e-4)
+            problem = _problem(functools.partial(check.pool_case, dtype, dim), dtype)
             kernels = _left(kernels, "lookup", f"sums bags of {dim} {dtype.stored}", problem)
         if kernels.update == PALLAS:
-            # Another order of a sum may round a weight of two bytes the other way.
-            tolerance = 1e-4 if dtype.exact else 2**-6
-            problem = _problem(functools.partial(check.update_case, rule, dtype, dim), tolerance)
+            problem = _problem(functools.partial(check.update_case, rule, dtype, dim), dtype)
             kernels = _left(kernels, "update", f"updates rows of {dim} {dtype.stored} by {rule.describe()}", problem)
     return kernels
 
 
-def _problem(case: Callable[[], Any], tolerance: float) -> str:
+def _problem(case: Callable[[], Any], dtype: TableDtype) -> str:
     from dlrm_jax.tables.kernels import check
 
     try:
-        return check.differs(case(), tolerance)
+        return check.differs(case(), dtype)
     except Exception as error:  # Whatever a compiler does.
         return " ".join(f"{type(error).__name__}: {error}".split())[:200]
 
