@@ -163,7 +163,7 @@ def main() -> None:
     data = prepare(given.frappe, given.results)
     rows = {model: compare(given, model, data) for model in given.only.split(",")}
     used = ", ".join(f"{name} {version}" for name, version in next(iter(rows.values()))["versions"].items())
-    command = f"python experiments/compare_quality.py --frappe=DIR --turns={given.turns}"
+    command = "python experiments/compare_quality.py --frappe=DIR"
     stamp = f"Measured {where_and_when(versions())}; {used}; `{command}`."
     replace_section(ROOT / "experiments" / "README.md", "fuxictr", f"{table(rows)}\n\n{stamp}")
 

@@ -16,7 +16,7 @@ from dlrm_jax.data.read.load import named
 from dlrm_jax.data.read.pipeline import Cut, process_shard, steps_per_epoch
 from dlrm_jax.data.values.label_values import describe_one_class
 from dlrm_jax.host import files, heap, huge_pages, processes
-from dlrm_jax.training import checkpoint, plateau, reporting
+from dlrm_jax.training import checkpoint, plateau, reporting, temperature
 from dlrm_jax.training.beginning import begin
 from dlrm_jax.training.evaluation import Evaluator, evaluate_splits
 from dlrm_jax.training.feed import Room, make_feed
@@ -309,14 +309,19 @@ def evaluate_progress(
     config, split = run.config, run.dataset.splits["val"]
     if not len(split):
         return state
-    values = run.evaluate(state, split)
+    scores = run.evaluate.score(state, split)
+    values = scores.compute()
     log.write(step, "val", values)
     value = values[config.target_metric]
     progress.target_metric = config.target_metric
     progress.evals_since_best += 1
     if config.is_better(value, progress.best_value):
         progress.best_value, progress.best_step, progress.evals_since_best = value, step, 0
-        checkpoints.save(checkpoint.BEST, state, run.placed, record_of(run, progress))
+        best = state
+        if config.fit_temperature:
+            factor = temperature.fitted_factor(scores.scored())
+            best = temperature.with_logits_times(factor, state, run.model)
+        checkpoints.save(checkpoint.BEST, best, run.placed, record_of(run, progress))
     progress.stopped = stopping(config, progress)
     reached = f"val {config.target_metric} {value:.6f} at step {step}"
     _LOG.info("%s%s", reached, f"; stopping: {progress.stopped}" if progress.stopped else "")
@@ -347,7 +352,7 @@ def final_result(
 ) -> dict[str, Any]:
     """Evaluate the best state (the last one where nothing was validated) and put together `result.json`."""
     last_step = int(state.step)
-    if progress.best_step is not None and progress.best_step != last_step:
+    if progress.best_step is not None and (progress.best_step != last_step or run.config.fit_temperature):
         jax.tree.map(lambda array: array.delete(), state)  # Both together may not fit; the last state is saved.
         try:
             state = checkpoints.restore(checkpoint.BEST, run.placed)

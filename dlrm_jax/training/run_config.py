@@ -165,6 +165,12 @@ class RunConfig:
     log_every: int = setting(100, "Steps between lines in metrics.jsonl.", at_least=1)
     target_metric: str = setting("auc", "Metric on val that chooses the best checkpoint.", choices=TARGET_METRICS)
     target_value: float | None = setting(None, "Stop when the target metric reaches this.")
+    fit_temperature: bool = setting(
+        False,
+        "Multiply the best checkpoint's logits with the one number that makes val's log loss least: ranks stay, "
+        "probabilities fit (training/temperature.py).",
+        needs=Needs(lambda run: run.loss.name == "bce", "it is for --loss=bce"),
+    )
     patience: int = setting(0, "Stop after this many evaluations without improvement; 0: never.", at_least=0)
     shuffle: bool = setting(True, "Shuffle the training rows anew in every epoch.")
     kernels: str = setting(

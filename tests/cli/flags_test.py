@@ -99,6 +99,7 @@ SETTINGS = {
     "log_every": ("16", "log_every", 16),
     "target_metric": ("log_loss", "target_metric", "log_loss"),
     "target_value": ("0.4", "target_value", 0.4),
+    "fit_temperature": ("true", "fit_temperature", True),
     "patience": ("17", "patience", 17),
     "allow_schedule_change": ("true", "allow_schedule_change", True),
     "init_from": ("runs/yesterday", "init_from", "runs/yesterday"),
@@ -218,6 +219,7 @@ NEEDS = {
     "weight_decay": ("dense_optimizer=adamw",),
     **dict.fromkeys(("decay_start_step", "decay_power", "end_learning_rate", "lr_decay", "lr_compat"), DECAY),
     "num_epochs": (),
+    "fit_temperature": (),
 }
 # Settings under which it has none, where that is not so by default.
 WITHOUT = {
@@ -226,6 +228,7 @@ WITHOUT = {
     "self_interaction": ("interaction=cat",),
     **dict.fromkeys(("norm", "dropout"), ("bottom_mlp=16", "top_mlp=1")),
     "num_epochs": ("num_steps=50",),
+    "fit_temperature": ("loss=mse",),
     "adagrad_eps": ("dense_optimizer=sgd", "table_optimizer=sgd"),
 }
 OTHERS = [
