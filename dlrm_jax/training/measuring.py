@@ -118,7 +118,7 @@ def _passes(
             FORWARD: {"compile_seconds": forward_compile} | _timed(scored, forward, seconds),
         }
         if parts:
-            traced = [(train, stepper.executable), (scored, forward)]
+            traced: list[tuple[Callable[[int], Any], Any]] = [(train, stepper.executable), (scored, forward)]
             if options := _TRACED_OPTIONS.get(jax.default_backend()):
                 traced = _traced(config, placed, feed, window, held, stepper.record.values_TxM, score, options)
             for kind, one in zip((TRAIN, FORWARD), traced, strict=True):
