@@ -114,7 +114,9 @@ def test_native_kernels_are_the_same_run(tmp_path, caplog):
         native = loop.train_and_evaluate(dataclasses.replace(bags, kernels="native"), tmp_path / "native")
     assert "kernels of the tables: native" in caplog.text
     assert native["test"]["log_loss"] == pytest.approx(result["test"]["log_loss"], abs=1e-5)
-    ours, theirs = (final_state(tmp_path / kind, bags) for kind in ("native", "xla"))
+    with caplog.at_level("INFO", logger="dlrm_jax"):
+        ours, theirs = (final_state(tmp_path / kind, bags) for kind in ("native", "xla"))
+    assert caplog.text.count("kernels of the tables were native, and are xla here: what comes is equal up to") == 1
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), ours, theirs)
 
 
