@@ -75,6 +75,8 @@ def test_the_copy_that_a_checkpoint_is_written_from_is_counted(monkeypatch):
 def test_micro_batches_need_less(monkeypatch):
     large = run_of(batch_size=2**20)
     with pytest.raises(ConfigError, match=r"activations of batch_size 1,048,576 .* a smaller --batch_size"):
+        placed(monkeypatch, large, 3.6 * TABLES)
+    with pytest.raises(ConfigError, match=r"activations of batch_size 1,048,576"):
         placed(monkeypatch, large, 4.0 * TABLES)
     placed(monkeypatch, dataclasses.replace(large, num_micro_batches=2**10), 4.0 * TABLES)
 
