@@ -1,4 +1,7 @@
-"""Every wrong use of experiments/wrong_uses.py ends in one line that says what is wrong, and is in the table."""
+"""Every wrong use of experiments/wrong_uses.py ends in one line that says what is wrong, and is in the table.
+
+Each is a process of its own, so that a third of them runs by default, and all with `pytest -m ''`.
+"""
 
 import pathlib
 
@@ -8,6 +11,7 @@ from experiments.wrong_uses import CASES, TABLE, last_line, make_scratch, run
 
 pytestmark = [pytest.mark.slow, pytest.mark.end_to_end]
 ALL = [case for cases in CASES.values() for case in cases]
+_BY_DEFAULT = 3
 
 
 @pytest.fixture(scope="session")
@@ -17,7 +21,11 @@ def scratch(tmp_path_factory) -> pathlib.Path:
     return directory
 
 
-@pytest.mark.parametrize("case", ALL, ids=lambda case: case.command)
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, marks=[pytest.mark.exhaustive] * bool(i % _BY_DEFAULT)) for i, case in enumerate(ALL)],
+    ids=lambda case: case.command,
+)
 def test_one_line_says_what_is_wrong(scratch, case):
     finished = run(scratch, case.command)
     assert finished.returncode not in (0, -6, -9, -11), finished.stdout
