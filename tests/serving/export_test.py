@@ -18,6 +18,7 @@ from dlrm_jax import export
 from dlrm_jax.cli.trained import open_stored
 from dlrm_jax.config import ConfigError, LossConfig
 from dlrm_jax.data.read.load import DataConfig
+from dlrm_jax.data.read.pipeline import Cut
 from dlrm_jax.serving import load
 from dlrm_jax.serving.artifact import weights
 from dlrm_jax.serving.artifact.errors import BadRequest
@@ -29,6 +30,7 @@ from dlrm_jax.tables import reshard
 from dlrm_jax.tables.by_name import named_tables
 from dlrm_jax.training import checkpoint
 from dlrm_jax.training.evaluation import score_rows
+from dlrm_jax.training.feed import Feed
 from dlrm_jax.training.loop import train_and_evaluate
 from dlrm_jax.training.options import ShardingOptions
 from dlrm_jax.training.placed import on_one_device
@@ -87,9 +89,8 @@ def test_batches_larger_than_any_executable_are_cut(tmp_path):
     got = load(tmp_path, batch_sizes=(8, 2)).predict(batch.dense_BxN, batch.ids_BxK)
     np.testing.assert_allclose(got, want, atol=1e-6)
     assert got.min() == np.float32(0.3) and len(load(tmp_path).predict(batch.dense_BxN[:0], batch.ids_BxK[:0])) == 0
-    in_evaluation = score_rows(
-        random_dataset(model).splits["test"], 200, functools.partial(make_eval_step(model, loss), state)
-    )
+    feed = Feed(random_dataset(model).splits["test"], Cut(200))
+    in_evaluation = score_rows(feed, functools.partial(make_eval_step(model, loss), state))
     assert version.read_json("metrics.json")["test"] == pytest.approx(in_evaluation.compute(), rel=1e-6)
 
 
