@@ -128,7 +128,7 @@ MORE_SHAPES = [
 
 @pytest.mark.parametrize(
     ("config", "mesh", "sharding", "table", "batch_size", "parts"),
-    [*SHAPES, *(pytest.param(*shape, marks=EXHAUSTIVE) for shape in MORE_SHAPES)],
+    [*SHAPES[::2], *(pytest.param(*shape, marks=EXHAUSTIVE) for shape in (*SHAPES[1::2], *MORE_SHAPES))],
 )
 def test_memory_is_that_of_the_compiled_step_where_tables_are_small(config, mesh, sharding, table, batch_size, parts):
     plan, load = make_plan(config, MeshShape(*mesh), sharding), Load(batch_size, num_micro_batches=parts)
