@@ -112,8 +112,11 @@ def test_rows_stay_where_they_fit_into_half_of_what_is_free(monkeypatch):
     monkeypatch.setattr(feed_module.memory, "host_available", lambda: 3000 * len(jax.local_devices()))
     room = Room(CONFIG, placed)
     assert not room.keeps(1001) and room.keeps(600) and room.keeps(400) and not room.keeps(1)
-    for choice, stays in (("never", False), ("always", True)):
-        assert Room(dataclasses.replace(CONFIG, data_on_device=choice), placed).keeps(10**12) is stays
+    assert not Room(dataclasses.replace(CONFIG, data_on_device="never"), placed).keeps(1)
+    always = Room(dataclasses.replace(CONFIG, data_on_device="always"), placed)
+    assert always.keeps(1500)
+    with pytest.raises(loop.ConfigError, match="--data_on_device=always, beside the model, needs"):
+        always.keeps(501)
 
 
 def test_windows_have_few_batches_where_they_are_large():
