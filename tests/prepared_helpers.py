@@ -43,3 +43,10 @@ def digest(directory: pathlib.Path) -> dict[str, str]:
         for path in sorted(directory.rglob("*"))
         if path.is_file()
     }
+
+
+def in_small_blocks(patch, rows: int = 64, blocks_per_window: int = 2) -> None:
+    """Blocks of few rows, and few of them in a window, so that a small log has many of both."""
+    for module in ("prepare.blocks", "read.prepared"):
+        patch.setattr(f"dlrm_jax.data.{module}.BLOCK_ROWS", rows)
+    patch.setattr("dlrm_jax.data.read.prepared.WINDOW_BLOCKS", blocks_per_window)

@@ -33,7 +33,8 @@ class Evaluator:
 
     def score(self, state: TrainState, split: Rows) -> metrics.Metrics:
         """What evaluating every row of `split` gives: the metrics, and each row's score."""
-        return score_rows(self._feed(split), lambda batch: self._step(state, batch))
+        wait = jax.block_until_ready if self._placed.one_by_one else lambda sums: sums
+        return score_rows(self._feed(split), lambda batch: wait(self._step(state, batch)))
 
     def _feed(self, split: Rows) -> Feed:
         if id(split) not in self._feeds:

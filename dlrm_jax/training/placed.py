@@ -61,6 +61,14 @@ class Placed:
         return self.mesh.size
 
     @property
+    def one_by_one(self) -> bool:
+        """Whether a program must have ended before the next one begins.
+
+        Several devices of a CPU that meet in two programs at once may wait for each other for ever.
+        """
+        return self.num_devices > 1 and jax.default_backend() == "cpu"
+
+    @property
     def batch_sharding(self) -> NamedSharding:
         """How batches are split."""
         return batch_sharding(self.mesh)

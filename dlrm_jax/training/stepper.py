@@ -64,8 +64,7 @@ class Stepper:
         self._several = placed.jit_window_step(make_window_step(step, feed, self.at_once), shardings)
         empty = functools.partial(jnp.full, (feed.cut.steps, len(RECORDED)), np.nan, jnp.float32)
         self._empty_record = jax.jit(empty, out_shardings=placed.everywhere)
-        # Several devices of a CPU that meet in two programs at once may wait for each other for ever.
-        self._one_by_one = placed.num_devices > 1 and jax.default_backend() == "cpu"
+        self._one_by_one = placed.one_by_one
         self._executables: dict[str, Any] = {}
         self._following: tuple[Traveller, Window] | None = None
         self._window: Window | None = None
@@ -79,10 +78,11 @@ class Stepper:
         if not self._left:
             self._enter_next_window(step)
         assert self._record is not None
-        values: Any = self._record.values_TxM
+        # Of what the last dispatch makes; the record may be a new one, in which nothing is noted yet.
+        done: Any = state.step
         if self._one_by_one:
-            jax.block_until_ready(values)
-        idle = self._dispatched_at is not None and values.is_ready() and not self._one_by_one
+            jax.block_until_ready(done)
+        idle = self._dispatched_at is not None and not self._one_by_one and done.is_ready()
         count = self.at_once if 1 < self.at_once <= min(at_most, self._left) else 1
         if self._pipeline is not None:
             if self._left == 1:
@@ -97,7 +97,7 @@ class Stepper:
         else:
             arguments = (self._window,)
             step_function = ("plain", self._plain) if count == 1 else ("several", self._several)
-        state, values, *next_routes = self._compiled(*step_function, state, values, *arguments)
+        state, values, *next_routes = self._compiled(*step_function, state, self._record.values_TxM, *arguments)
         if self._pipeline is not None:
             (self._pipeline.routes,) = next_routes
         self._record = self._record._replace(values_TxM=values)

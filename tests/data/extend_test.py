@@ -18,7 +18,7 @@ from dlrm_jax.data.read.prepared import open_prepared, read_json
 from dlrm_jax.data.schema.schema import Dense, Label, Sparse, Split
 from tests.batches import train_batches
 from tests.data.restart_test import Killed, dies_at
-from tests.prepared_helpers import digest, rows_of, schema
+from tests.prepared_helpers import digest, in_small_blocks, rows_of, schema
 
 RICH = schema(
     label=Label("label", positive=("yes",)),
@@ -77,10 +77,8 @@ def at_once(paths: list[str], directory: pathlib.Path, of) -> pathlib.Path:
 
 @pytest.fixture
 def small_pieces(monkeypatch):
-    for module in ("prepare.blocks", "read.prepared"):
-        monkeypatch.setattr(f"dlrm_jax.data.{module}.BLOCK_ROWS", 64)
+    in_small_blocks(monkeypatch)
     monkeypatch.setattr("dlrm_jax.data.prepare.runs.BLOCKS_PER_SHARD", 2)
-    monkeypatch.setattr("dlrm_jax.data.read.prepared.WINDOW_BLOCKS", 2)
     monkeypatch.setattr(text_source.TextSource.__init__, "__defaults__", (False, 3_000))
     monkeypatch.setattr("dlrm_jax.data.prepare.first_pass.CHUNKS_PER_FILE", 2)
 

@@ -14,7 +14,7 @@ from dlrm_jax.data.schema.schema import Split
 from dlrm_jax.data.schema.schema_io import from_dict
 from dlrm_jax.data.values.periods import Periods
 from tests.batches import train_batches
-from tests.prepared_helpers import prepare_text, schema
+from tests.prepared_helpers import in_small_blocks, prepare_text, schema
 
 DAILY = Split("time", period="1d", val=1, test=1)
 RNG = np.random.default_rng(0)
@@ -28,10 +28,8 @@ def text_of(times) -> str:
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    for module in ("prepare.blocks", "read.prepared"):
-        monkeypatch.setattr(f"dlrm_jax.data.{module}.BLOCK_ROWS", 64)
+    in_small_blocks(monkeypatch)
     monkeypatch.setattr("dlrm_jax.data.prepare.runs.BLOCKS_PER_SHARD", 2)
-    monkeypatch.setattr("dlrm_jax.data.read.prepared.WINDOW_BLOCKS", 2)
 
 
 def test_each_period_lies_together_in_its_split(tmp_path, small_blocks):

@@ -19,7 +19,7 @@ from dlrm_jax.data.read.pipeline import Cut, Prefetcher, order_windows, rows_and
 from dlrm_jax.data.read.prepared import open_prepared
 from dlrm_jax.data.read.windows import GeneratedSplit
 from tests.batches import eval_batches, plain_batches, plain_order, train_batches
-from tests.prepared_helpers import csv_rows, prepare_text, schema
+from tests.prepared_helpers import csv_rows, in_small_blocks, prepare_text, schema
 
 NUM_ROWS = 1003
 
@@ -28,9 +28,7 @@ NUM_ROWS = 1003
 def prepared(tmp_path_factory):
     """1,003 rows in blocks of 64, windows of 3 blocks; row i holds i in every column."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in ("prepare.blocks", "read.prepared"):
-            patch.setattr(f"dlrm_jax.data.{module}.BLOCK_ROWS", 64)
-        patch.setattr("dlrm_jax.data.read.prepared.WINDOW_BLOCKS", 3)
+        in_small_blocks(patch, blocks_per_window=3)
         folder = tmp_path_factory.mktemp("prepared")
         output = prepare_text(folder, csv_rows([(i % 2, i, f"v{i}") for i in range(NUM_ROWS)]), schema())
         yield output, open_prepared(output).splits["train"]

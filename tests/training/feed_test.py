@@ -1,6 +1,7 @@
 """Tests `feed.py`, `window_step.py`, `stepper.py`: a step by a window is the step of its batch, wherever rows lie."""
 
 import dataclasses
+import time
 import types
 
 import jax
@@ -134,6 +135,38 @@ def test_steps_of_a_dispatch_follow_from_the_prediction_but_on_a_cpu(monkeypatch
     cost.step_seconds = 0.1
     assert steps_at_once(CONFIG, placed) == 1
     assert steps_at_once(dataclasses.replace(CONFIG, steps_per_dispatch=5), placed) == 5
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_a_busy_device_waits_for_no_dispatch_though_its_window_is_new(monkeypatch, devices):
+    """Windows of one batch, so that each step has a record of its own; of two CPU devices each step is waited for."""
+    shape = MeshShape(1, devices)
+    model = tiny_model()
+    placed = Placed(model, optimizer(), make_plan(model, shape, "data_parallel"), make_mesh(shape))
+    config = dataclasses.replace(CONFIG, optimizer=placed.optimizer)
+    feed = Feed(split_of(model), Cut(16, 1, multiple=devices), placed.mesh)
+    waited, real = [], jax.block_until_ready
+    monkeypatch.setattr(jax, "block_until_ready", lambda x: waited.append(x) or (x if isinstance(x, Busy) else real(x)))
+    hosted = {}
+    for ready in (False, True):
+        state = types.SimpleNamespace(step=Busy(ready))
+        with feed.train_windows(0, 0, shuffle=True) as windows:
+            step = Stepper(config, placed, feed, windows)
+            monkeypatch.setattr(step, "_compiled", lambda name, program, state, values, window: (state, values))
+            for i in range(3):
+                while not windows.is_ready:
+                    time.sleep(0.001)
+                step(state, i, 1)
+        hosted[ready] = step.host_seconds
+        assert sum(x is state.step for x in waited) == (3 if devices > 1 else 0)
+    assert hosted[False] == 0 and (hosted[True] > 0) == (devices == 1)
+
+
+class Busy:
+    """In place of the number of a step that a device is at."""
+
+    def __init__(self, ready: bool) -> None:
+        self.is_ready = lambda: ready
 
 
 def test_a_nan_is_seen_two_windows_later_at_the_latest(tmp_path, monkeypatch):
