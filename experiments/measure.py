@@ -1,4 +1,4 @@
-"""Run the flag files and write the results tables of README.md and experiments/README.md.
+"""Run the flag files and write the results table of experiments/README.md.
 
 `python experiments/measure.py --movielens=DIR --criteo=DIR [--skip_row_free]`. Tables are never typed by hand.
 """
@@ -69,7 +69,7 @@ def replace_section(path: pathlib.Path, name: str, text: str) -> None:
 
 
 def main() -> None:
-    """Run everything and rewrite both tables."""
+    """Run everything and rewrite the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
     for name in ("movielens", "criteo"):
         parser.add_argument(f"--{name}", required=True, type=lambda path: str(pathlib.Path(path).resolve()))
@@ -78,7 +78,6 @@ def main() -> None:
     rows = [(name, reference, run(name, data and getattr(flags, data))) for name, data, reference in RUNS]
     stamp = where_and_when(rows[0][2]["versions"])
     table = f"{results_table(rows)}\n\nMeasured {stamp}; `python experiments/measure.py --movielens=DIR --criteo=DIR`."
-    replace_section(ROOT / "README.md", "results", table)
     replace_section(ROOT / "experiments" / "README.md", "results", table)
     if not flags.skip_row_free:
         command = [sys.executable, "experiments/row_free.py"]

@@ -1,6 +1,6 @@
 """Speed and memory of preparing and reading: `python experiments/measure_preparation.py [--rows=500000,5000000]`.
 
-Writes the tables between the `<!-- preparation -->` marks of README.md and experiments/README.md. Each run is the whole
+Writes the tables between the `<!-- preparation -->` marks of experiments/README.md. Each run is the whole
 command, from starting Python to the finished dataset; the fastest of `--repeats` and all of them are given, because
 the machine is shared. Memory is the peak resident set of the process.
 """
@@ -117,7 +117,7 @@ def multi_hot_speed() -> str:
 
 
 def main() -> None:
-    """Measure, and write both READMEs."""
+    """Measure, and write the section."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", default="500000,5000000")
     parser.add_argument("--repeats", type=int, default=3)
@@ -135,8 +135,7 @@ def main() -> None:
     stamp = where_and_when(versions())
     text = f"{table}\n\n{reading}\n\n{multi_hot_speed()}\n\n"
     text += f"Measured {stamp}; `python experiments/measure_preparation.py`."
-    for path in (ROOT / "README.md", ROOT / "experiments" / "README.md"):
-        replace_section(path, "preparation", text)
+    replace_section(ROOT / "experiments" / "README.md", "preparation", text)
 
 
 if __name__ == "__main__":

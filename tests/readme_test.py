@@ -1,15 +1,18 @@
-"""Every command block of README.md, run in order, as it stands, in a fresh copy of the repository.
+"""Every code block of README.md and docs/, run in the site's order, as it stands, in a fresh copy of the repository.
 
 A comment above a block says what it needs that may be missing: `<!-- not run: WHY -->` leaves it out, `<!-- needs:
-PROGRAM -->` runs it where there is one. A block that ends in `dlrm_jax.serve` is a server, which later blocks ask.
-`pip` is a stand-in that knows pyproject.toml, and ports 8000 and 8001 are free ones.
+PROGRAM -->` runs it where there is one; `<!-- prints -->`, that it is what the block before it prints, where `...`
+stands for whatever there is. A block that ends in `dlrm_jax.serve` is a server, which later blocks ask. `pip` is a
+stand-in that knows pyproject.toml, and ports 8000 and 8001 are free ones.
 """
 
 import contextlib
 import dataclasses
+import json
 import os
 import pathlib
 import re
+import runpy
 import shutil
 import signal
 import socket
@@ -21,14 +24,18 @@ from collections.abc import Iterator
 
 import pytest
 
-from dlrm_jax.data.schema.schema_io import load
+from dlrm_jax.config.documents import from_yaml
+from dlrm_jax.data.schema.schema_io import from_dict
 from tests.helpers import ROOT
 
-README = (ROOT / "README.md").read_text()
+PAGES = ("README.md", *(f"docs/{name}.md" for name in runpy.run_path(str(ROOT / "docs" / "conf.py"))["pages"]()))
+ELSEWHERE = {"docs/ADDING.md": "adding_test.py", "docs/API.md": "docs_test.py", "docs/PYTHON.md": "a test of its own"}
+"""Pages whose blocks others run."""
 NOT_RUN = 5
-"""Blocks that need what this test cannot have. More of them would be a README that no one tries."""
+"""Blocks that need what this test cannot have. More of them would be pages that no one tries."""
+LANGUAGES = {"bash", "python", "yaml", "csv", "json", "text", ""}
 
-_BLOCK = re.compile(r"((?:^<!--[^\n]*-->\n)*)^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+_BLOCK = re.compile(r"((?:^<!--[^\n]*-->\n)*)^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _PIP = '''#!{python}
 """Stands in for pip: nothing is installed, but what is asked for has to exist."""
 import pathlib, re, sys, tomllib
@@ -47,13 +54,19 @@ while rest:
 
 @dataclasses.dataclass(frozen=True)
 class Block:
-    """A fenced block of README.md."""
+    """A fenced block of a page."""
 
+    page: str
     line: int
     language: str
     text: str
     not_run: str
     needs: str
+    prints: bool
+
+    @property
+    def where(self) -> str:
+        return f"{self.page}, line {self.line}"
 
     @property
     def is_server(self) -> bool:
@@ -69,11 +82,13 @@ def blocks() -> list[Block]:
         return found[1] if found else ""
 
     found = []
-    for match in _BLOCK.finditer(README):
-        comments, language, text = match.groups()
-        line = README[: match.start(3)].count("\n")
-        found.append(Block(line, language, text, said(comments, "not run"), said(comments, "needs")))
-    return found
+    for page in PAGES:
+        text = (ROOT / page).read_text()
+        for match in _BLOCK.finditer(text):
+            comments, language, code = match.groups()
+            line, prints = text[: match.start(3)].count("\n"), "<!-- prints -->" in comments
+            found.append(Block(page, line, language, code, said(comments, "not run"), said(comments, "needs"), prints))
+    return [block for block in found if block.page not in ELSEWHERE]
 
 
 def free_port() -> int:
@@ -108,7 +123,7 @@ class Reader:
         """Begin with a block; what it prints goes into the file."""
         text = re.sub(r"\b800[01]\b", lambda port: self.ports[port[0]], block.text)
         shell = ["bash", "-euo", "pipefail", "-c"] if block.language == "bash" else [sys.executable, "-c"]
-        log = self.logs / f"line_{block.line}.log"
+        log = self.logs / f"{pathlib.Path(block.page).stem}_{block.line}.log"
         with log.open("w") as output:
             streams = {"stdout": output, "stderr": output}
             process = subprocess.Popen(
@@ -121,7 +136,7 @@ class Reader:
         process, log = self.start(block)
         with ended(process):
             status = process.wait()
-        assert status == 0, f"README.md, line {block.line}, ended with {status}:\n{log.read_text()[-3000:]}"
+        assert status == 0, f"{block.where}, ended with {status}:\n{log.read_text()[-3000:]}"
         return log.read_text()
 
     def serve(self, block: Block) -> None:
@@ -129,7 +144,7 @@ class Reader:
         process, log = self.start(block)
         self.servers.append(process)
         while '"model_ready"' not in log.read_text():
-            assert process.poll() is None, f"README.md, the server at line {block.line}:\n{log.read_text()[-3000:]}"
+            assert process.poll() is None, f"{block.where}, the server:\n{log.read_text()[-3000:]}"
             time.sleep(0.1)
 
     def stop_serving(self) -> None:
@@ -157,8 +172,11 @@ def ended(process: subprocess.Popen) -> Iterator[None]:
 @pytest.mark.timeout(1500)
 def test_every_block_runs_as_it_stands(tmp_path):
     reader = Reader(tmp_path)
+    printed = ""
     try:
         for block in blocks():
+            if block.prints:
+                assert_printed(block, printed)
             if block.language not in ("bash", "python") or block.not_run:
                 continue
             if block.needs and not shutil.which(block.needs):
@@ -167,7 +185,7 @@ def test_every_block_runs_as_it_stands(tmp_path):
                 reader.stop_serving()
                 reader.serve(block)
             else:
-                reader.run(block)
+                printed = reader.run(block)
         reader.stop_serving()
     finally:
         for process in reader.servers:
@@ -175,24 +193,45 @@ def test_every_block_runs_as_it_stands(tmp_path):
                 pass
 
 
+def assert_printed(block: Block, printed: str) -> None:
+    """A page shows the last lines of what was printed."""
+    expected = block.text.splitlines()
+    for shown, line in zip(expected, printed.splitlines()[-len(expected) :], strict=True):
+        pattern = ".*".join(re.escape(piece) for piece in shown.split("..."))
+        assert re.fullmatch(pattern, line), f"{block.where} shows {shown!r}, but {line!r} was printed"
+
+
 def test_few_blocks_are_not_run_and_each_says_why():
     found = blocks()
-    assert len(re.findall(r"^```\w+$", README, re.MULTILINE)) == len(found), "a block is not recognised as one"
+    fences = sum(
+        len(re.findall(r"^```", (ROOT / page).read_text(), re.MULTILINE)) for page in PAGES if page not in ELSEWHERE
+    )
+    assert fences == 2 * len(found), "a block is not recognised as one"
     assert sum(bool(block.not_run) for block in found) == NOT_RUN
-    assert {block.language for block in found} <= {"bash", "python", "yaml", ""}
+    assert {block.language for block in found} <= LANGUAGES
 
 
-def test_the_example_schema_is_one(tmp_path):
-    (text,) = (block.text for block in blocks() if block.language == "yaml")
-    (tmp_path / "schema.yaml").write_text(text)
-    assert load(tmp_path / "schema.yaml").name == "my_log"
+def test_every_document_is_one():
+    """YAML and JSON of all pages; what becomes of the schemas of SCHEMA.md is shown there (docs_test.py)."""
+    for block in blocks():
+        if block.language == "json":
+            json.loads(block.text)
+        elif block.language == "yaml":
+            from_dict(
+                {"name": "log", "label": "click", "sparse": ["user"], "timestamp": "time"} | from_yaml(block.text)
+            )
 
 
 def test_no_text_advises_to_install_from_an_index():
     """The package is on none; extras are installed from a checkout, and exist."""
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     asked = set()
-    for path in (*ROOT.glob("*.md"), *ROOT.glob("dlrm_jax/**/*.py"), *ROOT.glob("experiments/**/*")):
+    for path in (
+        *ROOT.glob("*.md"),
+        *ROOT.glob("docs/*.md"),
+        *ROOT.glob("dlrm_jax/**/*.py"),
+        *ROOT.glob("experiments/**/*"),
+    ):
         if path.suffix in (".md", ".py", ".ipynb"):
             text = path.read_text()
             assert not re.search(r"pip install [\\\"'.]*dlrm_jax", text), path

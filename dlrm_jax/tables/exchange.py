@@ -8,8 +8,8 @@ On a mesh the three run under jax.shard_map; on one device they are the same cod
 are those of one device but for the order of sums: a gradient differs by roundings of the sum of its examples' parts,
 whatever the optimizer. What becomes of a weight depends on it. SGD and momentum move it by the rate times the gradient.
 Others (Adagrad, Adam and their kin) divide by the gradient's size, so that one which is 0 but for rounding may move its
-weight by the rate, either way. README says how close that is; tests/training/numbers_test.py holds gradients and
-weights to it, and, in float64, everything to a plain dense model.
+weight by the rate, either way. docs/DEVICES.md says how close that is; tests/training/numbers_test.py holds gradients
+and weights to it, and, in float64, everything to a plain dense model.
 """
 
 import dataclasses

@@ -19,7 +19,6 @@ from dlrm_jax.data.read.prepared import open_prepared, read_schema
 from dlrm_jax.data.schema.presets import PRESETS
 from dlrm_jax.data.schema.schema import Dense, Label, Sparse, Split
 from dlrm_jax.data.schema.schema_io import dump_yaml, from_dict, load, to_dict
-from tests.helpers import ROOT
 from tests.prepared_helpers import csv_rows, digest, prepare_text, schema
 
 NUM_ROWS = 3000
@@ -141,13 +140,6 @@ def test_presets_survive_a_file(tmp_path, name):
     (tmp_path / "s.yaml").write_text(dump_yaml(preset))
     (tmp_path / "s.json").write_text(json.dumps(to_dict(preset)))
     assert load(tmp_path / "s.yaml") == load(tmp_path / "s.json") == preset
-
-
-def test_the_readmes_schema_is_one():
-    text = (ROOT / "README.md").read_text().split("```yaml\n")[1].split("```")[0]
-    found = from_dict(yaml.safe_load(text))
-    assert found.name == "my_log" and len(found.sparse) == 9 and found.split == Split("time")
-    assert found.sparse[1].table_name == found.sparse[2].table_name == "item"
 
 
 def test_short_forms():

@@ -17,7 +17,7 @@ from tests.random_models import Case, cast, draw, make_gradients, make_oracle, m
 STEPS, TRIALS = 6, 3
 ROUNDING = 2.0**-24
 GRADIENTS_APART = 64
-"""In roundings of the sum of a gradient's terms, whatever the optimizer (README, Many devices)."""
+"""In roundings of the sum of a gradient's terms, whatever the optimizer (docs/DEVICES.md)."""
 
 
 def weights_apart(optimizer: OptimizerConfig) -> float:

@@ -1,17 +1,14 @@
-"""The bridge to the reference implementation (facebookresearch/dlrm, dlrm_s_pytorch.py): weights, flags, trajectories.
+"""Weights of the reference: its state_dict as a TrainState, and back.
 
 Weights cross as a dict of arrays under the reference's state_dict names: `emb_l.k.weight` (rows, D), `bot_l.j.weight`
 (out, in), `bot_l.j.bias`, `top_l.*`, and `v_W_l.k` (rows,) where pooling weights are learned. Of a quotient-remainder
 table they are `emb_l.k.weight_q` and `_r`, of mixed dimensions `emb_l.k.embs.weight` and `.proj.weight` (D, columns).
 """
 
-import argparse
-import json
 import re
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -20,7 +17,6 @@ from dlrm_jax.config import (
     ConfigError,
     FeatureConfig,
     InteractionConfig,
-    LossConfig,
     ModelConfig,
     OptimizerConfig,
     Part,
@@ -28,28 +24,14 @@ from dlrm_jax.config import (
     TableConfig,
     nested_interaction,
 )
-from dlrm_jax.data.batch import Batch, pack_bags
 from dlrm_jax.tables.by_name import named_tables, stack_tables
 from dlrm_jax.tables.pooling import POOLING_WEIGHTS
 from dlrm_jax.training.state import TrainState, new_state
-from dlrm_jax.training.step import make_train_step
-
-LOSS_TOLERANCE = 2e-6
-LARGE_LOSS_TOLERANCE = 1e-5
-"""Of quotient-remainder tables: the reference draws them around 1/2, so that logits are sums of dots of up to 180."""
-WEIGHT_TOLERANCE = 5e-6
-ADAPTIVE_WEIGHT_TOLERANCE = 2e-5
 
 _WEIGHT_NAME = re.compile(
     r"emb_l\.\d+\.(weight(_[qr])?|(embs|proj)\.weight)|v_W_l\.\d+|(bot|top)_l\.\d+\.(weight|bias)"
 )
-_OPERATIONS = {"mult": "mul", "add": "sum", "concat": "concat"}
-_IRRELEVANT_FLAGS = re.compile(
-    r"(data|rand-data|num-indices|num-batches|mini-batch|test|print|numpy|nepochs|round-targets|activation-function"
-    r"|arch-embedding-size|arch-sparse-feature-size|arch-mlp|num-workers|save|use-gpu|debug|memory-map|sync-dense"
-    r"|raw-data|processed-data|max-ind-range|tensor-board|enable-profiling|inference-only|dataset-multiprocessing"
-    r"|qr-(flag|threshold|collisions)|md-(flag|threshold|temperature|round-dims))"
-)
+OPERATIONS = {"mult": "mul", "add": "sum", "concat": "concat"}
 
 
 def infer_model(
@@ -63,7 +45,7 @@ def infer_model(
       **options: further settings that weights do not show, as `interaction` and `self_interaction`.
     """
     _refuse_unknown(arrays)
-    count = _num_features(arrays)
+    count = num_features(arrays)
     if not count or "bot_l.0.weight" not in arrays or "top_l.0.weight" not in arrays:
         raise ConfigError(f"not a reference DLRM state: emb_l.*, bot_l.* or top_l.* missing in {sorted(arrays)[:8]}")
     hotness = hotness or (1,) * count
@@ -71,7 +53,7 @@ def infer_model(
     features = []
     for k in range(count):
         tables += [TableConfig(name, *np.shape(arrays[theirs])) for name, theirs in _tables_of(arrays, k).items()]
-        features.append(_feature(arrays, k, hotness[k], _OPERATIONS[qr_operation]))
+        features.append(_feature(arrays, k, hotness[k], OPERATIONS[qr_operation]))
     options = nested_interaction(options)
     options["interaction"] = InteractionConfig(**options["interaction"])
     return ModelConfig(
@@ -85,7 +67,8 @@ def infer_model(
     )
 
 
-def _num_features(arrays: Mapping[str, Any]) -> int:
+def num_features(arrays: Mapping[str, Any]) -> int:
+    """How many features a reference state_dict has."""
     return len({name.split(".")[1] for name in arrays if name.startswith("emb_l.")})
 
 
@@ -184,122 +167,3 @@ def _layers(arrays: Mapping[str, Any], prefix: str) -> list[str]:
     """Names of an MLP's weights in order; a Sequential numbers its activations too, hence the gaps."""
     names = [name for name in arrays if re.fullmatch(prefix + r"\.\d+\.weight", name)]
     return sorted(names, key=lambda name: int(name.split(".")[1]))
-
-
-def parse_reference_flags(argv: list[str]) -> argparse.Namespace:
-    """The flags of dlrm_s_pytorch.py that decide a trajectory, with its defaults; ConfigError for one not supported."""
-    parser = argparse.ArgumentParser(allow_abbrev=False)
-    parser.add_argument("--arch-interaction-op", default="dot")
-    parser.add_argument("--arch-interaction-itself", action="store_true")
-    parser.add_argument("--loss-function", default="mse")
-    parser.add_argument("--loss-weights", default="1.0-1.0")
-    parser.add_argument("--loss-threshold", type=float, default=0.0)
-    parser.add_argument("--learning-rate", type=float, default=0.01)
-    parser.add_argument("--optimizer", default="sgd")
-    parser.add_argument("--weighted-pooling", default=None)
-    parser.add_argument("--qr-operation", default="mult", choices=tuple(_OPERATIONS))
-    for name in ("lr-num-warmup-steps", "lr-decay-start-step", "lr-num-decay-steps"):
-        parser.add_argument(f"--{name}", type=int, default=0)
-    flags, rest = parser.parse_known_args(argv)
-    for flag in rest:
-        if flag.startswith("--") and not _IRRELEVANT_FLAGS.match(flag[2:]):
-            raise ConfigError(f"reference flag {flag} is not supported")
-    return flags
-
-
-def reference_configs(
-    flags: argparse.Namespace, arrays: Mapping[str, Any], hotness: tuple[int, ...]
-) -> tuple[ModelConfig, LossConfig, OptimizerConfig]:
-    """Our configuration of what the reference does under `flags` with the weights `arrays`."""
-    optimizers = {"sgd": "sgd", "adagrad": "adagrad", "rwsadagrad": "rowwise_adagrad"}
-    if flags.optimizer not in optimizers:
-        raise ConfigError(f"reference optimizer {flags.optimizer!r} is not supported; one of {', '.join(optimizers)}")
-    meets = {"interaction": flags.arch_interaction_op, "self_interaction": flags.arch_interaction_itself}
-    model = infer_model(arrays, hotness, flags.qr_operation, **meets)
-    low, high = (float(weight) for weight in flags.loss_weights.split("-"))
-    loss = LossConfig(flags.loss_function, (low, high), flags.loss_threshold if flags.loss_threshold < 1 else 0.0)
-    schedule = ScheduleConfig(
-        learning_rate=flags.learning_rate,
-        warmup_steps=flags.lr_num_warmup_steps,
-        decay_start_step=flags.lr_decay_start_step,
-        decay_steps=flags.lr_num_decay_steps,
-        compat="dlrm",
-    )
-    table = optimizers[flags.optimizer]
-    return model, loss, OptimizerConfig(schedule, dense="sgd" if table == "sgd" else "adagrad", table=table)
-
-
-class Replay(NamedTuple):
-    """Worst absolute differences of a replayed trajectory from the recorded one."""
-
-    loss_diff: float
-    weight_diff: float
-    loss_tolerance: float
-    weight_tolerance: float
-
-    @property
-    def passed(self) -> bool:
-        """Whether both differences are within tolerance (False for NaN)."""
-        return self.loss_diff <= self.loss_tolerance and self.weight_diff <= self.weight_tolerance
-
-
-def replay(recording: Mapping[str, np.ndarray]) -> Replay:
-    """Train on a recorded reference run (keys `argv`, `n_iter`, `init/*`, `batch<i>/*`, `final/*`) and compare."""
-    missing = [key for key in ("argv", "n_iter") if key not in recording]
-    if missing:
-        raise ConfigError(f"not a recorded trajectory: no {', '.join(missing)} in it")
-    flags = parse_reference_flags(json.loads(str(recording["argv"])))
-    init = _group(recording, "init/")
-    num_steps, num_features = int(recording["n_iter"]), _num_features(init)
-    lengths = [[_lengths(recording, i, t) for t in range(num_features)] for i in range(num_steps)]
-    hotness = tuple(max(1, *(int(lengths[i][t].max()) for i in range(num_steps))) for t in range(num_features))
-    model, loss, optimizer = reference_configs(flags, init, hotness)
-    state = load_reference_state(init, optimizer, flags.qr_operation)
-    train_step = jax.jit(make_train_step(model, loss, optimizer), donate_argnums=0)
-    loss_diff = 0.0
-    with jax.default_matmul_precision("highest"):
-        for i in range(num_steps):
-            state, metrics = train_step(state, _reference_batch(recording, i, model, lengths[i]))
-            loss_diff = _worst(loss_diff, metrics["loss"], recording[f"batch{i}/loss"])
-    ours, theirs, weight_diff = save_reference_state(model, state), _group(recording, "final/"), 0.0
-    if ours.keys() != theirs.keys():
-        raise ConfigError(f"final weights {sorted(ours.keys() ^ theirs.keys())} stand on one side only")
-    for name in theirs:
-        weight_diff = _worst(weight_diff, ours[name], theirs[name])
-    parts = any(feature.parts for feature in model.features)
-    return Replay(
-        loss_diff,
-        weight_diff,
-        loss_tolerance=LARGE_LOSS_TOLERANCE if parts else LOSS_TOLERANCE,
-        weight_tolerance=WEIGHT_TOLERANCE if optimizer.table == "sgd" else ADAPTIVE_WEIGHT_TOLERANCE,
-    )
-
-
-def _worst(so_far: float, ours: Any, theirs: np.ndarray) -> float:
-    # np.maximum, unlike max, keeps a NaN.
-    return float(np.maximum(so_far, np.abs(np.asarray(ours, np.float64) - theirs).max()))
-
-
-def _group(recording: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
-    return {name.removeprefix(prefix): recording[name] for name in recording if name.startswith(prefix)}
-
-
-def _lengths(recording: Mapping[str, np.ndarray], step: int, table: int) -> np.ndarray:
-    ends = len(recording[f"batch{step}/indices{table}"])
-    return np.diff(recording[f"batch{step}/offsets{table}"], append=ends)
-
-
-def _reference_batch(
-    recording: Mapping[str, np.ndarray], step: int, model: ModelConfig, lengths: list[np.ndarray]
-) -> Batch:
-    label_B = recording[f"batch{step}/T"][:, 0].astype(np.float32)
-    bags = [
-        pack_bags(feature.name, recording[f"batch{step}/indices{t}"], lengths[t], feature.hotness)
-        for t, feature in enumerate(model.features)
-    ]
-    return Batch(
-        dense_BxN=recording[f"batch{step}/X"].astype(np.float32),
-        ids_BxK=np.concatenate(bags, axis=1).astype(np.int32),
-        label_B=label_B,
-        weight_B=np.ones_like(label_B),
-    )
