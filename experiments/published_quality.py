@@ -36,7 +36,7 @@ WITHOUT: dict[str, dict[str, str]] = {
     "the package's initial weights": {"table_init": "dlrm", "dense_init": "dlrm"},
     "tables in bfloat16": {"table_dtype": "bfloat16"},
     "row-wise Adagrad for tables, rate 0.02": {"table_optimizer": "rowwise_adagrad", "table_rate": "20"},
-    "logits times one number, fitted on val": {"fit_temperature": "true"},
+    "logits as trained, not times the one number that fits val": {"fit_temperature": "false"},
 }
 
 

@@ -57,6 +57,11 @@ def run_config(**changes) -> RunConfig:
         (lambda: tiny_model(num_dense=0), "bottom_mlp is (5, 4) but num_dense is 0; leave bottom_mlp empty"),
         (lambda: tiny_model(bottom_mlp=()), "bottom_mlp is empty; it needs at least one layer"),
         (
+            lambda: tiny_model(embedded_columns=(1, 3)),
+            "embedded_columns is (1, 3); they must rise, and be of 3 numbers",
+        ),
+        (lambda: tiny_model(embedded_columns=(1,), bottom_mlp=()), "bottom_mlp is empty"),
+        (
             lambda: tiny_model(num_dense=0, bottom_mlp=(), embed_numbers=True),
             "embed_numbers is on, but the data has no numbers; leave it out",
         ),

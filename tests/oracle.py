@@ -40,8 +40,8 @@ def pooled(model: ModelConfig, tables, batch):
 def logits(model: ModelConfig, params, batch):
     dense = params["dense"]
     numbers = [mlp(dense["bottom_mlp"], batch.dense_BxN, True)] if model.bottom_mlp else []
-    rows = dense["numbers"]["vectors"] if model.embed_numbers else []
-    embedded = [batch.dense_BxN[:, n : n + 1] * rows[n][None] for n in range(len(rows))]
+    columns = range(model.num_dense) if model.embed_numbers else model.embedded_columns
+    embedded = [batch.dense_BxN[:, n : n + 1] * dense["numbers"]["vectors"][i][None] for i, n in enumerate(columns)]
     x = interaction(model, dense, numbers, numbers + pooled(model, params["tables"], batch) + embedded)
     return mlp(dense["top_mlp"], x, False)[:, 0]
 

@@ -54,7 +54,7 @@ class Case:
         m, kinds = self.model, {f"{f.table}x{f.hotness}{f.pooling[0]}" for f in self.model.features}
         return (
             f"seed {self.seed}: {m.interaction.name}{dict(m.interaction.options)} N={m.num_dense} "
-            f"embedded={m.embed_numbers} bottom={m.bottom_mlp} D={m.embedding_dim} learned={m.learned_pooling} "
+            f"embedded={m.embedded} bottom={m.bottom_mlp} D={m.embedding_dim} learned={m.learned_pooling} "
             f"{self.loss.name}/{self.loss.threshold} dense={self.optimizer.dense} table={self.optimizer.table} "
             f"eps={self.optimizer.eps} lr={self.optimizer.schedule.learning_rate} B={self.batch_size} "
             f"G={self.micro_batches} weighted={self.weighted_ids} {self.mesh} {self.sharding} "
@@ -179,6 +179,8 @@ def _embedded_numbers(seed: int, num_dense: int) -> dict:
     rng = np.random.default_rng((seed, 17))
     if not num_dense or rng.random() > 1 / 3:
         return {}
+    if rng.random() < 1 / 4:
+        return {"embedded_columns": tuple(sorted({*rng.integers(0, num_dense, 2).tolist()}))}
     return {"embed_numbers": True} | ({"bottom_mlp": ()} if rng.random() < 0.5 else {})
 
 

@@ -128,7 +128,7 @@ def save_reference_state(model: ModelConfig, state: TrainState) -> dict[str, np.
     if model.interaction.name not in ("dot", "cat") or not model.num_dense:
         what = f"{model.interaction.name} interaction" if model.num_dense else "model without numbers"
         raise ConfigError(f"the reference has no {what}, so this state has no names there")
-    if model.embed_numbers:
+    if model.embedded:
         raise ConfigError("the reference has no embedded numbers, so this state has no names there")
     for hidden in (model.bottom_hidden, model.top_hidden):
         if (hidden.activation, hidden.norm) != (PLAIN.activation, PLAIN.norm):

@@ -162,7 +162,7 @@ class DenseConfig:
     embed_numbers: bool = setting(
         False,
         "Each number times a learned vector of its own meets the features, beside the bottom MLP's output; with "
-        "--bottom_mlp= (no width) instead of it.",
+        "--bottom_mlp= (no width) instead of it. Single numbers: a schema's `embed: true`.",
     )
     learned_pooling: bool = setting(False, "Multiply each looked-up row with a trainable weight of that row.")
     dense_init: str = setting(
@@ -191,7 +191,8 @@ class ModelConfig(DenseConfig):
     """Shape of a DLRM (arXiv:1906.00091, section 2). Without numbers (`num_dense=0`) `bottom_mlp` is empty.
 
     `bottom_hidden` and `top_hidden` say what their hidden layers are made of; the top MLP's last layer is a product
-    alone, the bottom MLP's a product and the activation.
+    alone, the bottom MLP's a product and the activation. `embedded_columns` are the numbers that meet the features as
+    vectors of their own where not all do (`embed_numbers`).
     """
 
     num_dense: int
@@ -199,6 +200,7 @@ class ModelConfig(DenseConfig):
     features: tuple[FeatureConfig, ...]
     bottom_hidden: HiddenConfig = PLAIN
     top_hidden: HiddenConfig = PLAIN
+    embedded_columns: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         require(self.num_dense >= 0, f"num_dense is {self.num_dense}; it must not be negative")
@@ -225,13 +227,18 @@ class ModelConfig(DenseConfig):
 
     def _check_mlps(self) -> None:
         for name, widths in (("bottom_mlp", self.bottom_mlp), ("top_mlp", self.top_mlp)):
-            needed = name == "top_mlp" or (self.num_dense > 0 and not self.embed_numbers)
+            needed = name == "top_mlp" or len(self.embedded) < self.num_dense
             require(len(widths) >= 1 or not needed, f"{name} is empty; it needs at least one layer")
             require(min(widths, default=1) >= 1, f"{name} is {widths}; every width must be at least 1")
         require(self.top_mlp[-1] == 1, f"top_mlp ends in {self.top_mlp[-1]}; the last width must be 1 (the logit)")
         if not self.num_dense:
             require(not self.bottom_mlp, f"bottom_mlp is {self.bottom_mlp} but num_dense is 0; leave bottom_mlp empty")
             require(not self.embed_numbers, "embed_numbers is on, but the data has no numbers; leave it out")
+        columns = self.embedded_columns
+        require(
+            list(columns) == sorted({*columns} & {*range(self.num_dense)}),
+            f"embedded_columns is {columns}; they must rise, and be of {self.num_dense} numbers",
+        )
         if not self.bottom_mlp:
             return
         require(
@@ -284,9 +291,14 @@ class ModelConfig(DenseConfig):
         return max(self.bottom_hidden.dropout, self.top_hidden.dropout) > 0
 
     @property
+    def embedded(self) -> tuple[int, ...]:
+        """The numbers that meet the features as vectors of their own."""
+        return tuple(range(self.num_dense)) if self.embed_numbers else self.embedded_columns
+
+    @property
     def num_vectors(self) -> int:
         """Vectors of an example that meet: the bottom MLP's output, the features', those of embedded numbers."""
-        return bool(self.bottom_mlp) + len(self.features) + (self.num_dense if self.embed_numbers else 0)
+        return bool(self.bottom_mlp) + len(self.features) + len(self.embedded)
 
     @property
     def num_slots(self) -> int:

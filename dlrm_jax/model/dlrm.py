@@ -28,9 +28,9 @@ class DLRM(nn.Module):
         config = self.config
         pooled_BxFxD = FeatureVectors(config, name="vectors")(pooled)
         common = {"init_name": config.dense_init, "dtype": config.compute_dtype, "training": training}
-        if config.embed_numbers:
-            embedded_BxNxD = NumberVectors(config, name="numbers")(dense_BxN)
-            pooled_BxFxD = jnp.concatenate([pooled_BxFxD, embedded_BxNxD], axis=1)
+        if config.embedded:
+            embedded_BxExD = NumberVectors(config, name="numbers")(dense_BxN)
+            pooled_BxFxD = jnp.concatenate([pooled_BxFxD, embedded_BxExD], axis=1)
         bottom_BxD = None
         if config.bottom_mlp:
             bottom = MLP(config.bottom_mlp, ACTIVATED, hidden=config.bottom_hidden, **common, name="bottom_mlp")

@@ -9,6 +9,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from dlrm_jax.config import FeatureConfig, ModelConfig
 from dlrm_jax.model.mlp import INITS
@@ -51,7 +52,7 @@ class FeatureVectors(nn.Module):
 
 
 class NumberVectors(nn.Module):
-    """(B, N) -> (B, N, D): each number times a vector of its own, a row of the parameter `vectors` (N, D).
+    """(B, N) -> (B, E, D): each of E numbers times a vector of its own, a row of the parameter `vectors` (E, D).
 
     It is what a table with one row gives to an id of that weight (arXiv:2012.08986, section 2, "field embedding").
     Each row is drawn as the kernel of a product from one number to D.
@@ -61,13 +62,14 @@ class NumberVectors(nn.Module):
 
     @nn.compact
     def __call__(self, dense_BxN: jax.Array) -> jax.Array:
-        """(B, N) to (B, N, D)."""
-        of_product, (_, num_dense), dim = INITS[self.config.dense_init][0], dense_BxN.shape, self.config.embedding_dim
+        """(B, N) to (B, E, D)."""
+        of_product, embedded, dim = INITS[self.config.dense_init][0], self.config.embedded, self.config.embedding_dim
 
         def init(key: jax.Array) -> jax.Array:
-            return jax.vmap(lambda key: of_product(key, (1, dim))[0])(jax.random.split(key, num_dense))
+            return jax.vmap(lambda key: of_product(key, (1, dim))[0])(jax.random.split(key, len(embedded)))
 
-        return dense_BxN[:, :, None] * self.param("vectors", init)[None]
+        number_BxE = dense_BxN if len(embedded) == dense_BxN.shape[1] else dense_BxN[:, np.array(embedded)]
+        return number_BxE[:, :, None] * self.param("vectors", init)[None]
 
 
 def _matrix_name(config: ModelConfig, feature: FeatureConfig) -> str:

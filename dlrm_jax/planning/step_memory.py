@@ -56,7 +56,7 @@ def _dense(model: ModelConfig, examples: int, pooled: int) -> int:
     vectors, saved = model.num_vectors, _saved_of_bottom(model)
     of_hidden, of_bottoms = _kept(model.top_hidden), _kept(model.bottom_hidden)
     joined = vectors * model.embedding_dim
-    embedded = model.embed_numbers * model.num_dense * model.embedding_dim  # Beside where they are joined.
+    embedded = len(model.embedded) * model.embedding_dim  # Beside where they are joined.
     below_top = saved + joined + embedded + (width if interaction.name == "dot" else 0)
     options = interactions.complete(interaction).options
     crosses = options.get("cross_layers", 0)

@@ -155,7 +155,7 @@ def _shape(model: ModelConfig) -> dict[str, Any]:
     """What must be equal for weights that are no table's to mean the same."""
     dense = {field.name: getattr(model, field.name) for field in dataclasses.fields(DenseConfig)}
     shape = {name: value for name, value in dense.items() if name not in _BY_ITSELF}
-    shape["num_dense"] = model.num_dense
+    shape |= {"num_dense": model.num_dense, "embedded": model.embedded}
     for name in ("bottom_hidden", "top_hidden"):  # What is left out in a step is no weight.
         shape[name] = dataclasses.replace(getattr(model, name), dropout=0.0)
     shape["interaction"] = {"name": model.interaction.name, **model.interaction.options}

@@ -120,6 +120,7 @@ class ModelOptions(DenseConfig):
         dense["bottom_mlp"] = self.bottom_mlp if num_dense else ()
         bottom, dense["top_hidden"] = read_hidden(self.activation, self.norm, self.dropout)
         dense["bottom_hidden"] = bottom if dense["bottom_mlp"] else PLAIN
+        dense["embedded_columns"] = () if self.embed_numbers else dataset.embedded_columns
         model = ModelConfig(num_dense=num_dense, tables=tables, features=dataset.features, **dense)
         return compressed(model, self.compress_tables)
 

@@ -62,6 +62,7 @@ NO_NUMBERS = {"num_dense": 0, "bottom_mlp": ()}
 # The same, where each of the three numbers is a vector among those that meet.
 EMBEDDED = {
     "dot, numbers embedded": ({"embed_numbers": True}, 4 + 28),
+    "dot, a number embedded": ({"embedded_columns": (1,)}, 4 + 15),
     "full_cross, numbers embedded": (
         {"interaction": "full_cross", "cross_layers": 1, "embed_numbers": True, "bottom_mlp": ()},
         28,
@@ -232,8 +233,8 @@ def test_an_embedded_number_meets_the_features_as_its_multiple_of_a_vector(chang
     state, batch = lively_state(model), random_batch(model, 8)
     params = {"dense": state.dense_params, "tables": dict(named_tables(model, state.tables))}
     np.testing.assert_allclose(logits(model, state, batch), oracle.logits(model, params, batch), rtol=1e-4, atol=1e-5)
-    vectors_NxD = np.asarray(state.dense_params["numbers"]["vectors"])
-    assert vectors_NxD.shape == (3, 4) and len(set(vectors_NxD.flat)) == 12
+    vectors_ExD = np.asarray(state.dense_params["numbers"]["vectors"])
+    assert vectors_ExD.shape == (len(model.embedded), 4) and len(set(vectors_ExD.flat)) == vectors_ExD.size
 
 
 @every_case

@@ -113,6 +113,8 @@ class Fuzz:
             "tower_mlp": tuple(self.rng.integers(1, 70, self.rng.integers(1, 3)).tolist()),
             "learned_pooling": self.pick(True, False),
         }
+        columns = range(fields["num_dense"])
+        fields["embedded_columns"] = tuple(column for column in columns if self.pick(True, False))
         fields["embed_numbers"] = fields["num_dense"] > 0 and self.pick(True, False)
         if not fields["num_dense"] or (fields["embed_numbers"] and self.pick(True, False)):
             fields["bottom_mlp"] = ()

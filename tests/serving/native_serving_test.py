@@ -61,6 +61,7 @@ MODELS = {
         | {"top_hidden": HiddenConfig("relu", "batch", 0.4)},
     ),
     "numbers embedded": ("int8", {"embed_numbers": True, "self_interaction": True, **WIDE}),
+    "a number embedded": ("float32", {"embedded_columns": (2,)}),
     "numbers embedded, no bottom MLP": (
         "float32",
         {"embed_numbers": True, "bottom_mlp": (), "interaction": "cross", "cross_layers": 1, "cross_rank": 3},

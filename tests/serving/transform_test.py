@@ -47,7 +47,7 @@ DENSE = (
     Dense("log", column="count", transform="log1p", missing="fill", fill=3),
     Dense("nvidia", column="count", transform="nvidia_log", fill=-2),
     Dense("torchrec", column="count", transform="torchrec_log"),
-    Dense("standard", column="plain", transform="standardise"),
+    Dense("standard", column="plain", transform="standardise", embed=True),
     Dense("mean", column="count", missing="mean", transform="log1p"),
 )
 SPARSE = (
@@ -104,6 +104,7 @@ def prepared(tmp_path_factory):
     output = prepare_text(directory, text, of)
     dataset = open_prepared(output)
     model = ModelOptions(embedding_dim=4, bottom_mlp=(4,), top_mlp=(8, 1)).build(dataset)
+    assert model.embedded == (4,) and not model.embed_numbers
     state = lively_state(model)
     tables = {name: np.asarray(table) for name, table in named_tables(model, state.tables)}
     export_model(

@@ -114,7 +114,7 @@ class Dataset:
     expectation. `checksum` stands for all values where they are not in memory. `expander`, where given, makes bags of
     the one-hot ids, batch by batch.
     `schema` says what the raw log's columns were (schema_io.to_dict), which checkpoints keep; `directory` where it
-    was prepared.
+    was prepared. `embedded_columns` are the numbers that its schema embeds.
     """
 
     name: str
@@ -128,6 +128,7 @@ class Dataset:
     schema: Mapping[str, Any] | None = None
     directory: pathlib.Path | None = None
     periods: tuple[Period, ...] = ()
+    embedded_columns: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         for name in SPLITS:

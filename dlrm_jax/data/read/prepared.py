@@ -210,6 +210,7 @@ def open_prepared(directory: pathlib.Path) -> Dataset:
         name=schema.name,
         # What was prepared by older versions has a column of ones where the log has no numbers.
         dense_names=tuple(d.name for d in schema.dense) or ("constant",) * ("dense" in builder.info.features),
+        embedded_columns=tuple(i for i, dense in enumerate(schema.dense) if dense.embed),
         features=features,
         table_sizes=sizes,
         splits=splits,

@@ -41,6 +41,7 @@ class Dense:
     -2 (say fill: -2); torchrec_log: log(x - m + 2), m the least value of all torchrec_log columns (TorchRec takes it
     per file, so that its files differ); standardise: (x - mean) / standard deviation of all rows.
     `missing`: fill with the number `fill` before the transform, fill with the column's mean, or an error.
+    `embed`: the number meets the features as a vector of its own too (model/vectors.py).
     """
 
     name: str
@@ -48,6 +49,7 @@ class Dense:
     transform: str = "none"
     missing: str = "fill"
     fill: float = 0.0
+    embed: bool = False
 
     def __post_init__(self) -> None:
         require_choice(f"dense column {self.name!r}: transform", self.transform, transforms.names())

@@ -56,7 +56,7 @@ class _Model(ctypes.Structure):
     _fields_ = (
         *((name, _INT) for name in ("num_dense", "num_slots", "width", "kind", "interaction", "self_interaction")),
         *((name, _INT) for name in ("num_features", "num_bottom", "num_cross", "cross_step", "num_tower", "num_top")),
-        *((name, _Array) for name in ("feature_of_slot", "numbers")),
+        *((name, _Array) for name in ("feature_of_slot", "numbers", "embedded")),
         *((name, _POINTER) for name in ("features", "bottom", "cross", "tower", "top")),
         ("threshold", ctypes.c_float),
     )
@@ -147,7 +147,7 @@ class NativeCpu:
             num_top=len(top),
             features=self._address_of(features),
             feature_of_slot=_described(self._keep(feature_of_slot[None])),
-            numbers=_described(self._keep(dense["numbers/vectors"])) if model.embed_numbers else _Array(),
+            **self._numbers(dense, model),
             bottom=self._address_of(bottom),
             cross=self._address_of(cross),
             tower=self._address_of(tower),
@@ -159,6 +159,15 @@ class NativeCpu:
         if wrong is not None:
             raise ValueError(f"{wrong.decode()}, of which a size or a type is another")
         return address
+
+    def _numbers(self, dense: dict[str, np.ndarray], model: ModelConfig) -> dict[str, _Array]:
+        if not model.embedded:
+            return {"numbers": _Array(), "embedded": _Array()}
+        columns = np.array(model.embedded, np.int64)[None]
+        return {
+            "numbers": _described(self._keep(dense["numbers/vectors"])),
+            "embedded": _described(self._keep(columns)),
+        }
 
     def _features(self, files: TableFiles, model: ModelConfig) -> ctypes.Array[_Feature]:
         rows = {table.name: self._keep(files.stored(table.name)) for table in model.tables}

@@ -78,11 +78,12 @@ struct Feature {
 
 // `cross` has `cross_step` layers for each cross layer: v and w, or of full rank w alone; num_cross counts them all. A
 // tower, of num_tower layers, takes what the cross layers take, and its output comes behind theirs. Without a bottom MLP,
-// num_bottom 0, there are no numbers, or they are embedded: `numbers` (num_dense, width), or without data.
+// num_bottom 0, there are no numbers, or all are embedded: those of the columns `embedded` (1, of them), which rise, by
+// `numbers` (of them, width); or both without data.
 struct Model {
   int64_t num_dense, num_slots, width, kind, interaction, self_interaction;
   int64_t num_features, num_bottom, num_cross, cross_step, num_tower, num_top;
-  Array feature_of_slot, numbers;
+  Array feature_of_slot, numbers, embedded;
   const Feature* features;
   const Layer *bottom, *cross, *tower, *top;
   float threshold;
@@ -96,9 +97,11 @@ inline int64_t Padded(int64_t columns) { return (columns + kPanel - 1) / kPanel 
 
 inline const float* Floats(const Array& array) { return static_cast<const float*>(array.data); }
 
+inline int64_t NumEmbedded(const Model& model) { return model.embedded.data != nullptr ? model.embedded.columns : 0; }
+
 // The bottom MLP's output, if there is one, the features', and those of embedded numbers.
 inline int64_t NumVectors(const Model& model) {
-  return (model.num_bottom > 0) + model.num_features + (model.numbers.data != nullptr ? model.num_dense : 0);
+  return (model.num_bottom > 0) + model.num_features + NumEmbedded(model);
 }
 
 inline int64_t VectorsWidth(const Model& model) { return NumVectors(model) * model.width; }
@@ -160,9 +163,16 @@ const char* Wrong(const Model& model) {
   for (const int64_t count : {model.num_dense, model.num_bottom, model.num_cross, model.num_tower}) {
     if (!Within(count, 0, kWidest)) return "its sizes";
   }
-  const bool embeds = model.numbers.data != nullptr;
-  if (embeds && (!model.num_dense || !Holds(model.numbers, kFloats, model.num_dense, model.width))) return "its numbers";
-  if ((model.num_dense > 0) != (model.num_bottom > 0 || embeds)) return "its sizes";
+  const int64_t embedded = NumEmbedded(model);
+  if (!Within(embedded, 0, model.num_dense)) return "its numbers";
+  if (embedded && !Holds(model.numbers, kFloats, embedded, model.width)) return "its numbers";
+  if (embedded && !Holds(model.embedded, kLongs, 1, embedded)) return "its numbers";
+  const auto* columns = static_cast<const int64_t*>(model.embedded.data);
+  for (int64_t i = 0; i < embedded; ++i) {
+    if (!Within(columns[i], i ? columns[i - 1] + 1 : 0, model.num_dense - 1)) return "its numbers";
+  }
+  if (!model.num_dense && model.num_bottom) return "its sizes";
+  if (!model.num_bottom && embedded < model.num_dense) return "its sizes";
   if (!Within(model.cross_step, 1, 2) || model.num_cross % model.cross_step) return "its sizes";
   if (model.interaction != kCross && (model.num_cross || model.num_tower)) return "its interaction";
   if (!Within(model.kind, kFloat32, kInt4)) return "how its tables are stored";
@@ -406,10 +416,11 @@ class Block {
           AddRow(model_.kind, Stored(feature, row), model_.width, weight, sum);
         }
       }
-      if (model_.numbers.data == nullptr) continue;
+      const auto* columns = static_cast<const int64_t*>(model_.embedded.data);
       const float* vector = Floats(model_.numbers);
-      for (const float* x = dense_ + b * model_.num_dense; x != dense_ + (b + 1) * model_.num_dense; ++x) {
-        for (int64_t d = 0; d < model_.width; ++d) *sum++ = *x * *vector++;
+      for (int64_t i = 0; i < NumEmbedded(model_); ++i) {
+        const float x = dense_[b * model_.num_dense + columns[i]];
+        for (int64_t d = 0; d < model_.width; ++d) *sum++ = x * *vector++;
       }
     }
   }
