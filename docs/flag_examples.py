@@ -50,6 +50,7 @@ EXAMPLES = {
     "eval_every": "500",
     "checkpoint_every": "500",
     "target_value": "0.8025",
+    "profile_steps": "100:110",
     "init_from": "runs/days_1_to_8",
     "sharding_plan": "plan.json",
     "mesh": "data:2,model:4",

@@ -116,7 +116,7 @@ REFERENCE_FLAGS = (
     ReferenceFlag("print-time", False, "always: `metrics.jsonl`, `result.json`"),
     ReferenceFlag("print-wall-time", False, "always: `metrics.jsonl`, `result.json`"),
     ReferenceFlag("debug-mode", False, "none"),
-    ReferenceFlag("enable-profiling", False, "`python -m dlrm_jax.benchmark`", REFUSED),
+    ReferenceFlag("enable-profiling", False, "`--profile_steps`; `python -m dlrm_jax.benchmark`", REFUSED),
     ReferenceFlag("plot-compute-graph", False, "none", REFUSED),
     ReferenceFlag("tensor-board-filename", "run_kaggle_pt", "`WORKDIR/tensorboard`"),
     # Checkpoints.

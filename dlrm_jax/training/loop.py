@@ -24,6 +24,7 @@ from dlrm_jax.training.monitor import Clock, Interrupted, Losses, Speed, catch_s
 from dlrm_jax.training.opening import open_run
 from dlrm_jax.training.origin import OpenModel
 from dlrm_jax.training.placement import failing_in_one_line, prediction, setting_of
+from dlrm_jax.training.profiling import StepsTrace
 from dlrm_jax.training.progress import Progress, stopping
 from dlrm_jax.training.run_config import EARLIER_SCHEDULES, RunConfig, identity_of
 from dlrm_jax.training.state import TrainState
@@ -255,6 +256,7 @@ def train(
     with (
         run.feed.train_windows(config.seed, step, config.shuffle, run.began_at) as windows,
         reporting.Progress(run.last_step, step, config.batch_size, silent=not run.writes) as bar,
+        StepsTrace(config.profile_steps, run.workdir, run.writes) as trace,
     ):
         train_step = Stepper(config, run.placed, run.feed, windows)
         clock = Clock(train_step, config.batch_size)
@@ -265,8 +267,10 @@ def train(
         names = run.dataset.dense_names
         losses = Losses(run.workdir, names, progress.losses, config.log_every, write, run.feed.host_batch)
         while step < run.last_step and progress.stopped is None:
+            trace.before(step, state)
             taken, state = train_step(state, step, run.undisturbed(step))
             step += taken
+            trace.after(step, state, train_step.executable)
             own = step - run.began_at
             at_eval = own % run.eval_every == 0 or own == run.num_steps
             at_checkpoint = own % run.checkpoint_every == 0 or at_eval

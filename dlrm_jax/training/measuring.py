@@ -31,8 +31,6 @@ from dlrm_jax.training.window_step import make_window_step
 TRAIN, FORWARD, INPUT = "train", "forward", "input"
 _BATCHES, _WARM_STEPS, _LEAST_STEPS, _MOST_DISPATCHED, _TRACED_STEPS = 4, 2, 5, 200, 5
 _ROUND_SECONDS = 0.1
-_TRACED_OPTIONS: dict[str, dict[str, str | bool]] = {"gpu": {"xla_gpu_enable_command_buffer": ""}}
-"""Of the compiler, for the profiler: it would see a GPU's step as one operation, the command buffer it is put in."""
 
 
 def measure(
@@ -119,7 +117,7 @@ def _passes(
         }
         if parts:
             traced: list[tuple[Callable[[int], Any], Any]] = [(train, stepper.executable), (scored, forward)]
-            if options := _TRACED_OPTIONS.get(jax.default_backend()):
+            if options := step_parts.TRACED_OPTIONS.get(jax.default_backend()):
                 traced = _traced(config, placed, feed, window, held, stepper.record.values_TxM, score, options)
             for kind, one in zip((TRAIN, FORWARD), traced, strict=True):
                 numbers[kind]["parts"] = _shares(*one)

@@ -36,6 +36,7 @@ from dlrm_jax.tables.dtypes import DTYPES
 from dlrm_jax.tables.rules import make_rule
 from dlrm_jax.training.hidden_options import read_hidden
 from dlrm_jax.training.options import ShardingOptions
+from dlrm_jax.training.profiling import read_steps
 from dlrm_jax.training.table_settings import read_table_settings, require_known
 
 TARGET_METRICS = ("auc", "log_loss", "accuracy", "normalized_entropy")
@@ -164,6 +165,11 @@ class RunConfig:
     eval_every: int = setting(0, "Steps between evaluations on val; 0: once an epoch.", at_least=0)
     checkpoint_every: int = setting(0, "Steps between checkpoints; 0: once an epoch. Evaluations save too.", at_least=0)
     log_every: int = setting(100, "Steps between lines in metrics.jsonl.", at_least=1)
+    profile_steps: str = setting(
+        "",
+        "FIRST:LAST: these steps are traced by JAX's profiler into WORKDIR/profile, and where their time went is told, "
+        "by part and operation.",
+    )
     target_metric: str = setting("auc", "Metric on val that chooses the best checkpoint.", choices=TARGET_METRICS)
     target_value: float | None = setting(None, "Stop when the target metric reaches this.")
     fit_temperature: bool = setting(
@@ -210,6 +216,7 @@ class RunConfig:
             self.batch_size % self.num_micro_batches == 0,
             f"batch_size {self.batch_size} does not split into {self.num_micro_batches} equal num_micro_batches",
         )
+        read_steps(self.profile_steps)  # It checks them.
         make_rule(self.optimizer)  # It checks the rule's name and options.
         highest = math.inf if self.smaller_is_better else 1
         within = "0 or more" if highest > 1 else "between 0 and 1"

@@ -27,6 +27,8 @@ _SCOPES = {
     "dense_update": "MLPs",
     "sparse_update": "sparse update",
 }
+TRACED_OPTIONS: dict[str, dict[str, str | bool]] = {"gpu": {"xla_gpu_enable_command_buffer": ""}}
+"""Of the compiler, by platform: the profiler would see a GPU's step as one operation, the command buffer it is in."""
 PARTS = ("lookup", "interaction", "MLPs", "sparse update", EXCHANGE, OTHER, GAPS)
 _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?(?P<name>[\w.\-]+) = (?:\(.*?\)|\S+) (?P<op>[\w\-]+)\((?P<rest>.*)$")
 _SCOPE = re.compile(r'op_name="([^"]*)"')
@@ -68,6 +70,12 @@ def parts_of(hlo_text: str) -> dict[str, str]:
     return own
 
 
+def scopes_of(hlo_text: str) -> dict[str, str]:
+    """Where in the program each operation of a module stands, as JAX names it."""
+    found = ((_INSTRUCTION.match(line), _SCOPE.search(line)) for line in hlo_text.splitlines())
+    return {operation["name"]: scope[1] for operation, scope in found if operation and scope}
+
+
 def _part(operation: str, scopes: str) -> str:
     if _COLLECTIVE.match(operation):
         return EXCHANGE
@@ -102,11 +110,18 @@ def shares(events: Iterable[Event], part_of: Mapping[str, str]) -> dict[str, flo
 
 def profile(run: Callable[[], Any], hlo_text: str) -> list[Event]:
     """The operations of the module of this text that `run()` ran, by JAX's profiler."""
-    module = hlo_text.split(maxsplit=2)[1].rstrip(",")  # "HloModule jit_train_step, is_scheduled=true ..."
     with tempfile.TemporaryDirectory() as directory:
         with jax.profiler.trace(directory):
             run()
-        return [event for path in pathlib.Path(directory).rglob("*.xplane.pb") for event in _events(str(path), module)]
+        return events_in(pathlib.Path(directory), hlo_text)
+
+
+def events_in(directory: pathlib.Path, hlo_text: str) -> list[Event]:
+    """The operations of the module of this text in the newest trace of a directory."""
+    module = hlo_text.split(maxsplit=2)[1].rstrip(",")  # "HloModule jit_train_step, is_scheduled=true ..."
+    paths = sorted(directory.rglob("*.xplane.pb"), key=lambda path: path.stat().st_mtime)
+    newest = [path for path in paths if path.parent == paths[-1].parent]
+    return [event for path in newest for event in _events(str(path), module)]
 
 
 def _events(path: str, module: str) -> list[Event]:

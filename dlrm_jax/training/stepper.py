@@ -13,6 +13,7 @@ import numpy as np
 from dlrm_jax.config import require
 from dlrm_jax.data.read.pipeline import Prefetcher
 from dlrm_jax.host.memory import held_by
+from dlrm_jax.training import step_parts
 from dlrm_jax.training.feed import Feed, Traveller, Window
 from dlrm_jax.training.placed import Placed
 from dlrm_jax.training.placement import prediction
@@ -65,6 +66,8 @@ class Stepper:
         empty = functools.partial(jnp.full, (feed.cut.steps, len(RECORDED)), np.nan, jnp.float32)
         self._empty_record = jax.jit(empty, out_shardings=placed.everywhere)
         self._one_by_one = placed.one_by_one
+        traced = step_parts.TRACED_OPTIONS.get(jax.default_backend())
+        self._compiler_options = traced if config.profile_steps else None
         self._executables: dict[str, Any] = {}
         self._following: tuple[Traveller, Window] | None = None
         self._window: Window | None = None
@@ -150,7 +153,7 @@ class Stepper:
         if name not in self._executables:
             start = time.perf_counter()
             _LOG.info("compiling the %s", _COMPILED[name])
-            self._executables[name] = step.lower(*arguments).compile()
+            self._executables[name] = step.lower(*arguments).compile(compiler_options=self._compiler_options)
             self.compile_seconds += time.perf_counter() - start
             self._dispatched_at = None
         return self._executables[name](*arguments)

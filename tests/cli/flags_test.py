@@ -38,6 +38,7 @@ SETTINGS = {
     "multi_hot_distribution": ("pareto", "data.multi_hot_distribution", "pareto"),
     "num_periods": ("6", "data.num_periods", 6),
     "drift": ("0.25", "data.drift", 0.25),
+    "profile_steps": ("3:9", "profile_steps", "3:9"),
     "seed": ("5", "seed", 5),
     "shuffle": ("false", "shuffle", False),
     "kernels": ("native", "kernels", "native"),

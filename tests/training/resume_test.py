@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from dlrm_jax.data.read.load import DataConfig, load_dataset
 from dlrm_jax.training import checkpoint, loop
 from dlrm_jax.training.options import ShardingOptions
 from dlrm_jax.training.placed import on_one_device
+from dlrm_jax.training.profiling import TRACE, StepsTrace
 from dlrm_jax.training.reporting import read_metrics
 from dlrm_jax.training.run_config import ModelOptions, RunConfig
 from tests.helpers import ROOT, has_logged, optimizer, until
@@ -64,6 +66,29 @@ def test_stopping_and_going_on_equals_going_through(tmp_path, undisturbed, stop_
         for workdir in (tmp_path, undisturbed[0])
     ]
     assert losses[0] == losses[1] and len(losses[0]) == 6
+
+
+def test_traced_steps_change_no_bit_and_are_told_by_part_and_operation(tmp_path, undisturbed, caplog):
+    caplog.set_level("INFO", "dlrm_jax")
+    loop.train_and_evaluate(dataclasses.replace(CONFIG, profile_steps="5:9"), tmp_path)
+    assert_same_bits(final_state(tmp_path), undisturbed[1])
+    assert len(list((tmp_path / TRACE).rglob("*.xplane.pb"))) == 1
+    (told,) = (record.message for record in caplog.records if "steps 5 to 9, traced in" in record.message)
+    shares, head, *operations = told.splitlines()[1:]
+    assert {"lookup", "MLPs", "sparse update"} <= set(re.findall(r"(?:^|  )([a-zA-Z ]+?) [\d.]+%", shares))
+    assert head.split()[:3] == ["ms", "a", "step"] and len(operations) == 12
+    times = [float(line.split()[0]) for line in operations]
+    assert times == sorted(times, reverse=True) and times[0] > 0
+
+
+def test_steps_that_a_run_never_reaches_are_not_traced(tmp_path, undisturbed, caplog):
+    with StepsTrace("3:9", tmp_path, traces=True) as trace:
+        trace.before(2, undisturbed[1])
+        trace.after(2, undisturbed[1], None)
+    assert "the run ended before step 3: nothing was traced" in caplog.text and not (tmp_path / TRACE).exists()
+    for text in ("9:3", "5", "3:3", "-1:2"):
+        with pytest.raises(ConfigError, match=f"profile_steps is '{text}'; give two numbers of steps"):
+            dataclasses.replace(CONFIG, profile_steps=text)
 
 
 def test_a_finished_run_trains_no_further_and_says_the_same(tmp_path, undisturbed):
