@@ -77,7 +77,8 @@ class Flag:
         if self.choices:
             words += f" One of {', '.join(choice or '(empty)' for choice in self.choices)}."
         is_number = isinstance(parser, flags.IntegerParser | flags.FloatParser)
-        unit = UNITS[self.name] if is_number else UNITS.get(self.name, "")
+        unit = UNITS.get(self.name, "")
+        assert unit or not is_number, f"flag_examples.py has no unit of --{self.name}"
         cells = (f"`--{self.name}`", f"`{default}`" if default else "", unit, words, f"`{self.example(parser)}`")
         return "| " + " | ".join(" ".join(cell.split()).replace("|", "\\|") for cell in cells) + " |"
 
@@ -101,14 +102,16 @@ def flags_page() -> str:
     groups = [(title, [one.flag for path, one in settings(config) if len(path) == 1]) for title, config in GROUPS]
     own = {one.flag for _, one in settings(RunConfig)}
     groups.insert(2, ("Options of interactions", [name for name in known if name not in own]))
+    groups.append(("Others", list(known)))
     for title, names in groups:
         names = [name for name in names if name not in shown]
+        if not names:
+            continue
         shown |= set(names)
         rows = [_of_setting(known[name]).row(of_train[name].parser) for name in names]
         if title == "The run":
             rows.insert(0, _of_flag(of_train["workdir"]).row(of_train["workdir"].parser))
         parts.append(_section(title, rows))
-    assert shown == set(known), f"flags of no group: {set(known) - shown}"
     for command in COMMANDS:
         found = flags_of(command)
         if command in OF_RUNS:
@@ -125,16 +128,17 @@ def _section(title: str, rows: list[str]) -> str:
 def _of_setting(known: Setting) -> Flag:
     default = known.default.name if isinstance(known.default, InteractionConfig) else known.default
     words = known.help
-    bounds = [f"at least {known.at_least:g}"] if known.at_least is not None else []
+    bounds = [f"at least {known.at_least:g}"] if known.at_least else []  # That nothing is below 0 goes without saying.
     bounds += [f"above {known.above:g}"] if known.above is not None else []
     bounds += [f"below {known.below:g}"] if known.below is not None else []
     words += f" It is {' and '.join(bounds)}." if bounds else ""
-    words += f" Without effect elsewhere: {known.needs.words}." if known.needs else ""
+    words += f" No effect elsewhere: {known.needs.words}." if known.needs else ""
     return Flag(known.flag, LEARNING_DEFAULTS.get(known.flag, default), words, known.choices)
 
 
 def _of_flag(flag: flags.Flag, command: str = "") -> Flag:
-    return Flag(flag.name, flag.default, flag.help, tuple(getattr(flag.parser, "enum_values", None) or ()), command)
+    words = re.sub(r"^<.*?>: ", "", flag.help)  # absl's own list of the choices.
+    return Flag(flag.name, flag.default, words, tuple(getattr(flag.parser, "enum_values", None) or ()), command)
 
 
 def _text(value: Any) -> str:
