@@ -1,4 +1,4 @@
-"""The steps of docker/*.Dockerfile, taken in a fresh environment, as no builder is here: each instruction is done.
+"""The steps of docker/Dockerfile, taken in a fresh environment, as no builder is here: each instruction is done.
 
 Of the system's packages nothing is installed, and of Python's only this one: those that it depends on are there
 already, as `pip` would have put them. What is copied, installed and started is real.
@@ -26,22 +26,29 @@ exec {python} -m pip install --quiet --no-deps --ignore-installed "$(echo "$3" |
 """
 
 
-def instructions(name: str) -> list[tuple[str, str]]:
-    """(instruction, what follows it) of a Dockerfile."""
-    text = re.sub(r"^\s*#.*\n", "", (ROOT / "docker" / name).read_text(), flags=re.MULTILINE)
-    lines = text.replace("\\\n", " ").splitlines()
-    return [tuple(line.split(maxsplit=1)) for line in lines if line.strip()]  # type: ignore[misc]
+def stages() -> dict[str, tuple[str, list[tuple[str, str]]]]:
+    """By name: what a stage is made from, and (instruction, what follows it) in order."""
+    text = re.sub(r"^#.*\n", "", (ROOT / "docker" / "Dockerfile").read_text(), flags=re.MULTILINE)
+    found: dict[str, tuple[str, list[tuple[str, str]]]] = {}
+    for line in filter(None, text.splitlines()):
+        instruction, rest = line.split(maxsplit=1)
+        if instruction == "FROM":
+            source, name = rest.split(" AS ")
+            found[name] = (source, [])
+        else:
+            found[name][1].append((instruction, rest))
+    return found
 
 
 class Image:
-    """A directory in which an image's steps were taken; `entry` is what it starts, `directory` where."""
+    """A directory in which a stage's steps were taken; `entry` is what it starts, `directory` where."""
 
-    def __init__(self, name: str, folder: pathlib.Path) -> None:
+    def __init__(self, folder: pathlib.Path) -> None:
         self._root = folder
         environment = folder / "environment"
         subprocess.run([sys.executable, "-m", "venv", "--without-pip", environment], check=True)
-        (site,) = environment.glob("lib/*/site-packages")
-        (site / "theirs.pth").write_text(sysconfig.get_path("purelib"))
+        (self.site,) = environment.glob("lib/*/site-packages")
+        (self.site / "theirs.pth").write_text(sysconfig.get_path("purelib"))
         programs = folder / "programs"
         programs.mkdir()
         for program in ("apt-get", "useradd"):
@@ -51,12 +58,11 @@ class Image:
         path = f"{programs}:{environment / 'bin'}:{os.environ['PATH']}"
         self.environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"PATH": path}
         self.directory, self.entry = folder, [""]
-        for instruction, rest in instructions(name):
-            getattr(self, f"_{instruction.lower()}")(rest)
 
-    def _from(self, rest: str) -> None:
-        """Python of a version that is tested."""
-        assert re.fullmatch(r"python:3\.1[1-4]-slim", rest)
+    def take(self, steps: list[tuple[str, str]]) -> None:
+        """These steps, behind those that were taken before."""
+        for instruction, rest in steps:
+            getattr(self, f"_{instruction.lower()}")(rest)
 
     def _arg(self, rest: str) -> None:
         name, _, value = rest.partition("=")
@@ -94,26 +100,27 @@ class Image:
 
 @pytest.mark.timeout(300)
 def test_the_images_train_and_serve(tmp_path):
-    """Each from what it copied alone: the package with its C++ sources, in an empty directory."""
-    image = Image("train.Dockerfile", tmp_path / "train")
-    (site,) = (tmp_path / "train").glob("environment/lib/*/site-packages")
-    assert list(site.glob("dlrm_jax/**/*.cc")) and not (site / "tests").exists()
+    """From what was copied alone: the package with its C++ sources, in an empty directory."""
+    found = stages()
+    assert re.fullmatch(r"python:3\.1[1-4]-slim", found["base"][0])
+    assert found["train"][0] == found["serve"][0] == "base"
+    image = Image(tmp_path)
+    image.take(found["base"][1])
+    assert list(image.site.glob("dlrm_jax/**/*.cc")) and not (image.site / "tests").exists()
+
+    image.take(found["train"][1])
     small = ["--num_examples=2000", "--num_steps=2", "--workdir=runs/small", "--batch_size=64"]
-    done = subprocess.run(
-        [image.program, *image.entry[1:], *small],
-        cwd=image.directory,
-        env=image.environment,
-        capture_output=True,
-        text=True,
-    )
+    where = {"cwd": image.directory, "env": image.environment, "text": True}
+    done = subprocess.run([image.program, *image.entry[1:], *small], capture_output=True, **where)
     assert done.returncode == 0 and (image.directory / "runs/small/result.json").is_file(), done.stderr[-2000:]
 
-    image = Image("serve.Dockerfile", tmp_path / "serve")
+    image.take(found["serve"][1])
     serving_helpers.export_tiny(tmp_path / "exported", tiny_model())
     entry = [word.replace("=/model", f"={tmp_path / 'exported'}") for word in image.entry[1:]]
-    assert image.directory == tmp_path / "serve" / "model" and "--port=8000" in entry
+    assert image.directory == tmp_path / "model" and "--port=8000" in entry
+    where["cwd"] = image.directory
     command = [image.program, *entry, "--port=0", "--host=127.0.0.1"]
-    server = subprocess.Popen(command, cwd=image.directory, env=image.environment, stderr=subprocess.PIPE, text=True)
+    server = subprocess.Popen(command, stderr=subprocess.PIPE, **where)
     try:
         lines: list[str] = []
         for line in server.stderr or ():
