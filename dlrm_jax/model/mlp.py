@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from dlrm_jax.config import BATCH_NORM, LAYER_NORM, NORM_EPSILON, PLAIN, HiddenConfig
+from dlrm_jax.model.hashing import many_bits
 
 PRODUCT, ACTIVATED, HIDDEN = "product", "activated", "hidden"
 """What the last layer of an MLP is: a product alone, with the activation, or as those before it."""
@@ -120,6 +121,6 @@ def _dropped(x_BxW: jax.Array, rate: float, key: jax.Array, row_B: jax.Array) ->
 
     def of_example(x_W: jax.Array, row: jax.Array) -> jax.Array:
         drop = nn.Dropout(rate, deterministic=False, parent=None)
-        return drop.apply({}, x_W, rng=jax.random.fold_in(key, row))
+        return drop.apply({}, x_W, rng=many_bits(jax.random.fold_in(key, row)))
 
     return jax.vmap(of_example)(x_BxW, row_B)

@@ -12,12 +12,13 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dlrm_jax.config import NORMAL, ModelConfig, TableConfig
+from dlrm_jax.model.hashing import mix
 from dlrm_jax.tables.collective import shard_index
 from dlrm_jax.tables.dtypes import table_dtype
 from dlrm_jax.tables.forms.base import Stack
-from dlrm_jax.tables.hashing import mix, table_keys
 from dlrm_jax.tables.layout import local_stacks
 from dlrm_jax.tables.pooling import POOLING_WEIGHTS
+from dlrm_jax.tables.table_keys import table_keys
 
 FILL_FLOATS = 2**23
 """Floats drawn at a time."""

@@ -3,9 +3,10 @@
 import jax
 import jax.numpy as jnp
 
+from dlrm_jax.model.hashing import mix
 from dlrm_jax.tables.collective import shard_index
 from dlrm_jax.tables.forms.base import Stack
-from dlrm_jax.tables.hashing import mix, table_keys
+from dlrm_jax.tables.table_keys import table_keys
 from dlrm_jax.tables.updates import Noise
 
 

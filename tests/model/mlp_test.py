@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dlrm_jax.config import ACTIVATIONS, NORMS, HiddenConfig
-from dlrm_jax.model.mlp import ACTIVATED, HIDDEN, MLP, PRODUCT, Training
+from dlrm_jax.model.mlp import ACTIVATED, HIDDEN, MLP, PRODUCT, Training, _dropped
 
 ACTIVATION = {
     "relu": lambda x, _: np.maximum(x, 0),
@@ -90,6 +90,12 @@ def dropped(row_B, rate=0.25, seed=0, width=400):
     mlp = MLP((width,), HIDDEN, hidden=HiddenConfig(dropout=rate), training=training)
     params = {"layer_0": {"kernel": np.zeros((1, width)), "bias": np.ones(width)}}
     return np.asarray(mlp.apply({"params": params}, np.ones((len(row_B), 1)), rngs={"dropout": jax.random.key(seed)}))
+
+
+def test_dropout_draws_its_bits_by_hash_as_threefry_costs_as_much_as_a_product():
+    drop = lambda key: _dropped(jnp.ones((3, 5)), 0.4, key, jnp.arange(3))  # noqa: E731
+    text = str(jax.make_jaxpr(drop)(jax.random.key(0)))
+    assert text.count("random_bits") == 1 and "key<hash>[3] = random_wrap" in text
 
 
 def test_dropout_follows_from_key_layer_row_and_column():

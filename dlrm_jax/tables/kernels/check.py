@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dlrm_jax.model.hashing import mix
 from dlrm_jax.tables.dtypes import TableDtype
-from dlrm_jax.tables.hashing import mix
 from dlrm_jax.tables.kernels.pooled import pool_bags
 from dlrm_jax.tables.kernels.segments import update_segments
 from dlrm_jax.tables.pooling import pool_whole, read_rows
