@@ -27,7 +27,6 @@ root_doc = "README"
 html_theme = "furo"
 html_title = "dlrm_jax"
 myst_heading_anchors = 4
-suppress_warnings = ["myst.header"]
 default_role = "code"
 autodoc_typehints = "none"
 autodoc_member_order = "bysource"
