@@ -1,4 +1,4 @@
-"""Every command block of README.md, run in order, as it stands, in a fresh copy of the repository.
+"""Every command block of README.md, run in order, as it stands, in a fresh copy of the repository; docs/PYTHON.md too.
 
 A comment above a block says what it needs that may be missing: `<!-- not run: WHY -->` leaves it out, `<!-- needs:
 PROGRAM -->` runs it where there is one. A block that ends in `dlrm_jax.serve` is a server, which later blocks ask.
@@ -25,6 +25,7 @@ from dlrm_jax.data.schema.schema_io import load
 from tests.helpers import ROOT
 
 README = (ROOT / "README.md").read_text()
+GUIDE = (ROOT / "docs" / "PYTHON.md").read_text()
 NOT_RUN = 5
 """Blocks that need what this test cannot have. More of them would be a README that no one tries."""
 
@@ -47,7 +48,7 @@ while rest:
 
 @dataclasses.dataclass(frozen=True)
 class Block:
-    """A fenced block of README.md."""
+    """A fenced block of a page."""
 
     line: int
     language: str
@@ -61,17 +62,17 @@ class Block:
         return "dlrm_jax.serve " in self.text.strip().splitlines()[-1]
 
 
-def blocks() -> list[Block]:
-    """All of them, in order."""
+def blocks(page: str = README) -> list[Block]:
+    """All of a page, in order."""
 
     def said(comments: str, word: str) -> str:
         found = re.search(rf"<!-- {word}: (.*?) -->", comments)
         return found[1] if found else ""
 
     found = []
-    for match in _BLOCK.finditer(README):
+    for match in _BLOCK.finditer(page):
         comments, language, text = match.groups()
-        line = README[: match.start(3)].count("\n")
+        line = page[: match.start(3)].count("\n")
         found.append(Block(line, language, text, said(comments, "not run"), said(comments, "needs")))
     return found
 
@@ -121,7 +122,7 @@ class Reader:
         process, log = self.start(block)
         with ended(process):
             status = process.wait()
-        assert status == 0, f"README.md, line {block.line}, ended with {status}:\n{log.read_text()[-3000:]}"
+        assert status == 0, f"the block at line {block.line} ended with {status}:\n{log.read_text()[-3000:]}"
         return log.read_text()
 
     def serve(self, block: Block) -> None:
@@ -173,6 +174,20 @@ def test_every_block_runs_as_it_stands(tmp_path):
         for process in reader.servers:
             with ended(process):
                 pass
+
+
+@pytest.mark.slow
+@pytest.mark.end_to_end
+def test_the_guide_for_python_runs_as_one_program(tmp_path):
+    """Its commands first, which make the log; then all of its Python, which is one session."""
+    reader, found = Reader(tmp_path), blocks(GUIDE)
+    for block in found:
+        if block.language == "bash":
+            reader.run(block)
+    program = "".join(block.text for block in found if block.language == "python")
+    said = reader.run(dataclasses.replace(found[-1], text=program))
+    assert "Did you mean: embedding_dim ?" in said and "predicted step" in said
+    assert {"curves.png", "plan.json", "tables"} <= {path.name for path in reader.clone.iterdir()}
 
 
 def test_few_blocks_are_not_run_and_each_says_why():
