@@ -3,7 +3,7 @@
 import functools
 import os
 import pathlib
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import numpy as np
@@ -24,8 +24,6 @@ from dlrm_jax.training import reporting
 from dlrm_jax.training.checkpoint import BEST, LATEST
 from dlrm_jax.training.evaluation import Evaluator
 from dlrm_jax.training.run_config import RunConfig
-
-Own = TypeVar("Own", bound="Run")
 
 
 class Run:
@@ -96,22 +94,21 @@ class Run:
             found[split] = arrays | {"step": arrays["step"].astype(np.int64)}
         return found
 
-    @property
-    def best(self: Own) -> Own:
+    @functools.cached_property
+    def best(self) -> "Run":
         """The same run with the model that was best on val."""
         return self._at(BEST)
 
-    @property
-    def last(self: Own) -> Own:
+    @functools.cached_property
+    def last(self) -> "Run":
         """The same run with the model of its last checkpoint."""
         return self._at(LATEST)
 
-    def _at(self: Own, checkpoint: str) -> Own:
-        if checkpoint == self.checkpoint:
-            return self
-        other = type(self)(self.workdir, checkpoint, data_dir=self._data_dir)
-        other._allow_oversubscription = self._allow_oversubscription
-        return other
+    def _at(self, checkpoint: str) -> "Run":
+        return self if checkpoint == self.checkpoint else self._other(self.workdir, checkpoint, self._data_dir)
+
+    def _other(self, workdir: str | os.PathLike[str], checkpoint: str, data_dir: str | None) -> "Run":
+        return Run(workdir, checkpoint, data_dir=data_dir, allow_oversubscription=self._allow_oversubscription)
 
     @functools.cached_property
     def _trained(self) -> Trained:
@@ -222,9 +219,7 @@ class Run:
 
     def plot(self, path: str | os.PathLike[str] | None = None) -> Any:
         """The curves of loss and AUC as a matplotlib Figure, saved at `path` if one is given (PNG, PDF or SVG)."""
-        dataset = self.__dict__.get("_trained") and self._trained.dataset
-        optimum = None if not dataset or dataset.optimum is None else dict(dataset.optimum["val"])
-        figure = reporting.curves(self.workdir, optimum)
+        figure = reporting.curves(self.workdir)
         if path is not None:
             figure.savefig(path, dpi=120)
         return figure
@@ -234,7 +229,7 @@ class Run:
         """The embedding tables, read from the checkpoint as they are asked for: `run.tables["user"]["u42"]`."""
         return Tables(self._stored, lambda: self._reader)
 
-    def another(self: Own, workdir: str | os.PathLike[str]) -> Own:
+    def another(self, workdir: str | os.PathLike[str]) -> "Run":
         """The run of another workdir at the same checkpoint; this one's weights leave the devices until they are asked.
 
         Where the data moved, that is said for both, if both had the same.
@@ -246,9 +241,7 @@ class Run:
         if trained is not None:  # Both models' tables together may not fit.
             jax.tree.map(lambda array: array.delete(), trained.state)
             self.__dict__.pop("_evaluator", None)
-        other = type(self)(workdir, self.checkpoint, data_dir=moved)
-        other._allow_oversubscription = self._allow_oversubscription
-        return other
+        return self._other(workdir, self.checkpoint, moved)
 
 
 def _is_number(value: Any) -> bool:

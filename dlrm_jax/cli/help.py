@@ -15,7 +15,9 @@ SCREEN_ROWS = 24
 _LEAST, _MOST = 60, 100
 """Columns of text."""
 _RUN_FLAGS = "dlrm_jax.cli.flags"
-_TYPES = {"int": "N", "float": "X", "numbers": "N,N,..."}
+_TYPES = {"int": "N", "float": "X", "numbers": "N,N,...", "comma separated list of strings": "TEXT,TEXT,..."}
+_UNITS = ("seconds", "bytes", "rows", "steps", "epochs", "ms")
+"""Last words of flags' names that are the unit of their numbers."""
 
 
 def text(module: str, short: bool) -> str:
@@ -73,7 +75,8 @@ def _usage(flag: flags.Flag) -> str:
     if flag.boolean:
         return f"--[no]{flag.name}"
     values = getattr(flag.parser, "enum_values", None)
-    kind = _TYPES.get(flag.flag_type(), "TEXT")
+    unit = flag.name.rpartition("_")[2]
+    kind = unit.upper() if unit in _UNITS else _TYPES.get(flag.flag_type(), "TEXT")
     return f"--{flag.name}={'|'.join(value or '``' for value in values) if values else kind}"
 
 

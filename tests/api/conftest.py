@@ -47,6 +47,6 @@ def run(frame, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def test_rows(frame, run):
+def held_out(frame, run):
     prepared = dlrm_jax.load(run.workdir / "data")
     return frame.iloc[prepared.to_numpy("test")["row"]]
