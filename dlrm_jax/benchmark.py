@@ -14,7 +14,6 @@ from typing import Any
 import jax
 from absl import flags
 
-from dlrm_jax.cli import flags as run_flags
 from dlrm_jax.cli.commands import run_command
 from dlrm_jax.cli.flags import config_from_flags, define_run_flags
 from dlrm_jax.config import ConfigError
@@ -187,7 +186,6 @@ def command() -> None:
     """The command, as a console script calls it too."""
     define_benchmark_flags()
     define_run_flags()
-    flags.adopt_module_key_flags(run_flags)
     run_command(main)
 
 

@@ -8,19 +8,18 @@ from typing import Any
 
 from absl import flags
 
-from dlrm_jax.cli import judging_flags
+from dlrm_jax.api.evaluation import asked_for, evaluate
+from dlrm_jax.api.run import Run
 from dlrm_jax.cli.commands import run_command
-from dlrm_jax.cli.judging import Subject
-from dlrm_jax.cli.judging_flags import define_judging_flags, judging_from_flags
-from dlrm_jax.cli.trained import Trained, load_config, restore
 from dlrm_jax.data.read.dataset import Rows
 from dlrm_jax.data.read.pipeline import rows_and_labels
 from dlrm_jax.data.schema.schema import SPLITS
 from dlrm_jax.host import files, heap
 from dlrm_jax.host.memory import TRY_ANYWAY_HELP
+from dlrm_jax.judging.judge import require_possible
 from dlrm_jax.training import reporting
 from dlrm_jax.training.checkpoint import BEST, LATEST, Checkpoints
-from dlrm_jax.training.evaluation import Evaluator, evaluate_splits
+from dlrm_jax.training.evaluation import evaluate_splits
 from dlrm_jax.training.monitor import Speed
 
 FLAGS = flags.FLAGS
@@ -35,7 +34,42 @@ def define_flags() -> None:
     flags.DEFINE_string("predictions_out", None, "CSV file for row number, label and probability of every row.")
     flags.DEFINE_bool("allow_oversubscription", False, TRY_ANYWAY_HELP)
     flags.DEFINE_string("data_dir", None, "Where the data is now, if it moved since training.")
-    define_judging_flags()
+    _define_judging_flags()
+
+
+def _define_judging_flags() -> None:
+    flags.DEFINE_string(
+        "group_by", "", "Report GAUC: AUC within the rows of each value of this column, as the user, by impressions."
+    )
+    flags.DEFINE_list(
+        "slice_by",
+        [],
+        "Report every metric for each value of these columns, each on its own; of a bag its first id counts, numbers "
+        "of many values go into buckets by quantiles.",
+    )
+    flags.DEFINE_string(
+        "columns_from",
+        "",
+        "A prepared dataset of the same log and split, for columns of --group_by and --slice_by that the model does "
+        "not use: prepare the log again, with a schema that has them.",
+    )
+    flags.DEFINE_integer("max_slices", 20, "Slices of a column at most: the rarest values are taken together.")
+    flags.DEFINE_integer(
+        "bootstrap", 0, "Resamples for confidence intervals, of the groups of --group_by, else of rows; 0: none."
+    )
+    flags.DEFINE_float("confidence", 0.95, "What share of resamples an interval covers.")
+    flags.DEFINE_string(
+        "compare",
+        "",
+        "The workdir of another run, whose same checkpoint is scored on the same rows: differences of all metrics by "
+        "paired bootstrap (1000 resamples where --bootstrap says nothing).",
+    )
+    flags.DEFINE_bool("importance", False, "Report what AUC and log loss lose when each column is permuted.")
+    flags.DEFINE_integer("importance_repeats", 5, "Permutations of each column.")
+    flags.DEFINE_integer("importance_rows", 100_000, "Rows on which columns are permuted, at most.")
+    flags.DEFINE_integer("seed", 0, "Decides the resamples, the permutations, and the rows of --importance_rows.")
+    flags.DEFINE_string("plots", "", "Directory for calibration.png, lift.png and, with --importance, importance.png.")
+    flags.DEFINE_string("json", "", "File for everything that is reported, with the intervals of all slices.")
 
 
 def write_predictions(path: pathlib.Path, split: Rows, probabilities: list[float]) -> None:
@@ -71,38 +105,44 @@ def renew_result(workdir: pathlib.Path, result: dict[str, Any]) -> None:
 def main() -> None:
     """Restore, evaluate, print, judge, and renew result.json."""
     files.require_output_file("predictions_out", FLAGS.predictions_out)
-    asked, workdir = judging_from_flags(), pathlib.Path(FLAGS.workdir)
-    run = restored(workdir)
-    evaluate = Evaluator(run.config, run.placed, run.dataset)
-    subject = Subject(FLAGS.workdir, run, evaluate, FLAGS.split, asked, restored)
+    files.require_output_file("json", FLAGS.json)
+    asked = asked_for(**{name: FLAGS[name].value for name in _ASKED} | {name: _given(name) for name in _GIVEN})
+    run = Run(
+        FLAGS.workdir, FLAGS.checkpoint, data_dir=FLAGS.data_dir, allow_oversubscription=FLAGS.allow_oversubscription
+    )
+    if asked.columns_from is None:
+        require_possible(run.dataset, asked.options)  # Before the work.
     heap.keep_freed_temporaries()
-    result = evaluate_splits(run.config, run.dataset, evaluate, run.state) | Speed().summary()
-    result = reporting.with_earlier_speed(result, reporting.earlier(workdir, "result.json"))
+    result = evaluate_splits(run.config, run.dataset, run.evaluator, run.state) | Speed().summary()
+    result = reporting.with_earlier_speed(result, reporting.earlier(run.workdir, "result.json"))
     split = run.dataset.splits[FLAGS.split]
-    shown = result[FLAGS.split] if FLAGS.split in result else evaluate(run.state, split)
+    shown = result[FLAGS.split] if FLAGS.split in result else run.evaluator(run.state, split)
     print(reporting.format_table({FLAGS.split: shown}, result.get("optimum") if FLAGS.split == "test" else None))
     line = {"step": result["step"], "split": FLAGS.split} | (shown or {})
-    if asked.anything or FLAGS.predictions_out:
-        rows = evaluate.score(run.state, split).scored(first=len(split))
+    if asked.anything or FLAGS.json or FLAGS.predictions_out:
+        found = evaluate(run, FLAGS.split, asked, report=bool(FLAGS.json))
         if FLAGS.predictions_out:
-            write_predictions(pathlib.Path(FLAGS.predictions_out), split, rows.prob_R.tolist())
-        line |= subject.judged(rows) if asked.anything else {}
+            write_predictions(pathlib.Path(FLAGS.predictions_out), split, found.scores.prob_R.tolist())
+        if FLAGS.json:
+            reporting.write_json_atomically(pathlib.Path(FLAGS.json), dict(found))
+        print(f"\n{found.text}" if found.text else "", end="\n" if found.text else "")
+        line |= found.summary
     print(json.dumps(reporting.json_ready(line)))
-    renew_result(workdir, result)
+    renew_result(run.workdir, result)
 
 
-def restored(workdir: pathlib.Path) -> Trained:
-    """The run of --workdir, or another at the same checkpoint; where data moved is said for both, if both had it."""
-    moved = FLAGS.data_dir
-    if moved is not None and load_config(workdir).data != load_config(pathlib.Path(FLAGS.workdir)).data:
-        moved = None
-    return restore(workdir, FLAGS.checkpoint, moved, FLAGS.allow_oversubscription)
+_ASKED = ("group_by", "slice_by", "columns_from", "bootstrap", "compare", "importance", "seed", "plots")
+_GIVEN = ("max_slices", "confidence", "importance_repeats", "importance_rows")
+"""Flags that have no effect without others, where somebody types them."""
+
+
+def _given(name: str) -> Any:
+    return FLAGS[name].value if FLAGS[name].present else None
 
 
 def command() -> None:
     """The command, as a console script calls it too."""
     define_flags()
-    flags.adopt_module_key_flags(judging_flags)  # Else --help would not list them.
     run_command(main)
 
 

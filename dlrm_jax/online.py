@@ -5,9 +5,8 @@ import pathlib
 
 from absl import flags
 
-from dlrm_jax.cli import flags as run_flags
+from dlrm_jax.api.exported import open_exported
 from dlrm_jax.cli.commands import run_command
-from dlrm_jax.cli.exported import open_exported
 from dlrm_jax.cli.flags import config_from_flags, define_run_flags, flagfile_text
 from dlrm_jax.config import require
 from dlrm_jax.host import files, processes
@@ -71,7 +70,6 @@ def command() -> None:
     """The command, as a console script calls it too."""
     define_flags()
     define_run_flags()
-    flags.adopt_module_key_flags(run_flags)  # Else --help would not list them.
     run_command(main)
 
 

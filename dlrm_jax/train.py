@@ -2,21 +2,18 @@
 
 import contextlib
 import logging
-import pathlib
 import sys
 from collections.abc import Iterator
 
 from absl import flags
 
-from dlrm_jax.cli import flags as run_flags
+from dlrm_jax.api.exported import open_exported
+from dlrm_jax.api.training import begin, workdir_of
 from dlrm_jax.cli.commands import run_command
-from dlrm_jax.cli.exported import open_exported
 from dlrm_jax.cli.flags import config_from_flags, defaults_taken, define_run_flags, flagfile_text, settings_text
-from dlrm_jax.config import ConfigError
-from dlrm_jax.data.read.prepared import is_prepared, read_schema
 from dlrm_jax.data.schema.schema import HELD_OUT
-from dlrm_jax.host import files, processes
-from dlrm_jax.training.loop import ResultNotWritten, train_and_evaluate
+from dlrm_jax.host import processes
+from dlrm_jax.training.loop import ResultNotWritten
 from dlrm_jax.training.monitor import Interrupted
 from dlrm_jax.training.reporting import format_cost, format_table
 from dlrm_jax.training.seeds import SEEDS, format_seeds, train_seeds
@@ -31,15 +28,6 @@ def define_process_flags() -> None:
     )
     flags.DEFINE_integer("num_processes", 0, "How many processes train together; 0: one, or what the cluster says.")
     flags.DEFINE_integer("process_id", -1, "This process's number among them, from 0.")
-
-
-def _workdir(data_dir: pathlib.Path) -> pathlib.Path:
-    """Where the run is kept: as --workdir says, for prepared data by default under its name."""
-    if not FLAGS.workdir and not is_prepared(data_dir):
-        raise ConfigError("--workdir is missing; it says where checkpoints, logs and results go")
-    workdir = pathlib.Path(FLAGS.workdir or f"runs/{read_schema(data_dir).name}")
-    files.require_output_directory("workdir", workdir)
-    return workdir
 
 
 def define_seed_flags() -> None:
@@ -57,19 +45,15 @@ def main() -> None:
     processes.join(FLAGS.coordinator_address, FLAGS.num_processes, FLAGS.process_id, settings_text())
     if not processes.is_first():
         logging.getLogger("dlrm_jax").setLevel(logging.WARNING)  # Said once is enough.
-    config = config_from_flags()
     unwritten = None
     with exiting_when_interrupted(), processes.ending_together(but_for=Interrupted):
-        workdir = _workdir(pathlib.Path(config.data.data_dir))
         if FLAGS.num_seeds != 1:
-            written = train_seeds(config, workdir, FLAGS.num_seeds, flagfile_text(), defaults_taken(), open_exported)
-            print(format_seeds(written))
-            print(f"{FLAGS.num_seeds} seeds; all results are in {workdir / SEEDS}")
+            _train_seeds()
             return
         try:
-            result = train_and_evaluate(config, workdir, flagfile_text(), defaults_taken(), open_exported)
+            workdir, result = begin(FLAGS)
         except ResultNotWritten as error:
-            result, unwritten = error.result, error
+            workdir, result, unwritten = workdir_of(FLAGS), error.result, error
     if not processes.is_first():
         return
     print(format_table({name: result[name] for name in HELD_OUT}, result.get("optimum")))
@@ -81,6 +65,13 @@ def main() -> None:
     if unwritten is not None:
         raise unwritten
     print(f"step {result['step']}; results, curves and checkpoints are in {workdir}")
+
+
+def _train_seeds() -> None:
+    config, workdir = config_from_flags(), workdir_of(FLAGS)
+    written = train_seeds(config, workdir, FLAGS.num_seeds, flagfile_text(), defaults_taken(), open_exported)
+    print(format_seeds(written))
+    print(f"{FLAGS.num_seeds} seeds; all results are in {workdir / SEEDS}")
 
 
 @contextlib.contextmanager
@@ -98,7 +89,6 @@ def command() -> None:
     define_process_flags()
     define_seed_flags()
     define_run_flags()
-    flags.adopt_module_key_flags(run_flags)  # Else --help would not list them.
     run_command(main)
 
 

@@ -106,7 +106,6 @@ def command() -> None:
     """The command, as a console script calls it too."""
     define_tune_flags()
     define_run_flags()
-    flags.adopt_module_key_flags(run_flags)
     run_command(main)
 
 

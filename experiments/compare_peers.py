@@ -37,6 +37,7 @@ from absl import flags
 from measure import replace_section, where_and_when
 from peers.report import GOALS, SIDES, draw, floor_table, rows_of, table
 
+from dlrm_jax.api.planning import model_of
 from dlrm_jax.cli.flags import config_from_flags, define_run_flags
 from dlrm_jax.config import ModelConfig
 from dlrm_jax.data.batch import Batch
@@ -44,7 +45,6 @@ from dlrm_jax.data.generate.synthetic import device_batch
 from dlrm_jax.data.read.load import synthetic_spec
 from dlrm_jax.host import gpu_atomics, heap
 from dlrm_jax.host.formulations import AUTO, NATIVE
-from dlrm_jax.plan import model_of
 from dlrm_jax.tables.by_name import named_tables
 from dlrm_jax.tables.kernels import build
 from dlrm_jax.training.placed import Placed, on_one_device

@@ -63,10 +63,10 @@ def compare(devices: list) -> tuple[dict[str, dict], str]:
     import jax
     import numpy as np
 
+    from dlrm_jax.api.planning import load_of, model_of
     from dlrm_jax.cli.flags import config_from_flags
     from dlrm_jax.data.generate import synthetic
     from dlrm_jax.host.mesh import make_mesh, parse_mesh
-    from dlrm_jax.plan import load_of, model_of
     from dlrm_jax.planning import planner, report
     from dlrm_jax.planning.hardware import of_device
     from dlrm_jax.planning.hlo import collectives, totals

@@ -20,10 +20,10 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 from absl import flags
 from measure import replace_section
 
+from dlrm_jax.api.planning import load_of, model_of
 from dlrm_jax.cli.flags import config_from_flags, define_run_flags
 from dlrm_jax.config import LossConfig
 from dlrm_jax.host.mesh import MeshShape
-from dlrm_jax.plan import load_of, model_of
 from dlrm_jax.planning import planner
 from dlrm_jax.planning.cost import Cost
 from dlrm_jax.planning.hardware import HARDWARE

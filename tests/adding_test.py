@@ -8,8 +8,8 @@ import zlib
 import numpy as np
 import pytest
 
+from dlrm_jax.api.trained import open_stored
 from dlrm_jax.cli.flags import flagfile_text
-from dlrm_jax.cli.trained import open_stored
 from dlrm_jax.config import ConfigError, LossConfig
 from dlrm_jax.data.formats.readers import READERS
 from dlrm_jax.data.schema.schema import Dense, Sparse

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dlrm_jax.cli.trained import load_config
+from dlrm_jax.api.trained import load_config
 from dlrm_jax.config import (
     ConfigError,
     FeatureConfig,

@@ -12,7 +12,7 @@ from tests.helpers import ROOT
 
 FOLDERS = (
     *("config", "host", "model", "data", "tables", "planning", "training", "judging"),
-    *("compat", "serving", "tuning", "cli"),
+    *("compat", "serving", "tuning", "cli", "api"),
 )
 """From the lowest to the highest; what is in none of them is a command, and above them all."""
 

@@ -3,7 +3,7 @@
 import contextlib
 import importlib
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from absl import flags
 
@@ -45,10 +45,10 @@ def defined(command: str) -> Iterator[None]:
             flags.FLAGS[name] = flag
 
 
-def call(command: str, *arguments: str) -> str:
-    """What `python -m dlrm_jax.COMMAND` prints to stdout; raises what its main raises."""
+def call(command: str, *arguments: str, words: Sequence[str] = ()) -> str:
+    """What `python -m dlrm_jax.COMMAND` prints to stdout, `words` behind its flags; raises what its main raises."""
     with defined(command), contextlib.redirect_stdout(io.StringIO()) as out:
         rest = flags.FLAGS([command, *arguments])
         assert len(rest) == 1, rest
-        importlib.import_module(f"dlrm_jax.{command}").main()
+        importlib.import_module(f"dlrm_jax.{command}").main(*words)
     return out.getvalue()

@@ -20,7 +20,7 @@ import subprocess
 import sys
 import time
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import pytest
 
@@ -31,6 +31,7 @@ from tests.helpers import ROOT
 PAGES = ("README.md", *(f"docs/{name}.md" for name in runpy.run_path(str(ROOT / "docs" / "conf.py"))["pages"]()))
 ELSEWHERE = {"docs/ADDING.md": "adding_test.py", "docs/API.md": "docs_test.py", "docs/PYTHON.md": "a test of its own"}
 """Pages whose blocks others run."""
+READ_HERE = tuple(page for page in PAGES if page not in ELSEWHERE)
 NOT_RUN = 5
 """Blocks that need what this test cannot have. More of them would be pages that no one tries."""
 LANGUAGES = {"bash", "python", "yaml", "csv", "json", "text", ""}
@@ -74,21 +75,21 @@ class Block:
         return "dlrm_jax.serve " in self.text.strip().splitlines()[-1]
 
 
-def blocks() -> list[Block]:
-    """All of them, in order."""
+def blocks(pages: Iterable[str] = READ_HERE) -> list[Block]:
+    """All of these pages, in order."""
 
     def said(comments: str, word: str) -> str:
         found = re.search(rf"<!-- {word}: (.*?) -->", comments)
         return found[1] if found else ""
 
     found = []
-    for page in PAGES:
+    for page in pages:
         text = (ROOT / page).read_text()
         for match in _BLOCK.finditer(text):
             comments, language, code = match.groups()
             line, prints = text[: match.start(3)].count("\n"), "<!-- prints -->" in comments
             found.append(Block(page, line, language, code, said(comments, "not run"), said(comments, "needs"), prints))
-    return [block for block in found if block.page not in ELSEWHERE]
+    return found
 
 
 def free_port() -> int:
@@ -201,11 +202,23 @@ def assert_printed(block: Block, printed: str) -> None:
         assert re.fullmatch(pattern, line), f"{block.where} shows {shown!r}, but {line!r} was printed"
 
 
+@pytest.mark.slow
+@pytest.mark.end_to_end
+def test_the_guide_for_python_runs_as_one_program(tmp_path):
+    """Its commands first, which make the log; then all of its Python, which is one session."""
+    reader, found = Reader(tmp_path), blocks(("docs/PYTHON.md",))
+    for block in found:
+        if block.language == "bash":
+            reader.run(block)
+    program = "".join(block.text for block in found if block.language == "python")
+    said = reader.run(dataclasses.replace(found[-1], text=program))
+    assert "Did you mean: embedding_dim ?" in said and "predicted step" in said
+    assert {"curves.png", "plan.json", "tables"} <= {path.name for path in reader.clone.iterdir()}
+
+
 def test_few_blocks_are_not_run_and_each_says_why():
     found = blocks()
-    fences = sum(
-        len(re.findall(r"^```", (ROOT / page).read_text(), re.MULTILINE)) for page in PAGES if page not in ELSEWHERE
-    )
+    fences = sum(len(re.findall(r"^```", (ROOT / page).read_text(), re.MULTILINE)) for page in READ_HERE)
     assert fences == 2 * len(found), "a block is not recognised as one"
     assert sum(bool(block.not_run) for block in found) == NOT_RUN
     assert {block.language for block in found} <= LANGUAGES

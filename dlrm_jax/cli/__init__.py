@@ -1,1 +1,1 @@
-"""What the commands share: flags, how a command runs and ends, a run found again in its workdir."""
+"""What the commands share: flags and their help, how a command runs and ends."""

@@ -4,7 +4,6 @@ import contextlib
 import functools
 import logging
 import os
-import re
 import sys
 import warnings
 from collections.abc import Callable
@@ -14,17 +13,20 @@ from absl import app, flags
 from absl import logging as absl_logging
 from tqdm import tqdm
 
+from dlrm_jax.cli import help, one_line
 from dlrm_jax.config import ConfigError
 from dlrm_jax.host import gpu_atomics, interrupts, memory
 
 FLAGS = flags.FLAGS
-_LONGEST_LINE = 600
 _OF_OTHER_READS = ("Event loop is closed", "Encountered error while reading array index")
 """What Orbax's coroutines raise where nobody awaits them, in dozens of lines each."""
 
 
-def run_command(main: Callable[[], None]) -> None:
-    """Parse flags and run `main`; what the user can mend becomes one line on stderr and exit status 1."""
+def run_command(main: Callable[..., None], words: bool = False) -> None:
+    """Parse flags and run `main`; what the user can mend becomes one line on stderr and exit status 1.
+
+    With `words` it gets what stands behind the flags; else nothing may.
+    """
 
     def guarded(argv: list[str]) -> None:
         with interrupts.one_line():
@@ -34,14 +36,14 @@ def run_command(main: Callable[[], None]) -> None:
             memory.end_in_one_line()
             try:
                 memory.require_threads()
-                if len(argv) > 1:
+                if len(argv) > 1 and not words:
                     raise ConfigError(f"unexpected argument {argv[1]!r}; flags look like --name=value")
-                main()
+                main(*argv[1:])
             except Exception as error:
-                print(f"error: {_shortened(_say_or_raise(error))}", file=sys.stderr)
+                print(f"error: {one_line.shortened(_say_or_raise(error))}", file=sys.stderr)
                 _end_at_once()
 
-    app.run(guarded, flags_parser=_parse_flags)
+    app.run(guarded, flags_parser=functools.partial(_parse_flags, main.__module__))
 
 
 def _end_at_once() -> NoReturn:
@@ -60,16 +62,18 @@ def _end_at_once() -> NoReturn:
     os._exit(1)
 
 
-def _parse_flags(argv: list[str]) -> list[str]:
-    """absl's parsing; what it refuses is one line too."""
+def _parse_flags(module: str, argv: list[str]) -> list[str]:
+    """absl's parsing; what it refuses is one line too. `module` is the command's, whose help is asked for."""
+    for word in argv[1:]:
+        if word in help.WORDS:
+            with contextlib.suppress(BrokenPipeError):  # Where who reads it has seen enough.
+                print(help.text(module, short=help.WORDS[word]), flush=True)
+            os._exit(0)
     try:
         return FLAGS(argv)
-    except flags.CantOpenFlagFileError as error:
-        reason = str(error).partition("flagfile: ")[2] or str(error)
-        print(f"error: --flagfile: {_without_number(reason)}", file=sys.stderr)
-        sys.exit(1)
     except flags.Error as error:
-        print(f"error: {_shortened(str(error))} (--help lists the flags)", file=sys.stderr)
+        further = "" if isinstance(error, flags.CantOpenFlagFileError) else " (--help lists the flags)"
+        print(f"error: {one_line.of_flags(error)}{further}", file=sys.stderr)
         sys.exit(1)
 
 
@@ -92,27 +96,11 @@ def _say_or_raise(error: Exception) -> str:
     """What the user can mend, in words; anything else is raised."""
     if memory.is_exhausted(error):
         return f"{memory.ran_out(error)}; a smaller model, batch or data set would fit"
+    if isinstance(error, OSError) and error.strerror:
+        return one_line.of_system(error)
     if isinstance(error, ConfigError | OSError):
-        return _say(error)
+        return one_line.without_number(str(error))
     raise error
-
-
-def _say(error: ConfigError | OSError) -> str:
-    """An error in words; the system's own without its number, and with the file first."""
-    if not isinstance(error, OSError) or not error.strerror:
-        return _without_number(str(error))
-    names = [str(name) for name in (error.filename, error.filename2) if name is not None]
-    return ": ".join([" -> ".join(names), error.strerror]) if names else error.strerror
-
-
-def _without_number(text: str) -> str:
-    return re.sub(r"\[Errno -?\d+\] ", "", text)
-
-
-def _shortened(text: str) -> str:
-    """One line, whatever a value holds; of a long one the beginning, which says what, and the end, what to do."""
-    line = " ".join(text.split())
-    return line if len(line) <= _LONGEST_LINE else f"{line[: _LONGEST_LINE - 200]} ... {line[-190:]}"
 
 
 class _BesideProgressBar(logging.Handler):

@@ -8,7 +8,9 @@ Orbax's files check their own directory of pieces, but not the numbers in them. 
 of every array and of the record, and nothing that was read is handed out before it was compared (checksums.py).
 """
 
+import contextlib
 import functools
+import logging
 import math
 import os
 import pathlib
@@ -81,8 +83,9 @@ class Checkpoints:
     def _manager(self, kind: str, keep: int) -> ocp.CheckpointManager:
         if self._read_only:
             options = ocp.CheckpointManagerOptions(read_only=True, create=False, save_interval_steps=0)
-        else:
-            options = ocp.CheckpointManagerOptions(preservation_policy=checkpoint_managers.LatestN(keep))
+            with _orbax_silent():  # It warns that what is opened to be read is only read.
+                return ocp.CheckpointManager(_Directory(self.directory / kind), options=options)
+        options = ocp.CheckpointManagerOptions(preservation_policy=checkpoint_managers.LatestN(keep))
         return ocp.CheckpointManager(_Directory(self.directory / kind), options=options)
 
     def __enter__(self) -> "Checkpoints":
@@ -224,6 +227,18 @@ class Checkpoints:
             if which.isdecimal() and int(which) in steps:
                 return kind, int(which)
         raise ConfigError(f"no checkpoint {which!r} in {self.directory} ({self._listing()})")
+
+
+@contextlib.contextmanager
+def _orbax_silent() -> Iterator[None]:
+    """Orbax logs through absl's logger, which a command silences and a user of Python need not know."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _tidy(directory: pathlib.Path) -> None:

@@ -36,6 +36,10 @@ class Evaluator:
         wait = jax.block_until_ready if self._placed.one_by_one else lambda sums: sums
         return score_rows(self._feed(split), lambda batch: wait(self._step(state, batch)))
 
+    def forget(self, split: Rows) -> None:
+        """Let go of a split that is not scored again."""
+        self._feeds.pop(id(split), None)
+
     def _feed(self, split: Rows) -> Feed:
         if id(split) not in self._feeds:
             rows = min(self._config.eval_batch_size, max(len(split), 1))

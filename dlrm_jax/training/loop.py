@@ -38,7 +38,7 @@ _READ_SECONDS = 1.0
 class Run:
     """What stays fixed during one call of `train_and_evaluate`."""
 
-    def __init__(self, config: RunConfig, workdir: pathlib.Path) -> None:
+    def __init__(self, config: RunConfig, workdir: pathlib.Path, progress: bool = True) -> None:
         self.config, self.workdir = config, workdir
         _LOG.info("loading %s", config.data.data_dir or config.data.dataset)
         opened = open_run(config, workdir)
@@ -63,6 +63,7 @@ class Run:
         self.feed = make_feed(self.placed, self.dataset, self.dataset.splits["train"], cut, room, self.num_steps)
         self.evaluate = Evaluator(config, self.placed, self.dataset, room)
         self.writes = processes.is_first()
+        self.shows = progress and self.writes
         self.began_at = 0
 
     @property
@@ -96,17 +97,19 @@ def train_and_evaluate(
     flagfile: str | None = None,
     defaults: str = "",
     open_model: OpenModel | None = None,
+    progress: bool = True,
 ) -> dict[str, Any]:
     """Train, or go on training, in `workdir`; returns what `result.json` says. Raises Interrupted after a signal.
 
     `flagfile` is kept as `flags.txt`, so that the run can be repeated from it; `defaults`, settings that the user left
-    open, are told once nothing forbids the run. `open_model` opens the exported model of --init_from.
+    open, are told once nothing forbids the run. `open_model` opens the exported model of --init_from. `progress` shows
+    a bar.
     ConfigError if another training is running there, ResultNotWritten if all is done but the files at the end.
     """
     checkpoint.require_name(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     with the_only_training(workdir):
-        return _train_and_evaluate(config, workdir, flagfile, defaults, open_model)
+        return _train_and_evaluate(Run(config, workdir, progress), flagfile, defaults, open_model)
 
 
 @contextlib.contextmanager
@@ -133,10 +136,8 @@ class ResultNotWritten(ConfigError):
         self.result = result
 
 
-def _train_and_evaluate(
-    config: RunConfig, workdir: pathlib.Path, flagfile: str | None, defaults: str, open_model: OpenModel | None
-) -> dict[str, Any]:
-    run = Run(config, workdir)
+def _train_and_evaluate(run: Run, flagfile: str | None, defaults: str, open_model: OpenModel | None) -> dict[str, Any]:
+    config, workdir = run.config, run.workdir
     processes.agree("data", run.identity["data"] | {"plan": run.placed.plan.to_dict()})
     for name, rows in run.dataset.splits.items():
         if rows.only_label is not None:
@@ -255,7 +256,7 @@ def train(
     alone = jax.process_count() == 1
     with (
         run.feed.train_windows(config.seed, step, config.shuffle, run.began_at) as windows,
-        reporting.Progress(run.last_step, step, config.batch_size, silent=not run.writes) as bar,
+        reporting.Progress(run.last_step, step, config.batch_size, silent=not run.shows) as bar,
         StepsTrace(config.profile_steps, run.workdir, run.writes) as trace,
     ):
         train_step = Stepper(config, run.placed, run.feed, windows)
@@ -333,7 +334,7 @@ def evaluate_progress(
 
 
 def predicted_and_measured(run: Run, speed: Speed, memory: int | None) -> dict[str, dict[str, Any]]:
-    """Seconds a step and bytes a device: as the planner has them, and as the clock and XLA have them."""
+    """Seconds a step and bytes a device: as the planner has them, also by part, and as the clock and XLA have them."""
     cost, rate = prediction(run.config, run.placed), speed.summary()["samples_per_second"]
     hardware = setting_of(run.config, run.model, run.placed.plan.mesh).hardware.name
     return {
@@ -341,6 +342,7 @@ def predicted_and_measured(run: Run, speed: Speed, memory: int | None) -> dict[s
             "seconds": cost.step_seconds,
             "bytes": cost.bytes_held + run.feed.device_bytes,
             "hardware": hardware,
+            "parts": dict(cost.seconds),
         },
         "measured": {"seconds": run.config.batch_size / rate if rate else None, "bytes": memory},
     }

@@ -4,6 +4,7 @@ import dataclasses
 import logging
 import pathlib
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -185,8 +186,14 @@ class Interrupted(Exception):
 
 @contextmanager
 def catch_signals() -> Iterator[list[int]]:
-    """A list that receives the first SIGTERM or SIGINT; the second one acts as usual, so that a user can insist."""
+    """A list that receives the first SIGTERM or SIGINT; the second one acts as usual, so that a user can insist.
+
+    Only a process' main thread hears signals; in another one the list stays empty.
+    """
     received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
     previous = {signum: signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGINT)}
 
     def restore() -> None:

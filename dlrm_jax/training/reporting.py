@@ -233,7 +233,12 @@ def _cell(value: float | int | None) -> str:
 
 
 def plot_curves(workdir: pathlib.Path, optimum: dict[str, float] | None = None) -> None:
-    """Draw `curves.png`, loss and validation AUC over steps, from metrics.jsonl."""
+    """Draw `curves.png`."""
+    curves(workdir, optimum).savefig(workdir / "curves.png", dpi=120)
+
+
+def curves(workdir: pathlib.Path, optimum: dict[str, float] | None = None) -> Any:
+    """Loss and validation AUC over steps, from metrics.jsonl, as a matplotlib Figure."""
     from matplotlib.figure import Figure  # A second to import; no pyplot, so that no display is asked for.
 
     lines = read_metrics(workdir)
@@ -249,7 +254,7 @@ def plot_curves(workdir: pathlib.Path, optimum: dict[str, float] | None = None) 
         axes.grid(alpha=0.3)
         if axes.get_legend_handles_labels()[0]:
             axes.legend()
-    figure.savefig(workdir / "curves.png", dpi=120)
+    return figure
 
 
 def _plot(axes: Any, lines: list[dict[str, Any]], split: str, key: str) -> None:

@@ -6,11 +6,11 @@ import pathlib
 
 import pytest
 
+from dlrm_jax.api.planning import model_of, resident_rows
 from dlrm_jax.config import ConfigError, LossConfig
 from dlrm_jax.data.read.load import DataConfig, load_dataset
 from dlrm_jax.data.schema.schema import Dense, Label, Schema, Sparse, Split
 from dlrm_jax.host.mesh import parse_mesh
-from dlrm_jax.plan import model_of, resident_rows
 from dlrm_jax.planning import planner, report
 from dlrm_jax.planning.cost import RESIDENT
 from dlrm_jax.planning.hardware import HARDWARE

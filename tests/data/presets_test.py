@@ -3,9 +3,9 @@
 import pyarrow.parquet as pq
 import pytest
 
+from dlrm_jax.data.infer.choose import choose_schema
 from dlrm_jax.data.prepare.preparation import prepare
 from dlrm_jax.data.read.prepared import open_prepared
-from dlrm_jax.prepare import choose_schema
 from tests.prepared_helpers import rows_of
 
 NUMBERS, CATEGORIES = [f"I{i}" for i in range(1, 14)], [f"C{i}" for i in range(1, 27)]

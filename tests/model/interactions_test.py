@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dlrm_jax.api.trained import open_stored
 from dlrm_jax.cli.flags import FLAGS, config_from_flags, define_run_flags, flagfile_text
-from dlrm_jax.cli.trained import open_stored
 from dlrm_jax.config import (
     ConfigError,
     FeatureConfig,

@@ -14,8 +14,8 @@ import jax
 import numpy as np
 import pytest
 
-from dlrm_jax import export
-from dlrm_jax.cli.trained import open_stored
+from dlrm_jax.api import exporting
+from dlrm_jax.api.trained import open_stored
 from dlrm_jax.config import ConfigError, LossConfig
 from dlrm_jax.data.read.load import DataConfig
 from dlrm_jax.data.read.pipeline import Cut
@@ -284,20 +284,19 @@ def test_what_only_several_devices_hold_is_evaluated_on_them(tmp_path, kind):
 
 
 def test_the_command_scores_on_several_devices_where_one_is_too_small(monkeypatch):
-    monkeypatch.setattr(export, "FLAGS", types.SimpleNamespace(tables="float32", allow_oversubscription=False))
     gpu = types.SimpleNamespace(platform="gpu", device_kind="H100", memory_stats=lambda: {"bytes_limit": room})
     model = tiny_model()
     needed = 4 * 4 * (11 + 7 + 1)
     monkeypatch.setattr(jax, "devices", lambda: [gpu])
     room = needed
-    assert export._engine(model, "table 'user'") is None
+    assert exporting._engine(model, "float32", "table 'user'", False) is None
     room = needed - 1
-    assert export._engine(model, "table 'user'") is not None
+    assert exporting._engine(model, "float32", "table 'user'", False) is not None
     monkeypatch.setattr(jax, "device_count", lambda: 1)
     with pytest.raises(
         ConfigError, match=r"evaluating what is exported needs .* most of it is table 'user'; what would"
     ):
-        export._engine(model, "table 'user'")
+        exporting._engine(model, "float32", "table 'user'", False)
 
 
 @pytest.mark.parametrize("mesh", ["model:1", "data:2,model:4"])
@@ -314,10 +313,10 @@ def test_only_tables_are_read_of_a_checkpoint_and_by_pieces(tmp_path, monkeypatc
         return read(self, kind, table, first, step, count)
 
     monkeypatch.setattr(reshard.Source, "rows", rows)
-    monkeypatch.setattr(export, "_PIECE_FLOATS", 400)
+    monkeypatch.setattr(exporting, "_PIECE_FLOATS", 400)
     run = open_stored(tmp_path / "run", "latest")
     got = {
-        name: np.concatenate(list(export._pieces(run, name)))
+        name: np.concatenate(list(exporting.pieces(run, name)))
         for table in run.model.tables
         for name in (table.name, table.name + "/pooling_weights")
     }

@@ -1,34 +1,18 @@
 """The status page in a real browser: what a person reads, and one row scored by hand. Skipped without Chromium."""
 
 import json
-import shutil
 
 import pytest
-from selenium import webdriver
 
+from tests.browser import browser  # noqa: F401
 from tests.helpers import tiny_model, until
 from tests.server_process import running
 from tests.serving_helpers import export_tiny
 
 pytestmark = pytest.mark.end_to_end
-CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 
 
-@pytest.fixture
-def browser(tmp_path):
-    if CHROMIUM is None or DRIVER is None:
-        pytest.skip("chromium and chromedriver are not installed")
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
-    for flag in ("--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}/profile"):
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options, webdriver.ChromeService(DRIVER))
-    yield driver
-    driver.quit()
-
-
-def test_a_person_sees_the_model_and_scores_a_row(browser, tmp_path):
+def test_a_person_sees_the_model_and_scores_a_row(browser, tmp_path):  # noqa: F811
     export_tiny(tmp_path / "model", tiny_model())
     with running(tmp_path / "model", "--batch_sizes=1,16") as server:
         browser.get(f"http://127.0.0.1:{server.port}/")

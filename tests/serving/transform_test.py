@@ -12,8 +12,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from dlrm_jax import export
-from dlrm_jax.cli.trained import open_stored
+from dlrm_jax.api import exporting
+from dlrm_jax.api.trained import open_stored
 from dlrm_jax.config import LossConfig
 from dlrm_jax.data.batch import Batch
 from dlrm_jax.data.read.load import DataConfig
@@ -131,7 +131,7 @@ def test_a_log_without_numbers_is_prepared_trained_exported_and_served(tmp_path)
     assert result["step"] == 5 and 0 < result["test"]["log_loss"] < 2
     run = open_stored(tmp_path / "run", "latest")
     assert run.model.num_dense == 0 and run.model.bottom_mlp == () and set(run.dense_params) == {"top_mlp"}
-    pieces = functools.partial(export._pieces, run)
+    pieces = functools.partial(exporting.pieces, run)
     where = (tmp_path / "model", run.model, LossConfig(), run.dense_params, pieces, run.dataset)
     version = export_model(*where, evaluated=("test",))
     served = load(tmp_path / "model")

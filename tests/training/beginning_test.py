@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from dlrm_jax.cli.exported import open_exported
+from dlrm_jax.api.exported import open_exported
 from dlrm_jax.config import ConfigError
 from dlrm_jax.data.read.load import load_dataset
 from dlrm_jax.data.read.prepared import open_prepared

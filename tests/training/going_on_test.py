@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from dlrm_jax import evaluate
-from dlrm_jax.cli import trained
+from dlrm_jax.api import trained
 from dlrm_jax.config import ConfigError
 from dlrm_jax.training import loop, opening
 from dlrm_jax.training.progress import Progress, stopping

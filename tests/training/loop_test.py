@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from dlrm_jax.cli import trained
+from dlrm_jax.api import trained
 from dlrm_jax.config import ConfigError
 from dlrm_jax.data.generate import planted
 from dlrm_jax.data.read.dataset import Split

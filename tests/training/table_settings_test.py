@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from dlrm_jax.cli.trained import open_stored
+from dlrm_jax.api.trained import open_stored
 from dlrm_jax.config import ConfigError, LossConfig
 from dlrm_jax.host.mesh import MeshShape, make_mesh
 from dlrm_jax.tables.by_name import named_tables

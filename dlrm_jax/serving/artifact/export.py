@@ -273,12 +273,10 @@ def _append(path: pathlib.Path, pieces: Iterable[np.ndarray], rows: tuple[int, .
     return row
 
 
-def _write_vocabularies(directory: pathlib.Path, signature: Signature, data_dir: pathlib.Path) -> None:
-    """Each vocabulary's keys in the order of ids, and a second hash of each where values are strings."""
+def vocabulary_keys(signature: Signature, data_dir: pathlib.Path) -> Iterator[tuple[int, str, list[np.ndarray]]]:
+    """(a table's place, its name, its vocabulary's keys in the order of ids, and of texts a second hash of each)."""
     from dlrm_jax.data.values.hashing import hash_strings
 
-    (directory / "vocabularies").mkdir()
-    index: dict[str, list[str]] = {}
     schema = schema_from_dict(dict(signature.schema or {}))
     for i, (table, features) in enumerate(schema.tables().items()):
         rule: Sparse = features[0]
@@ -286,9 +284,16 @@ def _write_vocabularies(directory: pathlib.Path, signature: Signature, data_dir:
             continue
         values = read_vocabulary(data_dir, schema, table)
         if rule.value_type == "string":
-            columns = [hash_strings(values), hash_strings(values, seed=1)]
+            yield i, table, [hash_strings(values), hash_strings(values, seed=1)]
         else:
-            columns = [values.to_numpy().view(np.uint64)]
+            yield i, table, [values.to_numpy().view(np.uint64)]
+
+
+def _write_vocabularies(directory: pathlib.Path, signature: Signature, data_dir: pathlib.Path) -> None:
+    """Each vocabulary's keys, and where values are texts a second hash of each."""
+    (directory / "vocabularies").mkdir()
+    index: dict[str, list[str]] = {}
+    for i, table, columns in vocabulary_keys(signature, data_dir):
         suffixes = (".keys.npy", ".checks.npy")
         names = [f"vocabularies/{_file_name(i, table)[:-4]}{suffix}" for suffix in suffixes[: len(columns)]]
         for name, column in zip(names, columns, strict=True):

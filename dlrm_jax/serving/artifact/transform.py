@@ -81,6 +81,20 @@ class Reader:
             start += hotness
         return dense_BxN, ids_BxK, unknown
 
+    def ids(self, feature: str, *values: Any) -> list[int]:
+        """The bag of one feature, of its column's value, or of a cross of its columns'; BadRequest for a wrong one.
+
+        A value that training did not have is UNKNOWN (-2).
+        """
+        names = [served.name for served in self._signature.features]
+        reader = self._bags[names.index(feature)]
+        try:
+            read = [column(value) for (_, column), value in zip(reader.columns, values, strict=True)]
+            bag: list[int] = read[0] if reader.combine is None else reader.combine(read)
+        except Refused as refused:
+            raise BadRequest(f"feature {feature!r}: {refused}") from None
+        return bag
+
     def _check_names(self, rows: Sequence[Row], shared: Row) -> None:
         stray = shared.keys() - self._required - self._allowed
         if stray:
