@@ -89,9 +89,9 @@ def test_skipping_reads_nothing_before_the_position(prepared):
     read = []
 
     class Recording:
-        def __getitem__(self, index):
-            read.append(index)
-            return split.blocks[index]
+        def blocks(self, indices, library):
+            read.extend(indices)
+            return split.blocks.blocks(indices, library)
 
     recording = dataclasses.replace(split, blocks=Recording())
     batches = train_batches(recording, 100, 3, 9, steps=1)
@@ -235,7 +235,7 @@ def test_few_shards_are_open_at_a_time(tmp_path, monkeypatch):
     monkeypatch.setattr("dlrm_jax.data.prepare.runs.BLOCKS_PER_SHARD", 1)
     for module in ("prepare.blocks", "read.prepared"):
         monkeypatch.setattr(f"dlrm_jax.data.{module}.BLOCK_ROWS", 10)
-    monkeypatch.setattr("dlrm_jax.data.read.prepared.OPEN_SHARDS", 4)
+    monkeypatch.setattr("dlrm_jax.data.read.shards.OPEN_SHARDS", 4)
     output = prepare_text(tmp_path, csv_rows([(i % 2, i, f"v{i}") for i in range(600)]), schema())
     source = open_prepared(output).splits["train"]
     before, most = open_shards(output), 0

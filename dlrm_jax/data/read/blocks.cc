@@ -20,7 +20,7 @@
 namespace {
 
 constexpr int64_t kBlock = 1 << 16, kBlockHeader = 24, kChunkHeader = 40;
-constexpr int64_t kBlocksAtATime = 4;  // Of what is read, so that it is hashed while the cache has it.
+constexpr int64_t kBlocksAtATime = 2;  // Of what is read, so that it is hashed while the cache has it.
 
 #ifdef __AVX2__
 using Lanes = __m256i;
@@ -120,37 +120,97 @@ int64_t ReadSome(int file, int64_t at, int64_t end, uint8_t*& into) {
   }
   return position;
 }
-#endif
 
-// Rows that follow each other, as bytes of each column: row r of all is at start[c] + r * width[c].
-struct Part {
-  std::vector<const uint8_t*> start;
+// A chunk on its way into memory.
+class Chunk {
+ public:
+  Chunk(int file, int64_t begin, int64_t end, uint8_t* into)
+      : file_(file), begin_(begin), end_(end), into_(into), read_(into), hashed_(into + kChunkHeader) {}
+
+  // Reads some more; whether there was anything, and all was well.
+  bool Read() {
+    while (begin_ >= 0 && begin_ < end_) {
+      begin_ = ReadSome(file_, begin_, end_, read_);
+      if (begin_ < 0 || read_ - into_ < kChunkHeader) continue;
+      if (size_ < 0) {
+        size_ = Number(into_ + 8);
+        if (HashOf(into_ + 8, kChunkHeader - 8) != Number(into_) || size_ < 0 || size_ > end_) begin_ = -1;
+      }
+      return begin_ >= 0;
+    }
+    return false;
+  }
+
+  // Whole packets that are read and not hashed.
+  int64_t Packets() const {
+    return std::max<int64_t>(0, (std::min<const uint8_t*>(read_, into_ + kChunkHeader + size_) - hashed_) / 32);
+  }
+
+  const uint8_t* Take(int64_t packets) {
+    hashed_ += 32 * packets;
+    return hashed_ - 32 * packets;
+  }
+
+  void HashReady() {
+    const int64_t packets = Packets();
+    const uint8_t* const first = Take(packets);
+    Hash held = hash;  // In registers.
+    for (int64_t i = 0; i < packets; ++i) held.Update(Load(first + 32 * i));
+    hash = held;
+  }
+
+  void Note(uint64_t* kind, int64_t* size) {
+    *size = -1;
+    if (begin_ < 0 || size_ < 0 || read_ - into_ < kChunkHeader + size_) return;
+    if (hash.Finish(hashed_, into_ + kChunkHeader + size_ - hashed_) != Number(into_ + 16)) return;
+    *kind = Number(into_ + 24);
+    *size = size_;
+  }
+
+  Hash hash;
+
+ private:
+  const int file_;
+  int64_t begin_;  // Of what is not read; -1 after an error.
+  const int64_t end_;
+  uint8_t* const into_;
+  uint8_t* read_;
+  const uint8_t* hashed_;
+  int64_t size_ = -1;  // Of the data, once the header is read.
 };
+
+void UpdateBoth(Hash& one, const uint8_t* first, Hash& other, const uint8_t* second, int64_t packets) {
+  Hash a = one, b = other;
+  for (int64_t i = 0; i < packets; ++i) {
+    a.Update(Load(first + 32 * i));
+    b.Update(Load(second + 32 * i));
+  }
+  one = a;
+  other = b;
+}
+#endif
 
 // For a window of hundreds of parts it is the first part with a row of each cell; the next ones are found by stepping.
 constexpr int64_t kCell = 256;
-constexpr int64_t kAhead = 32, kLine = 64;
+constexpr int64_t kAhead = 16, kLine = 64;
 
-typedef char Bytes16 __attribute__((vector_size(16), aligned(1), may_alias));
-typedef char Bytes32 __attribute__((vector_size(32), aligned(1), may_alias));
+typedef uint32_t Id __attribute__((aligned(1), may_alias));
 
-template <typename Bytes>
+// In steps of a size that the compiler knows, the last one overlapping the one before.
+template <int64_t step>
 inline void CopyBy(uint8_t* to, const uint8_t* from, int64_t size) {
-  constexpr int64_t kStep = sizeof(Bytes);
   int64_t at = 0;
-  for (; at + kStep <= size; at += kStep) {
-    *reinterpret_cast<Bytes*>(to + at) = *reinterpret_cast<const Bytes*>(from + at);
-  }
-  if (at < size) *reinterpret_cast<Bytes*>(to + size - kStep) = *reinterpret_cast<const Bytes*>(from + size - kStep);
+  for (; at + step <= size; at += step) std::memcpy(to + at, from + at, step);
+  if (at < size) std::memcpy(to + size - step, from + size - step, step);
 }
 
 inline void Copy(uint8_t* to, const uint8_t* from, int64_t size) {
   if (size == 4) {
     std::memcpy(to, from, 4);
   } else if (size >= 32) {
-    CopyBy<Bytes32>(to, from, size);
+    CopyBy<32>(to, from, size);
   } else if (size >= 16) {
-    CopyBy<Bytes16>(to, from, size);
+    CopyBy<16>(to, from, size);
   } else {
     std::memcpy(to, from, size);
   }
@@ -169,53 +229,53 @@ int64_t dlrm_reads() {
 #endif
 }
 
-// Reads the chunk that lies from `begin` to `end` of a file, behind its header into `into`, which has room for
-// end - begin bytes; notes type and number of records (the lowest byte and the rest) in `kind`. Its data's size; -1
-// where anything is not as its hashes say, which says nothing of what is wrong.
-int64_t dlrm_read_chunk(int file, int64_t begin, int64_t end, uint8_t* into, uint64_t* kind) {
+// Reads `count` chunks, which lie from begins[i] to ends[i] of files[i], header included, into intos[i], which has room
+// for all these bytes; notes type and number of records (the lowest byte and the rest) in kinds[i], and in sizes[i] its
+// data's size, or -1 where anything is not as its hashes say, which says nothing of what is wrong.
+void dlrm_read_chunks(int64_t count, const int32_t* files, const int64_t* begins, const int64_t* ends,
+                      uint8_t* const* intos, uint64_t* kinds, int64_t* sizes) {
 #ifdef __AVX2__
-  Hash hash;
-  uint8_t* const data = into + kChunkHeader;
-  const uint8_t* hashed = data;
-  int64_t size = -1;
-  for (uint8_t* read = into; begin < end;) {
-    begin = ReadSome(file, begin, end, read);
-    if (begin < 0) return -1;
-    if (size < 0) {
-      if (read - into < kChunkHeader && begin < end) continue;
-      if (read - into < kChunkHeader || HashOf(into + 8, kChunkHeader - 8) != Number(into)) return -1;
-      size = Number(into + 8);
-      *kind = Number(into + 24);
-      if (size < 0 || size > end) return -1;
+  // Two at a time, as each step of a hash waits for the one before.
+  for (int64_t i = 0; i < count; i += 2) {
+    Chunk one(files[i], begins[i], ends[i], intos[i]);
+    if (i + 1 == count) {
+      while (one.Read()) one.HashReady();
+      one.Note(&kinds[i], &sizes[i]);
+      break;
     }
-    const uint8_t* const stop = std::min<const uint8_t*>(read, data + size);
-    for (; hashed + 32 <= stop; hashed += 32) hash.Update(Load(hashed));
-    if (begin >= end && read < data + size) return -1;
+    Chunk other(files[i + 1], begins[i + 1], ends[i + 1], intos[i + 1]);
+    for (bool more = true, others = true; more || others;) {
+      more = more && one.Read();
+      others = others && other.Read();
+      const int64_t packets = std::min(more ? one.Packets() : 0, others ? other.Packets() : 0);
+      UpdateBoth(one.hash, one.Take(packets), other.hash, other.Take(packets), packets);
+      if (more) one.HashReady();
+      if (others) other.HashReady();
+    }
+    one.Note(&kinds[i], &sizes[i]);
+    other.Note(&kinds[i + 1], &sizes[i + 1]);
   }
-  if (size < 0 || hash.Finish(hashed, static_cast<int>(data + size - hashed)) != Number(into + 16)) return -1;
-  return size;
 #else
-  return -1;
+  for (int64_t i = 0; i < count; ++i) sizes[i] = -1;
 #endif
 }
 
 // Whether an id of (rows, slots) is neither -1 nor below its slot's limit.
-int64_t dlrm_any_outside(const uint8_t* ids, int64_t rows, int64_t slots, const int32_t* limits_K) {
+int64_t dlrm_any_outside(const uint8_t* ids, int64_t rows, int64_t slots, const uint32_t* limits_K) {
   // Many rows are one wide one, as processors are fast where rows are wide.
   const int64_t wide = std::max<int64_t>(1, 256 / std::max<int64_t>(slots, 1));
-  std::vector<uint32_t> limits;
-  for (int64_t i = 0; i < wide; ++i) limits.insert(limits.end(), limits_K, limits_K + slots);
+  std::vector<uint32_t> repeated;
+  for (int64_t i = 0; i < wide; ++i) repeated.insert(repeated.end(), limits_K, limits_K + slots);
+  const uint32_t* const limits = repeated.data();
   uint32_t outside = 0;
   for (int64_t row = 0; row < rows; row += wide) {
-    const uint8_t* const first = ids + row * slots * 4;
+    const Id* const first = reinterpret_cast<const Id*>(ids + row * slots * 4);
     const int64_t count = std::min(wide, rows - row) * slots;
-    for (int64_t i = 0; i < count; ++i) {
-      uint32_t id;
-      std::memcpy(&id, first + 4 * i, 4);
-      outside |= id + 1 > limits[i];
-    }
+    uint32_t here = 0;  // -1 is 0, one more than an id at most its limit.
+    for (int64_t i = 0; i < count; ++i) here |= std::max<uint32_t>(first[i] + 1, limits[i]) ^ limits[i];
+    outside |= here;
   }
-  return outside;
+  return outside != 0;
 }
 
 // Puts rows order[0..count) of all parts, one after the other, into each column's `to`. Part p has the rows from
@@ -231,24 +291,43 @@ void dlrm_gather(const uint8_t* const* starts, const int64_t* firsts, int64_t pa
     while (p + 1 < parts && firsts[p + 1] <= cell * kCell) ++p;
     cells[cell] = p;
   }
-  const auto place = [&](int64_t row) {
+  const uint8_t* const* found[kAhead];  // Where the rows ahead are, so that it is found once.
+  const auto ask = [&](int64_t i) {
+    const uint64_t row = order[i];
     int64_t p = cells[row / kCell];
-    while (row >= firsts[p + 1]) ++p;
-    return &from[p * columns];
-  };
-  for (int64_t i = 0; i < count; ++i) {
-    if (i + kAhead < count) {
-      const int64_t row = order[i + kAhead];
-      const uint8_t* const* const start = place(row);
-      for (int64_t c = 0; c < columns; ++c) {
-        const uint8_t* const at = start[c] + row * widths[c];
-        for (int64_t byte = 0; byte < widths[c]; byte += kLine) __builtin_prefetch(at + byte);
-        __builtin_prefetch(at + widths[c] - 1);
-      }
+    while (static_cast<int64_t>(row) >= firsts[p + 1]) ++p;
+    const uint8_t* const* const start = found[i % kAhead] = &from[p * columns];
+    for (int64_t c = 0; c < columns; ++c) {
+      const uint8_t* const at = start[c] + row * widths[c];
+      for (int64_t byte = 0; byte < widths[c]; byte += kLine) __builtin_prefetch(at + byte);
+      if (widths[c] > 4) __builtin_prefetch(at + widths[c] - 1);
     }
-    const int64_t row = order[i];
-    const uint8_t* const* const start = place(row);
-    for (int64_t c = 0; c < columns; ++c) Copy(to[c] + i * widths[c], start[c] + row * widths[c], widths[c]);
+  };
+  for (int64_t i = 0; i < std::min(kAhead, count); ++i) ask(i);
+  for (int64_t i = 0; i < count; ++i) {
+    const uint8_t* const* const start = found[i % kAhead];
+    for (int64_t c = 0; c < columns; ++c) Copy(to[c] + i * widths[c], start[c] + order[i] * widths[c], widths[c]);
+    if (i + kAhead < count) ask(i + kAhead);
+  }
+}
+
+// What numpy.random.Generator.permutation(count) gives, by the bit generator whose `next` and `state` these are: each
+// row, the last one first, changes places with one of those up to it, whose number is drawn anew while it is above.
+void dlrm_permutation(uint32_t (*next)(void*), void* state, int64_t* to, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) to[i] = i;
+  uint32_t others[kAhead];  // Known ahead, so that they are asked for before they are swapped.
+  for (int64_t last = count - 1; last > 0;) {
+    const uint32_t mask = ~uint32_t{0} >> __builtin_clz(static_cast<uint32_t>(last));
+    // Of these the mask is the same.
+    const int64_t some = std::min<int64_t>(kAhead, last - (mask >> 1));
+    for (int64_t i = 0; i < some;) {  // Without a jump that nobody foresees.
+      const uint32_t other = next(state) & mask;
+      others[i] = other;
+      i += other <= last - i;
+    }
+    for (int64_t i = 0; i < some; ++i) __builtin_prefetch(to + others[i], 1);
+    for (int64_t i = 0; i < some; ++i) std::swap(to[last - i], to[others[i]]);
+    last -= some;
   }
 }
 

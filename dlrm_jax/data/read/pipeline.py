@@ -22,8 +22,10 @@ import numpy as np
 
 from dlrm_jax.config import EMPTY_SLOT
 from dlrm_jax.data.batch import Batch
-from dlrm_jax.data.read.dataset import Rows, Split
+from dlrm_jax.data.read.dataset import Columns, Rows, Split
+from dlrm_jax.data.read.parts import Parts
 from dlrm_jax.host.cores import cores
+from dlrm_jax.host.recycled import Recycler
 
 MOST_STEPS = 64
 """Batches of a window, at most: a loss that is no number is seen two windows later, at the latest."""
@@ -142,11 +144,13 @@ def _pieces(cut: Cut, source: Any, rows_R: np.ndarray, at: int) -> Iterator[Piec
         start = stop
 
 
-def batch_windows(epochs: Iterator[Iterator[tuple[Split, np.ndarray]]], cut: Cut) -> Generator[Batch, None, None]:
+def batch_windows(epochs: Iterator[Iterator[tuple[Columns, np.ndarray]]], cut: Cut) -> Generator[Batch, None, None]:
     """Windows as Batches whose columns have a leading axis of steps, filled by several threads."""
+    memory = Recycler()
     with concurrent.futures.ThreadPoolExecutor(cores(), thread_name_prefix="read") as pool:
         for like, pieces in laid_out(epochs, cut):
-            window = _empty(like, cut, padding=sum(len(piece.rows_R) for piece in pieces) < cut.rows * cut.steps)
+            padding = sum(len(piece.rows_R) for piece in pieces) < cut.rows * cut.steps
+            window = _empty(like.parts[0] if isinstance(like, Parts) else like, cut, padding, memory)
             short = [part for piece in pieces for part in _short(piece)]
             for _ in pool.map(lambda piece, window=window: _put(window, piece), short):
                 pass
@@ -172,11 +176,11 @@ def as_batch(split: Split) -> Batch:
     return Batch(dense_BxN=split.dense_RxN, ids_BxK=split.ids_RxK, label_B=split.label_R, weight_B=weight_R)
 
 
-def _empty(like: Split, cut: Cut, padding: bool) -> Batch:
+def _empty(like: Split, cut: Cut, padding: bool, memory: Recycler) -> Batch:
     size = cut.steps * cut.rows
 
     def column(values: np.ndarray, filler: float) -> np.ndarray:
-        made = np.empty((size, *values.shape[1:]), values.dtype)
+        made = memory.empty((size, *values.shape[1:]), values.dtype)
         if padding:
             made[:] = filler
         return made
@@ -191,15 +195,20 @@ def _short(piece: Piece) -> Iterator[Piece]:
 
 def _put(window: Batch, piece: Piece) -> None:
     to = slice(piece.at, piece.at + len(piece.rows_R))
+    columns = (window.dense_BxN, window.ids_BxK, window.label_B, window.weight_B)
+    dense, ids, label, weight = (np.asarray(column)[to] for column in columns)
+    if isinstance(piece.source, Parts):
+        piece.source.put(piece.rows_R, (dense, ids, label, weight))
+        return
     source = piece.source
-    columns = (source.dense_RxN, source.ids_RxK, source.label_R, source.weight_R)
-    filled = (window.dense_BxN, window.ids_BxK, window.label_B, window.weight_B)
-    for values, column in zip(columns, map(np.asarray, filled), strict=True):
+    for values, column in zip(
+        (source.dense_RxN, source.ids_RxK, source.label_R, source.weight_R), (dense, ids, label, weight), strict=True
+    ):
         if values is None:
-            column[to] = 1
+            column[:] = 1
         else:
             # Clipping, as checking every index copies through a buffer; the order is a permutation.
-            np.take(values, piece.rows_R, axis=0, out=column[to], mode="clip")
+            np.take(values, piece.rows_R, axis=0, out=column, mode="clip")
 
 
 def rows_and_labels(split: Rows) -> tuple[np.ndarray, np.ndarray]:

@@ -7,15 +7,19 @@ import collections
 import concurrent.futures
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from dlrm_jax.data.read.dataset import Split
+from dlrm_jax.data.read.dataset import Columns, Split
+from dlrm_jax.data.read.native import permutation
 from dlrm_jax.host.cores import cores
 
 MOST_READERS = 8
 """Threads that read a split: each holds a window, and reading is faster than any step with fewer."""
+
+
+Read = TypeVar("Read")
 
 
 class Visit(NamedTuple):
@@ -36,6 +40,8 @@ class BlockOrder:
     num_rows: int
     block_rows: int
     blocks_per_window: int
+    library: Any = None
+    """native.py's, where it is to draw the order; it is the same."""
 
     @property
     def num_blocks(self) -> int:
@@ -72,17 +78,20 @@ class BlockOrder:
             rows_R = (blocks_G[:, None] * self.block_rows + within).reshape(-1)
             yield rows_R[rows_R < self.num_rows][order_R]
 
-    @staticmethod
-    def _order(num_rows: int, seed: tuple[int, ...], shuffle: bool) -> np.ndarray:
-        return np.random.default_rng(seed).permutation(num_rows) if shuffle else np.arange(num_rows)
+    def _order(self, num_rows: int, seed: tuple[int, ...], shuffle: bool) -> np.ndarray:
+        if not shuffle:
+            return np.arange(num_rows)
+        if self.library is not None:
+            return permutation(self.library, seed, num_rows)
+        return np.random.default_rng(seed).permutation(num_rows)
 
 
 def read_windows(
-    order: BlockOrder, read: Callable[[np.ndarray], Split], seed: int, epoch: int, shuffle: bool, start: int
-) -> Iterator[tuple[Split, np.ndarray]]:
+    order: BlockOrder, read: Callable[[np.ndarray], Read], seed: int, epoch: int, shuffle: bool, start: int
+) -> Iterator[tuple[Read, np.ndarray]]:
     """The windows of an epoch from row `start` on (dataset.Rows); `read` gives some blocks, one after the other."""
 
-    def made(visit: Callable[[], Visit]) -> tuple[Split, np.ndarray]:
+    def made(visit: Callable[[], Visit]) -> tuple[Read, np.ndarray]:
         blocks_G, order_R = visit()
         return read(blocks_G), order_R
 
@@ -120,7 +129,7 @@ class GeneratedSplit:
         """How an epoch visits the blocks."""
         return BlockOrder(self.num_rows, self.block_rows, 1)
 
-    def windows(self, seed: int, epoch: int, shuffle: bool, start: int = 0) -> Iterator[tuple[Split, np.ndarray]]:
+    def windows(self, seed: int, epoch: int, shuffle: bool, start: int = 0) -> Iterator[tuple[Columns, np.ndarray]]:
         """See dataset.Rows."""
         return read_windows(self.order, self.read, seed, epoch, shuffle, start)
 

@@ -1,0 +1,169 @@
+"""blocks.cc beside what it stands in for: array_record's reader, NumPy's take and permutation (`shards.py`)."""
+
+import dataclasses
+import itertools
+import logging
+
+import numpy as np
+import pytest
+
+from dlrm_jax.config import ConfigError
+from dlrm_jax.data.prepare import blocks
+from dlrm_jax.data.read import native
+from dlrm_jax.data.read.dataset import Split
+from dlrm_jax.data.read.parts import Parts
+from dlrm_jax.data.read.prepared import open_prepared
+from dlrm_jax.data.read.shards import Shards
+from dlrm_jax.host import native_code
+from tests.prepared_helpers import csv_rows, in_small_blocks, prepare_text, schema
+
+needs_compiler = pytest.mark.skipif(not native_code.has_compiler(), reason="no C++ compiler on this machine")
+BORDER = 65_536 - 24
+"""Bytes between two headers of a shard."""
+
+
+class Bytes:
+    """A column of bytes, as TFDS describes one."""
+
+    np_dtype, shape = np.uint8, (None,)
+
+
+def records(rng: np.random.Generator, sizes) -> list[bytes]:
+    return [blocks.serialize({"bytes": rng.integers(0, 256, size, np.uint8)}) for size in sizes]
+
+
+def shards_of(directory, kept: list[list[bytes]], compression: str = "none") -> Shards:
+    paths = [directory / str(i) for i in range(len(kept))]
+    for path, of_shard in zip(paths, kept, strict=True):
+        blocks.write_shard(path, of_shard, compression)
+    return Shards(paths, list(map(len, kept)), {"bytes": Bytes})
+
+
+def plain(shards: Shards) -> list[int]:
+    """Shards that blocks.cc reads."""
+    return sorted(shard for shard, chunks in shards._chunks.items() if chunks is not None)
+
+
+@needs_compiler
+def test_records_are_those_of_array_record(tmp_path):
+    """Whatever their size, wherever a header interrupts them, in any order and several at once."""
+    rng = np.random.default_rng(0)
+    sizes = [0, 1, 31, 32, 33, BORDER - 150, *range(BORDER - 70, BORDER + 3, 9), 2 * BORDER, 700_000]
+    kept = [records(rng, rng.permutation(sizes)), records(rng, [5]), records(rng, rng.integers(0, 99, 50))]
+    shards, wanted = shards_of(tmp_path, kept), list(itertools.chain(*kept))
+    library = native.library()
+    assert list(map(bytes, shards.records(list(range(len(wanted)))))) == wanted
+    for count in (1, 2, 3, len(wanted)):
+        some = rng.permutation(len(wanted))[:count].tolist()
+        assert list(map(bytes, shards.records(some, library))) == [wanted[i] for i in some]
+    assert plain(shards) == [0, 1, 2] or not library.dlrm_reads()
+    for index, block in enumerate(shards.blocks(list(range(len(wanted))), library)):
+        np.testing.assert_array_equal(
+            block["bytes"], blocks.parse(wanted[index], {"bytes": (np.dtype(np.uint8), ())})["bytes"]
+        )
+
+
+@needs_compiler
+def test_compressed_shards_are_left_to_array_record(tmp_path):
+    kept = [records(np.random.default_rng(0), [100, 70_000, 3])]
+    shards = shards_of(tmp_path, kept, "zstd")
+    assert list(shards.records([2, 0, 1], native.library())) == [kept[0][i] for i in (2, 0, 1)]
+    assert not plain(shards)
+
+
+@needs_compiler
+def test_no_byte_of_a_damaged_shard_passes_for_another(tmp_path):
+    """A byte changed anywhere: the record is the one that was written, or nobody reads it."""
+    rng, library = np.random.default_rng(1), native.library()
+    kept = [records(rng, [BORDER - 10, 40, 2 * BORDER + 5])]
+    shards_of(tmp_path, kept)
+    path, failed = tmp_path / "0", 0
+    whole = path.read_bytes()
+    for at in [*range(0, 140, 3), *rng.integers(0, 200_000, 60).tolist(), *rng.integers(0, len(whole), 30).tolist()]:
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ (1 << int(rng.integers(8)))]) + whole[at + 1 :])
+        damaged = Shards([path], [3], {"bytes": Bytes})
+        for index, wanted in enumerate(kept[0]):
+            try:
+                assert bytes(next(damaged.records([index], library))) == wanted, at
+            except (IndexError, ValueError, RuntimeError):
+                failed += 1
+    assert failed > 60
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises((IndexError, ValueError, RuntimeError)):
+        next(Shards([path], [3], {"bytes": Bytes}).records([0], library))
+
+
+@needs_compiler
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize(("num_dense", "num_slots"), [(13, 26), (0, 1), (1, 3), (5, 9), (7, 70)])
+def test_rows_of_parts_are_those_of_one_array(num_dense, num_slots, weighted):
+    """Parts of any lengths, at any addresses; rows in any order, and again and again."""
+    rng = np.random.default_rng(num_dense)
+    sizes = [*rng.integers(1, 900, 20).tolist(), 1, 1, 4096]
+
+    def part(rows: int) -> Split:
+        def column(*shape: int) -> np.ndarray:
+            odd = np.frombuffer(rng.bytes(4 * rows * int(np.prod(shape)) + 1), np.uint8)
+            return odd[1:].view(np.int32 if shape == (num_slots,) else np.uint32).reshape(rows, *shape)
+
+        return Split(column(num_dense), column(num_slots), column(), np.arange(rows), column() if weighted else None)
+
+    parts = Parts(tuple(map(part, sizes)), native.library())
+    whole, order = parts.joined(), rng.integers(0, sum(sizes), 3000)
+    columns = (whole.dense_RxN, whole.ids_RxK, whole.label_R, whole.weight_R)
+    wanted = [np.ones(3000, np.uint32) if column is None else column[order] for column in columns]
+    found = tuple(np.zeros_like(column) for column in wanted)
+    parts.put(order, found)
+    for mine, its in zip(found, wanted, strict=True):
+        np.testing.assert_array_equal(mine, its)
+    assert len(parts) == len(whole) == sum(sizes)
+
+
+@needs_compiler
+def test_permutations_are_numpys():
+    for count in (0, 1, 2, 3, 15, 16, 17, 18, 33, 1000, 65_536, 65_537, 131_072):
+        for seed in range(3):
+            wanted = np.random.default_rng((seed, count)).permutation(count)
+            np.testing.assert_array_equal(native.permutation(native.library(), (seed, count), count), wanted)
+
+
+@needs_compiler
+def test_ids_outside_their_table_are_seen_wherever_they_are():
+    library, rng = native.library(), np.random.default_rng(0)
+    for rows, slots in ((1, 1), (1, 300), (7, 26), (4096, 26), (100, 3)):
+        limits = rng.integers(1, 1000, slots)
+        limits[rng.integers(slots)] = 2**31
+        ids = (rng.random((rows, slots)) * (limits + 1) - 1).astype(np.int32)
+
+        def outside(ids=ids, limits=limits) -> bool:
+            return bool(library.dlrm_any_outside(native.address(ids), *ids.shape, native.address(np.uint32(limits))))
+
+        assert not outside()
+        for value in (-2, -(2**31), 2**31 - 1):
+            row, slot = rng.integers(rows), rng.integers(slots)
+            kept, ids[row, slot] = ids[row, slot], value
+            assert outside() == (not -1 <= value < limits[slot])
+            ids[row, slot] = limits[slot] if limits[slot] < 2**31 else -2
+            assert outside()
+            ids[row, slot] = kept
+
+
+@needs_compiler
+def test_without_a_compiler_rows_are_the_same(tmp_path, monkeypatch, caplog):
+    in_small_blocks(monkeypatch)
+    output = prepare_text(tmp_path, csv_rows([(i % 2, i, f"v{i}") for i in range(1000)]), schema())
+    split = open_prepared(output).splits["train"]
+    ours = [(type(window), window.row_R[order]) for window, order in split.windows(0, 0, True)]
+    assert all(kind is Parts for kind, _ in ours)
+    monkeypatch.setattr(native, "library", native._made.__wrapped__)
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("Cshards = shards_of(tmp_path, kept)", raising=False)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with caplog.at_level(logging.INFO, "dlrm_jax"):
+        theirs = [(type(window), window.row_R[order]) for window, order in split.windows(0, 0, True)]
+    assert "rows are read slower than C++ would read them: no C++ compiler" in caplog.text
+    assert all(kind is Split for kind, _ in theirs)
+    for (_, mine), (_, its) in zip(ours, theirs, strict=True):
+        np.testing.assert_array_equal(mine, its)
+    with pytest.raises(ConfigError, match="ids outside their tables"):
+        dataclasses.replace(split, limit_K=np.array([900])).whole()
