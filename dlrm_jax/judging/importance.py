@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from dlrm_jax.config import require
-from dlrm_jax.data.read.dataset import Columns, Dataset, Rows, Split
+from dlrm_jax.data.read.dataset import Dataset, Rows, Split
 from dlrm_jax.data.read.windows import concatenate
 from dlrm_jax.judging.columns import known_columns, slots_of
 from dlrm_jax.model.metrics import Metrics
@@ -89,7 +89,7 @@ def sampled(split: Rows, at_most: int, seed: int) -> Split:
     return concatenate(parts)
 
 
-def _rows(split: Columns, which: np.ndarray) -> Split:
+def _rows(split: Split, which: np.ndarray) -> Split:
     weight_R = None if split.weight_R is None else split.weight_R[which]
     return Split(
         split.dense_RxN[which], split.ids_RxK[which], split.label_R[which], split.row_R[which], weight_R=weight_R

@@ -89,6 +89,8 @@ def test_skipping_reads_nothing_before_the_position(prepared):
     read = []
 
     class Recording:
+        none = split.blocks.none
+
         def blocks(self, indices, library):
             read.extend(indices)
             return split.blocks.blocks(indices, library)

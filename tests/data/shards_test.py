@@ -1,19 +1,22 @@
-"""blocks.cc beside what it stands in for: array_record's reader, NumPy's take and permutation (`shards.py`)."""
+"""blocks.cc beside what it stands in for: array_record's reader, a plain loop, NumPy's permutation (`shards.py`)."""
 
 import dataclasses
 import itertools
 import logging
 
+import jax
 import numpy as np
 import pytest
 
 from dlrm_jax.config import ConfigError
+from dlrm_jax.data.batch import Batch
 from dlrm_jax.data.prepare import blocks
 from dlrm_jax.data.read import native
 from dlrm_jax.data.read.dataset import Split
-from dlrm_jax.data.read.parts import Parts
 from dlrm_jax.data.read.prepared import open_prepared
 from dlrm_jax.data.read.shards import Shards
+from dlrm_jax.data.read.unread import Stretch, Target, Unread
+from dlrm_jax.data.read.windows import concatenate, slice_rows
 from dlrm_jax.host import native_code
 from tests.prepared_helpers import csv_rows, in_small_blocks, prepare_text, schema
 
@@ -96,27 +99,42 @@ def test_no_byte_of_a_damaged_shard_passes_for_another(tmp_path):
 @needs_compiler
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize(("num_dense", "num_slots"), [(13, 26), (0, 1), (1, 3), (5, 9), (7, 70)])
-def test_rows_of_parts_are_those_of_one_array(num_dense, num_slots, weighted):
-    """Parts of any lengths, at any addresses; rows in any order, and again and again."""
+def test_rows_go_where_they_belong(num_dense, num_slots, weighted):
+    """Parts of records, at any addresses, into several windows, some rows into none; each record read once."""
     rng = np.random.default_rng(num_dense)
-    sizes = [*rng.integers(1, 900, 20).tolist(), 1, 1, 4096]
 
-    def part(rows: int) -> Split:
+    def record(rows: int) -> Split:
         def column(*shape: int) -> np.ndarray:
             odd = np.frombuffer(rng.bytes(4 * rows * int(np.prod(shape)) + 1), np.uint8)
-            return odd[1:].view(np.int32 if shape == (num_slots,) else np.uint32).reshape(rows, *shape)
+            return odd[1:].view(np.uint32).reshape(rows, *shape)
 
         return Split(column(num_dense), column(num_slots), column(), np.arange(rows), column() if weighted else None)
 
-    parts = Parts(tuple(map(part, sizes)), native.library())
-    whole, order = parts.joined(), rng.integers(0, sum(sizes), 3000)
-    columns = (whole.dense_RxN, whole.ids_RxK, whole.label_R, whole.weight_R)
-    wanted = [np.ones(3000, np.uint32) if column is None else column[order] for column in columns]
-    found = tuple(np.zeros_like(column) for column in wanted)
-    parts.put(order, found)
-    for mine, its in zip(found, wanted, strict=True):
-        np.testing.assert_array_equal(mine, its)
-    assert len(parts) == len(whole) == sum(sizes)
+    kept = {index: record(rows) for index, rows in enumerate((900, 1, 17, 300))}
+    pieces = [(0, 0, 100), (2, 5, 17), (1, 0, 1), (3, 0, 300), (0, 100, 850)]
+    starts = np.cumsum([0] + [stop - start for _, start, stop in pieces])
+    read = []
+
+    def records(indices):
+        read.extend(indices)
+        return {index: kept[index] for index in indices}
+
+    stretches = [Stretch(*piece, int(at)) for piece, at in zip(pieces, starts, strict=False)]
+    source = Unread(slice_rows(kept[0], 0, 0), stretches, records, native.library())
+    order, targets, wanted = rng.permutation(starts[-1])[:-50], [], []
+    whole = concatenate([slice_rows(kept[index], start, stop) for index, start, stop in pieces])
+    weight_R = np.ones(len(whole), np.float32) if whole.weight_R is None else whole.weight_R
+    for rows_R, at in ((order[:400], 30), (order[400:401], 0), (order[401:], 7)):
+        columns = [whole.dense_RxN, whole.ids_RxK, whole.label_R, weight_R]
+        filled = [np.zeros((len(rows_R) + 40, *column.shape[1:]), column.dtype) for column in columns]
+        targets.append(Target(Batch(*[column.copy() for column in filled]), rows_R, at))
+        for column, into in zip(columns, filled, strict=True):
+            into[at : at + len(rows_R)] = column[rows_R]
+        wanted.append(Batch(*filled))
+    for job in source.jobs(targets):
+        job()
+    jax.tree.map(np.testing.assert_array_equal, [window for window, _, _ in targets], wanted)
+    assert sorted(read) == [0, 1, 2, 3]
 
 
 @needs_compiler
@@ -153,17 +171,16 @@ def test_without_a_compiler_rows_are_the_same(tmp_path, monkeypatch, caplog):
     in_small_blocks(monkeypatch)
     output = prepare_text(tmp_path, csv_rows([(i % 2, i, f"v{i}") for i in range(1000)]), schema())
     split = open_prepared(output).splits["train"]
-    ours = [(type(window), window.row_R[order]) for window, order in split.windows(0, 0, True)]
-    assert all(kind is Parts for kind, _ in ours)
+    ours = [window.row_R[order] for window, order in split.windows(0, 0, True)]
+    assert all(type(source) is Unread for source, _ in split.sources(0, 0, True))
     monkeypatch.setattr(native, "library", native._made.__wrapped__)
     monkeypatch.setenv("PATH", "")
-    monkeypatch.delenv("Cshards = shards_of(tmp_path, kept)", raising=False)
+    monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with caplog.at_level(logging.INFO, "dlrm_jax"):
-        theirs = [(type(window), window.row_R[order]) for window, order in split.windows(0, 0, True)]
+        theirs = [window.row_R[order] for window, order in split.windows(0, 0, True)]
     assert "rows are read slower than C++ would read them: no C++ compiler" in caplog.text
-    assert all(kind is Split for kind, _ in theirs)
-    for (_, mine), (_, its) in zip(ours, theirs, strict=True):
-        np.testing.assert_array_equal(mine, its)
+    assert all(type(source) is Split for source, _ in split.sources(0, 0, True))
+    jax.tree.map(np.testing.assert_array_equal, theirs, ours)
     with pytest.raises(ConfigError, match="ids outside their tables"):
         dataclasses.replace(split, limit_K=np.array([900])).whole()

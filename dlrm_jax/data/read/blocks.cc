@@ -1,5 +1,5 @@
-// Blocks of rows from disk into windows of batches, with two passes over the bytes: one that reads and checks them, one
-// that puts rows, in the order of their visit, where batches want them. shards.py and parts.py call it, by ctypes.
+// Blocks of rows from disk into windows of batches: read, checked, and put where batches want them while the cache has
+// them. riegeli.py and unread.py call it, by ctypes.
 //
 // A shard is a Riegeli/records file (google/riegeli, doc/riegeli_records_file_format.md): chunks, which a header
 // interrupts at every 64 KiB. Hashes are HighwayHash-64 (google/highwayhash) under a fixed key.
@@ -190,8 +190,6 @@ void UpdateBoth(Hash& one, const uint8_t* first, Hash& other, const uint8_t* sec
 }
 #endif
 
-// For a window of hundreds of parts it is the first part with a row of each cell; the next ones are found by stepping.
-constexpr int64_t kCell = 256;
 constexpr int64_t kAhead = 16, kLine = 64;
 
 typedef uint32_t Id __attribute__((aligned(1), may_alias));
@@ -278,36 +276,23 @@ int64_t dlrm_any_outside(const uint8_t* ids, int64_t rows, int64_t slots, const 
   return outside != 0;
 }
 
-// Puts rows order[0..count) of all parts, one after the other, into each column's `to`. Part p has the rows from
-// firsts[p] to firsts[p + 1], its column c at starts[p * columns + c], `widths[c]` bytes a row.
-void dlrm_gather(const uint8_t* const* starts, const int64_t* firsts, int64_t parts, const int64_t* order,
-                 int64_t count, int64_t columns, const int64_t* widths, uint8_t* const* to) {
-  std::vector<const uint8_t*> from(parts * columns);  // Where row 0 of all would be.
-  for (int64_t p = 0; p < parts; ++p) {
-    for (int64_t c = 0; c < columns; ++c) from[p * columns + c] = starts[p * columns + c] - firsts[p] * widths[c];
-  }
-  std::vector<int32_t> cells(firsts[parts] / kCell + 1);
-  for (int64_t cell = 0, p = 0; cell < static_cast<int64_t>(cells.size()); ++cell) {
-    while (p + 1 < parts && firsts[p + 1] <= cell * kCell) ++p;
-    cells[cell] = p;
-  }
-  const uint8_t* const* found[kAhead];  // Where the rows ahead are, so that it is found once.
-  const auto ask = [&](int64_t i) {
-    const uint64_t row = order[i];
-    int64_t p = cells[row / kCell];
-    while (static_cast<int64_t>(row) >= firsts[p + 1]) ++p;
-    const uint8_t* const* const start = found[i % kAhead] = &from[p * columns];
-    for (int64_t c = 0; c < columns; ++c) {
-      const uint8_t* const at = start[c] + row * widths[c];
-      for (int64_t byte = 0; byte < widths[c]; byte += kLine) __builtin_prefetch(at + byte);
-      if (widths[c] > 4) __builtin_prefetch(at + widths[c] - 1);
-    }
+// Puts `count` rows into windows. Column c of row i is at starts[c] + i * widths[c]; it belongs into row r of window w
+// of places[i] = w << 32 | r, whose column c is at windows[w * columns + c]. A row of a negative place goes nowhere.
+void dlrm_scatter(const uint8_t* const* starts, const int64_t* widths, int64_t columns, const int64_t* places,
+                  int64_t count, uint8_t* const* windows) {
+  const auto to = [&](int64_t place, int64_t c) {
+    return windows[(place >> 32) * columns + c] + (place & 0xffffffff) * widths[c];
   };
-  for (int64_t i = 0; i < std::min(kAhead, count); ++i) ask(i);
   for (int64_t i = 0; i < count; ++i) {
-    const uint8_t* const* const start = found[i % kAhead];
-    for (int64_t c = 0; c < columns; ++c) Copy(to[c] + i * widths[c], start[c] + order[i] * widths[c], widths[c]);
-    if (i + kAhead < count) ask(i + kAhead);
+    if (i + kAhead < count && places[i + kAhead] >= 0) {
+      for (int64_t c = 0; c < columns; ++c) {
+        uint8_t* const at = to(places[i + kAhead], c);
+        for (int64_t byte = 0; byte < widths[c]; byte += kLine) __builtin_prefetch(at + byte, 1);
+        if (widths[c] > 4) __builtin_prefetch(at + widths[c] - 1, 1);
+      }
+    }
+    if (places[i] < 0) continue;
+    for (int64_t c = 0; c < columns; ++c) Copy(to(places[i], c), starts[c] + i * widths[c], widths[c]);
   }
 }
 

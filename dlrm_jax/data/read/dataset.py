@@ -12,33 +12,6 @@ from dlrm_jax.config import ConfigError, FeatureConfig
 from dlrm_jax.data.schema.schema import SPLITS
 
 
-class Columns(Protocol):
-    """Rows in memory, by column: a Split, or the parts of one (parts.py)."""
-
-    def __len__(self) -> int:
-        """Rows."""
-
-    @property
-    def dense_RxN(self) -> np.ndarray:
-        """See Split."""
-
-    @property
-    def ids_RxK(self) -> np.ndarray:
-        """See Split."""
-
-    @property
-    def label_R(self) -> np.ndarray:
-        """See Split."""
-
-    @property
-    def row_R(self) -> np.ndarray:
-        """See Split."""
-
-    @property
-    def weight_R(self) -> np.ndarray | None:
-        """See Split."""
-
-
 class Rows(Protocol):
     """A split, in memory or not: rows that an epoch visits window by window."""
 
@@ -49,11 +22,14 @@ class Rows(Protocol):
     def only_label(self) -> int | None:
         """The label that all rows have, 0 or 1; None where there are both, or where nobody counted."""
 
-    def windows(self, seed: int, epoch: int, shuffle: bool, start: int = 0) -> Iterator[tuple[Columns, np.ndarray]]:
+    def windows(self, seed: int, epoch: int, shuffle: bool, start: int = 0) -> Iterator[tuple["Split", np.ndarray]]:
         """The epoch's rows from number `start` on: (rows in memory, the order in which to visit them), each row once.
 
         The order follows from (seed, epoch) alone; what lies before `start` is not read.
         """
+
+    def sources(self, seed: int, epoch: int, shuffle: bool, start: int = 0) -> Iterator[tuple[Any, np.ndarray]]:
+        """The same for batches: of what is on disk there may be `Unread` (unread.py) instead of rows in memory."""
 
     def positions(self, seed: int, epoch: int, shuffle: bool, start: int = 0) -> Iterator[np.ndarray]:
         """The same visit by the rows' positions in `whole()`, without reading any."""
@@ -105,10 +81,12 @@ class Split:
             return None
         return int(self.label_R[0])
 
-    def windows(self, seed: int, epoch: int, shuffle: bool, start: int = 0) -> Iterator[tuple[Columns, np.ndarray]]:
+    def windows(self, seed: int, epoch: int, shuffle: bool, start: int = 0) -> Iterator[tuple["Split", np.ndarray]]:
         """One window: all rows, in the order of a permutation from (seed, epoch)."""
         for order_R in self.positions(seed, epoch, shuffle, start):
             yield self, order_R
+
+    sources = windows
 
     def positions(self, seed: int, epoch: int, shuffle: bool, start: int = 0) -> Iterator[np.ndarray]:
         """See Rows."""

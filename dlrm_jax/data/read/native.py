@@ -34,8 +34,8 @@ def _made() -> Any:
     made.dlrm_reads.restype = _INT
     made.dlrm_read_chunks.argtypes, made.dlrm_read_chunks.restype = (_INT, *[_POINTER] * 6), None
     made.dlrm_any_outside.argtypes, made.dlrm_any_outside.restype = (_POINTER, _INT, _INT, _POINTER), _INT
-    made.dlrm_gather.argtypes = (_POINTER, _POINTER, _INT, _POINTER, _INT, _INT, _POINTER, _POINTER)
-    made.dlrm_gather.restype = None
+    made.dlrm_scatter.argtypes = (_POINTER, _POINTER, _INT, _POINTER, _INT, _POINTER)
+    made.dlrm_scatter.restype = None
     made.dlrm_permutation.argtypes, made.dlrm_permutation.restype = (_POINTER, _POINTER, _POINTER, _INT), None
     seed = (0, 1)
     if not np.array_equal(permutation(made, seed, 5000), np.random.default_rng(seed).permutation(5000)):

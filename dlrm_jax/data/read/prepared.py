@@ -15,11 +15,11 @@ from dlrm_jax.data.prepare.blocks import BLOCK_ROWS
 from dlrm_jax.data.prepare.hashes import checked, require_lengths
 from dlrm_jax.data.prepare.runs import Run, from_json, of_split, record_ends
 from dlrm_jax.data.read import native
-from dlrm_jax.data.read.dataset import Columns, Dataset, Split
+from dlrm_jax.data.read.dataset import Dataset, Split
 from dlrm_jax.data.read.native import address
-from dlrm_jax.data.read.parts import Parts
 from dlrm_jax.data.read.shards import Shards
-from dlrm_jax.data.read.windows import BlockOrder, read_windows, slice_rows
+from dlrm_jax.data.read.unread import Stretch, Unread
+from dlrm_jax.data.read.windows import BlockOrder, concatenate, read_windows, slice_rows
 from dlrm_jax.data.schema.schema import SPLITS, Schema
 from dlrm_jax.data.schema.schema_io import from_dict as schema_from_dict
 from dlrm_jax.data.schema.schema_io import to_dict
@@ -53,9 +53,16 @@ class PreparedSplit:
     def __len__(self) -> int:
         return self.num_rows
 
-    def windows(self, seed: int, epoch: int, shuffle: bool, start: int = 0) -> Iterator[tuple[Columns, np.ndarray]]:
+    def windows(self, seed: int, epoch: int, shuffle: bool, start: int = 0) -> Iterator[tuple[Split, np.ndarray]]:
         """See dataset.Rows."""
         return read_windows(self.order, self.read, seed, epoch, shuffle, start)
+
+    def sources(self, seed: int, epoch: int, shuffle: bool, start: int = 0) -> Iterator[tuple[Any, np.ndarray]]:
+        """See dataset.Rows."""
+        if self.library is None:
+            return self.windows(seed, epoch, shuffle, start)
+        visits = (visit() for visit in self.order.visits(seed, epoch, shuffle, start))
+        return ((self._unread(blocks_G), order_R) for blocks_G, order_R in visits)
 
     def positions(self, seed: int, epoch: int, shuffle: bool, start: int = 0) -> Iterator[np.ndarray]:
         """See dataset.Rows."""
@@ -63,23 +70,23 @@ class PreparedSplit:
 
     def whole(self) -> Split:
         """See dataset.Rows."""
-        rows = self.read(np.arange(self.order.num_blocks))
-        return rows.joined() if isinstance(rows, Parts) else rows
+        return self.read(np.arange(self.order.num_blocks))
 
     @property
     def order(self) -> BlockOrder:
         """How an epoch visits the blocks."""
         return BlockOrder(self.num_rows, BLOCK_ROWS, WINDOW_BLOCKS, self.library)
 
-    def read(self, group: np.ndarray) -> Split | Parts:
+    def read(self, group: np.ndarray) -> Split:
         """Some blocks, one after the other, in memory."""
-        if not len(group):
-            none = np.zeros(0, np.float32)
-            return Split(none[:, None], np.zeros((0, len(self.limit_K)), np.int32), none, none.astype(np.int64))
-        places = [self._records_with(block) for block in group.tolist()]
-        records = self._records(list(dict.fromkeys(index for indices, _, _ in places for index in indices)))
-        parts = Parts(tuple(part for place in places for part in self._cut(records, *place)), self.library)
-        return parts.joined() if parts.library is None else parts
+        stretches = list(self._stretches(group))
+        records = self._records(list(dict.fromkeys(stretch.record for stretch in stretches)))
+        parts = [slice_rows(records[record], first, last) for record, first, last, _ in stretches]
+        return concatenate([self._split(self.blocks.none()), *parts])
+
+    def _unread(self, group: np.ndarray) -> Unread:
+        assert self.library is not None
+        return Unread(self._split(self.blocks.none()), list(self._stretches(group)), self._records, self.library)
 
     @property
     def library(self) -> Any:
@@ -90,19 +97,18 @@ class PreparedSplit:
         """Some rows that follow each other."""
         return dataclasses.replace(self, first=self.first + first, num_rows=num_rows, only_label=only_label)
 
-    def _records_with(self, block: int) -> tuple[range, int, int]:
-        """(the records that have a block's rows, the split's rows where it begins and ends)."""
-        start = self.first + block * BLOCK_ROWS
-        stop = min(start + BLOCK_ROWS, self.first + self.num_rows)
-        first, last = np.searchsorted(self.ends, (start, stop - 1), "right").tolist()
-        return range(first, last + 1), start, stop
-
-    def _cut(self, records: dict[int, Split], indices: range, start: int, stop: int) -> Iterator[Split]:
-        """The rows from `start` to `stop`."""
-        for index in indices:
-            record, begin = records[index], self._begin(index)
-            first, last = max(start - begin, 0), stop - begin
-            yield record if first == 0 and last >= len(record) else slice_rows(record, first, last)
+    def _stretches(self, group: np.ndarray) -> Iterator[Stretch]:
+        """The rows of some blocks, one after the other, by the records that have them."""
+        at = 0
+        for block in group.tolist():
+            start = self.first + block * BLOCK_ROWS
+            stop = min(start + BLOCK_ROWS, self.first + self.num_rows)
+            record, last = np.searchsorted(self.ends, (start, stop - 1), "right").tolist()
+            for index in range(record, last + 1):
+                begin, end = self._begin(index), int(self.ends[index])
+                stretch = Stretch(index, max(start, begin) - begin, min(stop, end) - begin, at)
+                at += stretch.stop - stretch.start
+                yield stretch
 
     def _begin(self, index: int) -> int:
         return int(self.ends[index - 1]) if index else 0
@@ -125,7 +131,11 @@ class PreparedSplit:
             raise ConfigError(f"block {index} of split {self.name!r} has {len(block['label'])} rows; prepare it anew")
         if self._any_outside(block["ids"]):
             raise ConfigError(f"block {index} of split {self.name!r} holds ids outside their tables; prepare it anew")
-        dense_RxN = block["dense"] if "dense" in block else np.zeros((size, 0), np.float32)
+        return self._split(block)
+
+    @staticmethod
+    def _split(block: dict[str, np.ndarray]) -> Split:
+        dense_RxN = block["dense"] if "dense" in block else np.zeros((len(block["label"]), 0), np.float32)
         return Split(dense_RxN, block["ids"], block["label"], block["row"], block.get("weight"))
 
     def _any_outside(self, ids_RxK: np.ndarray) -> bool:

@@ -42,6 +42,10 @@ class Shards:
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
 
+    def none(self) -> dict[str, np.ndarray]:
+        """The columns of no row."""
+        return self._parse.none()
+
     def blocks(self, indices: list[int], library: Any = None) -> Iterator[dict[str, np.ndarray]]:
         """The columns of some blocks, views of their records."""
         return map(self._parse, self.records(indices, library))
@@ -115,6 +119,10 @@ class Parser:
     def __init__(self, columns: Mapping[str, tuple[Any, tuple[int, ...]]]) -> None:
         self._columns = columns
         self._layouts: dict[int, _Layout] = {}
+
+    def none(self) -> dict[str, np.ndarray]:
+        """The columns of no row."""
+        return {name: np.zeros((0, *shape), dtype) for name, (dtype, shape) in self._columns.items()}
 
     def __call__(self, record: Record) -> dict[str, np.ndarray]:
         """The columns; ValueError for bytes that are no such record."""

@@ -7,19 +7,16 @@ import collections
 import concurrent.futures
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from dlrm_jax.data.read.dataset import Columns, Split
+from dlrm_jax.data.read.dataset import Split
 from dlrm_jax.data.read.native import permutation
 from dlrm_jax.host.cores import cores
 
 MOST_READERS = 8
 """Threads that read a split: each holds a window, and reading is faster than any step with fewer."""
-
-
-Read = TypeVar("Read")
 
 
 class Visit(NamedTuple):
@@ -87,11 +84,11 @@ class BlockOrder:
 
 
 def read_windows(
-    order: BlockOrder, read: Callable[[np.ndarray], Read], seed: int, epoch: int, shuffle: bool, start: int
-) -> Iterator[tuple[Read, np.ndarray]]:
+    order: BlockOrder, read: Callable[[np.ndarray], Split], seed: int, epoch: int, shuffle: bool, start: int
+) -> Iterator[tuple[Split, np.ndarray]]:
     """The windows of an epoch from row `start` on (dataset.Rows); `read` gives some blocks, one after the other."""
 
-    def made(visit: Callable[[], Visit]) -> tuple[Read, np.ndarray]:
+    def made(visit: Callable[[], Visit]) -> tuple[Split, np.ndarray]:
         blocks_G, order_R = visit()
         return read(blocks_G), order_R
 
@@ -129,9 +126,11 @@ class GeneratedSplit:
         """How an epoch visits the blocks."""
         return BlockOrder(self.num_rows, self.block_rows, 1)
 
-    def windows(self, seed: int, epoch: int, shuffle: bool, start: int = 0) -> Iterator[tuple[Columns, np.ndarray]]:
+    def windows(self, seed: int, epoch: int, shuffle: bool, start: int = 0) -> Iterator[tuple[Split, np.ndarray]]:
         """See dataset.Rows."""
         return read_windows(self.order, self.read, seed, epoch, shuffle, start)
+
+    sources = windows
 
     def positions(self, seed: int, epoch: int, shuffle: bool, start: int = 0) -> Iterator[np.ndarray]:
         """See dataset.Rows."""
