@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from dlrm_jax.config import ConfigError
-from dlrm_jax.data.batch import Batch
 from dlrm_jax.data.prepare import blocks
 from dlrm_jax.data.read import native
 from dlrm_jax.data.read.dataset import Split
@@ -119,18 +118,19 @@ def test_rows_go_where_they_belong(num_dense, num_slots, weighted):
         read.extend(indices)
         return {index: kept[index] for index in indices}
 
-    stretches = [Stretch(*piece, int(at)) for piece, at in zip(pieces, starts, strict=False)]
-    source = Unread(slice_rows(kept[0], 0, 0), stretches, records, native.library())
+    stretches = [Stretch(*piece, int(at), len(kept[piece[0]])) for piece, at in zip(pieces, starts, strict=False)]
+    none, limits = slice_rows(kept[0], 0, 0), np.full(num_slots, 2**31, np.uint32)
+    source = Unread(none, stretches, records, native.library(), Shards([], [], {}), limits)
     order, targets, wanted = rng.permutation(starts[-1])[:-50], [], []
     whole = concatenate([slice_rows(kept[index], start, stop) for index, start, stop in pieces])
     weight_R = np.ones(len(whole), np.float32) if whole.weight_R is None else whole.weight_R
     for rows_R, at in ((order[:400], 30), (order[400:401], 0), (order[401:], 7)):
         columns = [whole.dense_RxN, whole.ids_RxK, whole.label_R, weight_R]
         filled = [np.zeros((len(rows_R) + 40, *column.shape[1:]), column.dtype) for column in columns]
-        targets.append(Target(Batch(*[column.copy() for column in filled]), rows_R, at))
+        targets.append(Target(tuple(column.copy() for column in filled), rows_R, at))
         for column, into in zip(columns, filled, strict=True):
             into[at : at + len(rows_R)] = column[rows_R]
-        wanted.append(Batch(*filled))
+        wanted.append(tuple(filled))
     for job in source.jobs(targets):
         job()
     jax.tree.map(np.testing.assert_array_equal, [window for window, _, _ in targets], wanted)

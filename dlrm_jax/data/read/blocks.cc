@@ -296,6 +296,50 @@ void dlrm_scatter(const uint8_t* const* starts, const int64_t* widths, int64_t c
   }
 }
 
+// Where the columns are in the data of plain chunks of `size` bytes and `rows` rows, and the bytes that are no column's:
+// gap g begins at gaps[2 * g] and has gaps[2 * g + 1] bytes; `between` has them, one after the other.
+struct Layout {
+  int64_t size, rows, num_gaps, num_columns, ids, slots;
+  const int64_t* gaps;
+  const uint8_t* between;
+  const int64_t *columns, *widths;
+  const uint32_t* limits_K;
+};
+
+// Reads chunks as dlrm_read_chunks and puts their rows into windows as dlrm_scatter: of chunk i those of the stretches
+// firsts[i] to firsts[i + 1]; a stretch is three numbers: its first row, that behind its last, and where in `places` it
+// begins. `memory` is twice `room` bytes, which are enough for any of the chunks. done[i] says whether it was: a chunk
+// of another layout, one that is not as its hashes say, and one with an id outside its table are not.
+void dlrm_fill(const Layout* layout, int64_t count, const int32_t* files, const int64_t* begins, const int64_t* ends,
+               uint8_t* memory, int64_t room, const int64_t* firsts, const int64_t* stretches, const int64_t* places,
+               uint8_t* const* windows, uint8_t* done) {
+  std::vector<const uint8_t*> starts(layout->num_columns);
+  for (int64_t i = 0; i < count; i += 2) {
+    const int64_t some = std::min<int64_t>(2, count - i);
+    uint8_t* const intos[] = {memory, memory + room};
+    uint64_t kinds[2];
+    int64_t sizes[2];
+    dlrm_read_chunks(some, files + i, begins + i, ends + i, intos, kinds, sizes);
+    for (int64_t j = 0; j < some; ++j) {
+      const uint8_t* const data = intos[j] + kChunkHeader;
+      bool plain = sizes[j] == layout->size && kinds[j] == (1 << 8 | 'r');
+      const uint8_t* between = layout->between;
+      for (int64_t g = 0; plain && g < layout->num_gaps; between += layout->gaps[2 * g++ + 1]) {
+        plain = !std::memcmp(data + layout->gaps[2 * g], between, layout->gaps[2 * g + 1]);
+      }
+      done[i + j] = plain && !dlrm_any_outside(data + layout->ids, layout->rows, layout->slots, layout->limits_K);
+      for (int64_t k = firsts[i + j]; done[i + j] && k < firsts[i + j + 1]; ++k) {
+        const int64_t* const stretch = stretches + 3 * k;
+        for (int64_t c = 0; c < layout->num_columns; ++c) {
+          starts[c] = data + layout->columns[c] + stretch[0] * layout->widths[c];
+        }
+        dlrm_scatter(starts.data(), layout->widths, layout->num_columns, places + stretch[2], stretch[1] - stretch[0],
+                     windows);
+      }
+    }
+  }
+}
+
 // What numpy.random.Generator.permutation(count) gives, by the bit generator whose `next` and `state` these are: each
 // row, the last one first, changes places with one of those up to it, whose number is drawn anew while it is above.
 void dlrm_permutation(uint32_t (*next)(void*), void* state, int64_t* to, int64_t count) {

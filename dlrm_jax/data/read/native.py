@@ -36,6 +36,8 @@ def _made() -> Any:
     made.dlrm_any_outside.argtypes, made.dlrm_any_outside.restype = (_POINTER, _INT, _INT, _POINTER), _INT
     made.dlrm_scatter.argtypes = (_POINTER, _POINTER, _INT, _POINTER, _INT, _POINTER)
     made.dlrm_scatter.restype = None
+    made.dlrm_fill.argtypes = (_POINTER, _INT, *[_POINTER] * 4, _INT, *[_POINTER] * 5)
+    made.dlrm_fill.restype = None
     made.dlrm_permutation.argtypes, made.dlrm_permutation.restype = (_POINTER, _POINTER, _POINTER, _INT), None
     seed = (0, 1)
     if not np.array_equal(permutation(made, seed, 5000), np.random.default_rng(seed).permutation(5000)):
@@ -44,6 +46,15 @@ def _made() -> Any:
         )
         return None
     return made
+
+
+class Layout(ctypes.Structure):
+    """As blocks.cc has it."""
+
+    _fields_ = (
+        *((name, _INT) for name in ("size", "rows", "num_gaps", "num_columns", "ids", "slots")),
+        *((name, _POINTER) for name in ("gaps", "between", "columns", "widths", "limits_K")),
+    )
 
 
 def permutation(library: Any, seed: tuple[int, ...], count: int) -> np.ndarray:

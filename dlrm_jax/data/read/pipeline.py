@@ -199,7 +199,7 @@ class _Filling:
             yield jax.tree.map(lambda column: column.reshape(steps, self._cut.rows, *column.shape[1:]), window)  # noqa: B023
 
     def _begin_reading(self) -> None:
-        targets = [Target(waiting.window, piece.rows_R, piece.at) for waiting, piece in self._open]
+        targets = [Target(_arrays(waiting.window), piece.rows_R, piece.at) for waiting, piece in self._open]
         jobs = [self._pool.submit(job) for job in self._open[0][1].source.jobs(targets)]
         for waiting in {id(waiting): waiting for waiting, _ in self._open}.values():
             waiting.jobs += jobs
@@ -256,13 +256,16 @@ def _put(window: Batch, piece: Piece) -> None:
     to = slice(piece.at, piece.at + len(piece.rows_R))
     source = piece.source
     columns = (source.dense_RxN, source.ids_RxK, source.label_R, source.weight_R)
-    filled = (window.dense_BxN, window.ids_BxK, window.label_B, window.weight_B)
-    for values, column in zip(columns, map(np.asarray, filled), strict=True):
+    for values, column in zip(columns, _arrays(window), strict=True):
         if values is None:
             column[to] = 1
         else:
             # Clipping, as checking every index copies through a buffer; the order is a permutation.
             np.take(values, piece.rows_R, axis=0, out=column[to], mode="clip")
+
+
+def _arrays(window: Batch) -> tuple[np.ndarray, ...]:
+    return tuple(map(np.asarray, (window.dense_BxN, window.ids_BxK, window.label_B, window.weight_B)))
 
 
 def rows_and_labels(split: Rows) -> tuple[np.ndarray, np.ndarray]:

@@ -81,12 +81,13 @@ class PreparedSplit:
         """Some blocks, one after the other, in memory."""
         stretches = list(self._stretches(group))
         records = self._records(list(dict.fromkeys(stretch.record for stretch in stretches)))
-        parts = [slice_rows(records[record], first, last) for record, first, last, _ in stretches]
+        parts = [slice_rows(records[record], first, last) for record, first, last, *_ in stretches]
         return concatenate([self._split(self.blocks.none()), *parts])
 
     def _unread(self, group: np.ndarray) -> Unread:
         assert self.library is not None
-        return Unread(self._split(self.blocks.none()), list(self._stretches(group)), self._records, self.library)
+        none, stretches = self._split(self.blocks.none()), list(self._stretches(group))
+        return Unread(none, stretches, self._records, self.library, self.blocks, self._limit_K)
 
     @property
     def library(self) -> Any:
@@ -106,7 +107,7 @@ class PreparedSplit:
             record, last = np.searchsorted(self.ends, (start, stop - 1), "right").tolist()
             for index in range(record, last + 1):
                 begin, end = self._begin(index), int(self.ends[index])
-                stretch = Stretch(index, max(start, begin) - begin, min(stop, end) - begin, at)
+                stretch = Stretch(index, max(start, begin) - begin, min(stop, end) - begin, at, end - begin)
                 at += stretch.stop - stretch.start
                 yield stretch
 

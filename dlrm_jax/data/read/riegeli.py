@@ -32,6 +32,10 @@ class PlainFile:
             os.close(self.number)
 
 
+Chunk = tuple[PlainFile, int, int]
+"""A file, and where in it the chunk begins and ends."""
+
+
 def chunks_of(library: Any, memory: Recycler, file: PlainFile, count: int) -> tuple[int, ...] | None:
     """Where the chunks of an array_record file begin, and the last one ends; None unless it has `count`, all plain."""
     try:
@@ -52,9 +56,7 @@ def chunks_of(library: Any, memory: Recycler, file: PlainFile, count: int) -> tu
     return (*begins, footer) if as_told and ones and in_order else None
 
 
-def read_chunks(
-    library: Any, memory: Recycler, chunks: list[tuple[PlainFile, int, int]]
-) -> list[tuple[int, memoryview | None]]:
+def read_chunks(library: Any, memory: Recycler, chunks: list[Chunk]) -> list[tuple[int, memoryview | None]]:
     """(type and number of records, data) of the chunks from and to places of files; no data where a hash is wrong."""
     chunks = [chunk if 0 <= chunk[1] < chunk[2] - _CHUNK_HEADER else (chunk[0], 0, 0) for chunk in chunks]
     into = [memory.empty((end - begin,)) for _, begin, end in chunks]

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dlrm_jax.data.prepare.blocks import columns_at, places
-from dlrm_jax.data.read.riegeli import SIMPLE, PlainFile, chunks_of, read_chunks, records_of
+from dlrm_jax.data.read.riegeli import SIMPLE, Chunk, PlainFile, chunks_of, read_chunks, records_of
 from dlrm_jax.host.recycled import Recycler
 
 OPEN_SHARDS = 128
@@ -36,7 +36,9 @@ class Shards:
         self._open: collections.OrderedDict[tuple[int, Any], Any] = collections.OrderedDict()
         self._chunks: dict[int, tuple[int, ...] | None] = {}
         """Where the records of a plain shard begin, and the last one ends; None for a shard that is array_record's."""
-        self._memory = Recycler()
+        self.memory = Recycler()
+        self.layout: Layout | None = None
+        """That of most plain chunks, once some were read."""
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -52,7 +54,7 @@ class Shards:
 
     def records(self, indices: list[int], library: Any = None) -> Iterator[Record]:
         """Some blocks as they are stored, by `library` (native.py) where that is given and their shards are plain."""
-        plain = self._plain(indices, library) if library is not None and library.dlrm_reads() else {}
+        plain = self._plain(indices, library) if library is not None else {}
         for index in indices:
             if index in plain:
                 yield plain[index]
@@ -65,26 +67,41 @@ class Shards:
         shard = bisect.bisect_right(self._ends, index)
         return shard, index - (self._ends[shard - 1] if shard else 0)
 
-    def _plain(self, indices: list[int], library: Any) -> dict[int, memoryview]:
-        """Those that could be read so; no shard of any other is tried again."""
-        places, wanted = [(index, *self._place(index)) for index in indices], []
-        for index, shard, offset in places:
+    def chunks(self, indices: list[int], library: Any) -> list[tuple[int, int, Chunk]]:
+        """(number, shard, chunk) of the blocks that lie in plain shards."""
+        wanted: list[tuple[int, int, Chunk]] = []
+        for index in indices:
+            shard, offset = self._place(index)
             with contextlib.suppress(OSError):
                 if self._chunks.get(shard, ()) is not None:
                     file = self._reader(shard, PlainFile)
                     if shard not in self._chunks:
-                        self._chunks[shard] = chunks_of(library, self._memory, file, self._lengths[shard])
+                        self._chunks[shard] = chunks_of(library, self.memory, file, self._lengths[shard])
                     if (chunks := self._chunks[shard]) is not None:
-                        wanted.append((index, shard, (file, *chunks[offset : offset + 2])))
-        found = {}
-        chunks_read = read_chunks(library, self._memory, [chunk for _, _, chunk in wanted])
+                        wanted.append((index, shard, (file, chunks[offset], chunks[offset + 1])))
+        return wanted
+
+    def _plain(self, indices: list[int], library: Any) -> dict[int, memoryview]:
+        """Those that could be read so; no shard of any other is tried again."""
+        found, wanted = {}, self.chunks(indices, library)
+        chunks_read = read_chunks(library, self.memory, [chunk for _, _, chunk in wanted])
         for (index, shard, _), (kind, data) in zip(wanted, chunks_read, strict=True):
             records = records_of(data) if kind == 1 << 8 | SIMPLE else None
-            if records is not None and len(records) == 1:
+            if data is not None and records is not None and len(records) == 1:
                 found[index] = records[0]
+                self._learn(data, records[0])
             else:
                 self._chunks[shard] = None
         return found
+
+    def _learn(self, data: memoryview, record: memoryview) -> None:
+        """Note where the columns are in the data of most chunks, which are the largest."""
+        if self.layout is None or len(data) > self.layout.size:
+            prefix = len(data) - len(record)
+            with contextlib.suppress(ValueError):
+                found = self._parse.places(record)
+                shifted = {name: (start + prefix, stop + prefix) for name, (start, stop) in found.items()}
+                self.layout = layout_of(data, shifted)
 
     def _reader(self, shard: int, opened: Any) -> Any:
         with self._lock:
@@ -102,9 +119,10 @@ def _array_record(path: pathlib.Path) -> Any:
     return array_record_module.ArrayRecordReader(str(path))
 
 
-class _Layout(NamedTuple):
-    """Where a record's columns are, and the bytes between them."""
+class Layout(NamedTuple):
+    """Of some bytes: how many they are, where the columns begin and end, and from where to where what is between."""
 
+    size: int
     places: dict[str, tuple[int, int]]
     between: tuple[tuple[int, int, bytes], ...]
 
@@ -118,7 +136,7 @@ class Parser:
 
     def __init__(self, columns: Mapping[str, tuple[Any, tuple[int, ...]]]) -> None:
         self._columns = columns
-        self._layouts: dict[int, _Layout] = {}
+        self._layouts: dict[int, Layout] = {}
 
     def none(self) -> dict[str, np.ndarray]:
         """The columns of no row."""
@@ -126,13 +144,18 @@ class Parser:
 
     def __call__(self, record: Record) -> dict[str, np.ndarray]:
         """The columns; ValueError for bytes that are no such record."""
+        return columns_at(record, self.places(record), self._columns)
+
+    def places(self, record: Record) -> dict[str, tuple[int, int]]:
+        """Where each column begins and ends; ValueError as above."""
         known = self._layouts.get(len(record))
         if known is None or any(record[start:stop] != held for start, stop, held in known.between):
-            known = self._layouts[len(record)] = _layout(record, places(record, self._columns))
-        return columns_at(record, known.places, self._columns)
+            known = self._layouts[len(record)] = layout_of(record, places(record, self._columns))
+        return known.places
 
 
-def _layout(record: Record, found: dict[str, tuple[int, int]]) -> _Layout:
+def layout_of(record: Record, found: dict[str, tuple[int, int]]) -> Layout:
+    """The layout of a record whose columns are found."""
     starts, stops = zip(*sorted(found.values()), strict=True)
     gaps = zip((0, *stops), (*starts, len(record)), strict=True)
-    return _Layout(found, tuple((start, stop, bytes(record[start:stop])) for start, stop in gaps))
+    return Layout(len(record), found, tuple((start, stop, bytes(record[start:stop])) for start, stop in gaps))
