@@ -21,7 +21,7 @@ from dlrm_jax.training.feed import Feed, make_feed
 from dlrm_jax.training.opening import open_run
 from dlrm_jax.training.run_config import RunConfig
 
-READ, DECODE, MAKE, PERMUTE, TRANSFER = "read", "decode", "make", "permute", "transfer"
+READ, DECODE, MAKE, PERMUTE, PLACE, TRANSFER = "read", "decode", "make", "permute", "place", "transfer"
 HOST, ROAD = "host", "road"
 
 
@@ -29,21 +29,24 @@ def measure_input(config: RunConfig, seconds: float, workdir: pathlib.Path | Non
     """Rows a second of each stage by all the threads that it has, and of the whole road, each for some `seconds`.
 
     `binds` is the slowest stage. Stages share the cores, so that the road is slower than each of them. Rows in memory
-    need no reading; those that are generated are made instead of read.
+    need no reading; those that are generated are made instead of read; where blocks.cc reads, rows are decoded and
+    permuted as they are put in their places.
     """
     opened = open_run(config, workdir)
     placed, rows = opened.place(), opened.dataset.splits["train"]
     heap.keep_freed_temporaries()  # As a run does.
     cut = Cut(config.batch_size, multiple=placed.num_devices * config.num_micro_batches)
     feed = make_feed(placed, opened.dataset, rows, cut)
-    stages = _reading(rows, seconds)
+    stages, window_rows = _reading(rows, seconds), feed.cut.steps * feed.cut.rows
+    road = {HOST: _to_host(feed, config, window_rows, seconds), ROAD: _to_devices(feed, config, window_rows, seconds)}
     window = next(rows.windows(config.seed, 0, config.shuffle))
     permuted = batch_windows((iter([window]) for _ in itertools.count()), feed.cut)
-    window_rows = feed.cut.steps * feed.cut.rows
-    stages[PERMUTE] = _rate(window_rows, permuted, seconds)
+    if DECODE in stages or not isinstance(rows, PreparedSplit):
+        stages[PERMUTE] = _rate(window_rows, permuted, seconds)
+    else:  # Rows are put in their places as they are read.
+        stages[PLACE] = _rest(road[HOST], stages[READ])
     one, put = next(permuted), feed.transfer
     stages[TRANSFER] = _rate(window_rows, (jax.block_until_ready(put(one)) for _ in itertools.count()), seconds)
-    road = {HOST: _to_host(feed, config, window_rows, seconds), ROAD: _to_devices(feed, config, window_rows, seconds)}
     return {
         "rows_per_second": stages | road,
         "binds": min(stages, key=lambda stage: stages[stage]),
@@ -71,8 +74,14 @@ def _reading(rows: Any, seconds: float) -> dict[str, float]:
     assert isinstance(rows, PreparedSplit)
     blocks = rows.blocks
     read = rate(lambda blocks_G: list(blocks.records([int(block) % len(blocks) for block in blocks_G], rows.library)))
-    both = rate(rows.read)
-    return {READ: read, DECODE: 1 / max(1 / both - 1 / read, 1e-12)}
+    if rows.library is not None:
+        return {READ: read}
+    return {READ: read, DECODE: _rest(rate(rows.read), read)}
+
+
+def _rest(both: float, one: float) -> float:
+    """The rate of the other of two stages, by that of both, one after the other."""
+    return 1 / max(1 / both - 1 / one, 1e-12)
 
 
 def _rate(rows: int, work: Iterable[Any], seconds: float) -> float:
