@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import logging
+import types
 
 import jax
 import numpy as np
@@ -12,7 +13,8 @@ from dlrm_jax.config import ConfigError
 from dlrm_jax.data.prepare import blocks
 from dlrm_jax.data.read import native
 from dlrm_jax.data.read.dataset import Split
-from dlrm_jax.data.read.prepared import open_prepared
+from dlrm_jax.data.read.pipeline import Cut, batch_windows
+from dlrm_jax.data.read.prepared import PreparedSplit, open_prepared
 from dlrm_jax.data.read.shards import Shards
 from dlrm_jax.data.read.unread import Stretch, Target, Unread
 from dlrm_jax.data.read.windows import concatenate, slice_rows
@@ -141,6 +143,34 @@ def test_rows_go_where_they_belong(num_dense, num_slots, weighted):
         job()
     jax.tree.map(np.testing.assert_array_equal, [window for window, _, _ in targets], wanted)
     assert sorted(read) == [0, 1, 2, 3]
+
+
+@needs_compiler
+def test_a_record_of_another_layout_is_read_as_it_is(tmp_path, monkeypatch):
+    """Columns in another order, in as many bytes; and one whose rows are not those that the dataset says."""
+    in_small_blocks(monkeypatch)
+    dtypes = {"dense": "float32", "ids": "int32", "label": "float32", "row": "int64"}
+    shapes = {name: (None, 1) if name in ("dense", "ids") else (None,) for name in dtypes}
+    kept, rng = [], np.random.default_rng(0)
+    for block in range(6):
+        rows = np.arange(64 * block, 64 * block + 64)
+        columns = {name: rows.astype(dtype).reshape(64, *shapes[name][1:]) for name, dtype in dtypes.items()}
+        order = list(dtypes) if block in (0, 3) else rng.permutation(list(dtypes)).tolist()
+        kept.append(b"".join(blocks.serialize({name: columns[name]}) for name in order))  # Messages that follow merge.
+    assert len(set(map(len, kept))) == 1
+    blocks.write_shard(tmp_path / "0", kept, "none")
+    spec = {name: types.SimpleNamespace(np_dtype=dtype, shape=shapes[name]) for name, dtype in dtypes.items()}
+    shards, ends = Shards([tmp_path / "0"], [6], spec), np.arange(64, 385, 64)
+    split = PreparedSplit("train", shards, 384, np.array([384]), ends)
+    for epoch in range(3):
+        for batch in batch_windows(iter([split.sources(0, epoch, True)]), Cut(50)):
+            for column in (batch.ids_BxK[..., 0], batch.label_B):
+                real = batch.weight_B > 0
+                np.testing.assert_array_equal(column[real], batch.dense_BxN[..., 0][real])
+    np.testing.assert_array_equal(split.whole().ids_RxK[:, 0], np.arange(384))
+    moved = dataclasses.replace(split, ends=ends - 1, num_rows=383)
+    with pytest.raises(ConfigError, match="block 0 of split 'train' has 64 rows"):
+        list(batch_windows(iter([moved.sources(0, 0, False)]), Cut(50)))
 
 
 @needs_compiler

@@ -48,12 +48,11 @@ def chunks_of(library: Any, memory: Recycler, file: PlainFile, count: int) -> tu
         version, chunks, records = (_numbers(_numbers(about)[1])[field] for field in (1, 2, 3))
         found = [_numbers(entry) for entry in entries]
         begins = tuple(entry.get(1, 0) for entry in found)
-        ones = all(entry.get(3) == 1 for entry in found)
     except (OSError, ValueError, KeyError, TypeError, IndexError):
         return None
     in_order = all(begin < end for begin, end in zip(begins, (*begins[1:], footer), strict=True))
     as_told = (magic, version, chunks, records, len(begins)) == (_MAGIC, 1, count, count, count)
-    return (*begins, footer) if as_told and ones and in_order else None
+    return (*begins, footer) if as_told and in_order else None
 
 
 def read_chunks(library: Any, memory: Recycler, chunks: list[Chunk]) -> list[tuple[int, memoryview | None]]:
