@@ -172,9 +172,10 @@ def test_a_record_of_another_layout_is_read_as_it_is(tmp_path, monkeypatch):
                 np.testing.assert_array_equal(column[real], batch.ids_BxK[..., 0][real])
     np.testing.assert_array_equal(split.whole().ids_RxK[:, 0], np.arange(384))
     assert filled, "C++ alone put some in their places"
-    moved = dataclasses.replace(split, ends=ends - 1, num_rows=383)
-    with pytest.raises(ConfigError, match="block 0 of split 'train' has 64 rows"):
-        list(batch_windows(iter([moved.sources(0, 0, False)]), Cut(50)))
+    for first in (0, 3):
+        short = dataclasses.replace(split, ends=np.arange(63, 379, 63), first=63 * first, num_rows=189)
+        with pytest.raises(ConfigError, match=f"block {first} of split 'train' has 64 rows"):
+            list(batch_windows(iter([short.sources(0, 0, False)]), Cut(50)))
 
 
 @needs_compiler
