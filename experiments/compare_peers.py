@@ -45,8 +45,8 @@ from dlrm_jax.data.generate.synthetic import device_batch
 from dlrm_jax.data.read.load import synthetic_spec
 from dlrm_jax.host import gpu_atomics, heap
 from dlrm_jax.host.formulations import AUTO, NATIVE
+from dlrm_jax.host.native_code import has_compiler
 from dlrm_jax.tables.by_name import named_tables
-from dlrm_jax.tables.kernels import build
 from dlrm_jax.training.placed import Placed, on_one_device
 from dlrm_jax.training.reporting import versions, write_json_atomically
 from dlrm_jax.training.run_config import RunConfig
@@ -82,7 +82,7 @@ class Ours:
 
     def __init__(self, config: RunConfig, placed: Placed) -> None:
         self.model, self.state = placed.model, placed.init_state(config.seed)
-        self.kernels = (AUTO, NATIVE) if build.has_compiler() and jax.default_backend() == "cpu" else (AUTO,)
+        self.kernels = (AUTO, NATIVE) if has_compiler() and jax.default_backend() == "cpu" else (AUTO,)
         self._steps, self._forwards = {}, {}
         for kernels in self.kernels:
             ops = dataclasses.replace(placed, kernels=kernels).ops

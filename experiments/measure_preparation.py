@@ -78,7 +78,7 @@ def reading_speed(dataset: pathlib.Path, batch_size: int = 2048) -> list[float]:
     for epoch in range(3):
         start = time.perf_counter()
         cut = Cut(batch_size, window_steps(4 * (13 + 26 + 2), batch_size))
-        for _ in batch_windows(iter([split.windows(0, epoch, shuffle=True)]), cut):
+        for _ in batch_windows(iter([split.sources(0, epoch, shuffle=True)]), cut):
             pass
         rates.append(len(split) / (time.perf_counter() - start))
     return rates

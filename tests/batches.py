@@ -19,7 +19,7 @@ def train_batches(split, batch_size, seed, start_step, shuffle=True, shard=(0, 1
 
 def eval_batches(split, batch_size, steps=3):
     """Every row once, in order."""
-    windows = batch_windows(iter([split.windows(0, 0, shuffle=False)]), Cut(batch_size, steps))
+    windows = batch_windows(iter([split.sources(0, 0, shuffle=False)]), Cut(batch_size, steps))
     batches = (jax.tree.map(lambda column, i=i: column[i], window) for window in windows for i in range(steps))
     return itertools.islice(batches, steps_per_epoch(len(split), batch_size))
 

@@ -89,13 +89,13 @@ class Feed:
         self, seed: int, start_step: int, shuffle: bool, began_at: int = 0
     ) -> Prefetcher[Traveller, Window]:
         """(what travels, the window) from step `start_step` on, for ever; the first epoch begins at step `began_at`."""
-        visit = "positions" if self.resident else "windows"
+        visit = "positions" if self.resident else "sources"
         position = start_step - began_at
         return self.windows(train_epochs(self.split, self.cut.batch_size, seed, position, shuffle, visit), start_step)
 
     def eval_windows(self) -> Prefetcher[Traveller, Window]:
         """The same of every row once, in order; behind the last row there may be batches of padding alone."""
-        visit = self.split.positions if self.resident else self.split.windows
+        visit = self.split.positions if self.resident else self.split.sources
         return self.windows(iter([visit(0, 0, False)]), 0)
 
     @property
@@ -133,7 +133,7 @@ class Feed:
         return jax.tree.map(taken, self._rows, PADDING)
 
     def windows(self, epochs: Iterator[Any], start_step: int) -> Prefetcher[Traveller, Window]:
-        """The same of any epochs, each as `Rows.windows` has it, or where rows stay as `Rows.positions` has it."""
+        """The same of any epochs, each as `Rows.sources` has it, or where rows stay as `Rows.positions` has it."""
         source: Iterator[Traveller]
         if self.resident:
             source = order_windows(epochs, self.cut, len(self.split))

@@ -1,5 +1,6 @@
 """The road from the data to the devices, measured alone and by stage: reading, decoding, permuting, transfer."""
 
+import contextlib
 import itertools
 import pathlib
 import time
@@ -11,7 +12,7 @@ import jax
 import numpy as np
 
 from dlrm_jax.data.read.dataset import Split
-from dlrm_jax.data.read.pipeline import Cut, batch_windows
+from dlrm_jax.data.read.pipeline import Cut, batch_windows, train_epochs
 from dlrm_jax.data.read.prepared import PreparedSplit
 from dlrm_jax.data.read.windows import MOST_READERS, GeneratedSplit
 from dlrm_jax.host import heap
@@ -20,31 +21,34 @@ from dlrm_jax.training.feed import Feed, make_feed
 from dlrm_jax.training.opening import open_run
 from dlrm_jax.training.run_config import RunConfig
 
-READ, DECODE, MAKE, PERMUTE, TRANSFER, ROAD = "read", "decode", "make", "permute", "transfer", "road"
+READ, DECODE, MAKE, PERMUTE, PLACE, TRANSFER = "read", "decode", "make", "permute", "place", "transfer"
+HOST, ROAD = "host", "road"
 
 
 def measure_input(config: RunConfig, seconds: float, workdir: pathlib.Path | None = None) -> dict[str, Any]:
     """Rows a second of each stage by all the threads that it has, and of the whole road, each for some `seconds`.
 
     `binds` is the slowest stage. Stages share the cores, so that the road is slower than each of them. Rows in memory
-    need no reading; those that are generated are made instead of read.
+    need no reading; those that are generated are made instead of read; where blocks.cc reads, rows are decoded and
+    permuted as they are put in their places.
     """
     opened = open_run(config, workdir)
     placed, rows = opened.place(), opened.dataset.splits["train"]
     heap.keep_freed_temporaries()  # As a run does.
     cut = Cut(config.batch_size, multiple=placed.num_devices * config.num_micro_batches)
     feed = make_feed(placed, opened.dataset, rows, cut)
-    stages = _reading(rows, seconds)
-    in_memory = rows if isinstance(rows, Split) else next(rows.windows(config.seed, 0, config.shuffle))[0]
-    epoch = (lambda: in_memory.windows(config.seed, 0, config.shuffle)) if len(in_memory) else (lambda: iter(()))
-    permuted = itertools.chain.from_iterable(batch_windows(iter([epoch()]), feed.cut) for _ in itertools.count())
-    window_rows = feed.cut.steps * feed.cut.rows
-    stages[PERMUTE] = _rate(window_rows, permuted, seconds)
+    stages, window_rows = _reading(rows, seconds), feed.cut.steps * feed.cut.rows
+    road = {HOST: _to_host(feed, config, window_rows, seconds), ROAD: _to_devices(feed, config, window_rows, seconds)}
+    window = next(rows.windows(config.seed, 0, config.shuffle))
+    permuted = batch_windows((iter([window]) for _ in itertools.count()), feed.cut)
+    if DECODE in stages or not isinstance(rows, PreparedSplit):
+        stages[PERMUTE] = _rate(window_rows, permuted, seconds)
+    else:  # Rows are put in their places as they are read.
+        stages[PLACE] = _rest(road[HOST], stages[READ])
     one, put = next(permuted), feed.transfer
     stages[TRANSFER] = _rate(window_rows, (jax.block_until_ready(put(one)) for _ in itertools.count()), seconds)
-    road = _road(feed, config, window_rows, seconds)
     return {
-        "rows_per_second": stages | {ROAD: road},
+        "rows_per_second": stages | road,
         "binds": min(stages, key=lambda stage: stages[stage]),
         "threads": min(cores(), MOST_READERS),
         "batch_size": config.batch_size,
@@ -69,9 +73,15 @@ def _reading(rows: Any, seconds: float) -> dict[str, float]:
         return {MAKE: rate(rows.read)}
     assert isinstance(rows, PreparedSplit)
     blocks = rows.blocks
-    read = rate(lambda blocks_G: [blocks.record(int(block) % len(blocks)) for block in blocks_G])
-    both = rate(rows.read)
-    return {READ: read, DECODE: 1 / max(1 / both - 1 / read, 1e-12)}
+    read = rate(lambda blocks_G: list(blocks.records([int(block) % len(blocks) for block in blocks_G], rows.library)))
+    if rows.library is not None:
+        return {READ: read}
+    return {READ: read, DECODE: _rest(rate(rows.read), read)}
+
+
+def _rest(both: float, one: float) -> float:
+    """The rate of the other of two stages, by that of both, one after the other."""
+    return 1 / max(1 / both - 1 / one, 1e-12)
 
 
 def _rate(rows: int, work: Iterable[Any], seconds: float) -> float:
@@ -85,7 +95,13 @@ def _rate(rows: int, work: Iterable[Any], seconds: float) -> float:
     return rows * count / (time.perf_counter() - start)
 
 
-def _road(feed: Feed, config: RunConfig, window_rows: int, seconds: float) -> float:
+def _to_host(feed: Feed, config: RunConfig, window_rows: int, seconds: float) -> float:
+    epochs = train_epochs(feed.split, config.batch_size, config.seed, 0, config.shuffle)
+    with contextlib.closing(batch_windows(epochs, feed.cut)) as windows:
+        return _rate(window_rows, windows, seconds)
+
+
+def _to_devices(feed: Feed, config: RunConfig, window_rows: int, seconds: float) -> float:
     with feed.train_windows(config.seed, 0, config.shuffle) as windows:
         return _rate(window_rows, (jax.block_until_ready(window) for _, window in windows), seconds)
 
@@ -93,9 +109,10 @@ def _road(feed: Feed, config: RunConfig, window_rows: int, seconds: float) -> fl
 def text(numbers: dict[str, Any]) -> str:
     """The numbers for people, in two lines."""
     rates = numbers["rows_per_second"]
-    shown = ", ".join(f"{stage} {rate / 1e6:,.1f}" for stage, rate in rates.items() if stage != ROAD)
+    shown = ", ".join(f"{stage} {rate / 1e6:,.1f}" for stage, rate in rates.items() if stage not in (HOST, ROAD))
     return (
-        f"input: {rates[ROAD] / 1e6:,.1f} M rows/s on the devices, in windows of {numbers['batches_a_window']} batches "
+        f"input: {rates[HOST] / 1e6:,.1f} M rows/s ready on the host, {rates[ROAD] / 1e6:,.1f} on the devices, in "
+        f"windows of {numbers['batches_a_window']} batches "
         f"of {numbers['batch_size']:,}, by {numbers['threads']} threads\n"
         f"  each stage alone, M rows/s: {shown}; {numbers['binds']} binds"
     )

@@ -121,7 +121,7 @@ class Online:
     def passes(self, first: int) -> Iterator[Iterator[Any]]:
         """One pass over each period from number `first` on, in order; then the last one, for who reads ahead."""
         numbers = itertools.chain(range(first, len(self.rows)), itertools.repeat(len(self.rows) - 1))
-        return (self.rows[n].windows(self.config.seed, n, self.config.shuffle) for n in numbers)
+        return (self.rows[n].sources(self.config.seed, n, self.config.shuffle) for n in numbers)
 
 
 def validate_progressively(

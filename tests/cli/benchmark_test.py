@@ -16,6 +16,7 @@ from dlrm_jax.config import LossConfig
 from dlrm_jax.data.read.load import DataConfig
 from dlrm_jax.data.read.pipeline import Cut
 from dlrm_jax.host.mesh import MeshShape, make_mesh
+from dlrm_jax.host.native_code import has_compiler
 from dlrm_jax.tables.collective import ExchangeOptions
 from dlrm_jax.tables.plan import make_plan
 from dlrm_jax.training import measuring, step_parts, stepper
@@ -25,9 +26,11 @@ from dlrm_jax.training.placed import Placed, on_one_device
 from dlrm_jax.training.step import make_train_step
 from dlrm_jax.training.step_parts import Event
 from tests.helpers import ROOT, optimizer, tiny_model
-from tests.prepared_helpers import csv_rows, prepare_text, schema
+from tests.prepared_helpers import csv_rows, in_small_blocks, prepare_text, schema
 from tests.training.feed_test import split_of
 from tests.training.resume_test import CONFIG
+
+needs_compiler = pytest.mark.skipif(not has_compiler(), reason="no C++ compiler on this machine")
 
 
 def benchmark(*flags: str) -> subprocess.CompletedProcess:
@@ -116,18 +119,21 @@ def test_the_step_measured_is_the_runs_own(tmp_path, flags):
         ("memory", {"permute", "transfer"}),
         ("generated", {"make", "permute", "transfer"}),
         ("prepared", {"read", "decode", "permute", "transfer"}),
+        pytest.param("large", {"read", "place", "transfer"}, marks=needs_compiler),
     ],
 )
-def test_the_road_is_measured_by_stage(tmp_path, kind, stages):
+def test_the_road_is_measured_by_stage(tmp_path, kind, stages, monkeypatch):
     data = CONFIG.data
+    if kind == "large":
+        in_small_blocks(monkeypatch)
     if kind == "generated":
         data = DataConfig("synthetic", num_examples=500, table_sizes=(9, 8))
-    elif kind == "prepared":
+    elif kind in ("prepared", "large"):
         log = csv_rows([(i % 2, i, f"v{i}") for i in range(200)])
         data = DataConfig(data_dir=str(prepare_text(tmp_path, log, schema())))
     numbers = measure_input(dataclasses.replace(CONFIG, data=data), 0.0)
     rates = numbers["rows_per_second"]
-    assert set(rates) == stages | {"road"} and min(rates.values()) > 0
+    assert set(rates) == stages | {"host", "road"} and min(rates.values()) > 0
     assert numbers["binds"] == min(stages, key=rates.get)
     assert f"{numbers['binds']} binds" in text(numbers) and "windows of 64 batches of 64" in text(numbers)
 

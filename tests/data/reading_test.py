@@ -15,7 +15,15 @@ from dlrm_jax.data.generate import planted
 from dlrm_jax.data.prepare import blocks
 from dlrm_jax.data.read import prepared as prepared_module
 from dlrm_jax.data.read.dataset import Split
-from dlrm_jax.data.read.pipeline import Cut, Prefetcher, order_windows, rows_and_labels, steps_per_epoch, train_epochs
+from dlrm_jax.data.read.pipeline import (
+    Cut,
+    Prefetcher,
+    batch_windows,
+    order_windows,
+    rows_and_labels,
+    steps_per_epoch,
+    train_epochs,
+)
 from dlrm_jax.data.read.prepared import open_prepared
 from dlrm_jax.data.read.windows import GeneratedSplit
 from tests.batches import eval_batches, plain_batches, plain_order, train_batches
@@ -89,14 +97,20 @@ def test_skipping_reads_nothing_before_the_position(prepared):
     read = []
 
     class Recording:
-        def __getitem__(self, index):
-            read.append(index)
-            return split.blocks[index]
+        def __getattr__(self, name):
+            return getattr(split.blocks, name)
+
+        def blocks(self, indices, library):
+            read.extend(indices)
+            return split.blocks.blocks(indices, library)
+
+        def chunks(self, indices, library):
+            read.extend(indices)
+            return split.blocks.chunks(indices, library)
 
     recording = dataclasses.replace(split, blocks=Recording())
-    batches = train_batches(recording, 100, 3, 9, steps=1)
-    next(batches)
-    batches.close()
+    batches = list(batch_windows(iter([recording.sources(3, 0, True, 900)]), Cut(100)))
+    assert len(batches) == 2
     visited = np.random.default_rng((3, 0)).permutation(16)
     assert set(read) == set(visited[4 * 3 :].tolist()), "rows 900 and on are in the windows from number 4 on"
 
@@ -235,7 +249,7 @@ def test_few_shards_are_open_at_a_time(tmp_path, monkeypatch):
     monkeypatch.setattr("dlrm_jax.data.prepare.runs.BLOCKS_PER_SHARD", 1)
     for module in ("prepare.blocks", "read.prepared"):
         monkeypatch.setattr(f"dlrm_jax.data.{module}.BLOCK_ROWS", 10)
-    monkeypatch.setattr("dlrm_jax.data.read.prepared.OPEN_SHARDS", 4)
+    monkeypatch.setattr("dlrm_jax.data.read.shards.OPEN_SHARDS", 4)
     output = prepare_text(tmp_path, csv_rows([(i % 2, i, f"v{i}") for i in range(600)]), schema())
     source = open_prepared(output).splits["train"]
     before, most = open_shards(output), 0

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dlrm_jax.config import ConfigError, FeatureConfig, ModelConfig, OptimizerConfig, ScheduleConfig, TableConfig
+from dlrm_jax.config import FeatureConfig, ModelConfig, OptimizerConfig, ScheduleConfig, TableConfig
 from dlrm_jax.host.mesh import MeshShape
+from dlrm_jax.host.native_code import has_compiler
 from dlrm_jax.tables import exchange, init
 from dlrm_jax.tables.exchange import init_slots, local_ops
 from dlrm_jax.tables.init import init_tables
@@ -19,7 +20,7 @@ from dlrm_jax.tables.kernels import build, native
 from dlrm_jax.tables.layout import local_stacks, place_stacks
 from dlrm_jax.tables.plan import DATA_PARALLEL, make_plan
 
-needs_compiler = pytest.mark.skipif(not build.has_compiler(), reason="no C++ compiler on this machine")
+needs_compiler = pytest.mark.skipif(not has_compiler(), reason="no C++ compiler on this machine")
 
 RATE = 0.1
 
@@ -166,66 +167,6 @@ def test_native_keeps_one_copy_of_a_table():
     num_bytes = 50_008 * 16 * 4
     assert memory.alias_size_in_bytes >= 2 * num_bytes
     assert memory.temp_size_in_bytes < num_bytes / 10
-
-
-@needs_compiler
-def test_a_library_is_compiled_once(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    path = build.built(build.SCORE, ())
-    made = path.stat().st_mtime_ns
-
-    assert build.built(build.SCORE, ()) == path
-    assert path.stat().st_mtime_ns == made
-    assert [file.name for file in (tmp_path / "dlrm_jax").iterdir()] == [path.name]
-    (tmp_path / "changed.h").write_text("")
-    monkeypatch.setattr(build, "_INCLUDED", tmp_path / "changed.h")
-    assert build.built(build.SCORE, ()) != path
-
-
-@needs_compiler
-def test_what_is_loaded_is_what_this_user_compiled(tmp_path, monkeypatch):
-    """Under a umask of 0 nobody else may write there either; what is cut, changed or planted is compiled anew."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(build, "_OPTIONS", ("-O0", *build._OPTIONS[1:]))
-    before = os.umask(0)
-    try:
-        path = build.built(build.SCORE, ())
-    finally:
-        os.umask(before)
-    for made in (path, path.parent, path.parent.parent):
-        assert made.stat().st_mode & 0o077 == 0, made
-    whole = path.read_bytes()
-    for other in (whole[: len(whole) // 2], b"", whole[:5000] + b"x" + whole[5001:]):
-        path.write_bytes(other)
-        assert build.built(build.SCORE, ()).read_bytes() == whole
-    path.chmod(0o722)  # Anybody may have written it, and its name says nothing: they choose that too.
-    when = path.stat().st_mtime_ns
-    assert build.built(build.SCORE, ()).stat().st_mtime_ns > when
-
-    path.parent.chmod(0o777)
-    build.built(build.SCORE, ())
-    assert path.parent.stat().st_mode & 0o777 == 0o700
-    monkeypatch.setattr(build, "_trusted", lambda: (path.stat().st_uid + 1, path.stat().st_uid + 2))
-    with pytest.raises(ConfigError, match=r"is another user's.*set XDG_CACHE_HOME to a directory of your own"):
-        build.built(build.SCORE, ())
-
-
-def test_without_a_compiler_the_error_says_what_to_do(monkeypatch):
-    monkeypatch.setenv("PATH", "")
-    monkeypatch.delenv("CXX", raising=False)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-
-    with pytest.raises(ConfigError, match=r"no C\+\+ compiler was found .* install g\+\+"):
-        build.compiler()
-
-
-def test_a_compiler_that_fails_is_named_and_leaves_nothing(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setenv("CXX", "false")
-
-    with pytest.raises(ConfigError, match=r"^false .* could not compile score\.cc"):
-        build.built(build.SCORE, ())
-    assert not list((tmp_path / "dlrm_jax").iterdir())
 
 
 @needs_compiler

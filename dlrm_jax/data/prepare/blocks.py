@@ -24,6 +24,8 @@ _DESCRIPTION = (
     "A click log prepared by dlrm_jax. A record is a block of rows; schema.yaml beside this file says of what."
 )
 _TFDS = "tensorflow_datasets.core.features"
+Columns = Mapping[str, tuple[Any, tuple[int, ...]]]
+"""(dtype, shape behind the rows) by name."""
 _OPTIONS = {"none": "group_size:1,uncompressed", "zstd": "group_size:1,zstd:1"}
 
 
@@ -73,29 +75,42 @@ def serialize(block: Mapping[str, np.ndarray]) -> bytes:
     return b"".join(_frame(1, pieces, total)[0])
 
 
-def parse(record: bytes, columns: Mapping[str, tuple[Any, tuple[int, ...]]]) -> dict[str, np.ndarray]:
+def parse(record: bytes | memoryview, columns: Columns) -> dict[str, np.ndarray]:
     """A block's columns, views of its record; `columns` says dtype, and shape behind the rows, of each.
 
     ValueError for bytes that are no such record.
     """
+    return columns_at(record, places(record, columns), columns)
+
+
+def places(record: bytes | memoryview, columns: Columns) -> dict[str, tuple[int, int]]:
+    """Where each column's bytes begin and end in a block's record; ValueError as `parse`."""
     found: dict[str, tuple[int, int]] = {}
     for features in _fields(record, (0, len(record)), 1):
         for entry in _fields(record, features, 1):
             ((start, stop),) = _fields(record, entry, 1)
             (feature,) = _fields(record, entry, 2)
             (values,) = _fields(record, feature, 1)
-            (found[record[start:stop].decode()],) = _fields(record, values, 1)
+            (found[bytes(record[start:stop]).decode()],) = _fields(record, values, 1)
     if found.keys() != columns.keys():
         raise ValueError(f"it has the columns {sorted(found)}, not {sorted(columns)}")
+    return found
+
+
+def columns_at(
+    record: bytes | memoryview, found: Mapping[str, tuple[int, int]], columns: Columns
+) -> dict[str, np.ndarray]:
+    """The columns whose places are known, as views."""
     parsed = {}
     for name, (dtype, shape) in columns.items():
         start, stop = found[name]
-        rows = (stop - start) // int(np.dtype(dtype).itemsize * math.prod(shape))
-        parsed[name] = np.frombuffer(record, dtype, rows * math.prod(shape), start).reshape(rows, *shape)
+        width = math.prod(shape)
+        rows = (stop - start) // int(np.dtype(dtype).itemsize * width)
+        parsed[name] = np.frombuffer(record, dtype, rows * width, start).reshape(rows, *shape)
     return parsed
 
 
-def _fields(record: bytes, message: tuple[int, int], field: int) -> list[tuple[int, int]]:
+def _fields(record: bytes | memoryview, message: tuple[int, int], field: int) -> list[tuple[int, int]]:
     """Where the contents of the length-delimited fields of a number are in a message, which has no other kinds."""
     at, stop = message
     found = []

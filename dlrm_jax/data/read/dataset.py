@@ -28,6 +28,9 @@ class Rows(Protocol):
         The order follows from (seed, epoch) alone; what lies before `start` is not read.
         """
 
+    def sources(self, seed: int, epoch: int, shuffle: bool, start: int = 0) -> Iterator[tuple[Any, np.ndarray]]:
+        """The same for batches: of what is on disk there may be `Unread` (unread.py) instead of rows in memory."""
+
     def positions(self, seed: int, epoch: int, shuffle: bool, start: int = 0) -> Iterator[np.ndarray]:
         """The same visit by the rows' positions in `whole()`, without reading any."""
 
@@ -82,6 +85,8 @@ class Split:
         """One window: all rows, in the order of a permutation from (seed, epoch)."""
         for order_R in self.positions(seed, epoch, shuffle, start):
             yield self, order_R
+
+    sources = windows
 
     def positions(self, seed: int, epoch: int, shuffle: bool, start: int = 0) -> Iterator[np.ndarray]:
         """See Rows."""

@@ -7,6 +7,7 @@ windows of 5 rows, 2 batches a window, the 10 rows of an epoch visited as a b c 
     (a b c) (d e f)   |   (g h i) (j and two rows of padding)
 """
 
+import collections
 import concurrent.futures
 import dataclasses
 import itertools
@@ -23,7 +24,9 @@ import numpy as np
 from dlrm_jax.config import EMPTY_SLOT
 from dlrm_jax.data.batch import Batch
 from dlrm_jax.data.read.dataset import Rows, Split
+from dlrm_jax.data.read.unread import Target, Unread
 from dlrm_jax.host.cores import cores
+from dlrm_jax.host.recycled import Recycler
 
 MOST_STEPS = 64
 """Batches of a window, at most: a loss that is no number is seen two windows later, at the latest."""
@@ -90,7 +93,7 @@ def window_steps(row_bytes: int, batch_size: int, most: int = MOST_STEPS) -> int
 
 
 def train_epochs(
-    split: Rows, batch_size: int, seed: int, start_step: int, shuffle: bool, visit: str = "windows"
+    split: Rows, batch_size: int, seed: int, start_step: int, shuffle: bool, visit: str = "sources"
 ) -> Iterator[Iterator[Any]]:
     """The epochs from step `start_step` on, for ever, each as `visit`, a method of Rows, gives it.
 
@@ -142,15 +145,75 @@ def _pieces(cut: Cut, source: Any, rows_R: np.ndarray, at: int) -> Iterator[Piec
         start = stop
 
 
-def batch_windows(epochs: Iterator[Iterator[tuple[Split, np.ndarray]]], cut: Cut) -> Generator[Batch, None, None]:
+def batch_windows(epochs: Iterator[Iterator[tuple[Any, np.ndarray]]], cut: Cut) -> Generator[Batch, None, None]:
     """Windows as Batches whose columns have a leading axis of steps, filled by several threads."""
     with concurrent.futures.ThreadPoolExecutor(cores(), thread_name_prefix="read") as pool:
-        for like, pieces in laid_out(epochs, cut):
-            window = _empty(like, cut, padding=sum(len(piece.rows_R) for piece in pieces) < cut.rows * cut.steps)
-            short = [part for piece in pieces for part in _short(piece)]
-            for _ in pool.map(lambda piece, window=window: _put(window, piece), short):
-                pass
-            yield jax.tree.map(lambda column: column.reshape(cut.steps, cut.rows, *column.shape[1:]), window)
+        filling = _Filling(pool, cut)
+        try:
+            for like, pieces in laid_out(epochs, cut):
+                filling.add(like, pieces)
+                yield from filling.filled(still_adding=True)
+            yield from filling.filled(still_adding=False)
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+class _Filling:
+    """Windows in their order, while their rows are put into them.
+
+    What is in memory is put at once. A source that is not is read when the next one begins, as all its rows have their
+    place then; its windows are waited for when the one behind it is on its way too, so that all threads have work.
+    """
+
+    def __init__(self, pool: concurrent.futures.Executor, cut: Cut) -> None:
+        self._pool, self._cut, self._memory = pool, cut, Recycler()
+        self._waiting: collections.deque[_Waiting] = collections.deque()
+        self._open: list[tuple[_Waiting, Piece]] = []
+        self._read = 0
+        """Sources that are on their way, or were."""
+
+    def add(self, like: Any, pieces: list[Piece]) -> None:
+        """A window of these pieces; `like` is a source of them."""
+        padding = sum(len(piece.rows_R) for piece in pieces) < self._cut.rows * self._cut.steps
+        window = _empty(like.like if isinstance(like, Unread) else like, self._cut, padding, self._memory)
+        waiting = _Waiting(window, [])
+        self._waiting.append(waiting)
+        for piece in pieces:
+            if self._open and self._open[0][1].source is not piece.source:
+                self._begin_reading()
+            if isinstance(piece.source, Unread):
+                self._open.append((waiting, piece))
+                waiting.last_source = self._read
+            else:
+                waiting.jobs += [self._pool.submit(_put, window, part) for part in _short(piece)]
+
+    def filled(self, still_adding: bool) -> Iterator[Batch]:
+        """The windows that are filled by now; all that are left where none is added any more."""
+        if not still_adding and self._open:
+            self._begin_reading()
+        while self._waiting and (not still_adding or self._waiting[0].last_source < self._read - 1):
+            window, jobs = self._waiting[0].window, self._waiting.popleft().jobs
+            for job in jobs:
+                job.result()
+            steps = self._cut.steps
+            yield jax.tree.map(lambda column: column.reshape(steps, self._cut.rows, *column.shape[1:]), window)  # noqa: B023
+
+    def _begin_reading(self) -> None:
+        targets = [Target(_arrays(waiting.window), piece.rows_R, piece.at) for waiting, piece in self._open]
+        jobs = [self._pool.submit(job) for job in self._open[0][1].source.jobs(targets)]
+        for waiting in {id(waiting): waiting for waiting, _ in self._open}.values():
+            waiting.jobs += jobs
+        self._open, self._read = [], self._read + 1
+
+
+@dataclasses.dataclass
+class _Waiting:
+    """A window, and what has to be done before it is filled."""
+
+    window: Batch
+    jobs: list[concurrent.futures.Future[None]]
+    last_source: int = -2
+    """Number of the last of its sources that are to be read; below all numbers where there is none."""
 
 
 def order_windows(epochs: Iterator[Iterator[np.ndarray]], cut: Cut, num_rows: int) -> Iterator[np.ndarray]:
@@ -172,11 +235,11 @@ def as_batch(split: Split) -> Batch:
     return Batch(dense_BxN=split.dense_RxN, ids_BxK=split.ids_RxK, label_B=split.label_R, weight_B=weight_R)
 
 
-def _empty(like: Split, cut: Cut, padding: bool) -> Batch:
+def _empty(like: Split, cut: Cut, padding: bool, memory: Recycler) -> Batch:
     size = cut.steps * cut.rows
 
     def column(values: np.ndarray, filler: float) -> np.ndarray:
-        made = np.empty((size, *values.shape[1:]), values.dtype)
+        made = memory.empty((size, *values.shape[1:]), values.dtype)
         if padding:
             made[:] = filler
         return made
@@ -193,13 +256,16 @@ def _put(window: Batch, piece: Piece) -> None:
     to = slice(piece.at, piece.at + len(piece.rows_R))
     source = piece.source
     columns = (source.dense_RxN, source.ids_RxK, source.label_R, source.weight_R)
-    filled = (window.dense_BxN, window.ids_BxK, window.label_B, window.weight_B)
-    for values, column in zip(columns, map(np.asarray, filled), strict=True):
+    for values, column in zip(columns, _arrays(window), strict=True):
         if values is None:
             column[to] = 1
         else:
             # Clipping, as checking every index copies through a buffer; the order is a permutation.
             np.take(values, piece.rows_R, axis=0, out=column[to], mode="clip")
+
+
+def _arrays(window: Batch) -> tuple[np.ndarray, ...]:
+    return tuple(map(np.asarray, (window.dense_BxN, window.ids_BxK, window.label_B, window.weight_B)))
 
 
 def rows_and_labels(split: Rows) -> tuple[np.ndarray, np.ndarray]:

@@ -1,29 +1,29 @@
 """Reading a prepared dataset (blocks.py): blocks in a shuffled order, rows shuffled among the blocks of a window."""
 
-import collections
 import dataclasses
+import functools
 import json
 import math
 import pathlib
-import threading
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
-from dlrm_jax.config import ConfigError
-from dlrm_jax.data.prepare.blocks import BLOCK_ROWS, parse
+from dlrm_jax.config import EMPTY_SLOT, ConfigError
+from dlrm_jax.data.prepare.blocks import BLOCK_ROWS
 from dlrm_jax.data.prepare.hashes import checked, require_lengths
 from dlrm_jax.data.prepare.runs import Run, from_json, of_split, record_ends
+from dlrm_jax.data.read import native
 from dlrm_jax.data.read.dataset import Dataset, Split
-from dlrm_jax.data.read.windows import BlockOrder, read_windows
+from dlrm_jax.data.read.native import address
+from dlrm_jax.data.read.shards import Shards
+from dlrm_jax.data.read.unread import Stretch, Unread
+from dlrm_jax.data.read.windows import BlockOrder, concatenate, read_windows, slice_rows
 from dlrm_jax.data.schema.schema import SPLITS, Schema
 from dlrm_jax.data.schema.schema_io import from_dict as schema_from_dict
 from dlrm_jax.data.schema.schema_io import to_dict
 from dlrm_jax.data.values.label_values import only_label
-
-OPEN_SHARDS = 128
-"""Files that a split keeps open: a day's log has thousands of shards, and a process may have 1,024 files open."""
 
 WINDOW_BLOCKS = 32
 """Blocks whose rows are shuffled together: 131,072 rows, 22 MB for Criteo's columns."""
@@ -39,8 +39,7 @@ class PreparedSplit:
     """
 
     name: str
-    blocks: Any
-    """A random access source of records, as TFDS' as_data_source gives it."""
+    blocks: Shards
     num_rows: int
     limit_K: np.ndarray
     """Rows of the table that each slot's ids name."""
@@ -58,6 +57,13 @@ class PreparedSplit:
         """See dataset.Rows."""
         return read_windows(self.order, self.read, seed, epoch, shuffle, start)
 
+    def sources(self, seed: int, epoch: int, shuffle: bool, start: int = 0) -> Iterator[tuple[Any, np.ndarray]]:
+        """See dataset.Rows."""
+        if self.library is None:
+            return self.windows(seed, epoch, shuffle, start)
+        visits = (visit() for visit in self.order.visits(seed, epoch, shuffle, start))
+        return ((self._unread(blocks_G), order_R) for blocks_G, order_R in visits)
+
     def positions(self, seed: int, epoch: int, shuffle: bool, start: int = 0) -> Iterator[np.ndarray]:
         """See dataset.Rows."""
         return self.order.positions(seed, epoch, shuffle, start)
@@ -69,48 +75,81 @@ class PreparedSplit:
     @property
     def order(self) -> BlockOrder:
         """How an epoch visits the blocks."""
-        return BlockOrder(self.num_rows, BLOCK_ROWS, WINDOW_BLOCKS)
+        return BlockOrder(self.num_rows, BLOCK_ROWS, WINDOW_BLOCKS, self.library)
 
     def read(self, group: np.ndarray) -> Split:
         """Some blocks, one after the other, in memory."""
-        if not len(group):
-            none = np.zeros(0, np.float32)
-            return Split(none[:, None], np.zeros((0, len(self.limit_K)), np.int32), none, none.astype(np.int64))
-        records: dict[int, dict[str, np.ndarray]] = {}
-        pieces = [piece for block in group.tolist() for piece in self._pieces(block, records)]
-        columns = {key: np.concatenate([piece[key] for piece in pieces]) for key in pieces[0]}
-        dense_RxN = columns.get("dense", np.zeros((len(columns["label"]), 0), np.float32))
-        return Split(dense_RxN, columns["ids"], columns["label"], columns["row"], columns.get("weight"))
+        stretches = list(self._stretches(group))
+        records = self._records(list(dict.fromkeys(stretch.record for stretch in stretches)))
+        parts = [slice_rows(records[record], first, last) for record, first, last, *_ in stretches]
+        return concatenate([self._split(self.blocks.none()), *parts])
+
+    def _unread(self, group: np.ndarray) -> Unread:
+        assert self.library is not None
+        none, stretches = self._split(self.blocks.none()), list(self._stretches(group))
+        return Unread(none, stretches, self._records, self.library, self.blocks, self._limit_K)
+
+    @property
+    def library(self) -> Any:
+        """What reads blocks faster; not worth compiling for a split that a window holds."""
+        return native.library() if self.num_rows > WINDOW_BLOCKS * BLOCK_ROWS else None
 
     def part(self, first: int, num_rows: int, only_label: int | None) -> "PreparedSplit":
         """Some rows that follow each other."""
         return dataclasses.replace(self, first=self.first + first, num_rows=num_rows, only_label=only_label)
 
-    def _pieces(self, block: int, records: dict[int, dict[str, np.ndarray]]) -> Iterator[dict[str, np.ndarray]]:
-        """The rows of a block, from the records that have them; `records` are those read already."""
-        start = self.first + block * BLOCK_ROWS
-        stop = min(start + BLOCK_ROWS, self.first + self.num_rows)
-        for index in range(int(np.searchsorted(self.ends, start, "right")), int(np.searchsorted(self.ends, stop)) + 1):
-            begin = int(self.ends[index - 1]) if index else 0
-            if index not in records:
-                records[index] = self._record(index, int(self.ends[index]) - begin)
-            rows = slice(max(start - begin, 0), stop - begin)
-            yield {key: column[rows] for key, column in records[index].items()}
+    def _stretches(self, group: np.ndarray) -> Iterator[Stretch]:
+        """The rows of some blocks, one after the other, by the records that have them."""
+        at = 0
+        for block in group.tolist():
+            start = self.first + block * BLOCK_ROWS
+            stop = min(start + BLOCK_ROWS, self.first + self.num_rows)
+            record, last = np.searchsorted(self.ends, (start, stop - 1), "right").tolist()
+            for index in range(record, last + 1):
+                begin, end = self._begin(index), int(self.ends[index])
+                stretch = Stretch(index, max(start, begin) - begin, min(stop, end) - begin, at, end - begin)
+                at += stretch.stop - stretch.start
+                yield stretch
 
-    def _record(self, index: int, size: int) -> dict[str, np.ndarray]:
-        try:
-            block = self.blocks[index]
-        except Exception as error:  # What a damaged shard raises depends on where it is damaged.
-            reason = " ".join(str(error).split())[:200]
-            raise ConfigError(
-                f"block {index} of split {self.name!r} cannot be read: {reason}; prepare it anew"
-            ) from error
+    def _begin(self, index: int) -> int:
+        return int(self.ends[index - 1]) if index else 0
+
+    def _records(self, indices: list[int]) -> dict[int, Split]:
+        blocks, records = self.blocks.blocks(indices, self.library), {}
+        for index in indices:
+            try:
+                block = next(blocks)
+            except Exception as error:  # What a damaged shard raises depends on where it is damaged.
+                reason = " ".join(str(error).split())[:200]
+                raise ConfigError(
+                    f"block {index} of split {self.name!r} cannot be read: {reason}; prepare it anew"
+                ) from error
+            records[index] = self._checked(index, block, int(self.ends[index]) - self._begin(index))
+        return records
+
+    def _checked(self, index: int, block: dict[str, np.ndarray], size: int) -> Split:
         if len(block["label"]) != size:
             raise ConfigError(f"block {index} of split {self.name!r} has {len(block['label'])} rows; prepare it anew")
-        ids_RxK = block["ids"]
-        if ids_RxK.shape[1] != len(self.limit_K) or (_largest(ids_RxK) >= self.limit_K).any() or ids_RxK.min() < -1:
+        if self._any_outside(block["ids"]):
             raise ConfigError(f"block {index} of split {self.name!r} holds ids outside their tables; prepare it anew")
-        return block
+        return self._split(block)
+
+    @staticmethod
+    def _split(block: dict[str, np.ndarray]) -> Split:
+        dense_RxN = block["dense"] if "dense" in block else np.zeros((len(block["label"]), 0), np.float32)
+        return Split(dense_RxN, block["ids"], block["label"], block["row"], block.get("weight"))
+
+    def _any_outside(self, ids_RxK: np.ndarray) -> bool:
+        if ids_RxK.shape[1] != len(self.limit_K):
+            return True
+        if self.library is None:
+            return bool((_largest(ids_RxK) >= self.limit_K).any() or ids_RxK.min() < EMPTY_SLOT)
+        return bool(self.library.dlrm_any_outside(address(ids_RxK), *ids_RxK.shape, address(self._limit_K)))
+
+    @functools.cached_property
+    def _limit_K(self) -> np.ndarray:
+        """The limits as C++ has them."""
+        return np.minimum(self.limit_K, 2**31).astype(np.uint32)
 
 
 def _largest(ids_RxK: np.ndarray) -> np.ndarray:
@@ -118,40 +157,6 @@ def _largest(ids_RxK: np.ndarray) -> np.ndarray:
     rows, slots = ids_RxK.shape
     wide = math.gcd(rows, 64)
     return ids_RxK.reshape(rows // wide, wide * slots).max(axis=0).reshape(wide, slots).max(axis=0)
-
-
-class _Blocks:
-    """The records of one split's shards, opened when first read, the last used kept open; by any thread."""
-
-    def __init__(self, paths: list[pathlib.Path], lengths: list[int], spec: Any) -> None:
-        self._paths, self._ends = paths, np.cumsum(lengths)
-        self._columns = {name: (np.dtype(column.np_dtype), column.shape[1:]) for name, column in spec.items()}
-        self._readers: collections.OrderedDict[int, Any] = collections.OrderedDict()
-        self._lock = threading.Lock()
-
-    def __len__(self) -> int:
-        return int(self._ends[-1]) if len(self._ends) else 0
-
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        return parse(self.record(index), self._columns)
-
-    def record(self, index: int) -> bytes:
-        """A block as it is stored."""
-        shard = int(np.searchsorted(self._ends, index, side="right"))
-        offset = index - (int(self._ends[shard - 1]) if shard else 0)
-        record: bytes = self._reader(shard).read([offset])[0]
-        return record
-
-    def _reader(self, shard: int) -> Any:
-        from array_record.python import array_record_module
-
-        with self._lock:
-            if shard not in self._readers:
-                self._readers[shard] = array_record_module.ArrayRecordReader(str(self._paths[shard]))
-                if len(self._readers) > OPEN_SHARDS:
-                    self._readers.popitem(last=False)  # Its file is closed once the last thread has read from it.
-            self._readers.move_to_end(shard)
-            return self._readers[shard]
 
 
 def is_prepared(directory: pathlib.Path) -> bool:
@@ -199,7 +204,7 @@ def open_prepared(directory: pathlib.Path) -> Dataset:
         for path in paths:
             if not path.is_file():
                 raise ConfigError(f"{path} is missing; prepare the dataset anew")
-        blocks = _Blocks(paths, [length for _, length in shards.get(name, ())], builder.info.features)
+        blocks = Shards(paths, [length for _, length in shards.get(name, ())], builder.info.features)
         counts = statistics["splits"][name]
         only = only_label(counts["rows"], counts.get("positives"), counts["positive_rate"])
         runs = [Run(name, counts["rows"], 0)]  # As older versions had them.

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dlrm_jax.data.read.dataset import Split
+from dlrm_jax.data.read.native import permutation
 from dlrm_jax.host.cores import cores
 
 MOST_READERS = 8
@@ -36,6 +37,8 @@ class BlockOrder:
     num_rows: int
     block_rows: int
     blocks_per_window: int
+    library: Any = None
+    """native.py's, where it is to draw the order; it is the same."""
 
     @property
     def num_blocks(self) -> int:
@@ -72,9 +75,12 @@ class BlockOrder:
             rows_R = (blocks_G[:, None] * self.block_rows + within).reshape(-1)
             yield rows_R[rows_R < self.num_rows][order_R]
 
-    @staticmethod
-    def _order(num_rows: int, seed: tuple[int, ...], shuffle: bool) -> np.ndarray:
-        return np.random.default_rng(seed).permutation(num_rows) if shuffle else np.arange(num_rows)
+    def _order(self, num_rows: int, seed: tuple[int, ...], shuffle: bool) -> np.ndarray:
+        if not shuffle:
+            return np.arange(num_rows)
+        if self.library is not None:
+            return permutation(self.library, seed, num_rows)
+        return np.random.default_rng(seed).permutation(num_rows)
 
 
 def read_windows(
@@ -123,6 +129,8 @@ class GeneratedSplit:
     def windows(self, seed: int, epoch: int, shuffle: bool, start: int = 0) -> Iterator[tuple[Split, np.ndarray]]:
         """See dataset.Rows."""
         return read_windows(self.order, self.read, seed, epoch, shuffle, start)
+
+    sources = windows
 
     def positions(self, seed: int, epoch: int, shuffle: bool, start: int = 0) -> Iterator[np.ndarray]:
         """See dataset.Rows."""

@@ -14,11 +14,12 @@ import numpy as np
 
 from dlrm_jax.config import ACTIVATIONS, BATCH_NORM, LAYER_NORM, ConfigError, HiddenConfig, ModelConfig
 from dlrm_jax.host.cores import cores
+from dlrm_jax.host.native_code import built
 from dlrm_jax.serving.artifact.loaded import Engine
 from dlrm_jax.serving.artifact.signature import TABLE_TYPES
 from dlrm_jax.serving.artifact.store import Version
 from dlrm_jax.serving.artifact.weights import ArrayFile, TableFiles, read_dense, read_model
-from dlrm_jax.tables.kernels import build
+from dlrm_jax.tables.kernels.build import SCORE
 
 _DOT, _CAT, _CROSS = range(3)
 _INTERACTIONS = {
@@ -64,7 +65,7 @@ class _Model(ctypes.Structure):
 
 @functools.cache
 def _library() -> ctypes.CDLL:
-    library = ctypes.CDLL(str(build.built(build.SCORE, _OPTIONS)))
+    library = ctypes.CDLL(str(built(SCORE, _OPTIONS)))
     library.dlrm_panel.restype = _INT
     library.dlrm_wrong.argtypes, library.dlrm_wrong.restype = (_POINTER,), ctypes.c_char_p
     library.dlrm_score.argtypes = (_POINTER, *[ctypes.POINTER(_Array)] * 3, _INT)
