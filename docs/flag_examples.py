@@ -87,6 +87,7 @@ EXAMPLES = {
     "decay_sums": "0.5",
     "evict_after": "8",
     "out": "models/mine",
+    "report.out": "report.html",
     "export.evaluate": "test",
     "model": "models/mine",
     "host": "0.0.0.0",

@@ -47,7 +47,19 @@ GROUPS = (
 """The dataclasses whose fields are the flags of a run, in the order in which data flows."""
 OF_RUNS = ("train", "plan", "benchmark", "tune", "online")
 """Commands that take the flags of a run."""
-COMMANDS = ("train", "prepare", "evaluate", "plan", "benchmark", "tune", "online", "export", "serve", "loadtest")
+COMMANDS = (
+    "train",
+    "prepare",
+    "evaluate",
+    "plan",
+    "benchmark",
+    "tune",
+    "online",
+    "report",
+    "export",
+    "serve",
+    "loadtest",
+)
 
 _TOP = """# Every flag
 
@@ -132,7 +144,8 @@ def _of_setting(known: Setting) -> Flag:
     bounds += [f"above {known.above:g}"] if known.above is not None else []
     bounds += [f"below {known.below:g}"] if known.below is not None else []
     words += f" It is {' and '.join(bounds)}." if bounds else ""
-    words += f" No effect elsewhere: {known.needs.words}." if known.needs else ""
+    if known.needs and not words.startswith("--interaction"):  # Those say it themselves.
+        words += f" No effect elsewhere: {known.needs.words}."
     return Flag(known.flag, LEARNING_DEFAULTS.get(known.flag, default), words, known.choices)
 
 
@@ -151,7 +164,7 @@ def _text(value: Any) -> str:
 
 def flags_of(command: str) -> list[flags.Flag]:
     """The flags that a command defines, in its order; nothing of them is left defined."""
-    commands.run_command = lambda main: None  # Commands define their flags, and then run.
+    commands.run_command = lambda main, **_: None  # Commands define their flags, and then run.
     module = importlib.import_module(f"dlrm_jax.{command}")
     before = set(flags.FLAGS)
     module.command()
