@@ -31,9 +31,9 @@ def test_importing_it_loads_no_jax_and_no_data_frames():
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_a_function_stays_one_beside_the_command_of_its_name(name):
+def test_a_function_stays_one_beside_the_command_of_its_name(name, monkeypatch):
+    monkeypatch.delitem(sys.modules, f"dlrm_jax.{name}", raising=False)  # It is imported anew, as the first time.
     module = importlib.import_module(f"dlrm_jax.{name}")
-    importlib.reload(module)
     found = getattr(dlrm_jax, name)
     assert inspect.isfunction(found) and inspect.ismodule(module) and module.main.__module__ == f"dlrm_jax.{name}"
     assert found.__doc__ and ">>>" in found.__doc__ and len(inspect.signature(found).parameters) > 3
