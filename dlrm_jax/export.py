@@ -1,8 +1,10 @@
 """Export a trained model for serving: `python -m dlrm_jax.export --workdir=runs/quickstart --out=models/quickstart`."""
 
+import functools
 import json
 import pathlib
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import numpy as np
@@ -10,13 +12,14 @@ from absl import flags
 
 from dlrm_jax.cli.commands import run_command
 from dlrm_jax.cli.trained import Stored, open_stored
-from dlrm_jax.config import ModelConfig
+from dlrm_jax.config import ModelConfig, require
 from dlrm_jax.data.schema.schema import HELD_OUT, SPLITS
 from dlrm_jax.host import files, memory
-from dlrm_jax.serving.artifact.export import export_model
-from dlrm_jax.serving.artifact.loaded import MakeEngine
+from dlrm_jax.serving.artifact.export import MakeScore, by_engine, by_the_program, export_model
+from dlrm_jax.serving.artifact.export_delta import differing, export_delta, fold
 from dlrm_jax.serving.artifact.placed import engine_maker
 from dlrm_jax.serving.artifact.quantise import TABLE_TYPES, stored_table
+from dlrm_jax.serving.artifact.store import Version, open_version
 from dlrm_jax.tables import reshard
 from dlrm_jax.tables.dtypes import table_dtype
 from dlrm_jax.tables.pooling import POOLING_WEIGHTS
@@ -27,45 +30,85 @@ FLAGS = flags.FLAGS
 _PIECE_FLOATS = 2**22
 """Floats of a table that are read, quantised and written at a time."""
 _LARGEST_BATCH = 16384
+_NEWEST = "newest"
 _REMEDY = "--tables=bfloat16, int8 or int4, or a machine or an accelerator with more memory"
 
 
 def define_flags() -> None:
     """Define this command's flags."""
-    flags.DEFINE_string("workdir", None, "The workdir of a training run.", required=True)
+    flags.DEFINE_string("workdir", "", "The workdir of a training run.")
     flags.DEFINE_string("out", None, "Directory of the model's versions; each export adds one.", required=True)
     flags.DEFINE_enum("tables", "float32", TABLE_TYPES, "How embedding rows are stored.")
     flags.DEFINE_string("checkpoint", "best", "best, latest, or a step number.")
     flags.DEFINE_string("data_dir", None, "Where the data is now, if it moved since training.")
     flags.DEFINE_bool("allow_oversubscription", False, memory.TRY_ANYWAY_HELP)
     flags.DEFINE_multi_enum("evaluate", list(HELD_OUT), SPLITS, "Splits that the exported model is evaluated on.")
+    flags.DEFINE_string(
+        "delta_from",
+        "",
+        "A version of --out, or newest: write only what is other than there, which a server writes into its memory.",
+    )
+    flags.DEFINE_string(
+        "fold",
+        "",
+        "In place of --workdir: a version, as models/m/7, or a directory of them for the newest; it is written whole, "
+        "whatever deltas it comes of.",
+    )
 
 
 def main() -> None:
     """Open, export, say where and how good."""
     files.require_output_directory("out", pathlib.Path(FLAGS.out))
+    require(bool(FLAGS.workdir) != bool(FLAGS.fold), "give either --workdir, of a training run, or --fold, a version")
+    version = _folded() if FLAGS.fold else _exported()
+    print(format_table(version.read_json("metrics.json")))
+    shown = ("version", "name", "step", "tables", "table_bytes", "parent", "rows", "evaluated_on")
+    facts = {key: version.manifest[key] for key in shown if key in version.manifest}
+    print(json.dumps(json_ready(facts | {"directory": str(version.directory)})))
+
+
+def _folded() -> Version:
+    path = pathlib.Path(FLAGS.fold)
+    given = [f"--{name}" for name in ("delta_from", "tables", "checkpoint", "data_dir") if FLAGS[name].present]
+    require(not given, f"{' '.join(given[:1])} has no effect with --fold: a version is written as it is; leave it out")
+    model_dir, number = (path.parent, int(path.name)) if path.name.isdecimal() else (path, None)
+    return fold(open_version(model_dir, number), pathlib.Path(FLAGS.out))
+
+
+def _exported() -> Version:
+    out = pathlib.Path(FLAGS.out)
+    parent = _parent(out) if FLAGS.delta_from else None
     run = open_stored(pathlib.Path(FLAGS.workdir), FLAGS.checkpoint, FLAGS.data_dir, FLAGS.allow_oversubscription)
     table = max(run.model.tables, key=lambda table: table.num_embeddings)
     largest = f"table {table.name!r} ({table.num_embeddings:,} rows of {table.embedding_dim})"
+    kind = FLAGS.tables if parent is None else parent.manifest["tables"]
+    common: dict[str, Any] = {
+        "dataset": run.dataset,
+        "facts": {"step": run.step},
+        "evaluated": tuple(FLAGS.evaluate),
+        "batch_stats": run.batch_stats,
+    }
+    pieces = functools.partial(_pieces, run)
     with memory.named(largest, _REMEDY):
-        version = export_model(
-            pathlib.Path(FLAGS.out),
-            run.model,
-            run.config.loss,
-            run.dense_params,
-            lambda name: _pieces(run, name),
-            run.dataset,
-            kind=FLAGS.tables,
-            facts={"step": run.step},
-            evaluated=tuple(FLAGS.evaluate),
-            make_engine=_engine(run.model, largest),
-            batch_stats=run.batch_stats,
-        )
-    metrics = version.read_json("metrics.json")
-    print(format_table(metrics))
-    shown = ("version", "name", "step", "tables", "table_bytes", "evaluated_on")
-    facts = {key: version.manifest[key] for key in shown}
-    print(json.dumps(json_ready(facts | {"directory": str(version.directory)})))
+        common["make_score"] = _make_score(run.model, largest, kind)
+        if parent is None:
+            return export_model(out, run.model, run.config.loss, run.dense_params, pieces, kind=kind, **common)
+        rows_of = differing(pieces, kind)
+        return export_delta(out, parent, run.model, run.config.loss, run.dense_params, rows_of, **common)
+
+
+def _parent(out: pathlib.Path) -> Version:
+    """The version of `out` that --delta_from names."""
+    said = FLAGS.delta_from
+    require(said == _NEWEST or said.isdecimal(), f"--delta_from={said} is no version; give its number, or {_NEWEST}")
+    parent = open_version(out, None if said == _NEWEST else int(said))
+    kind = parent.manifest["tables"]
+    require(
+        not FLAGS["tables"].present or FLAGS.tables == kind,
+        f"--tables={FLAGS.tables}: version {parent.number} has tables of {kind}, and so has what changes it; leave "
+        "--tables out, or --delta_from",
+    )
+    return parent
 
 
 def _pieces(run: Stored, name: str) -> Iterator[np.ndarray]:
@@ -79,21 +122,21 @@ def _pieces(run: Stored, name: str) -> Iterator[np.ndarray]:
         yield rows if of_weights else np.asarray(table_dtype(table.dtype).numbers(rows))
 
 
-def _engine(model: ModelConfig, largest: str) -> MakeEngine | None:
-    """None where the exported program scores on one device; several where only they hold the tables.
+def _make_score(model: ModelConfig, largest: str, kind: str) -> MakeScore:
+    """The exported program on one device; several where only they hold the tables.
 
     ConfigError where neither does: what is exported is evaluated, and scored for who loads it to compare.
     """
-    row = stored_table(np.zeros((1, model.embedding_dim), np.float32), FLAGS.tables).nbytes
+    row = stored_table(np.zeros((1, model.embedding_dim), np.float32), kind).nbytes
     needed = sum(table.num_embeddings for table in model.tables) * (row + 4 * model.learned_pooling)
     device, oversubscribe = jax.devices()[0], FLAGS.allow_oversubscription
     on_host = device.platform == "cpu"
     free = memory.host_available() if on_host else memory.device_available(device)
     if not on_host and free is not None and needed > free and jax.device_count() > 1 and not oversubscribe:
-        return engine_maker(ShardingOptions(), _LARGEST_BATCH)
+        return by_engine(engine_maker(ShardingOptions(), _LARGEST_BATCH))
     where = "this machine's memory" if on_host else f"the memory of a {device.device_kind}"
     memory.require_room("evaluating what is exported", needed, free, where, largest, _REMEDY, oversubscribe)
-    return None
+    return by_the_program
 
 
 def command() -> None:

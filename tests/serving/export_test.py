@@ -22,7 +22,7 @@ from dlrm_jax.data.read.pipeline import Cut
 from dlrm_jax.serving import load
 from dlrm_jax.serving.artifact import weights
 from dlrm_jax.serving.artifact.errors import BadRequest
-from dlrm_jax.serving.artifact.export import export_model, of_arrays
+from dlrm_jax.serving.artifact.export import by_engine, by_the_program, export_model, of_arrays
 from dlrm_jax.serving.artifact.placed import engine_maker
 from dlrm_jax.serving.artifact.quantise import TABLE_TYPES, stored_table
 from dlrm_jax.serving.artifact.store import open_version, versions, write_version
@@ -272,7 +272,7 @@ def test_what_only_several_devices_hold_is_evaluated_on_them(tmp_path, kind):
     arguments = (model, LossConfig(), state.dense_params, tables, data, kind)
     one = export_model(tmp_path / "one", *arguments)
     make = engine_maker(ShardingOptions(sharding="row_wise", mesh="model:8"), 16384)
-    many = export_model(tmp_path / "many", *arguments, make_engine=make)
+    many = export_model(tmp_path / "many", *arguments, make_score=by_engine(make))
     assert one.manifest["evaluated_on"] == "the exported program on one device"
     assert many.manifest["evaluated_on"].startswith("8 devices, which share the tables")
     for split in ("val", "test"):
@@ -284,20 +284,20 @@ def test_what_only_several_devices_hold_is_evaluated_on_them(tmp_path, kind):
 
 
 def test_the_command_scores_on_several_devices_where_one_is_too_small(monkeypatch):
-    monkeypatch.setattr(export, "FLAGS", types.SimpleNamespace(tables="float32", allow_oversubscription=False))
+    monkeypatch.setattr(export, "FLAGS", types.SimpleNamespace(allow_oversubscription=False))
     gpu = types.SimpleNamespace(platform="gpu", device_kind="H100", memory_stats=lambda: {"bytes_limit": room})
     model = tiny_model()
     needed = 4 * 4 * (11 + 7 + 1)
     monkeypatch.setattr(jax, "devices", lambda: [gpu])
     room = needed
-    assert export._engine(model, "table 'user'") is None
+    assert export._make_score(model, "table 'user'", "float32") is by_the_program
     room = needed - 1
-    assert export._engine(model, "table 'user'") is not None
+    assert export._make_score(model, "table 'user'", "float32") is not by_the_program
     monkeypatch.setattr(jax, "device_count", lambda: 1)
     with pytest.raises(
         ConfigError, match=r"evaluating what is exported needs .* most of it is table 'user'; what would"
     ):
-        export._engine(model, "table 'user'")
+        export._make_score(model, "table 'user'", "float32")
 
 
 @pytest.mark.parametrize("mesh", ["model:1", "data:2,model:4"])
