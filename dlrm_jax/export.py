@@ -1,9 +1,7 @@
 """Export a trained model for serving: `python -m dlrm_jax.export --workdir=runs/quickstart --out=models/quickstart`."""
 
-import functools
 import json
 import pathlib
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -11,7 +9,7 @@ import numpy as np
 from absl import flags
 
 from dlrm_jax.cli.commands import run_command
-from dlrm_jax.cli.trained import Stored, open_stored
+from dlrm_jax.cli.trained import open_stored
 from dlrm_jax.config import ModelConfig, require
 from dlrm_jax.data.schema.schema import HELD_OUT, SPLITS
 from dlrm_jax.host import files, memory
@@ -20,15 +18,11 @@ from dlrm_jax.serving.artifact.export_delta import differing, export_delta, fold
 from dlrm_jax.serving.artifact.placed import engine_maker
 from dlrm_jax.serving.artifact.quantise import TABLE_TYPES, stored_table
 from dlrm_jax.serving.artifact.store import Version, open_version
-from dlrm_jax.tables import reshard
-from dlrm_jax.tables.dtypes import table_dtype
-from dlrm_jax.tables.pooling import POOLING_WEIGHTS
+from dlrm_jax.serving.artifact.written import pieces_of
 from dlrm_jax.training.options import ShardingOptions
 from dlrm_jax.training.reporting import format_table, json_ready
 
 FLAGS = flags.FLAGS
-_PIECE_FLOATS = 2**22
-"""Floats of a table that are read, quantised and written at a time."""
 _LARGEST_BATCH = 16384
 _NEWEST = "newest"
 _REMEDY = "--tables=bfloat16, int8 or int4, or a machine or an accelerator with more memory"
@@ -88,7 +82,7 @@ def _exported() -> Version:
         "evaluated": tuple(FLAGS.evaluate),
         "batch_stats": run.batch_stats,
     }
-    pieces = functools.partial(_pieces, run)
+    pieces = pieces_of(run.model, run.rows)
     with memory.named(largest, _REMEDY):
         common["make_score"] = _make_score(run.model, largest, kind)
         if parent is None:
@@ -109,17 +103,6 @@ def _parent(out: pathlib.Path) -> Version:
         "--tables out, or --delta_from",
     )
     return parent
-
-
-def _pieces(run: Stored, name: str) -> Iterator[np.ndarray]:
-    """The rows of a table, or of its pooling weights, from the checkpoint."""
-    of_weights = name.endswith(POOLING_WEIGHTS)
-    table = run.model.table(name.removesuffix(POOLING_WEIGHTS))
-    kind = reshard.Kind("tables", of_weights, per_row=of_weights)
-    piece = max(1, _PIECE_FLOATS // (1 if of_weights else table.embedding_dim))
-    for first in range(0, table.num_embeddings, piece):
-        rows = run.rows.rows(kind, table.name, first, 1, min(piece, table.num_embeddings - first))
-        yield rows if of_weights else np.asarray(table_dtype(table.dtype).numbers(rows))
 
 
 def _make_score(model: ModelConfig, largest: str, kind: str) -> MakeScore:

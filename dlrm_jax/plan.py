@@ -69,7 +69,7 @@ def main() -> None:
     """Flags to setting, setting to costs, costs to the screen, a file and a picture."""
     files.require_output_file("json", FLAGS.json)
     files.require_output_file("picture", FLAGS.picture)
-    config = config_from_flags()
+    config = config_from_flags(publishes=True)
     topology = parse_topology(FLAGS.topology) if FLAGS.topology else None
     chosen = sum(int(part.partition(":")[2] or 0) > 0 for part in config.sharding.mesh.split(",") if part)
     num_devices = topology.num_chips if topology else FLAGS.devices or (0 if chosen else 8)

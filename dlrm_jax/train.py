@@ -12,10 +12,11 @@ from dlrm_jax.cli import flags as run_flags
 from dlrm_jax.cli.commands import run_command
 from dlrm_jax.cli.exported import open_exported
 from dlrm_jax.cli.flags import config_from_flags, defaults_taken, define_run_flags, flagfile_text, settings_text
-from dlrm_jax.config import ConfigError
+from dlrm_jax.config import ConfigError, require
 from dlrm_jax.data.read.prepared import is_prepared, read_schema
 from dlrm_jax.data.schema.schema import HELD_OUT
 from dlrm_jax.host import files, processes
+from dlrm_jax.serving.artifact.publish import open_publisher
 from dlrm_jax.training.loop import ResultNotWritten, train_and_evaluate
 from dlrm_jax.training.monitor import Interrupted
 from dlrm_jax.training.reporting import format_cost, format_table
@@ -57,17 +58,20 @@ def main() -> None:
     processes.join(FLAGS.coordinator_address, FLAGS.num_processes, FLAGS.process_id, settings_text())
     if not processes.is_first():
         logging.getLogger("dlrm_jax").setLevel(logging.WARNING)  # Said once is enough.
-    config = config_from_flags()
+    config = config_from_flags(publishes=True)
     unwritten = None
     with exiting_when_interrupted(), processes.ending_together(but_for=Interrupted):
         workdir = _workdir(pathlib.Path(config.data.data_dir))
         if FLAGS.num_seeds != 1:
+            require(not config.publishing.model_dir, "--publish is for one run; leave it or --num_seeds out")
             written = train_seeds(config, workdir, FLAGS.num_seeds, flagfile_text(), defaults_taken(), open_exported)
             print(format_seeds(written))
             print(f"{FLAGS.num_seeds} seeds; all results are in {workdir / SEEDS}")
             return
         try:
-            result = train_and_evaluate(config, workdir, flagfile_text(), defaults_taken(), open_exported)
+            result = train_and_evaluate(
+                config, workdir, flagfile_text(), defaults_taken(), open_exported, open_publisher
+            )
         except ResultNotWritten as error:
             result, unwritten = error.result, error
     if not processes.is_first():

@@ -126,9 +126,14 @@ def _define(known: Setting) -> None:
         flags.DEFINE_string(name, default, text)
 
 
-def config_from_flags() -> RunConfig:
-    """The RunConfig that the parsed flags describe; ConfigError for a value that cannot be, or has no effect."""
+def config_from_flags(publishes: bool = False) -> RunConfig:
+    """The RunConfig that the parsed flags describe; ConfigError for a value that cannot be, or has no effect.
+
+    As --publish where the command does not train one run, and so no one `publishes`.
+    """
     config = unchecked_config()
+    where = f"--publish={config.publishing.model_dir} is for dlrm_jax.train"
+    require(publishes or not config.publishing.model_dir, f"{where}; leave it out here")
     for line in without_effect(config, {known.flag: known for known in run_settings().values() if _differs(known)}):
         _LOG.warning("%s", line)
     return config

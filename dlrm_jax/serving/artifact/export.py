@@ -15,7 +15,7 @@ import json
 import pathlib
 import re
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +34,7 @@ from dlrm_jax.config import (
     to_dict,
 )
 from dlrm_jax.data.batch import Batch
-from dlrm_jax.data.read.dataset import Dataset, Rows
+from dlrm_jax.data.read.dataset import Dataset
 from dlrm_jax.data.read.pipeline import Cut, padded, steps_per_epoch
 from dlrm_jax.data.read.prepared import read_json
 from dlrm_jax.data.schema.schema import HELD_OUT
@@ -64,9 +64,22 @@ _CHECKED_ROWS = 16
 Weights = dict[str, Any]
 Score = Callable[[Any, Any], Any]
 """(dense_BxN, ids_BxK) -> (probability_B, logit_B)."""
-MakeScore = Callable[[Version, ModelConfig, LossConfig, str], tuple[Score, int, str]]
-"""(a version whose files are written, but for what comes of this, its model, loss, type of its tables) -> (what scores
-a batch as it does, what batches must be a multiple of, in words)."""
+
+
+class Scorer(NamedTuple):
+    """What scores batches as a version does, of a `multiple` of rows; `where` says what that is, in words.
+
+    `checked` are the rows to note, where they are known already (checked_rows).
+    """
+
+    score: Score
+    multiple: int
+    where: str
+    checked: Batch | None = None
+
+
+MakeScore = Callable[[Version, ModelConfig, LossConfig, str], Scorer]
+"""(a version whose files are written, but for what comes of this; its model, loss, type of its tables)."""
 Forward = Callable[[Weights, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
 
 
@@ -102,10 +115,10 @@ def export_program(forward: Forward, weights: dict[str, jax.ShapeDtypeStruct], n
         raise ConfigError(f"serialising StableHLO needs flatbuffers: {how_to_install('serve')}") from None
 
 
-def by_the_program(version: Version, model: ModelConfig, loss: LossConfig, kind: str) -> tuple[Score, int, str]:
+def by_the_program(version: Version, model: ModelConfig, loss: LossConfig, kind: str) -> Scorer:
     """What scores as the exported program does, on the first device."""
     weights, jitted = read_weights(version), _compiled_once(model, loss, kind)
-    return lambda dense, ids: jitted(weights, dense, ids), 1, "the exported program on one device"
+    return Scorer(lambda dense, ids: jitted(weights, dense, ids), 1, "the exported program on one device")
 
 
 @functools.lru_cache(maxsize=4)
@@ -116,11 +129,12 @@ def _compiled_once(model: ModelConfig, loss: LossConfig, kind: str) -> Any:
 def by_engine(make_engine: MakeEngine) -> MakeScore:
     """What scores as an engine does, on several devices, where one does not hold the tables."""
 
-    def make(version: Version, model: ModelConfig, loss: LossConfig, kind: str) -> tuple[Score, int, str]:
+    def make(version: Version, model: ModelConfig, loss: LossConfig, kind: str) -> Scorer:
         del model, loss, kind
         engine = make_engine(version, None)
         where = f"{jax.device_count()} devices, which share the tables; not the exported program"
-        return lambda dense, ids: engine.run(np.asarray(dense), np.asarray(ids)), engine.batch_multiple, where
+        score = lambda dense, ids: engine.run(np.asarray(dense), np.asarray(ids))  # noqa: E731
+        return Scorer(score, engine.batch_multiple, where)
 
     return make
 
@@ -160,8 +174,9 @@ def export_model(
             write_vocabularies(directory, signature, dataset.directory)
             words = read_vocabularies(version, signature)
             require_as_prepared(Reader(signature, words), signature, dataset)
-        score, multiple, facts["evaluated_on"] = make_score(version, model, loss, kind)
-        write_scores(directory, score, multiple, loss, dataset, evaluated)
+        facts["evaluated_on"] = write_scores(
+            directory, make_score(version, model, loss, kind), loss, dataset, evaluated
+        )
 
     return write_version(model_dir, write, facts)
 
@@ -185,17 +200,33 @@ def stored_facts(signature: Signature, table_bytes: int) -> dict[str, Any]:
 
 
 def write_scores(
-    directory: pathlib.Path,
-    score: Score,
-    multiple: int,
-    loss: LossConfig,
-    dataset: Dataset,
-    evaluated: tuple[str, ...],
-) -> None:
-    """Metrics on splits, and a few rows with their probabilities."""
-    scores = {name: _evaluate(score, multiple, loss, dataset, name) for name in evaluated}
+    directory: pathlib.Path, scorer: Scorer, loss: LossConfig, dataset: Dataset, evaluated: tuple[str, ...]
+) -> str:
+    """Metrics on splits, and a few rows with their probabilities; by what, in words."""
+    scores = {name: _evaluate(scorer.score, scorer.multiple, loss, dataset, name) for name in evaluated}
     write_json(directory / "metrics.json", reporting.json_ready(scores))
-    _write_self_check(directory, score, multiple, dataset.splits["train"], dataset)
+    checked = checked_rows(dataset) if scorer.checked is None else scorer.checked
+    dense_BxN, ids_BxK, count = np.asarray(checked.dense_BxN), np.asarray(checked.ids_BxK), len(checked.label_B)
+    more = ((0, -count % scorer.multiple), (0, 0))
+    prob_B, logit_B = scorer.score(np.pad(dense_BxN, more), np.pad(ids_BxK, more, constant_values=EMPTY_SLOT))
+    np.savez(
+        directory / "self_check.npz",
+        dense=dense_BxN,
+        ids=ids_BxK,
+        probability=np.asarray(prob_B)[:count],
+        logit=np.asarray(logit_B)[:count],
+    )
+    return scorer.where
+
+
+def checked_rows(dataset: Dataset) -> Batch:
+    """The rows whose probabilities are noted with every version."""
+    rows, order = next(dataset.splits["train"].windows(seed=0, epoch=0, shuffle=False))
+    order = order[:_CHECKED_ROWS]
+    ids = rows.ids_RxK[order]
+    if dataset.expander is not None:
+        ids = dataset.expander.on_host(ids)
+    return Batch(rows.dense_RxN[order], ids, rows.label_R[order], np.ones(len(order), np.float32))
 
 
 def of_arrays(named_tables: Mapping[str, np.ndarray]) -> Pieces:
@@ -236,25 +267,6 @@ def _dense_statistics(statistics: dict[str, Any]) -> dict[str, DenseStatistics]:
 def _bucket_edges(statistics: dict[str, Any]) -> dict[str, tuple[float, ...]]:
     tables = statistics["tables"].items()
     return {name: tuple(table["edges"]) for name, table in tables if "edges" in table}
-
-
-def _write_self_check(directory: pathlib.Path, score: Score, multiple: int, split: Rows, dataset: Dataset) -> None:
-    rows, order = next(split.windows(seed=0, epoch=0, shuffle=False))
-    order = order[:_CHECKED_ROWS]
-    ids = rows.ids_RxK[order]
-    if dataset.expander is not None:
-        ids = dataset.expander.on_host(ids)
-    batch = Batch(rows.dense_RxN[order], ids, rows.label_R[order], np.ones(len(order), np.float32))
-    dense_BxN, ids_BxK, count = np.asarray(batch.dense_BxN), np.asarray(batch.ids_BxK), len(order)
-    more = ((0, -count % multiple), (0, 0))
-    prob_B, logit_B = score(np.pad(dense_BxN, more), np.pad(ids_BxK, more, constant_values=EMPTY_SLOT))
-    np.savez(
-        directory / "self_check.npz",
-        dense=dense_BxN,
-        ids=ids_BxK,
-        probability=np.asarray(prob_B)[:count],
-        logit=np.asarray(logit_B)[:count],
-    )
 
 
 def _evaluate(score: Score, multiple: int, loss: LossConfig, dataset: Dataset, name: str) -> dict[str, Any] | None:

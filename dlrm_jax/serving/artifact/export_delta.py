@@ -30,13 +30,13 @@ from dlrm_jax.serving.artifact.written import (
     Pieces,
     bits_of,
     flat,
+    stored_as,
     stored_rows,
     vocabularies,
     write_header,
     write_json,
     write_rows,
 )
-from dlrm_jax.tables.pooling import POOLING_WEIGHTS
 
 _PIECE_BYTES = 1 << 26
 
@@ -52,17 +52,13 @@ def differing(pieces: Pieces, kind: str) -> RowsOf:
 
     def rows_of(name: str, before: ArrayFile) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         first = 0
-        for rows in stored_rows(name, pieces(name), _stored_as(name, kind)):
+        for rows in stored_rows(name, pieces(name), stored_as(name, kind)):
             then = before.rows(first, first + len(rows))
             changed_M = np.flatnonzero((bits_of(rows).view(np.uint8) != bits_of(then).view(np.uint8)).any(axis=1))
             yield first + changed_M, rows[changed_M]
             first += len(rows)
 
     return rows_of
-
-
-def _stored_as(name: str, kind: str) -> str:
-    return "float32" if name.endswith(POOLING_WEIGHTS) else kind
 
 
 def export_delta(
@@ -107,8 +103,9 @@ def export_delta(
         if new_words and dataset.directory is not None and parent.has("vocabularies.json"):
             _write_more(directory, parent, signature, dataset.directory)
         version = Version(0, directory, {}, parent=parent)
-        score, multiple, facts["evaluated_on"] = make_score(version, model, loss, before.kind)
-        write_scores(directory, score, multiple, loss, dataset, evaluated)
+        facts["evaluated_on"] = write_scores(
+            directory, make_score(version, model, loss, before.kind), loss, dataset, evaluated
+        )
 
     return dataclasses.replace(write_version(model_dir, write, facts), parent=parent)
 

@@ -4,6 +4,7 @@ A version may be a delta (deltas.py): its manifest names another version as its 
 that one's manifest, and it holds what is other than there. What it does not hold is read of its parent, and so on.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -141,6 +142,30 @@ def _name(new: pathlib.Path, model_dir: pathlib.Path, facts: dict[str, Any], fil
         new.rename(model_dir / str(number))
         _sync(model_dir)
     return Version(number, model_dir / str(number), manifest, sha256=hashlib.sha256(text).hexdigest())
+
+
+def prune(model_dir: pathlib.Path, keep: int) -> list[int]:
+    """Delete versions before the last `keep` whole ones; which. What the newest version changes always stays.
+
+    From the newest of them down, so that what is still there has all that it changes, whenever this is stopped.
+    """
+    for left in model_dir.glob(".gone-*"):
+        shutil.rmtree(left, ignore_errors=True)
+    parents: dict[int, int | None] = {}
+    for number in versions(model_dir):
+        with contextlib.suppress(ConfigError, OSError):  # What cannot be read is no version, and keeps none.
+            parents[number] = parent_of(model_dir, number)
+    whole = [number for number, parent in parents.items() if parent is None]
+    first, stays, link = whole[-keep:][0] if whole else 0, set(), max(parents, default=None)
+    while link is not None and link not in stays:
+        stays.add(link)
+        link = parents.get(link)
+    gone = [number for number in reversed(versions(model_dir)) if number < first and number not in stays]
+    for number in gone:
+        left = model_dir / f".gone-{number}"
+        (model_dir / str(number)).rename(left)
+        shutil.rmtree(left, ignore_errors=True)
+    return gone
 
 
 def versions(model_dir: pathlib.Path) -> list[int]:

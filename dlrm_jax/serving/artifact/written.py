@@ -9,17 +9,48 @@ from typing import Any, BinaryIO
 import jax
 import numpy as np
 
-from dlrm_jax.config import ConfigError, ModelConfig
+from dlrm_jax.config import ConfigError, ModelConfig, TableConfig
 from dlrm_jax.data.read.raw_values import read_vocabulary
 from dlrm_jax.data.schema.schema import Sparse
 from dlrm_jax.data.schema.schema_io import from_dict as schema_from_dict
 from dlrm_jax.serving.artifact.quantise import stored_table
 from dlrm_jax.serving.artifact.signature import Signature
+from dlrm_jax.tables.dtypes import table_dtype
 from dlrm_jax.tables.layout import local_stacks
 from dlrm_jax.tables.pooling import POOLING_WEIGHTS
+from dlrm_jax.tables.reshard import Kind, Rows
 
 Pieces = Callable[[str], Iterable[np.ndarray]]
 """The float32 rows of a table, or (`<table>/pooling_weights`) of its pooling weights, one piece below the other."""
+
+
+_PIECE_FLOATS = 2**22
+"""Floats of a table that are read, quantised and written at a time."""
+
+
+def pieces_of(model: ModelConfig, rows: Rows) -> Pieces:
+    """The rows of a model's tables, wherever they are stored."""
+
+    def pieces(name: str) -> Iterator[np.ndarray]:
+        table, kind, width = table_of(model, name)
+        piece = max(1, _PIECE_FLOATS // width)
+        for first in range(0, table.num_embeddings, piece):
+            found = rows.rows(kind, table.name, first, 1, min(piece, table.num_embeddings - first))
+            yield floats_of(table, kind, found)
+
+    return pieces
+
+
+def table_of(model: ModelConfig, name: str) -> tuple[TableConfig, Kind, int]:
+    """(a table, which of its arrays, columns of a row there), by the name of a table or of its pooling weights."""
+    of_weights = name.endswith(POOLING_WEIGHTS)
+    table = model.table(name.removesuffix(POOLING_WEIGHTS))
+    return table, Kind("tables", of_weights, per_row=of_weights), 1 if of_weights else table.embedding_dim
+
+
+def floats_of(table: TableConfig, kind: Kind, rows: np.ndarray) -> np.ndarray:
+    """Numbers of rows as training stores them."""
+    return rows if kind.weights else np.asarray(table_dtype(table.dtype).numbers(rows))
 
 
 def flat(tree: Any, path: str = "") -> dict[str, np.ndarray]:
@@ -58,9 +89,8 @@ def write_weights(
     written = {}
     for i, name in enumerate(names):
         table = model.table(name.removesuffix(POOLING_WEIGHTS))
-        stored_as = "float32" if name.endswith(POOLING_WEIGHTS) else kind
-        file = f"tables/{file_name(i, name)}"
-        row = write_rows(directory / file, stored_rows(name, pieces(name), stored_as), (table.num_embeddings,))
+        file, rows = f"tables/{file_name(i, name)}", stored_rows(name, pieces(name), stored_as(name, kind))
+        row = write_rows(directory / file, rows, (table.num_embeddings,))
         written[name] = (file, row)
     table_bytes = 0
     for stack in local_stacks(model, divisible=False):
@@ -71,6 +101,11 @@ def write_weights(
             shapes[stack.name + suffix] = jax.ShapeDtypeStruct((stack.rows, *row.shape), row.dtype)
             table_bytes += stack.rows * row.size * row.dtype.itemsize
     return arrays, shapes, table_bytes
+
+
+def stored_as(name: str, kind: str) -> str:
+    """The type of a table, or of its pooling weights, where tables are of type `kind`."""
+    return "float32" if name.endswith(POOLING_WEIGHTS) else kind
 
 
 def stored_rows(name: str, pieces: Iterable[np.ndarray], kind: str) -> Iterator[np.ndarray]:
