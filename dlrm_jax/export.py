@@ -42,6 +42,11 @@ def define_flags() -> None:
         "",
         "A version of --out, or newest: write only what is other than there, which a server writes into its memory.",
     )
+    flags.DEFINE_float(
+        "spare_rows",
+        0.0,
+        "Share of its rows that each table gets more, for values that deltas bring when the data grew; 0: none.",
+    )
     flags.DEFINE_string(
         "fold",
         "",
@@ -53,6 +58,7 @@ def define_flags() -> None:
 def main() -> None:
     """Open, export, say where and how good."""
     files.require_output_directory("out", pathlib.Path(FLAGS.out))
+    require(0 <= FLAGS.spare_rows <= 10, f"--spare_rows={FLAGS.spare_rows:g}; give a share of the rows, from 0 to 10")
     require(bool(FLAGS.workdir) != bool(FLAGS.fold), "give either --workdir, of a training run, or --fold, a version")
     version = _folded() if FLAGS.fold else _exported()
     print(format_table(version.read_json("metrics.json")))
@@ -63,7 +69,9 @@ def main() -> None:
 
 def _folded() -> Version:
     path = pathlib.Path(FLAGS.fold)
-    given = [f"--{name}" for name in ("delta_from", "tables", "checkpoint", "data_dir") if FLAGS[name].present]
+    given = [
+        f"--{name}" for name in ("delta_from", "tables", "checkpoint", "data_dir", "spare_rows") if FLAGS[name].present
+    ]
     require(not given, f"{' '.join(given[:1])} has no effect with --fold: a version is written as it is; leave it out")
     model_dir, number = (path.parent, int(path.name)) if path.name.isdecimal() else (path, None)
     return fold(open_version(model_dir, number), pathlib.Path(FLAGS.out))
@@ -86,7 +94,8 @@ def _exported() -> Version:
     with memory.named(largest, _REMEDY):
         common["make_score"] = _make_score(run.model, largest, kind)
         if parent is None:
-            return export_model(out, run.model, run.config.loss, run.dense_params, pieces, kind=kind, **common)
+            common |= {"kind": kind, "spare_rows": FLAGS.spare_rows}
+            return export_model(out, run.model, run.config.loss, run.dense_params, pieces, **common)
         rows_of = differing(pieces, kind)
         return export_delta(out, parent, run.model, run.config.loss, run.dense_params, rows_of, **common)
 
@@ -95,6 +104,9 @@ def _parent(out: pathlib.Path) -> Version:
     """The version of `out` that --delta_from names."""
     said = FLAGS.delta_from
     require(said == _NEWEST or said.isdecimal(), f"--delta_from={said} is no version; give its number, or {_NEWEST}")
+    require(
+        not FLAGS.spare_rows, "--spare_rows is for a whole version, whose deltas use them; leave it or --delta_from out"
+    )
     parent = open_version(out, None if said == _NEWEST else int(said))
     kind = parent.manifest["tables"]
     require(

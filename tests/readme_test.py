@@ -1,4 +1,4 @@
-"""Every command block of README.md, run in order, as it stands, in a fresh copy of the repository.
+"""Every command block of README.md and docs/PUBLISHING.md, run in order, as it stands, in a fresh copy of the project.
 
 A comment above a block says what it needs that may be missing: `<!-- not run: WHY -->` leaves it out, `<!-- needs:
 PROGRAM -->` runs it where there is one. A block that ends in `dlrm_jax.serve` is a server, which later blocks ask.
@@ -24,7 +24,7 @@ import pytest
 from dlrm_jax.data.schema.schema_io import load
 from tests.helpers import ROOT
 
-README = (ROOT / "README.md").read_text()
+README, PUBLISHING = ((ROOT / name).read_text() for name in ("README.md", "docs/PUBLISHING.md"))
 NOT_RUN = 5
 """Blocks that need what this test cannot have. More of them would be a README that no one tries."""
 
@@ -47,7 +47,7 @@ while rest:
 
 @dataclasses.dataclass(frozen=True)
 class Block:
-    """A fenced block of README.md."""
+    """A fenced block of a page."""
 
     line: int
     language: str
@@ -61,7 +61,7 @@ class Block:
         return "dlrm_jax.serve " in self.text.strip().splitlines()[-1]
 
 
-def blocks() -> list[Block]:
+def blocks(page: str = README) -> list[Block]:
     """All of them, in order."""
 
     def said(comments: str, word: str) -> str:
@@ -69,9 +69,9 @@ def blocks() -> list[Block]:
         return found[1] if found else ""
 
     found = []
-    for match in _BLOCK.finditer(README):
+    for match in _BLOCK.finditer(page):
         comments, language, text = match.groups()
-        line = README[: match.start(3)].count("\n")
+        line = page[: match.start(3)].count("\n")
         found.append(Block(line, language, text, said(comments, "not run"), said(comments, "needs")))
     return found
 
@@ -121,7 +121,7 @@ class Reader:
         process, log = self.start(block)
         with ended(process):
             status = process.wait()
-        assert status == 0, f"README.md, line {block.line}, ended with {status}:\n{log.read_text()[-3000:]}"
+        assert status == 0, f"line {block.line} of the page ended with {status}:\n{log.read_text()[-3000:]}"
         return log.read_text()
 
     def serve(self, block: Block) -> None:
@@ -129,7 +129,7 @@ class Reader:
         process, log = self.start(block)
         self.servers.append(process)
         while '"model_ready"' not in log.read_text():
-            assert process.poll() is None, f"README.md, the server at line {block.line}:\n{log.read_text()[-3000:]}"
+            assert process.poll() is None, f"the server at line {block.line} of the page:\n{log.read_text()[-3000:]}"
             time.sleep(0.1)
 
     def stop_serving(self) -> None:
@@ -155,10 +155,11 @@ def ended(process: subprocess.Popen) -> Iterator[None]:
 @pytest.mark.slow
 @pytest.mark.end_to_end
 @pytest.mark.timeout(1500)
-def test_every_block_runs_as_it_stands(tmp_path):
+@pytest.mark.parametrize("page", [README, PUBLISHING], ids=["README", "PUBLISHING"])
+def test_every_block_runs_as_it_stands(tmp_path, page):
     reader = Reader(tmp_path)
     try:
-        for block in blocks():
+        for block in blocks(page):
             if block.language not in ("bash", "python") or block.not_run:
                 continue
             if block.needs and not shutil.which(block.needs):

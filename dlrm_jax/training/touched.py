@@ -52,4 +52,3 @@ class Touched:
     def clear(self) -> None:
         """Forget all."""
         self._marks[:] = False
-

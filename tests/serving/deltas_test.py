@@ -4,6 +4,8 @@ import asyncio
 import json
 import os
 import shutil
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -16,10 +18,11 @@ from dlrm_jax.serving.artifact.native import NativeCpu
 from dlrm_jax.serving.artifact.placed import engine_maker
 from dlrm_jax.serving.artifact.store import open_alone, open_version, write_version
 from dlrm_jax.serving.artifact.weights import ArrayFile, read_index
-from dlrm_jax.serving.http.repository import Repository
+from dlrm_jax.serving.http.repository import Repository, _updated
 from dlrm_jax.serving.http.telemetry import Telemetry
 from dlrm_jax.training.options import ShardingOptions
-from tests.helpers import random_batch, tiny_model
+from tests.helpers import random_batch, tiny_model, until
+from tests.server_process import running
 from tests.serving_helpers import export_change, export_state, learned, lively_state
 from tests.tables.native_test import needs_compiler
 
@@ -234,6 +237,12 @@ def test_what_only_a_whole_version_can_say_is_refused(chain, spoilt):
     assert sorted(path.name for path in spoilt.iterdir()) == ["1", "2"]
 
 
+def come(source, live, number):
+    """A version appears as an export makes it: at once, and as a whole."""
+    shutil.copytree(source / str(number), live.parent / "copy")
+    os.rename(live.parent / "copy", live / str(number))
+
+
 class Following:
     """A repository that follows a directory, for the length of a block; what it did, in words."""
 
@@ -267,21 +276,16 @@ def test_a_server_follows_deltas_and_after_a_bad_one_waits_for_a_whole_version(c
     """A missing parent, a changed file, one out of order; a delta that is mended is taken, and all behind it."""
     model, deltas, whole = chain
     live = tmp_path / "live"
-
-    def come(source, number, name=None):
-        shutil.copytree(source / str(number), tmp_path / "copy")
-        os.rename(tmp_path / "copy", live / str(name or number))
-
     live.mkdir()
-    come(deltas, 1)
+    come(deltas, live, 1)
 
     async def follow():
         async with Following(live) as following:
             repository, weights = following.repository, following.repository.current.weights
-            come(deltas, 3)
+            come(deltas, live, 3)
             await following.until(lambda: 3 in repository.refused)
             assert "changes version 2, and 1 is served: a whole version is waited for" in repository.refused[3]
-            come(deltas, 2)
+            come(deltas, live, 2)
             await following.serves(3)
             assert repository.current.weights is weights and following.loaded == [1], "a second copy was made"
             assert not repository.refused
@@ -303,3 +307,58 @@ def test_a_server_follows_deltas_and_after_a_bad_one_waits_for_a_whole_version(c
             await following.serves(8)
 
     asyncio.run(follow())
+
+
+def test_no_request_is_dropped_or_scored_by_a_mixture_while_deltas_come(chain, tmp_path):
+    """Every answer is 200, names a version, and is to the bit what that version scores offline."""
+    model, deltas, _ = chain
+    live, batch = tmp_path / "live", random_batch(model, 1, 1)
+    live.mkdir()
+    shutil.copytree(deltas / "1", live / "1")
+    want = {n: load(deltas, n, (1,)).predict(batch.dense_BxN, batch.ids_BxK).item() for n in (1, 2, 3)}
+    tensors = [("dense", "FP32", batch.dense_BxN), ("ids", "INT32", batch.ids_BxK)]
+    inputs = [{"name": n, "datatype": t, "shape": list(x.shape), "data": x.ravel().tolist()} for n, t, x in tensors]
+    answers: list[tuple[int, str, float]] = []
+    done = threading.Event()
+
+    def ask(server):
+        while not done.is_set():
+            status, _, said = server.ask("POST", "/v2/models/tiny/infer", {"inputs": inputs})
+            answers.append((status, said.get("model_version"), said["outputs"][0]["data"][0] if status == 200 else 0.0))
+
+    with running(live, "--batch_sizes=1", "--poll_seconds=0.02") as server:
+        clients = [threading.Thread(target=ask, args=(server,)) for _ in range(3)]
+        for client in clients:
+            client.start()
+        for number in (2, 3):
+            come(deltas, live, number)
+            event = server.event("model_ready", version=number)
+            assert event["pause_ms"] > 0
+            until(lambda number=number: any(answer[1] == str(number) for answer in answers))
+        done.set()
+        for client in clients:
+            client.join()
+        status = server.ask("GET", "/status.json")[2]
+        assert status["model"]["version"] == 3 and not status["refused"]
+        assert server.ask("GET", "/v2/models/tiny")[2]["versions"] == ["3"]
+        assert server.ask("POST", "/v2/models/tiny/versions/2/infer", {"inputs": inputs})[0] == 404
+        assert b"dlrm_model_version 3.0" in server.ask("GET", "/metrics")[2]
+    assert {status for status, *_ in answers} == {200}
+    assert {version for _, version, _ in answers} == {"1", "2", "3"}
+    assert all(np.float32(value) == np.float32(want[int(version)]) for _, version, value in answers)
+
+
+def test_freshness_is_counted_from_an_update_to_the_first_score_by_it(monkeypatch):
+    telemetry = Telemetry()
+    monkeypatch.setattr(time, "time", lambda: 100.0)
+    telemetry.loaded(2, {"first": 90.0, "last": 98.5})
+    telemetry.batch(1, 1)  # By the version before.
+    assert not telemetry.freshness
+    telemetry.batch(1, 2)
+    assert telemetry.freshness == {"first": 10.0, "last": 1.5}
+    monkeypatch.setattr(time, "time", lambda: 200.0)
+    telemetry.batch(1, 2)
+    assert telemetry.freshness == {"first": 10.0, "last": 1.5}
+    assert b'dlrm_freshness_seconds{update="last"} 1.5' in telemetry.exposition()
+    for said in (None, {}, {"first": 1.0}, {"first": "x", "last": 1.0}, [1.0, 2.0]):
+        assert _updated({"updated": said}) == {}

@@ -7,7 +7,10 @@ import numpy as np
 import pytest
 
 from dlrm_jax.config import ConfigError
-from dlrm_jax.data.read.load import DataConfig
+from dlrm_jax.data.read.load import DataConfig, load_dataset
+from dlrm_jax.planning import report
+from dlrm_jax.planning.cost import MARKS, marks_bytes
+from dlrm_jax.planning.hardware import HARDWARE
 from dlrm_jax.serving import load
 from dlrm_jax.serving.artifact import publish
 from dlrm_jax.serving.artifact.export import export_model
@@ -15,11 +18,14 @@ from dlrm_jax.serving.artifact.publish import open_publisher
 from dlrm_jax.serving.artifact.store import open_alone, open_version, prune, versions, write_version
 from dlrm_jax.serving.artifact.weights import read_dense
 from dlrm_jax.serving.artifact.written import pieces_of
-from dlrm_jax.training import loop
+from dlrm_jax.tables.id_maps import row_numbers
+from dlrm_jax.training import loop, opening
 from dlrm_jax.training.live import live_rows
 from dlrm_jax.training.options import ShardingOptions
+from dlrm_jax.training.placement import place_run, prediction, setting_of
 from dlrm_jax.training.publish_options import PublishOptions
-from tests.helpers import optimizer
+from dlrm_jax.training.touched import Touched
+from tests.helpers import optimizer, random_batch
 from tests.serving.deltas_test import arrays
 from tests.training.resume_test import CONFIG
 
@@ -140,3 +146,33 @@ def test_pruning_keeps_what_the_newest_version_changes(tmp_path):
     assert prune(tmp_path, 1) == [] and versions(tmp_path) == [3, 4, 5, 6, 7, 9]
     version()
     assert prune(tmp_path, 2) == [5, 4, 3] and versions(tmp_path) == [6, 7, 9, 10]
+
+
+def test_marks_take_the_memory_that_is_predicted():
+    config = dataclasses.replace(SHORT, publishing=PublishOptions("x"))
+    dataset, model = opening.read(config)
+    placed = place_run(config, model, dataset)
+    marks = Touched(model)
+    assert prediction(config, placed).memory[MARKS] == marks._marks.nbytes == marks_bytes(model)
+    assert MARKS not in prediction(SHORT, placed).memory
+    setting = dataclasses.replace(setting_of(config, model, placed.plan.mesh), hardware=HARDWARE["h100"])
+    cost = setting.cost_of(placed.plan)
+    assert MARKS not in cost.memory, "the host has them"
+    assert f"memory of the host: {MARKS} 0.0 MB" in report.text(setting, cost, [("data_parallel", cost)])
+
+
+def test_what_examples_ask_for_is_marked_and_nothing_else():
+    for changes in ({}, {"compress_tables": "two_hashes,threshold=20"}, {"compress_tables": "qr,threshold=20"}):
+        model = dataclasses.replace(SHORT.model, **changes).build(load_dataset(SHORT.data))
+        touched, ids = Touched(model), random_batch(model, 5).ids_BxK
+        touched.see(ids[:2])
+        touched.see(ids[2:])
+        starts = np.cumsum([0, *(feature.hotness for feature in model.features)])
+        want: dict[str, set] = {table.name: set() for table in model.tables}
+        for one in model.lookups:
+            asked = ids[:, starts[one.feature] : starts[one.feature + 1]]
+            rows = row_numbers(one.part, model.table(one.part.table).num_embeddings, asked)
+            want[one.part.table] |= set(rows[asked >= 0].tolist())
+        assert {name: set(rows.tolist()) for name, rows in touched.rows().items()} == want
+        touched.clear()
+        assert not any(map(len, touched.rows().values()))

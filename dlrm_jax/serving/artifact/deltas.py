@@ -105,4 +105,5 @@ def require_same_inputs(signature: Signature, before: Signature, where: Any) -> 
     require(kinds[0] == kinds[1], f"{where} has tables of {kinds[0]}, its parent of {kinds[1]}; export a whole version")
     for feature, then in zip(signature.features, before.features, strict=True):
         fits = (feature.table, feature.pooling) == (then.table, then.pooling) and feature.rows >= then.rows
+        fits &= signature.stored_rows(feature) == before.stored_rows(then)
         require(fits, f"{where}: feature {feature.name!r} reads another table than before, or a smaller one")

@@ -10,6 +10,7 @@ self_check.npz        a few rows and their probabilities, for who loads it to co
 metrics.json          of this very program on val and test; manifest.json says so, or which devices it took instead
 """
 
+import dataclasses
 import functools
 import json
 import pathlib
@@ -34,8 +35,9 @@ from dlrm_jax.config import (
     to_dict,
 )
 from dlrm_jax.data.batch import Batch
+from dlrm_jax.data.read import pipeline
 from dlrm_jax.data.read.dataset import Dataset
-from dlrm_jax.data.read.pipeline import Cut, padded, steps_per_epoch
+from dlrm_jax.data.read.pipeline import Cut, steps_per_epoch
 from dlrm_jax.data.read.prepared import read_json
 from dlrm_jax.data.schema.schema import HELD_OUT
 from dlrm_jax.data.schema.schema_io import from_dict as schema_from_dict
@@ -46,6 +48,7 @@ from dlrm_jax.serving.artifact.loaded import MakeEngine
 from dlrm_jax.serving.artifact.quantise import TABLE_TYPES, take_stored
 from dlrm_jax.serving.artifact.raw_check import require_as_prepared
 from dlrm_jax.serving.artifact.signature import ServedFeature, Signature
+from dlrm_jax.serving.artifact.spare import padded, room_for, with_room
 from dlrm_jax.serving.artifact.store import Version, write_version
 from dlrm_jax.serving.artifact.transform import Reader
 from dlrm_jax.serving.artifact.vocabularies import read_vocabularies
@@ -151,8 +154,11 @@ def export_model(
     evaluated: tuple[str, ...] = HELD_OUT,
     make_score: MakeScore = by_the_program,
     batch_stats: Mapping[str, Any] | None = None,
+    spare_rows: float = 0.0,
 ) -> Version:
     """Write the next version, its tables by `pieces`, so that no table need be in memory as a whole.
+
+    `spare_rows` is the share of its rows that a table has to spare (spare.py).
 
     Batch norms, whose running averages are `batch_stats`, go into the products before them (folded.py).
     `evaluated` are the splits that metrics are of, by what `make_score` gives: the very program, on the first device.
@@ -160,6 +166,9 @@ def export_model(
     require_choice("tables", kind, TABLE_TYPES)
     model, dense_params = folded(model, dense_params, batch_stats or {})
     signature = make_signature(model, dataset, kind)
+    if spare := room_for(model, spare_rows):
+        signature = dataclasses.replace(signature, spare=spare)
+        pieces, model = padded(model, pieces, spare), with_room(model, spare)
     facts = stored_facts(signature, 0) | (facts or {})
 
     def write(directory: pathlib.Path) -> None:
@@ -279,6 +288,6 @@ def _evaluate(score: Score, multiple: int, loss: LossConfig, dataset: Dataset, n
         prob_B, logit_B = score(batch.dense_BxN, batch.ids_BxK)
         return metrics.scored_sums(loss, logit_B, prob_B, batch.label_B, batch.weight_B)
 
-    rows = padded(min(16384, len(split)), multiple)
+    rows = pipeline.padded(min(16384, len(split)), multiple)
     steps = steps_per_epoch(len(split), rows)
     return score_rows(Feed(split, Cut(rows, min(steps, 8)), expander=dataset.expander), score_batch).compute()

@@ -23,9 +23,10 @@ from dlrm_jax.serving.artifact.export import (
 from dlrm_jax.serving.artifact.folded import folded
 from dlrm_jax.serving.artifact.signature import Signature
 from dlrm_jax.serving.artifact.signature import from_dict as signature_from_dict
+from dlrm_jax.serving.artifact.spare import room_left, with_room
 from dlrm_jax.serving.artifact.store import Version, write_version
 from dlrm_jax.serving.artifact.vocabularies import read_columns, vocabulary_files
-from dlrm_jax.serving.artifact.weights import CHANGED, MORE, ROWS, ArrayFile, Stored, ending, read_index
+from dlrm_jax.serving.artifact.weights import CHANGED, MORE, ROWS, ArrayFile, Stored, ending, read_index, read_model
 from dlrm_jax.serving.artifact.written import (
     Pieces,
     bits_of,
@@ -83,6 +84,15 @@ def export_delta(
     before = signature_from_dict(parent.read_json("signature.json"))
     model, dense_params = folded(model, dense_params, batch_stats or {})
     signature = make_signature(model, dataset, before.kind)
+    spare = room_left(model, read_model(parent)[0])
+    grown = [name for name, rows in spare.items() if rows < 0]
+    require(
+        not grown,
+        f"what is to change version {parent.number} has more rows in table {' '.join(grown[:1])!r} than there are, and "
+        "the program that is served has fixed shapes; export a whole version, with --spare_rows for those to come",
+    )
+    signature = dataclasses.replace(signature, spare=spare or None)
+    model = with_room(model, spare)
     different = differences(described(model, loss), parent.read_json("model.json"))
     where = f"what is to change version {parent.number}"
     require(not different, f"{where} is another model (now != there): {tell(different)}; export a whole version")

@@ -200,9 +200,10 @@ def read_model(version: Version) -> tuple[ModelConfig, float]:
         raise ConfigError(f"{version.directory}/model.json is not a model's: {error}; export anew") from error
     signature = signatures.from_dict(version.read_json("signature.json"))
     features = tuple(ServedFeature(f.name, f.table, f.hotness, f.pooling, model.num_ids(f)) for f in model.features)
+    stored = tuple(dataclasses.replace(f, rows=signature.stored_rows(f)) for f in signature.features)
     sizes = (model.num_dense, model.embedding_dim, features)
     require(
-        sizes == (len(signature.dense_names), signature.embedding_dim, signature.features) and 0 <= threshold < 0.5,
+        sizes == (len(signature.dense_names), signature.embedding_dim, stored) and 0 <= threshold < 0.5,
         f"{version.directory}: model.json and signature.json are not of one model; export anew",
     )
     return model, threshold
@@ -239,7 +240,7 @@ class TableFiles:
 
 def require_fitting_files(version: Version, signature: Signature) -> None:
     """ConfigError for a table whose file has other rows or columns than the model has, by which ids are checked."""
-    sizes = {feature.table: (feature.rows, signature.embedding_dim) for feature in signature.features}
+    sizes = {f.table: (signature.stored_rows(f), signature.embedding_dim) for f in signature.features}
     if version.has("model.json"):
         model, _ = read_model(version)
         sizes = {table.name: (table.num_embeddings, table.embedding_dim) for table in model.tables}
