@@ -28,22 +28,29 @@ from tests.tables.native_test import needs_compiler
 
 SIZES = (4, 16)
 MOVED = [{"user": [0, 3, 10], "item": [6]}, {"user": [3, 4], "flag": [0]}]
-STORED = [("bfloat16", {}), ("int8", {"learned_pooling": True})]
+FLOATS, PACKED = ("bfloat16", {}), ("int8", {"learned_pooling": True})
 
 
 def mesh(sharding):
     return engine_maker(ShardingOptions(sharding=sharding, mesh="data:2,model:2"), max(SIZES))
 
 
-ENGINES = {
-    "one device": OneDevice,
-    "row_wise": mesh("row_wise"),
-    "column_wise": mesh("column_wise"),
-    "native": pytest.param(NativeCpu, marks=needs_compiler),
-}
+NATIVE = {"marks": needs_compiler}
+ENGINES = [
+    pytest.param(FLOATS, OneDevice, id="one device, bfloat16"),
+    pytest.param(PACKED, OneDevice, id="one device, int8"),
+    pytest.param(PACKED, mesh("row_wise"), id="row_wise, int8"),
+    pytest.param(FLOATS, mesh("column_wise"), id="column_wise, bfloat16"),
+    pytest.param(FLOATS, NativeCpu, id="native, bfloat16", **NATIVE),
+    pytest.param(PACKED, NativeCpu, id="native, int8", **NATIVE),
+]
+BOTH, ONE = (
+    pytest.mark.parametrize("chain", kinds, ids=[kind for kind, _ in kinds], indirect=True)
+    for kinds in ([FLOATS, PACKED], [FLOATS])
+)
 
 
-@pytest.fixture(scope="module", params=STORED, ids=[kind for kind, _ in STORED])
+@pytest.fixture(scope="module")
 def chain(request, tmp_path_factory):
     """(model, MODEL_DIR of a whole version and two deltas, a directory of the same three exported as a whole)."""
     kind, changes = request.param
@@ -67,6 +74,7 @@ def arrays(version) -> dict[str, np.ndarray]:
     }
 
 
+@BOTH
 def test_a_delta_has_the_rows_whose_bits_differ_and_no_other(chain):
     _, deltas, whole = chain
     before = open_version(whole, 1)
@@ -83,7 +91,7 @@ def test_a_delta_has_the_rows_whose_bits_differ_and_no_other(chain):
         before = after
 
 
-@pytest.mark.parametrize("engine", ENGINES.values(), ids=ENGINES.keys())
+@pytest.mark.parametrize(("chain", "engine"), ENGINES, indirect=["chain"])
 def test_written_into_memory_or_read_with_what_it_changes_it_scores_as_a_whole_export(chain, engine):
     model, deltas, whole = chain
     batch = random_batch(model, 30, 1)
@@ -99,6 +107,7 @@ def test_written_into_memory_or_read_with_what_it_changes_it_scores_as_a_whole_e
         np.testing.assert_array_equal(load(deltas, number, SIZES, engine).predict(*inputs), want)
 
 
+@BOTH
 def test_a_chain_that_is_folded_is_a_whole_export_file_by_file(chain, tmp_path):
     _, deltas, whole = chain
     folded, direct = fold(open_version(deltas), tmp_path), open_version(whole, 3)
@@ -191,7 +200,8 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("engine", [ENGINES["one device"], ENGINES["native"]])
+@ONE
+@pytest.mark.parametrize("engine", [OneDevice, pytest.param(NativeCpu, **NATIVE)])
 @pytest.mark.parametrize(("change", "words"), BAD.values(), ids=BAD.keys())
 def test_a_delta_that_is_wrong_is_refused_in_one_line_and_changes_nothing(chain, spoilt, engine, change, words):
     model, batch = chain[0], random_batch(chain[0], 30, 1)
@@ -206,6 +216,7 @@ def test_a_delta_that_is_wrong_is_refused_in_one_line_and_changes_nothing(chain,
     assert scores.version == 1 and model
 
 
+@ONE
 def test_a_delta_names_its_parent_by_number_and_hash(chain, spoilt):
     servable = Servable(open_version(spoilt, 1), SIZES)
     said = json.loads((spoilt / "2" / "manifest.json").read_text())["parent"]
@@ -228,6 +239,7 @@ def test_a_delta_names_its_parent_by_number_and_hash(chain, spoilt):
         open_version(spoilt, 2)
 
 
+@ONE
 def test_what_only_a_whole_version_can_say_is_refused(chain, spoilt):
     model = chain[0]
     parent = open_version(spoilt, 2)
@@ -272,6 +284,7 @@ class Following:
         await self.until(lambda: self.repository.current.version.number == number)
 
 
+@ONE
 def test_a_server_follows_deltas_and_after_a_bad_one_waits_for_a_whole_version(chain, tmp_path, caplog):
     """A missing parent, a changed file, one out of order; a delta that is mended is taken, and all behind it."""
     model, deltas, whole = chain
@@ -309,6 +322,7 @@ def test_a_server_follows_deltas_and_after_a_bad_one_waits_for_a_whole_version(c
     asyncio.run(follow())
 
 
+@ONE
 def test_no_request_is_dropped_or_scored_by_a_mixture_while_deltas_come(chain, tmp_path):
     """Every answer is 200, names a version, and is to the bit what that version scores offline."""
     model, deltas, _ = chain

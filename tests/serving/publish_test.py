@@ -11,9 +11,9 @@ from dlrm_jax.data.read.load import DataConfig, load_dataset
 from dlrm_jax.planning import report
 from dlrm_jax.planning.cost import MARKS, marks_bytes
 from dlrm_jax.planning.hardware import HARDWARE
-from dlrm_jax.serving import load
 from dlrm_jax.serving.artifact import publish
 from dlrm_jax.serving.artifact.export import export_model
+from dlrm_jax.serving.artifact.loaded import Servable
 from dlrm_jax.serving.artifact.publish import open_publisher
 from dlrm_jax.serving.artifact.store import open_alone, open_version, prune, versions, write_version
 from dlrm_jax.serving.artifact.weights import read_dense
@@ -76,7 +76,7 @@ def test_each_version_is_what_an_export_of_the_state_would_be(tmp_path, monkeypa
     loop.train_and_evaluate(
         dataclasses.replace(config, publishing=options), tmp_path / "run", open_publisher=open_publisher
     )
-    numbers, parts = versions(tmp_path / "live"), 0
+    numbers, parts, servable = versions(tmp_path / "live"), 0, None
     due = [*range(options.steps, 33, options.steps), *([32] if 32 % options.steps else [])]
     assert [open_alone(tmp_path / "live", n).manifest["step"] for n in numbers] == due
     assert [n for n in numbers if open_alone(tmp_path / "live", n).changes is None] == numbers[:: options.whole_every]
@@ -88,7 +88,8 @@ def test_each_version_is_what_an_export_of_the_state_would_be(tmp_path, monkeypa
         got, want = read_dense(live), read_dense(direct)
         for name, values in want.items():
             np.testing.assert_array_equal(got[name], values, err_msg=f"{number} {name}")
-        assert load(tmp_path / "live", number).self_check() < 1e-6, "what is noted of a version is not its own"
+        servable = Servable(live, (16,), like=servable)
+        assert servable.self_check() < 1e-6, "what is noted of a version is not its own"
         all_rows = sum(len(rows) for rows in arrays(direct).values())
         parts += live.changes is not None and 0 < live.manifest["rows"] < 0.8 * all_rows
         updated = live.manifest["updated"]
