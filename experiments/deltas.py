@@ -327,7 +327,7 @@ def _judged(flags, model_dir, server, client, refused, times, last) -> str:
     pauses = [event["pause_ms"] for event in loaded if "pause_ms" in event]
     latency = np.array([answer.came - answer.sent for answer in good]) * 1e3
     kept = [sample for moment, sample in server.samples if began + 10 <= moment <= followed]
-    third = max(1, len(kept) // 3)
+    fifths = [np.median(part) for part in np.array_split(kept, 5)]
     changed = np.mean([manifests[n]["rows"] for n in of["delta"]])
     numbers = [seconds[which] for which in ("last", "first") for seconds in fresh.values()]
     half = len(fresh)
@@ -347,8 +347,8 @@ def _judged(flags, model_dir, server, client, refused, times, last) -> str:
         f"| from the first update in it | median {np.median(numbers[half:]):.2f} s, most {max(numbers[half:]):.2f} s |",
         f"| batches wait while a delta is written into memory and checked | median {np.median(pauses):.1f} ms, most "
         f"{max(pauses):.1f} ms |",
-        f"| memory of the server | {np.median(kept[:third]):,.0f} MB in the first third, "
-        f"{np.median(kept[-third:]):,.0f} MB in the last; at most {max(kept):,.0f} MB, with two whole versions |",
+        f"| memory of the server, in each fifth of the time | {', '.join(f'{one:,.0f}' for one in fifths)} MB; at most "
+        f"{max(kept):,.0f} MB, with two whole versions |",
         f"| bytes | a whole version {mean['whole']:.1f} MB, a delta {mean['delta']:.2f} MB on average, of "
         f"{changed:,.0f} of {_rows():,} rows: {mean['whole'] / mean['delta']:.0f} times less |",
         f"| deltas that are wrong | {len(refused)} kinds refused; version {last} went on |",

@@ -16,6 +16,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
 from dlrm_jax.config import ConfigError, differences, tell
+from dlrm_jax.host import heap
 from dlrm_jax.serving.artifact.loaded import Servable
 from dlrm_jax.serving.artifact.store import Version, newest_whole, open_alone, open_version, parent_of, versions
 from dlrm_jax.serving.http.telemetry import Telemetry, log
@@ -57,8 +58,7 @@ class Repository:
 
         `refused` are newer versions, and why they are not served.
         """
-        for number, reason in refused.items():
-            self._refuse(number, reason, _state(self._model_dir / str(number)))
+        self._note(refused)
         self._task = asyncio.create_task(self._follow(first))
 
         def ended(task: asyncio.Task[None]) -> None:
@@ -119,6 +119,8 @@ class Repository:
     async def _tried_to(self, take: Callable[..., Awaitable[None]], one: "_Newer", current: Servable) -> bool:
         try:
             await take(one, current)
+            # What reading it took: every version has a thread of its own, whose heap would keep as much.
+            await asyncio.to_thread(heap.give_back)
             return True
         except Exception as error:  # Whatever is wrong with a new version, the present one goes on.
             self._refuse(one.number, error, one.state)
@@ -146,14 +148,25 @@ class Repository:
         self._take(servable, pause_ms=round(seconds[0] * 1e3, 3))
 
     def _newer(self, present: int) -> list["_Newer"]:
-        """Versions after `present`, the newest first. One without a manifest that can be read is no delta."""
-        found = []
-        for number in reversed([number for number in versions(self._model_dir) if number > present]):
-            parent = None
-            with contextlib.suppress(ConfigError, OSError):
-                parent = parent_of(self._model_dir, number)
-            found.append(_Newer(number, parent, _state(self._model_dir / str(number))))
-        return found
+        """Versions after `present`, the newest first."""
+        numbers = [number for number in reversed(versions(self._model_dir)) if number > present]
+        return [_Newer(number, self._parent(number), _state(self._model_dir / str(number))) for number in numbers]
+
+    def _note(self, refused: dict[int, str]) -> None:
+        """Of what is not whole at the start: a delta may be, once what it changes is there."""
+        said = False
+        for number, reason in sorted(refused.items()):
+            if self._parent(number) is None:
+                self._refuse(number, reason, _state(self._model_dir / str(number)))
+            else:  # Of a chain that is broken the first link is said.
+                self._say(number, reason, silently=said)
+                said = True
+
+    def _parent(self, number: int) -> int | None:
+        """What a version changes; None too for one without a manifest that can be read."""
+        with contextlib.suppress(ConfigError, OSError):
+            return parent_of(self._model_dir, number)
+        return None
 
     def _refuse(self, number: int, error: Exception | str, state: State) -> None:
         """Note and tell that a version, as it lies there, is not served."""
@@ -180,8 +193,7 @@ class Repository:
                 except ConfigError:
                     raise failure from None
                 self._refuse(first.number, error, state)
-                for number, reason in refused.items():
-                    self._refuse(number, reason, _state(self._model_dir / str(number)))
+                self._note(refused)
                 first = older
 
     def _open(self, number: int, current: Servable) -> Servable:
