@@ -378,31 +378,37 @@ def steps(flags: argparse.Namespace) -> str:
 
     define_run_flags()
     lines = [
-        "| batch | steps, with and without in turn | ms a step without | with marks | cost |",
-        "|---|---|---|---|---|",
+        "| batch | steps, with and without in turn | ms a step without, with | CPU ms a step without, with | cost, of pairs "
+        "| marking alone |",
+        "|---|---|---|---|---|---|",
     ]
     for batch in (256, 2048):
         absl_flags.FLAGS(["steps", *TRAINING, f"--batch_size={batch}", "--data_on_device=never"])
         with tempfile.TemporaryDirectory() as folder:
             run = Run(unchecked_config(), pathlib.Path(folder))
-            touched, state, step = Touched(run.model), run.placed.init_state(0), 0
+            touched, state, step, alone = Touched(run.model), run.placed.init_state(0), 0, []
+            count = run.feed.cut.steps
             with run.feed.train_windows(0, 0, True) as windows:
                 stepper = Stepper(run.config, run.placed, run.feed, windows)
-                seconds: dict[bool, list[float]] = {False: [], True: []}
+                took: dict[bool, list[tuple[float, float]]] = {False: [], True: []}
                 for marks in itertools.islice(itertools.cycle((False, True, True, False)), flags.pieces * 2 + 4):
-                    start = time.perf_counter()
-                    for _ in range(run.feed.cut.steps):
+                    wall, cpu = time.perf_counter(), time.process_time()
+                    for _ in range(count):
                         taken, state = stepper(state, step, 1)
                         step += taken
                     if marks:
-                        touched.see(run.feed.host_ids(stepper.record.traveller, 0, run.feed.cut.steps))
+                        start = time.perf_counter()
+                        touched.see(run.feed.host_ids(stepper.record.traveller, 0, count))
+                        alone.append((time.perf_counter() - start) / count)
                     state.step.block_until_ready()
-                    seconds[marks].append((time.perf_counter() - start) / run.feed.cut.steps)
-        off, on = (np.array(seconds[marks][2:]) * 1e3 for marks in (False, True))
-        cost = np.median(on / off) - 1
+                    took[marks].append(((time.perf_counter() - wall) / count, (time.process_time() - cpu) / count))
+        off, on = (np.array(took[marks][2:]) * 1e3 for marks in (False, True))
+        (wall_off, cpu_off), (wall_on, cpu_on) = np.median(off, axis=0), np.median(on, axis=0)
+        cost, cpu_cost = np.median(on / off, axis=0) - 1
         lines.append(
-            f"| {batch:,} | {2 * len(off) * run.feed.cut.steps:,} | {np.median(off):.3f} | {np.median(on):.3f} "
-            f"| {cost:+.2%} (median of {len(off)} pairs) |"
+            f"| {batch:,} | {2 * len(off) * count:,} | {wall_off:.3f}, {wall_on:.3f} | {cpu_off:.3f}, {cpu_on:.3f} "
+            f"| {cost:+.2%} of the time, {cpu_cost:+.2%} of the CPU's (medians of {len(off)}) "
+            f"| {np.median(alone) * 1e3:.4f} ms, {np.median(alone) * 1e3 / wall_off:.2%} |"
         )
     lines += ["", f"Memory: {marks_bytes(run.model):,} bytes predicted, {touched._marks.nbytes:,} held."]
     return "\n".join(lines)
