@@ -62,6 +62,8 @@ def main() -> None:
     unwritten = None
     with exiting_when_interrupted(), processes.ending_together(but_for=Interrupted):
         workdir = _workdir(pathlib.Path(config.data.data_dir))
+        if config.publishing.model_dir:
+            files.require_output_directory("publish", pathlib.Path(config.publishing.model_dir))
         if FLAGS.num_seeds != 1:
             require(not config.publishing.model_dir, "--publish is for one run; leave it or --num_seeds out")
             written = train_seeds(config, workdir, FLAGS.num_seeds, flagfile_text(), defaults_taken(), open_exported)

@@ -378,8 +378,8 @@ def steps(flags: argparse.Namespace) -> str:
 
     define_run_flags()
     lines = [
-        "| batch | steps, with and without in turn | ms a step without, with | CPU ms a step without, with | cost, of pairs "
-        "| marking alone |",
+        "| batch | steps, with and without in turn | ms a step without, with | CPU ms a step without, with "
+        "| cost, of pairs | marking alone |",
         "|---|---|---|---|---|---|",
     ]
     for batch in (256, 2048):

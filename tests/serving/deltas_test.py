@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import re
 import shutil
 import threading
 import time
@@ -22,6 +23,7 @@ from dlrm_jax.serving.http.repository import Repository, _updated
 from dlrm_jax.serving.http.telemetry import Telemetry
 from dlrm_jax.training.options import ShardingOptions
 from tests.helpers import random_batch, tiny_model, until
+from tests.in_process import call
 from tests.server_process import running
 from tests.serving_helpers import export_change, export_state, learned, lively_state
 from tests.tables.native_test import needs_compiler
@@ -118,6 +120,26 @@ def test_a_chain_that_is_folded_is_a_whole_export_file_by_file(chain, tmp_path):
     }
     with pytest.raises(ConfigError, match="name another directory"):
         fold(open_version(deltas), deltas)
+
+
+@ONE
+def test_the_command_folds_and_refuses_what_it_cannot_do_in_one_line(chain, tmp_path):
+    _, deltas, whole = chain
+    said = json.loads(call("export", f"--fold={deltas / '2'}", f"--out={tmp_path}").splitlines()[-1])
+    assert said["version"] == 1 and open_version(tmp_path).manifest["files"] == open_version(whole, 2).manifest["files"]
+    out = f"--out={deltas}"
+    for flags, words in {
+        (): "give either --workdir, of a training run, or --fold, a version",
+        ("--workdir=x", f"--fold={deltas}"): "give either --workdir",
+        (f"--fold={deltas}", "--tables=int8"): "--tables has no effect with --fold: a version is written as it is",
+        ("--workdir=x", "--delta_from=last"): "--delta_from=last is no version; give its number, or newest",
+        ("--workdir=x", "--delta_from=9"): "has no version 9; it has 1, 2, 3",
+        ("--workdir=x", "--delta_from=3", "--tables=int8"): "version 3 has tables of bfloat16, and so has what changes",
+        ("--workdir=x", "--delta_from=3", "--spare_rows=1"): "--spare_rows is for a whole version",
+        ("--workdir=x", "--spare_rows=-1"): "--spare_rows=-1; give a share of the rows, from 0 to 10",
+    }.items():
+        with pytest.raises(ConfigError, match=re.escape(words)):
+            call("export", out, *flags)
 
 
 @pytest.fixture

@@ -36,7 +36,6 @@ def open_publisher(config: RunConfig, placed: Placed, dataset: Dataset) -> Itera
     """What publishes a run's versions (training.publishing.OpenPublisher)."""
     options = config.publishing
     model_dir = pathlib.Path(options.model_dir)
-    files.require_output_directory("publish", model_dir)
     model_dir.mkdir(parents=True, exist_ok=True)
     with files.alone(model_dir / LOCK, f"another training publishes in {model_dir}"):
         yield Publisher(model_dir, options.tables, options.keep, placed, config.loss, dataset)
