@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import logging
 import pathlib
+import queue
 import threading
 import time
 from collections.abc import Awaitable, Callable
@@ -45,7 +46,7 @@ class Repository:
         between: Between = asyncio.to_thread,
     ) -> None:
         self._model_dir, self._load, self._telemetry, self._poll = model_dir, load, telemetry, poll_seconds
-        self._between = between
+        self._between, self._in_time = between, _Loading()
         self.current: Servable | None = None
         self.refused: dict[int, str] = {}
         """Newer versions that were not taken, and why."""
@@ -90,12 +91,16 @@ class Repository:
 
     async def _reload(self) -> None:
         """Take the newest whole version, and after it one delta after the other."""
+        taken = False
         while True:
             current = self.current
             assert current is not None
-            newer = await _in_time(self._model_dir, _LOAD_SECONDS, self._newer, current.version.number)
+            if taken:  # By now nobody holds the one before.
+                await asyncio.to_thread(heap.give_back)
+            newer = await self._in_time(self._model_dir, _LOAD_SECONDS, self._newer, current.version.number)
             self.refused = {number: why for number, why in self.refused.items() if number in {n.number for n in newer}}
-            if not await self._take_one_of(newer, current):
+            taken = await self._take_one_of(newer, current)
+            if not taken:
                 return
 
     async def _take_one_of(self, newer: list["_Newer"], current: Servable) -> bool:
@@ -119,8 +124,6 @@ class Repository:
     async def _tried_to(self, take: Callable[..., Awaitable[None]], one: "_Newer", current: Servable) -> bool:
         try:
             await take(one, current)
-            # What reading it took: every version has a thread of its own, whose heap would keep as much.
-            await asyncio.to_thread(heap.give_back)
             return True
         except Exception as error:  # Whatever is wrong with a new version, the present one goes on.
             self._refuse(one.number, error, one.state)
@@ -128,13 +131,13 @@ class Repository:
 
     async def _load_whole(self, one: "_Newer", current: Servable) -> None:
         directory = self._model_dir / str(one.number)
-        self._take(await _in_time(directory, _seconds_for(one.state), self._open, one.number, current))
+        self._take(await self._in_time(directory, _seconds_for(one.state), self._open, one.number, current))
 
     async def _change(self, one: "_Newer", current: Servable) -> None:
         def prepared() -> Callable[[], Servable]:
             return current.changed_by(open_alone(self._model_dir, one.number))
 
-        apply = await _in_time(self._model_dir / str(one.number), _seconds_for(one.state), prepared)
+        apply = await self._in_time(self._model_dir / str(one.number), _seconds_for(one.state), prepared)
         seconds: list[float] = []
 
         def timed() -> Servable:
@@ -185,7 +188,7 @@ class Repository:
         while True:
             state = await asyncio.to_thread(_state, first.directory)
             try:
-                return await _in_time(first.directory, _seconds_for(state), self._ready, first, None)
+                return await self._in_time(first.directory, _seconds_for(state), self._ready, first, None)
             except Exception as error:
                 failure = failure or error
                 try:
@@ -235,30 +238,56 @@ def _updated(manifest: dict[str, Any]) -> dict[str, float]:
     return said if all(isinstance(then, float) for then in said.values()) else {}
 
 
-async def _in_time(directory: pathlib.Path, seconds: float, work: Callable[..., Result], *args: Any) -> Result:
-    """What `work` gives, on a thread that nobody waits for once its time, or this process, is over."""
-    loop = asyncio.get_running_loop()
-    future: asyncio.Future[Result] = loop.create_future()
+_Jobs = queue.SimpleQueue[Callable[[], None] | None]
 
-    def tell(take: Callable[[Any], None], what: Any) -> None:
-        def told() -> None:
-            if not future.done():
-                take(what)
 
-        with contextlib.suppress(RuntimeError):  # The loop is closed: nobody asks any more.
-            loop.call_soon_threadsafe(told)
+class _Loading:
+    """A thread in which versions are read: one for all, as each thread's heap keeps what it once took.
 
-    def run() -> None:
+    Nobody waits for it once the time of a version, or of this process, is over: another then takes its place.
+    """
+
+    def __init__(self) -> None:
+        self._work: _Jobs | None = None
+
+    async def __call__(
+        self, directory: pathlib.Path, seconds: float, work: Callable[..., Result], *args: Any
+    ) -> Result:
+        """What `work` gives; ConfigError after `seconds`."""
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[Result] = loop.create_future()
+
+        def tell(take: Callable[[Any], None], what: Any) -> None:
+            def told() -> None:
+                if not future.done():
+                    take(what)
+
+            with contextlib.suppress(RuntimeError):  # The loop is closed: nobody asks any more.
+                loop.call_soon_threadsafe(told)
+
+        def run() -> None:
+            try:
+                tell(future.set_result, work(*args))
+            except BaseException as error:
+                tell(future.set_exception, error)
+
+        if self._work is None:
+            self._work = queue.SimpleQueue()
+            threading.Thread(target=_work_off, args=(self._work,), daemon=True, name="load").start()
+        self._work.put(run)
         try:
-            tell(future.set_result, work(*args))
-        except BaseException as error:
-            tell(future.set_exception, error)
+            return await asyncio.wait_for(future, seconds)
+        except TimeoutError:
+            if self._work is not None:
+                self._work.put(None)
+            self._work = None
+            raise ConfigError(f"{directory} was not ready after {seconds:.0f} s; export the model anew") from None
 
-    threading.Thread(target=run, daemon=True, name=f"load {directory.name}").start()
-    try:
-        return await asyncio.wait_for(future, seconds)
-    except TimeoutError:
-        raise ConfigError(f"{directory} was not ready after {seconds:.0f} s; export the model anew") from None
+
+def _work_off(jobs: _Jobs) -> None:
+    while (job := jobs.get()) is not None:
+        job()
+        del job  # It holds the version before.
 
 
 def _seconds_for(state: State) -> float:
