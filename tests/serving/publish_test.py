@@ -29,7 +29,8 @@ from tests.helpers import optimizer, random_batch
 from tests.serving.deltas_test import arrays
 from tests.training.resume_test import CONFIG
 
-SHORT = dataclasses.replace(CONFIG, data=DataConfig(num_examples=1500), num_steps=32, batch_size=16)
+DATA = DataConfig(dataset="synthetic", num_examples=1500, num_dense=2, table_sizes=(400, 90, 7))
+SHORT = dataclasses.replace(CONFIG, data=DATA, num_steps=32, batch_size=16)
 RUNS = {
     "int8, travelling rows": dataclasses.replace(
         SHORT,
@@ -39,7 +40,7 @@ RUNS = {
     ),
     "row-wise, two hashes a table, rows that stay, several steps at once": dataclasses.replace(
         SHORT,
-        model=dataclasses.replace(SHORT.model, compress_tables="two_hashes,threshold=20"),
+        model=dataclasses.replace(SHORT.model, compress_tables="two_hashes,threshold=80"),
         optimizer=optimizer("adam", "sgd", rate=0.01),
         data_on_device="always",
         steps_per_dispatch=4,
@@ -163,7 +164,7 @@ def test_marks_take_the_memory_that_is_predicted():
 
 
 def test_what_examples_ask_for_is_marked_and_nothing_else():
-    for changes in ({}, {"compress_tables": "two_hashes,threshold=20"}, {"compress_tables": "qr,threshold=20"}):
+    for changes in ({}, {"compress_tables": "two_hashes,threshold=80"}, {"compress_tables": "qr,threshold=80"}):
         model = dataclasses.replace(SHORT.model, **changes).build(load_dataset(SHORT.data))
         touched, ids = Touched(model), random_batch(model, 5).ids_BxK
         touched.see(ids[:2])
