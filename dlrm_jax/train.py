@@ -11,6 +11,7 @@ from dlrm_jax.api.exported import open_exported
 from dlrm_jax.api.training import begin, workdir_of
 from dlrm_jax.cli.commands import run_command
 from dlrm_jax.cli.flags import config_from_flags, defaults_taken, define_run_flags, flagfile_text, settings_text
+from dlrm_jax.config import require
 from dlrm_jax.data.schema.schema import HELD_OUT
 from dlrm_jax.host import processes
 from dlrm_jax.training.loop import ResultNotWritten
@@ -68,7 +69,8 @@ def main() -> None:
 
 
 def _train_seeds() -> None:
-    config, workdir = config_from_flags(), workdir_of(FLAGS)
+    config, workdir = config_from_flags(publishes=True), workdir_of(FLAGS)
+    require(not config.publishing.model_dir, "--publish is for one run; leave it or --num_seeds out")
     written = train_seeds(config, workdir, FLAGS.num_seeds, flagfile_text(), defaults_taken(), open_exported)
     print(format_seeds(written))
     print(f"{FLAGS.num_seeds} seeds; all results are in {workdir / SEEDS}")

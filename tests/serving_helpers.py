@@ -9,10 +9,13 @@ import numpy as np
 from dlrm_jax.config import LossConfig, ModelConfig
 from dlrm_jax.data.read.dataset import Dataset, Split
 from dlrm_jax.serving.artifact.export import export_model, of_arrays
+from dlrm_jax.serving.artifact.export_delta import differing, export_delta
 from dlrm_jax.serving.artifact.store import Version
+from dlrm_jax.serving.artifact.written import Pieces
 from dlrm_jax.tables.by_name import named_tables
 from dlrm_jax.tables.dtypes import FLOAT32
 from dlrm_jax.tables.layout import local_stacks
+from dlrm_jax.tables.pooling import POOLING_WEIGHTS
 from dlrm_jax.training.state import TrainState, init_state
 from tests.helpers import optimizer, random_batch
 
@@ -58,3 +61,35 @@ def export_tiny(
         evaluated=("test",),
         batch_stats=state.batch_stats,
     )
+
+
+def learned(state: TrainState, model: ModelConfig, rows: dict[str, list[int]], by: float) -> TrainState:
+    """A state as steps that named these rows, by table, would leave it: they moved, and all that is no table did."""
+    tables = dict(state.tables)
+    for stack in local_stacks(model):
+        for table, first_row in zip(stack.tables, stack.offset_T, strict=True):
+            at = jnp.asarray([first_row + row for row in rows.get(table.name, ())], jnp.int32)
+            for name in {stack.name, stack.name + POOLING_WEIGHTS} & set(tables):
+                tables[name] = tables[name].at[at].add(by)
+    dense = jax.tree.map(lambda leaf: leaf + by / 10, state.dense_params)
+    return state.replace(tables=tables, dense_params=dense)
+
+
+def pieces_of(model: ModelConfig, state: TrainState) -> Pieces:
+    """A state's tables, for an export."""
+    return of_arrays({name: np.asarray(rows) for name, rows in named_tables(model, state.tables)})
+
+
+def export_state(model_dir: pathlib.Path, model: ModelConfig, state: TrainState, kind: str = "float32") -> Version:
+    """A whole version of a state."""
+    arguments = (model_dir, model, LossConfig(), state.dense_params, pieces_of(model, state), random_dataset(model))
+    return export_model(*arguments, kind, {"step": 7}, ("test",), batch_stats=state.batch_stats)
+
+
+def export_change(
+    model_dir: pathlib.Path, parent: Version, model: ModelConfig, state: TrainState, **facts: object
+) -> Version:
+    """A delta of a state, whose rows are those that differ from a version."""
+    rows_of = differing(pieces_of(model, state), parent.manifest["tables"])
+    arguments = (model_dir, parent, model, LossConfig(), state.dense_params, rows_of, random_dataset(model))
+    return export_delta(*arguments, {"step": 7, **facts}, ("test",), batch_stats=state.batch_stats)

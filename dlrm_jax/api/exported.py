@@ -9,6 +9,7 @@ import numpy as np
 from dlrm_jax.config import require
 from dlrm_jax.serving.artifact import signature as signatures
 from dlrm_jax.serving.artifact.export import nested
+from dlrm_jax.serving.artifact.spare import without_room
 from dlrm_jax.serving.artifact.store import open_version
 from dlrm_jax.serving.artifact.weights import TableFiles, read_dense, read_model
 from dlrm_jax.tables.reshard import Kind
@@ -37,7 +38,7 @@ def open_exported(model_dir: pathlib.Path) -> Origin:
         f"--init_from={model_dir}: version {version.number} has tables of {signature.kind}, which nothing is trained "
         "on from; export with --tables=float32, or give the run's workdir",
     )
-    model, _ = read_model(version)
+    model = without_room(read_model(version)[0], signature)
     dense: dict[str, Any] = {"dense_params": nested({name: jnp.asarray(a) for name, a in read_dense(version).items()})}
     return Origin(
         name=f"{model_dir}, version {version.number}",

@@ -109,7 +109,7 @@ def plan_of(
     values: FlagValues, devices: int = 0, hardware: str = "", topology: str = "", calibrate: bool = False
 ) -> Plan:
     """The plan of a run that a set of flags says."""
-    config = config_from_flags(values)
+    config = config_from_flags(values, publishes=True)
     pod = parse_topology(topology) if topology else None
     chosen = sum(int(part.partition(":")[2] or 0) > 0 for part in config.sharding.mesh.split(",") if part)
     num_devices = pod.num_chips if pod else devices or (0 if chosen else 8)

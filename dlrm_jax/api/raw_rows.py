@@ -13,9 +13,10 @@ from dlrm_jax.data.read.dataset import Dataset, Split
 from dlrm_jax.data.schema.schema_io import from_dict as schema_from_dict
 from dlrm_jax.data.values.columns import Bad, read_label, read_number
 from dlrm_jax.data.values.vocabulary import Vocabulary
-from dlrm_jax.serving.artifact.export import make_signature, vocabulary_keys
+from dlrm_jax.serving.artifact.export import make_signature
 from dlrm_jax.serving.artifact.raw_check import require_as_prepared
 from dlrm_jax.serving.artifact.transform import Reader
+from dlrm_jax.serving.artifact.written import vocabularies as vocabularies_of
 
 _LEAST_ROWS = 64
 
@@ -30,9 +31,9 @@ def reader_of(model: ModelConfig, dataset: Dataset) -> Reader:
     signature = make_signature(model, dataset, "float32")
     vocabularies = {}
     if signature.schema is not None and dataset.directory is not None:
-        for _, table, columns in vocabulary_keys(signature, dataset.directory):
+        for table, columns in vocabularies_of(signature, dataset.directory):
             vocabularies[table] = Vocabulary(table, checked=len(columns) == 2)
-            vocabularies[table].extend(*columns)
+            vocabularies[table].extend(*columns.values())
     reader = Reader(signature, vocabularies)
     require_as_prepared(reader, signature, dataset)
     return reader

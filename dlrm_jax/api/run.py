@@ -202,11 +202,18 @@ class Run:
         return self.score(padded).scored(first=count).prob_R
 
     def export(
-        self, out: str | os.PathLike[str], tables: str = "float32", evaluate: tuple[str, ...] = HELD_OUT
+        self,
+        out: str | os.PathLike[str],
+        tables: str | None = None,
+        evaluate: tuple[str, ...] = HELD_OUT,
+        delta_from: int | str = "",
+        spare_rows: float = 0.0,
     ) -> Model:
         """Write the model for serving as the next version in `out`, and load it; `tables` may be bfloat16, int8, int4.
 
-        It is scored on the splits of `evaluate`. Needs the extra `serve` (flatbuffers).
+        It is scored on the splits of `evaluate`. With `delta_from`, a version's number or "newest", only what changed
+        since then is written; `spare_rows` is a share of its rows that each table gets more, for deltas of data that
+        grew. Needs the extra `serve` (flatbuffers).
 
         >>> import dlrm_jax
         >>> run = dlrm_jax.Run("runs/clicks")
@@ -214,7 +221,7 @@ class Run:
         >>> abs(model.metrics["test"]["auc"] - run.result["test"]["auc"]) < 1e-6
         True
         """
-        version = exporting.export(self._stored, pathlib.Path(out), tables, evaluate)
+        version = exporting.export(self._stored, pathlib.Path(out), tables, evaluate, str(delta_from), spare_rows)
         return Model(out, version.number)
 
     def plot(self, path: str | os.PathLike[str] | None = None) -> Any:

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dlrm_jax.api.exporting import pieces
+from dlrm_jax.api.exporting import pieces, rows_of
 from dlrm_jax.api.frames import as_polars
 from dlrm_jax.api.trained import Stored
 from dlrm_jax.config import ConfigError, TableConfig, require
@@ -49,7 +49,7 @@ class Table:
         """(D,): a row by its number. IndexError for one that there is not."""
         if not 0 <= number < len(self):
             raise IndexError(f"table {self.name!r} has rows 0 to {len(self) - 1:,}, not {number}")
-        (rows_1xD,) = pieces(self._run, self.name, number, 1)
+        rows_1xD = rows_of(self._run, self.name, number, 1)
         return np.asarray(rows_1xD[0])
 
     def id_of(self, value: Any) -> int:

@@ -17,6 +17,7 @@ from dlrm_jax.data.read.load import CACHE
 from dlrm_jax.data.read.prepared import is_prepared, read_schema
 from dlrm_jax.data.schema.schema import Schema
 from dlrm_jax.host import files
+from dlrm_jax.serving.artifact.publish import open_publisher
 from dlrm_jax.training.loop import train_and_evaluate
 
 
@@ -69,10 +70,12 @@ def train(
 
 def begin(values: FlagValues, progress: bool = True) -> tuple[pathlib.Path, dict[str, Any]]:
     """Train as a set of flags says: (the workdir, what `result.json` says)."""
-    config = config_from_flags(values)
+    config = config_from_flags(values, publishes=True)
     workdir = workdir_of(values)
+    if config.publishing.model_dir:
+        files.require_output_directory("publish", pathlib.Path(config.publishing.model_dir))
     texts = flagfile_text(values), defaults_taken(values)
-    return workdir, train_and_evaluate(config, workdir, *texts, open_exported, progress)
+    return workdir, train_and_evaluate(config, workdir, *texts, open_exported, open_publisher, progress)
 
 
 def workdir_of(values: FlagValues) -> pathlib.Path:

@@ -184,9 +184,14 @@ def given(values: flags.FlagValues) -> dict[str, Any]:
     return {name: values[name].value for name in run_settings() if values[name].value != values[name].default}
 
 
-def config_from_flags(values: flags.FlagValues = FLAGS) -> RunConfig:
-    """The RunConfig that the parsed flags describe; ConfigError for a value that cannot be, or has no effect."""
+def config_from_flags(values: flags.FlagValues = FLAGS, publishes: bool = False) -> RunConfig:
+    """The RunConfig that the parsed flags describe; ConfigError for a value that cannot be, or has no effect.
+
+    As --publish where the command does not train one run, and so no one `publishes`.
+    """
     config = unchecked_config(values)
+    where = f"--publish={config.publishing.model_dir} is for dlrm_jax.train"
+    require(publishes or not config.publishing.model_dir, f"{where}; leave it out here")
     known = run_settings()
     for line in _without_effect(config, {name: known[name] for name in given(values)}, values):
         _LOG.warning("%s", line)

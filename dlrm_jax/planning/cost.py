@@ -29,6 +29,7 @@ from dlrm_jax.tables.rules import WEIGHT, row_means
 
 FLOAT = 4
 RESIDENT = "rows of the data"
+MARKS = "marks of changed rows"
 _OPT_COPIES = {"sgd": 0, "momentum": 1, "adagrad": 1, "adam": 2, "adamw": 2}
 _KERNELS = 80
 """Kernels of a training step besides the collectives (counted in a compiled step of the Kaggle configuration)."""
@@ -52,6 +53,8 @@ class Load:
     exchange_capacity: int = 0
     resident_rows: int = 0
     """Rows of the data that stay on every device."""
+    marks_rows: bool = False
+    """Whether the host marks the rows that change, for versions that are published."""
 
     def distinct(self, table: TableConfig, draws: float) -> float:
         """Expected distinct ids of `draws` from a table."""
@@ -107,6 +110,11 @@ def exchanged(
     return [
         (kind, size) for kind, devices, size in found if devices > 1 and (kind != "all-reduce" or size > CONTROL_BYTES)
     ]
+
+
+def marks_bytes(model: ModelConfig) -> int:
+    """What a mark for each row of a model's tables takes of the host's memory (training/touched.py)."""
+    return sum(table.num_embeddings + 1 for table in model.tables)
 
 
 def dense_parameters(model: ModelConfig) -> int:
@@ -258,6 +266,7 @@ def _memory(
         "activations": batch + activations,
         "exchange buffers": exchange,
         **({RESIDENT: load.resident_rows * batch // b} if load.resident_rows else {}),
+        **({MARKS: marks_bytes(model) // devices} if load.marks_rows and hardware.is_cpu else {}),
     }
 
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from dlrm_jax.config import TableConfig
 from dlrm_jax.host.texts import aligned
-from dlrm_jax.planning.cost import Cost
+from dlrm_jax.planning.cost import MARKS, Cost, marks_bytes
 from dlrm_jax.planning.planner import Setting
 from dlrm_jax.tables.forms import form_of
 from dlrm_jax.tables.forms.base import ALL
@@ -35,6 +35,8 @@ def text(setting: Setting, cost: Cost, ranked: list[tuple[str, Cost]]) -> str:
         "",
         aligned(_ranking_rows(setting, ranked)),
     ]
+    if setting.load.marks_rows and not hardware.is_cpu:  # Else it is among what a device holds.
+        lines.insert(6, f"memory of the host: {MARKS} {marks_bytes(model) / 1e6:,.1f} MB")
     return "\n".join(lines)
 
 

@@ -79,6 +79,20 @@ class Source:
         assert found is not None
         return found
 
+    def at(self, kind: Kind, table: str, row_M: np.ndarray) -> np.ndarray:
+        """(M, columns): these logical rows of a table. The array must take row numbers, as NumPy's do."""
+        stack, t = self._where[table]
+        array = self._array(kind.group, kind.key(stack))
+        width, parts = (1, 1) if kind.per_row else (stack.width, stack.column_shards)
+        pack, lines = array.shape[1] // parts // width, array.shape[0] // stack.row_shards
+        shard_M = stack.first_T[t] + row_M % stack.count_T[t]
+        local_M = stack.offset_T[t] + row_M // stack.count_T[t]
+        found = np.asarray(array[shard_M * lines + local_M // pack])
+        if pack > 1:
+            found = found.reshape(len(row_M), parts, pack, width)[np.arange(len(row_M)), :, local_M % pack]
+        found = found.reshape(len(row_M), -1)
+        return found if kind.per_row else found[:, : stack.dim]
+
     def _array(self, group: str, name: str) -> Any:
         if (group, name) not in self._arrays:
             self._arrays[group, name] = self._open(group, name)

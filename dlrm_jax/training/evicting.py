@@ -21,6 +21,7 @@ from dlrm_jax.tables.reshard import Kind, Source
 from dlrm_jax.training.placed import Placed
 from dlrm_jax.training.saved import TABLES, read_tables
 from dlrm_jax.training.state import TrainState
+from dlrm_jax.training.touched import Touched
 
 
 class Eviction:
@@ -66,15 +67,12 @@ class Eviction:
 
     def _read(self, number: int) -> dict[str, np.ndarray]:
         """Which rows a period asks for, by table; the out-of-vocabulary row itself is never evicted."""
-        model = self._placed.model
-        seen = {name: np.zeros(model.table(name).num_embeddings, bool) for name in self._tables}
+        touched = Touched(self._placed.model)
         for window, _ in self._periods[number].windows(0, 0, shuffle=False):
-            start = 0
-            for feature in model.features:
-                ids = window.ids_RxK[:, start : start + feature.hotness]
-                start += feature.hotness
-                if feature.table in seen:
-                    seen[feature.table][ids[ids > 0]] = True
+            touched.see(window.ids_RxK)
+        seen = {name: touched.of(name).copy() for name in self._tables}
+        for rows in seen.values():
+            rows[0] = False
         return seen
 
 

@@ -132,6 +132,18 @@ class Feed:
 
         return jax.tree.map(taken, self._rows, PADDING)
 
+    def host_ids(self, traveller: Traveller, first: int, stop: int) -> np.ndarray:
+        """(examples, K): the ids of batches `first` to `stop` - 1 of what travelled, as steps see them, on the host."""
+        if isinstance(traveller, Batch):
+            ids = np.asarray(traveller.ids_BxK)[first:stop]
+            ids = ids.reshape(-1, ids.shape[-1])
+        else:
+            order = traveller[first:stop].reshape(-1)
+            rows = np.asarray(self._rows.ids_BxK.addressable_data(0))
+            ids = rows[order[order < len(self.split)]]
+        on_device = self.expander is not None and self.expander.on_device
+        return self.expander.on_host(ids) if self.expander is not None and on_device else ids
+
     def windows(self, epochs: Iterator[Any], start_step: int) -> Prefetcher[Traveller, Window]:
         """The same of any epochs, each as `Rows.sources` has it, or where rows stay as `Rows.positions` has it."""
         source: Iterator[Traveller]

@@ -26,6 +26,7 @@ from dlrm_jax.training.origin import OpenModel
 from dlrm_jax.training.placement import failing_in_one_line, prediction, setting_of
 from dlrm_jax.training.profiling import StepsTrace
 from dlrm_jax.training.progress import Progress, stopping
+from dlrm_jax.training.publishing import OpenPublisher, Publishing, publishing
 from dlrm_jax.training.run_config import EARLIER_SCHEDULES, RunConfig, identity_of
 from dlrm_jax.training.state import TrainState
 from dlrm_jax.training.stepper import Stepper
@@ -97,19 +98,20 @@ def train_and_evaluate(
     flagfile: str | None = None,
     defaults: str = "",
     open_model: OpenModel | None = None,
+    open_publisher: OpenPublisher | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Train, or go on training, in `workdir`; returns what `result.json` says. Raises Interrupted after a signal.
 
     `flagfile` is kept as `flags.txt`, so that the run can be repeated from it; `defaults`, settings that the user left
-    open, are told once nothing forbids the run. `open_model` opens the exported model of --init_from. `progress` shows
-    a bar.
+    open, are told once nothing forbids the run. `open_model` opens the exported model of --init_from, `open_publisher`
+    what writes the versions of --publish. `progress` shows a bar.
     ConfigError if another training is running there, ResultNotWritten if all is done but the files at the end.
     """
     checkpoint.require_name(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     with the_only_training(workdir):
-        return _train_and_evaluate(Run(config, workdir, progress), flagfile, defaults, open_model)
+        return _train_and_evaluate(Run(config, workdir, progress), flagfile, defaults, open_model, open_publisher)
 
 
 @contextlib.contextmanager
@@ -136,7 +138,9 @@ class ResultNotWritten(ConfigError):
         self.result = result
 
 
-def _train_and_evaluate(run: Run, flagfile: str | None, defaults: str, open_model: OpenModel | None) -> dict[str, Any]:
+def _train_and_evaluate(
+    run: Run, flagfile: str | None, defaults: str, open_model: OpenModel | None, open_publisher: OpenPublisher | None
+) -> dict[str, Any]:
     config, workdir = run.config, run.workdir
     processes.agree("data", run.identity["data"] | {"plan": run.placed.plan.to_dict()})
     for name, rows in run.dataset.splits.items():
@@ -157,7 +161,9 @@ def _train_and_evaluate(run: Run, flagfile: str | None, defaults: str, open_mode
         resumed_at = int(state.step)
         log = stack.enter_context(reporting.MetricsLog(workdir, resumed_at, silent=not run.writes))
         stop_signal = stack.enter_context(catch_signals())
-        state, speed, memory = train(run, state, progress, checkpoints, log, stop_signal)
+        opened = publishing(config, run.placed, run.feed, run.dataset, open_publisher, resumed_at)
+        versions = stack.enter_context(opened)
+        state, speed, memory = train(run, state, progress, checkpoints, log, stop_signal, versions)
         checkpoints.wait()
         result = final_result(run, state, progress, checkpoints, speed)
         result["step_cost"] = predicted_and_measured(run, speed, memory)
@@ -249,6 +255,7 @@ def train(
     checkpoints: checkpoint.Checkpoints,
     log: reporting.MetricsLog,
     stop_signal: list[int],
+    versions: Publishing | None = None,
 ) -> tuple[TrainState, Speed, int | None]:
     """Steps until the end, a stopping rule or a signal, with evaluations and checkpoints on their steps."""
     heap.keep_freed_temporaries()
@@ -269,7 +276,8 @@ def train(
         losses = Losses(run.workdir, names, progress.losses, config.log_every, write, run.feed.host_batch)
         while step < run.last_step and progress.stopped is None:
             trace.before(step, state)
-            taken, state = train_step(state, step, run.undisturbed(step))
+            to_version = versions and versions.undisturbed(step)
+            taken, state = train_step(state, step, min(run.undisturbed(step), to_version or run.num_steps))
             step += taken
             trace.after(step, state, train_step.executable)
             own = step - run.began_at
@@ -278,7 +286,10 @@ def train(
             # Several processes stop at one step: they ask each other where all have come to the end of a window.
             asked = alone or train_step.at_window_end or at_checkpoint
             signum = processes.largest(stop_signal[0] if stop_signal else 0) if asked else 0
-            if signum or at_checkpoint or clock.just_started:
+            at_version = versions is not None and versions.due(step)
+            if versions is not None and (at_version or train_step.at_window_end):
+                versions.see(train_step.record, step)
+            if signum or at_checkpoint or at_version or clock.just_started:
                 losses.flush(train_step.record, step)
                 train_step.pause()
                 clock.lap(speed, step)
@@ -288,6 +299,8 @@ def train(
                 losses.flush(train_step.record, step)
             bar.update(step, losses.last, clock.rate(speed, step), clock.waits(speed))
             progress.losses = losses.held()
+            if versions is not None and at_version:
+                versions.publish(state, step)
             if at_eval:
                 state = evaluate_progress(run, state, step, progress, checkpoints, log)
             if at_checkpoint or signum or progress.stopped:
@@ -296,6 +309,8 @@ def train(
                 checkpoints.wait()
                 raise Interrupted(signum, step)
             clock.resume()
+        if versions is not None:
+            versions.finish(train_step.record, state, step)
         memory = train_step.memory_bytes()
         if losses.overflows:
             _LOG.warning("%d steps needed further rounds of the exchange; raise --exchange_capacity", losses.overflows)

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import jax
 
 from dlrm_jax.config import ConfigError, ModelConfig
+from dlrm_jax.config.learning import ALL_ROWS
 from dlrm_jax.data.batch import Batch
 from dlrm_jax.data.read.dataset import Dataset
 from dlrm_jax.data.read.pipeline import Cut, batch_windows, train_epochs
@@ -17,7 +18,7 @@ from dlrm_jax.data.read.prepared import is_prepared, read_json
 from dlrm_jax.host import memory
 from dlrm_jax.host.mesh import MeshShape, parse_mesh
 from dlrm_jax.planning import planner
-from dlrm_jax.planning.cost import Cost, Load, estimate
+from dlrm_jax.planning.cost import Cost, Load, estimate, marks_bytes
 from dlrm_jax.planning.hardware import of_device
 from dlrm_jax.planning.planner import Setting, auto_plan
 from dlrm_jax.planning.skew import skews
@@ -82,6 +83,7 @@ def require_room(config: RunConfig, setting: Setting, plan: Plan, copies: float)
         memory.require_room(*needs, planner.remedy(setting, cost, free or 0), config.allow_oversubscription)
     what = "this run, with the copy that a checkpoint is written from," if copies else "this run"
     needed, free = saved + on_cpu * local * cost.bytes_held, memory.host_available()
+    needed += marks_bytes(setting.model) * (setting.load.marks_rows and not on_cpu)
     share = saved / local / max(cost.memory["tables"] + cost.memory["optimizer state"], 1)
     help_ = planner.remedy(setting, cost, (free or 0) / local, share, local)
     memory.require_room(what, needed, free, "this machine's memory", largest, help_, config.allow_oversubscription)
@@ -118,6 +120,7 @@ def load_of(config: RunConfig) -> Load:
         num_micro_batches=config.num_micro_batches,
         exchange_dtype=sharding.travelling_dtype,
         exchange_capacity=sharding.exchange_capacity,
+        marks_rows=bool(config.publishing.model_dir) and config.optimizer.table_update != ALL_ROWS,
     )
 
 

@@ -104,6 +104,11 @@ SETTINGS = {
     "patience": ("17", "patience", 17),
     "allow_schedule_change": ("true", "allow_schedule_change", True),
     "init_from": ("runs/yesterday", "init_from", "runs/yesterday"),
+    "publish": ("models/live", "publishing.model_dir", "models/live"),
+    "publish_every": ("30s", "publishing.every", "30s"),
+    "publish_whole_every": ("7", "publishing.whole_every", 7),
+    "publish_tables": ("int8", "publishing.tables", "int8"),
+    "keep": ("3", "publishing.keep", 3),
     "init_steps": ("reset", "init_steps", "reset"),
     "init_only": ("tables", "init_only", "tables"),
     "sharding": ("column_wise", "sharding.sharding", "column_wise"),
@@ -201,6 +206,7 @@ NEEDS = {
     **dict.fromkeys(("num_examples", "num_periods"), ()),
     "drift": ("num_periods=6",),
     **dict.fromkeys(("init_steps", "init_only"), ("init_from=runs/yesterday",)),
+    **dict.fromkeys(("publish_every", "publish_whole_every", "publish_tables", "keep"), ("publish=models/live",)),
     "max_rows_per_table": ("dataset=criteo_kaggle", "data_dir=raw"),
     **dict.fromkeys(("num_dense", "id_skew", "id_trace"), ("dataset=synthetic",)),
     "table_sizes": ("dataset=synthetic",),
@@ -267,6 +273,13 @@ def parse():
             delattr(FLAGS, name)
 
 
+def test_only_who_trains_one_run_publishes(parse):
+    parse("publish=models/live")
+    assert config_from_flags(publishes=True).publishing.seconds == 60
+    with pytest.raises(ConfigError, match=r"--publish=models/live is for dlrm_jax\.train; leave it out here"):
+        config_from_flags()
+
+
 def test_every_flag_that_needs_others_is_tried_without_them():
     assert set(NEEDS) == {name for name, known in run_settings().items() if known.needs}
 
@@ -275,7 +288,7 @@ def test_every_flag_that_needs_others_is_tried_without_them():
 def test_a_flag_without_effect_is_refused_or_said(parse, name, caplog):
     given, needs = f"{name}={TEXTS[name]}", run_settings()[name].needs
     parse(given, *NEEDS[name])
-    config_from_flags()
+    config_from_flags(publishes=True)
     assert not caplog.text
     parse(given, *WITHOUT.get(name, ()))
     if name == "multi_hot_sizes":
@@ -302,7 +315,7 @@ def test_a_flag_with_an_effect_everywhere_is_never_refused(parse, name):
     together |= {"num_micro_batches": ["batch_size=12"], "dataset": ["data_dir=raw"]}
     text, path, value = SETTINGS[name]
     parse(f"{name}={text}", *together.get(name, []))
-    assert at(config_from_flags(), path) == value
+    assert at(config_from_flags(publishes=True), path) == value
 
 
 @pytest.mark.parametrize("name", OPTIONS)

@@ -18,6 +18,7 @@ class Fake:
 
     def __init__(self, offset: float = 0.0) -> None:
         self.batches: list[int] = []
+        self.weights = object()
         self.offset, self.hold = offset, threading.Event()
         self.hold.set()
 

@@ -21,7 +21,7 @@ from dlrm_jax.data.schema.sparse import ID_RULES, ORDERS, SPARSE_MISSING, TYPES
 from dlrm_jax.data.values import transforms
 from dlrm_jax.serving.artifact.errors import BadRequest
 from dlrm_jax.serving.artifact.export import _write_vocabularies, make_signature
-from dlrm_jax.serving.artifact.loaded import _read_vocabularies
+from dlrm_jax.serving.artifact.loaded import read_vocabularies
 from dlrm_jax.serving.artifact.store import Version
 from dlrm_jax.serving.artifact.transform import Reader
 from dlrm_jax.training.run_config import ModelOptions
@@ -120,7 +120,7 @@ def reader_of(output: pathlib.Path) -> Reader:
     signature, version = make_signature(model, dataset, "float32"), output.parent / "version"
     version.mkdir()
     _write_vocabularies(version, signature, output)
-    return Reader(signature, _read_vocabularies(Version(0, version, {}), signature))
+    return Reader(signature, read_vocabularies(Version(0, version, {}), signature))
 
 
 FORMS = {"text": ".", "text with decimal commas": ",", "json": "."}

@@ -20,9 +20,9 @@ from dlrm_jax.config import ConfigError, LossConfig
 from dlrm_jax.data.read.load import DataConfig
 from dlrm_jax.data.read.pipeline import Cut
 from dlrm_jax.serving import load
-from dlrm_jax.serving.artifact import weights
+from dlrm_jax.serving.artifact import weights, written
 from dlrm_jax.serving.artifact.errors import BadRequest
-from dlrm_jax.serving.artifact.export import export_model, of_arrays
+from dlrm_jax.serving.artifact.export import by_engine, by_the_program, export_model, of_arrays
 from dlrm_jax.serving.artifact.placed import engine_maker
 from dlrm_jax.serving.artifact.quantise import TABLE_TYPES, stored_table
 from dlrm_jax.serving.artifact.store import open_version, versions, write_version
@@ -272,7 +272,7 @@ def test_what_only_several_devices_hold_is_evaluated_on_them(tmp_path, kind):
     arguments = (model, LossConfig(), state.dense_params, tables, data, kind)
     one = export_model(tmp_path / "one", *arguments)
     make = engine_maker(ShardingOptions(sharding="row_wise", mesh="model:8"), 16384)
-    many = export_model(tmp_path / "many", *arguments, make_engine=make)
+    many = export_model(tmp_path / "many", *arguments, make_score=by_engine(make))
     assert one.manifest["evaluated_on"] == "the exported program on one device"
     assert many.manifest["evaluated_on"].startswith("8 devices, which share the tables")
     for split in ("val", "test"):
@@ -289,14 +289,14 @@ def test_the_command_scores_on_several_devices_where_one_is_too_small(monkeypatc
     needed = 4 * 4 * (11 + 7 + 1)
     monkeypatch.setattr(jax, "devices", lambda: [gpu])
     room = needed
-    assert exporting._engine(model, "float32", "table 'user'", False) is None
+    assert exporting._make_score(model, "float32", "table 'user'", False) is by_the_program
     room = needed - 1
-    assert exporting._engine(model, "float32", "table 'user'", False) is not None
+    assert exporting._make_score(model, "float32", "table 'user'", False) is not by_the_program
     monkeypatch.setattr(jax, "device_count", lambda: 1)
     with pytest.raises(
         ConfigError, match=r"evaluating what is exported needs .* most of it is table 'user'; what would"
     ):
-        exporting._engine(model, "float32", "table 'user'", False)
+        exporting._make_score(model, "float32", "table 'user'", False)
 
 
 @pytest.mark.parametrize("mesh", ["model:1", "data:2,model:4"])
@@ -313,7 +313,7 @@ def test_only_tables_are_read_of_a_checkpoint_and_by_pieces(tmp_path, monkeypatc
         return read(self, kind, table, first, step, count)
 
     monkeypatch.setattr(reshard.Source, "rows", rows)
-    monkeypatch.setattr(exporting, "_PIECE_FLOATS", 400)
+    monkeypatch.setattr(written, "_PIECE_FLOATS", 400)
     run = open_stored(tmp_path / "run", "latest")
     got = {
         name: np.concatenate(list(exporting.pieces(run, name)))

@@ -32,12 +32,12 @@ from dlrm_jax.config import (
 )
 from dlrm_jax.serving.artifact import native
 from dlrm_jax.serving.artifact.errors import BadRequest
-from dlrm_jax.serving.artifact.export import _flat, _write_json, _write_weights
 from dlrm_jax.serving.artifact.loaded import load
 from dlrm_jax.serving.artifact.native import NativeCpu
 from dlrm_jax.serving.artifact.quantise import TABLE_TYPES
 from dlrm_jax.serving.artifact.signature import ServedFeature, Signature
 from dlrm_jax.serving.artifact.store import Version
+from dlrm_jax.serving.artifact.written import flat, write_json, write_weights
 from dlrm_jax.training.state import init_dense
 from tests.helpers import meeting, tiny_model
 from tests.serving_helpers import export_tiny
@@ -127,22 +127,22 @@ class Fuzz:
         directory.mkdir()
         shapes = jax.eval_shape(lambda: init_dense(model, 0))
         draw = lambda shape: self.rng.normal(size=shape).astype(np.float32)  # noqa: E731
-        dense = _flat(jax.tree.map(lambda leaf: draw(leaf.shape), shapes))
+        dense = flat(jax.tree.map(lambda leaf: draw(leaf.shape), shapes))
 
         def pieces(name: str) -> list[np.ndarray]:
             table = model.table(name.split("/")[0])
             return [draw((table.num_embeddings, 1 if "/" in name else table.embedding_dim))]
 
-        index, _, _ = _write_weights(directory, model, dense, pieces, kind)
+        index, _, _ = write_weights(directory, model, dense, pieces, kind)
         served = tuple(
             ServedFeature(f.name, f.table, f.hotness, f.pooling, model.table(f.table).num_embeddings)
             for f in model.features
         )
         names = tuple(f"x{i}" for i in range(model.num_dense))
         signature = Signature("fuzz", names, served, model.embedding_dim, kind)
-        _write_json(directory / "model.json", {"model": to_dict(model), "loss_threshold": 0.0})
-        _write_json(directory / "signature.json", to_dict(signature))
-        _write_json(directory / "weights.json", index)
+        write_json(directory / "model.json", {"model": to_dict(model), "loss_threshold": 0.0})
+        write_json(directory / "signature.json", to_dict(signature))
+        write_json(directory / "weights.json", index)
         return Version(0, directory, {})
 
     def inputs(self, model: ModelConfig, rows: int) -> tuple[np.ndarray, np.ndarray]:

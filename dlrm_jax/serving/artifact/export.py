@@ -10,12 +10,13 @@ self_check.npz        a few rows and their probabilities, for who loads it to co
 metrics.json          of this very program on val and test; manifest.json says so, or which devices it took instead
 """
 
+import dataclasses
 import functools
 import json
 import pathlib
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -34,23 +35,26 @@ from dlrm_jax.config import (
     to_dict,
 )
 from dlrm_jax.data.batch import Batch
-from dlrm_jax.data.read.dataset import Dataset, Rows
-from dlrm_jax.data.read.pipeline import Cut, padded, steps_per_epoch
+from dlrm_jax.data.read import pipeline
+from dlrm_jax.data.read.dataset import Dataset
+from dlrm_jax.data.read.pipeline import Cut, steps_per_epoch
 from dlrm_jax.data.read.prepared import read_json
-from dlrm_jax.data.read.raw_values import read_vocabulary
-from dlrm_jax.data.schema.schema import HELD_OUT, Sparse
+from dlrm_jax.data.schema.schema import HELD_OUT
 from dlrm_jax.data.schema.schema_io import from_dict as schema_from_dict
 from dlrm_jax.data.values.dense import DenseStatistics
 from dlrm_jax.model import metrics
 from dlrm_jax.serving.artifact.folded import folded
-from dlrm_jax.serving.artifact.loaded import MakeEngine, read_reader
-from dlrm_jax.serving.artifact.quantise import TABLE_TYPES, stored_table, take_stored
+from dlrm_jax.serving.artifact.loaded import MakeEngine
+from dlrm_jax.serving.artifact.quantise import TABLE_TYPES, take_stored
 from dlrm_jax.serving.artifact.raw_check import require_as_prepared
 from dlrm_jax.serving.artifact.signature import ServedFeature, Signature
+from dlrm_jax.serving.artifact.spare import padded, room_for, with_room
 from dlrm_jax.serving.artifact.store import Version, write_version
+from dlrm_jax.serving.artifact.transform import Reader
+from dlrm_jax.serving.artifact.vocabularies import read_vocabularies
 from dlrm_jax.serving.artifact.weights import read_weights
+from dlrm_jax.serving.artifact.written import Pieces, flat, write_json, write_vocabularies, write_weights
 from dlrm_jax.tables.exchange import local_ops
-from dlrm_jax.tables.layout import local_stacks
 from dlrm_jax.tables.pooling import POOLING_WEIGHTS
 from dlrm_jax.training import reporting
 from dlrm_jax.training.evaluation import score_rows
@@ -63,8 +67,22 @@ _CHECKED_ROWS = 16
 Weights = dict[str, Any]
 Score = Callable[[Any, Any], Any]
 """(dense_BxN, ids_BxK) -> (probability_B, logit_B)."""
-Pieces = Callable[[str], Iterable[np.ndarray]]
-"""The float32 rows of a table, or (`<table>/pooling_weights`) of its pooling weights, one piece below the other."""
+
+
+class Scorer(NamedTuple):
+    """What scores batches as a version does, of a `multiple` of rows; `where` says what that is, in words.
+
+    `checked` are the rows to note, where they are known already (checked_rows).
+    """
+
+    score: Score
+    multiple: int
+    where: str
+    checked: Batch | None = None
+
+
+MakeScore = Callable[[Version, ModelConfig, LossConfig, str], Scorer]
+"""(a version whose files are written, but for what comes of this; its model, loss, type of its tables)."""
 Forward = Callable[[Weights, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
 
 
@@ -72,14 +90,6 @@ def make_forward(model: ModelConfig, loss: LossConfig, kind: str) -> Forward:
     """(weights, dense_BxN, ids_BxK) -> (probability_B, logit_B); weights by flat names."""
     score = make_score(model, loss.threshold, local_ops(model, take=functools.partial(take_stored, kind)))
     return lambda weights, dense_BxN, ids_BxK: score(weights, nested(weights), dense_BxN, ids_BxK)
-
-
-def _flat(tree: Any, path: str = "") -> dict[str, np.ndarray]:
-    out = {}
-    for name, value in tree.items():
-        inner = f"{path}{name}"
-        out.update(_flat(value, f"{inner}/") if isinstance(value, dict) else {inner: np.asarray(value)})
-    return out
 
 
 def nested(weights: Weights) -> dict[str, Any]:
@@ -108,6 +118,30 @@ def export_program(forward: Forward, weights: dict[str, jax.ShapeDtypeStruct], n
         raise ConfigError(f"serialising StableHLO needs flatbuffers: {how_to_install('serve')}") from None
 
 
+def by_the_program(version: Version, model: ModelConfig, loss: LossConfig, kind: str) -> Scorer:
+    """What scores as the exported program does, on the first device."""
+    weights, jitted = read_weights(version), _compiled_once(model, loss, kind)
+    return Scorer(lambda dense, ids: jitted(weights, dense, ids), 1, "the exported program on one device")
+
+
+@functools.lru_cache(maxsize=4)
+def _compiled_once(model: ModelConfig, loss: LossConfig, kind: str) -> Any:
+    return jax.jit(make_forward(model, loss, kind))
+
+
+def by_engine(make_engine: MakeEngine) -> MakeScore:
+    """What scores as an engine does, on several devices, where one does not hold the tables."""
+
+    def make(version: Version, model: ModelConfig, loss: LossConfig, kind: str) -> Scorer:
+        del model, loss, kind
+        engine = make_engine(version, None)
+        where = f"{jax.device_count()} devices, which share the tables; not the exported program"
+        score = lambda dense, ids: engine.run(np.asarray(dense), np.asarray(ids))  # noqa: E731
+        return Scorer(score, engine.batch_multiple, where)
+
+    return make
+
+
 def export_model(
     model_dir: pathlib.Path,
     model: ModelConfig,
@@ -118,54 +152,95 @@ def export_model(
     kind: str = "float32",
     facts: dict[str, Any] | None = None,
     evaluated: tuple[str, ...] = HELD_OUT,
-    make_engine: MakeEngine | None = None,
+    make_score: MakeScore = by_the_program,
     batch_stats: Mapping[str, Any] | None = None,
+    spare_rows: float = 0.0,
 ) -> Version:
     """Write the next version, its tables by `pieces`, so that no table need be in memory as a whole.
 
+    `spare_rows` is the share of its rows that a table has to spare (spare.py).
+
     Batch norms, whose running averages are `batch_stats`, go into the products before them (folded.py).
-    `evaluated` are the splits that metrics are of.
-    What is written is scored by the very program, on the first device; by `make_engine` where it does not fit there.
+    `evaluated` are the splits that metrics are of, by what `make_score` gives: the very program, on the first device.
     """
     require_choice("tables", kind, TABLE_TYPES)
     model, dense_params = folded(model, dense_params, batch_stats or {})
     signature = make_signature(model, dataset, kind)
-    dense, forward = _flat(dense_params), make_forward(model, loss, kind)
-    facts = {"name": signature.name, "tables": kind, "table_bytes": 0, **(facts or {})}
+    if spare := room_for(model, spare_rows):
+        signature = dataclasses.replace(signature, spare=spare)
+        pieces, model = padded(model, pieces, spare), with_room(model, spare)
+    facts = stored_facts(signature, 0) | (facts or {})
 
     def write(directory: pathlib.Path) -> None:
-        index, shapes, facts["table_bytes"] = _write_weights(directory, model, dense, pieces, kind)
-        program = export_program(forward, shapes, model.num_dense, model.num_slots)
+        index, shapes, facts["table_bytes"] = write_weights(directory, model, flat(dense_params), pieces, kind)
+        program = _program(model, loss, kind, tuple(shapes.items()))
         (directory / "program.stablehlo").write_bytes(program)
-        described = {"model": to_dict(model), "loss_threshold": loss.threshold}
-        _write_json(directory / "model.json", described)
-        _write_json(directory / "signature.json", to_dict(signature))
-        _write_json(directory / "weights.json", index)
+        write_json(directory / "model.json", described(model, loss))
+        write_json(directory / "signature.json", to_dict(signature))
+        write_json(directory / "weights.json", index)
+        version = Version(0, directory, {})
         if signature.schema is not None and dataset.directory is not None:
-            _write_vocabularies(directory, signature, dataset.directory)
-            require_as_prepared(read_reader(Version(0, directory, {}), signature), signature, dataset)
-        score, multiple, facts["evaluated_on"] = _scorer(Version(0, directory, {}), forward, make_engine)
-        scores = {name: _evaluate(score, multiple, loss, dataset, name) for name in evaluated}
-        _write_json(directory / "metrics.json", reporting.json_ready(scores))
-        _write_self_check(directory, score, multiple, dataset.splits["train"], dataset)
+            write_vocabularies(directory, signature, dataset.directory)
+            words = read_vocabularies(version, signature)
+            require_as_prepared(Reader(signature, words), signature, dataset)
+        facts["evaluated_on"] = write_scores(
+            directory, make_score(version, model, loss, kind), loss, dataset, evaluated
+        )
 
-    facts |= {"platforms": list(PLATFORMS), "versions": reporting.versions()}
     return write_version(model_dir, write, facts)
+
+
+@functools.lru_cache(maxsize=4)
+def _program(model: ModelConfig, loss: LossConfig, kind: str, shapes: tuple[tuple[str, Any], ...]) -> bytes:
+    """Made once for all versions of a model: it takes seconds."""
+    return export_program(make_forward(model, loss, kind), dict(shapes), model.num_dense, model.num_slots)
+
+
+def described(model: ModelConfig, loss: LossConfig) -> dict[str, Any]:
+    """What model.json says, as JSON has it."""
+    values: dict[str, Any] = json.loads(json.dumps({"model": to_dict(model), "loss_threshold": loss.threshold}))
+    return values
+
+
+def stored_facts(signature: Signature, table_bytes: int) -> dict[str, Any]:
+    """What every manifest says beside its files."""
+    facts = {"name": signature.name, "tables": signature.kind, "table_bytes": table_bytes}
+    return facts | {"platforms": list(PLATFORMS), "versions": reporting.versions()}
+
+
+def write_scores(
+    directory: pathlib.Path, scorer: Scorer, loss: LossConfig, dataset: Dataset, evaluated: tuple[str, ...]
+) -> str:
+    """Metrics on splits, and a few rows with their probabilities; by what, in words."""
+    scores = {name: _evaluate(scorer.score, scorer.multiple, loss, dataset, name) for name in evaluated}
+    write_json(directory / "metrics.json", reporting.json_ready(scores))
+    checked = checked_rows(dataset) if scorer.checked is None else scorer.checked
+    dense_BxN, ids_BxK, count = np.asarray(checked.dense_BxN), np.asarray(checked.ids_BxK), len(checked.label_B)
+    more = ((0, -count % scorer.multiple), (0, 0))
+    prob_B, logit_B = scorer.score(np.pad(dense_BxN, more), np.pad(ids_BxK, more, constant_values=EMPTY_SLOT))
+    np.savez(
+        directory / "self_check.npz",
+        dense=dense_BxN,
+        ids=ids_BxK,
+        probability=np.asarray(prob_B)[:count],
+        logit=np.asarray(logit_B)[:count],
+    )
+    return scorer.where
+
+
+def checked_rows(dataset: Dataset) -> Batch:
+    """The rows whose probabilities are noted with every version."""
+    rows, order = next(dataset.splits["train"].windows(seed=0, epoch=0, shuffle=False))
+    order = order[:_CHECKED_ROWS]
+    ids = rows.ids_RxK[order]
+    if dataset.expander is not None:
+        ids = dataset.expander.on_host(ids)
+    return Batch(rows.dense_RxN[order], ids, rows.label_R[order], np.ones(len(order), np.float32))
 
 
 def of_arrays(named_tables: Mapping[str, np.ndarray]) -> Pieces:
     """Tables that are in memory, by name (by_name.named_tables)."""
     return lambda name: [named_tables[name]]
-
-
-def _scorer(version: Version, forward: Forward, make_engine: MakeEngine | None) -> tuple[Score, int, str]:
-    """(what scores a batch by the files of a version, what batches must be a multiple of, in words)."""
-    if make_engine is not None:
-        engine = make_engine(version, None)
-        where = f"{jax.device_count()} devices, which share the tables; not the exported program"
-        return lambda dense, ids: engine.run(np.asarray(dense), np.asarray(ids)), engine.batch_multiple, where
-    weights, jitted = read_weights(version), jax.jit(forward)
-    return lambda dense, ids: jitted(weights, dense, ids), 1, "the exported program on one device"
 
 
 def make_signature(model: ModelConfig, dataset: Dataset, kind: str) -> Signature:
@@ -203,124 +278,6 @@ def _bucket_edges(statistics: dict[str, Any]) -> dict[str, tuple[float, ...]]:
     return {name: tuple(table["edges"]) for name, table in tables if "edges" in table}
 
 
-def _write_json(path: pathlib.Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=1) + "\n")
-
-
-def _file_name(index: int, name: str) -> str:
-    return f"{index:03d}_{re.sub(r'[^A-Za-z0-9_.-]', '_', name)[:80]}.npy"
-
-
-def _write_weights(
-    directory: pathlib.Path, model: ModelConfig, dense: dict[str, np.ndarray], pieces: Pieces, kind: str
-) -> tuple[dict[str, Any], dict[str, jax.ShapeDtypeStruct], int]:
-    """(weights.json, the arrays' shapes, bytes of the tables), the files written."""
-    for folder in ("weights", "tables"):
-        (directory / folder).mkdir()
-    arrays: dict[str, Any] = {}
-    shapes = {name: jax.ShapeDtypeStruct(value.shape, value.dtype) for name, value in dense.items()}
-    for i, (name, value) in enumerate(dense.items()):
-        file = f"weights/{_file_name(i, name)}"
-        _append(directory / file, [value], value.shape)
-        arrays[name] = {"dtype": value.dtype.name, "files": [file]}
-    suffixes = ("", POOLING_WEIGHTS) if model.learned_pooling else ("",)
-    names = [table.name + suffix for table in model.tables for suffix in suffixes]
-    written = {}
-    for i, name in enumerate(names):
-        table = model.table(name.removesuffix(POOLING_WEIGHTS))
-        stored_as = "float32" if name.endswith(POOLING_WEIGHTS) else kind
-        file = f"tables/{_file_name(i, name)}"
-        row = _append(directory / file, _stored(name, pieces(name), stored_as), (table.num_embeddings,))
-        written[name] = (file, row)
-    table_bytes = 0
-    for stack in local_stacks(model, divisible=False):
-        for suffix in suffixes:
-            of_stack = [table.name + suffix for table in stack.tables]
-            files, (row, *_) = zip(*(written[name] for name in of_stack), strict=True)
-            arrays[stack.name + suffix] = {"dtype": row.dtype.name, "files": list(files), "tables": of_stack}
-            shapes[stack.name + suffix] = jax.ShapeDtypeStruct((stack.rows, *row.shape), row.dtype)
-            table_bytes += stack.rows * row.size * row.dtype.itemsize
-    return arrays, shapes, table_bytes
-
-
-def _stored(name: str, pieces: Iterable[np.ndarray], kind: str) -> Iterator[np.ndarray]:
-    """A table's rows as they are stored; ConfigError for what is not finite."""
-    first = 0
-    for rows_PxD in pieces:
-        bad = np.flatnonzero(~np.isfinite(rows_PxD).all(axis=1))
-        if len(bad):
-            raise ConfigError(
-                f"table {name!r} holds NaN or infinity, first in row {first + bad[0]}; export another --checkpoint"
-            )
-        yield stored_table(np.asarray(rows_PxD, np.float32), kind)
-        first += len(rows_PxD)
-
-
-def _append(path: pathlib.Path, pieces: Iterable[np.ndarray], rows: tuple[int, ...]) -> jax.ShapeDtypeStruct:
-    """Write a .npy file of arrays one below the other, `rows` in all, as numpy.save would; a row's shape and type."""
-    row = None
-    with path.open("wb") as file:
-        for piece in pieces:
-            # NumPy's format has no bfloat16; weights.json says what the bits are.
-            bits = piece.view(np.uint16) if piece.dtype.name == "bfloat16" else piece
-            if row is None:
-                row = jax.ShapeDtypeStruct(piece.shape[1:], piece.dtype)
-                shape = (*rows[:1], *piece.shape[1:])
-                described = {"descr": np.lib.format.dtype_to_descr(bits.dtype), "fortran_order": False, "shape": shape}
-                np.lib.format.write_array_header_1_0(file, described)
-            np.ascontiguousarray(bits).tofile(file)
-    assert row is not None, "a table has rows"
-    return row
-
-
-def vocabulary_keys(signature: Signature, data_dir: pathlib.Path) -> Iterator[tuple[int, str, list[np.ndarray]]]:
-    """(a table's place, its name, its vocabulary's keys in the order of ids, and of texts a second hash of each)."""
-    from dlrm_jax.data.values.hashing import hash_strings
-
-    schema = schema_from_dict(dict(signature.schema or {}))
-    for i, (table, features) in enumerate(schema.tables().items()):
-        rule: Sparse = features[0]
-        if rule.ids != "vocabulary":
-            continue
-        values = read_vocabulary(data_dir, schema, table)
-        if rule.value_type == "string":
-            yield i, table, [hash_strings(values), hash_strings(values, seed=1)]
-        else:
-            yield i, table, [values.to_numpy().view(np.uint64)]
-
-
-def _write_vocabularies(directory: pathlib.Path, signature: Signature, data_dir: pathlib.Path) -> None:
-    """Each vocabulary's keys, and where values are texts a second hash of each."""
-    (directory / "vocabularies").mkdir()
-    index: dict[str, list[str]] = {}
-    for i, table, columns in vocabulary_keys(signature, data_dir):
-        suffixes = (".keys.npy", ".checks.npy")
-        names = [f"vocabularies/{_file_name(i, table)[:-4]}{suffix}" for suffix in suffixes[: len(columns)]]
-        for name, column in zip(names, columns, strict=True):
-            np.save(directory / name, column, allow_pickle=False)
-        index[table] = names
-    _write_json(directory / "vocabularies.json", index)
-
-
-def _write_self_check(directory: pathlib.Path, score: Score, multiple: int, split: Rows, dataset: Dataset) -> None:
-    rows, order = next(split.windows(seed=0, epoch=0, shuffle=False))
-    order = order[:_CHECKED_ROWS]
-    ids = rows.ids_RxK[order]
-    if dataset.expander is not None:
-        ids = dataset.expander.on_host(ids)
-    batch = Batch(rows.dense_RxN[order], ids, rows.label_R[order], np.ones(len(order), np.float32))
-    dense_BxN, ids_BxK, count = np.asarray(batch.dense_BxN), np.asarray(batch.ids_BxK), len(order)
-    more = ((0, -count % multiple), (0, 0))
-    prob_B, logit_B = score(np.pad(dense_BxN, more), np.pad(ids_BxK, more, constant_values=EMPTY_SLOT))
-    np.savez(
-        directory / "self_check.npz",
-        dense=dense_BxN,
-        ids=ids_BxK,
-        probability=np.asarray(prob_B)[:count],
-        logit=np.asarray(logit_B)[:count],
-    )
-
-
 def _evaluate(score: Score, multiple: int, loss: LossConfig, dataset: Dataset, name: str) -> dict[str, Any] | None:
     """Metrics of what is exported, so that what quantising costs shows."""
     split = dataset.splits[name]
@@ -331,6 +288,6 @@ def _evaluate(score: Score, multiple: int, loss: LossConfig, dataset: Dataset, n
         prob_B, logit_B = score(batch.dense_BxN, batch.ids_BxK)
         return metrics.scored_sums(loss, logit_B, prob_B, batch.label_B, batch.weight_B)
 
-    rows = padded(min(16384, len(split)), multiple)
+    rows = pipeline.padded(min(16384, len(split)), multiple)
     steps = steps_per_epoch(len(split), rows)
     return score_rows(Feed(split, Cut(rows, min(steps, 8)), expander=dataset.expander), score_batch).compute()

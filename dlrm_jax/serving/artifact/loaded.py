@@ -1,5 +1,6 @@
 """An exported model in a process of its own: jax and numpy, no training code, no flags."""
 
+import copy
 import dataclasses
 import pathlib
 import re
@@ -13,15 +14,21 @@ import numpy as np
 from jax import export as jax_export
 
 from dlrm_jax.config import EMPTY_SLOT, ConfigError, how_to_install, require
-from dlrm_jax.data.schema.schema_io import from_dict as schema_from_dict
-from dlrm_jax.data.values.vocabulary import Vocabulary
 from dlrm_jax.host import memory
 from dlrm_jax.serving.artifact import signature as signatures
+from dlrm_jax.serving.artifact.deltas import Change, Delta, Layout, read_delta, read_layout, require_same_inputs
 from dlrm_jax.serving.artifact.errors import BadRequest
+from dlrm_jax.serving.artifact.scatter import Scatter
 from dlrm_jax.serving.artifact.signature import Signature
 from dlrm_jax.serving.artifact.store import Version, open_regular, open_version
 from dlrm_jax.serving.artifact.transform import Reader
-from dlrm_jax.serving.artifact.weights import ArrayFile, read_index, read_weights, require_fitting_files
+from dlrm_jax.serving.artifact.vocabularies import (
+    more_words,
+    read_vocabularies,
+    require_fitting_schema,
+    vocabulary_files,
+)
+from dlrm_jax.serving.artifact.weights import read_index, read_weights, require_fitting_files
 
 BATCH_SIZES = (1, 4, 16, 64, 128, 256, 512, 1024, 2048)
 """Batches are filled up to the next of these; larger ones are cut."""
@@ -82,6 +89,9 @@ class Engine(Protocol):
     def run(self, dense_BxN: np.ndarray, ids_BxK: np.ndarray) -> Sequence[Any]:
         """(probability_B, logit_B)."""
 
+    def change(self, delta: Delta, layout: Layout) -> Change:
+        """What makes of these weights those of a delta, in place; got ready while batches are scored."""
+
 
 class OneDevice:
     """All weights on the first device, and the exported program."""
@@ -104,22 +114,53 @@ class OneDevice:
         compiled = self._program.compiled(self._weights, len(dense_BxN), dense_BxN.shape[1], ids_BxK.shape[1])
         return compiled(self._weights, dense_BxN, ids_BxK)
 
+    def change(self, delta: Delta, layout: Layout) -> Change:
+        """Rows are scattered into the arrays that are there, which are given away for it."""
+        present, scatters = self._weights, {}
+        for name, stored in layout.index.items():
+            offsets = layout.offsets(name) if stored.tables else {}
+            changed = [
+                (row_M + offsets[table], rows) for table, (row_M, rows) in delta.rows.items() if table in offsets
+            ]
+            if changed:
+                row_M, rows_MxD = (np.concatenate(parts) for parts in zip(*changed, strict=True))
+                scatters[name] = Scatter(present[name], row_M, rows_MxD)
+        dense = {name: jax.device_put(value) for name, value in delta.dense.items()}
+        before = {name: present[name] for name in dense}
+
+        def set_to(dense: Mapping[str, jax.Array], undone: bool) -> None:
+            tables = {name: scatter(self._weights[name], undone) for name, scatter in scatters.items()}
+            self._weights = jax.block_until_ready({**self._weights, **dense, **tables})
+
+        return Change(lambda: set_to(dense, False), lambda: set_to(before, True))
+
 
 MakeEngine = Callable[[Version, Engine | None], Engine]
 
 
 @dataclasses.dataclass(frozen=True)
 class Scores:
-    """What a model says of B rows."""
+    """What a model says of B rows, and which version of it that is."""
 
     probability: np.ndarray
     logit: np.ndarray
+    version: int = 0
+
+
+@dataclasses.dataclass
+class Weights:
+    """An engine, and the number of the version that its weights are of: deltas change both."""
+
+    engine: Engine
+    number: int
 
 
 class Servable:
-    """One version of a model, ready to score. Its methods may be called from several threads."""
+    """One version of a model, ready to score. Its methods may be called from several threads.
 
-    _engine: Engine
+    A delta changes the weights in place, so that those who still hold the Servable of the version before score by the
+    new one too: Scores say which it is.
+    """
 
     def __init__(
         self,
@@ -131,17 +172,67 @@ class Servable:
     ) -> None:
         """Read a version. What was compiled for `like`, another version's Servable, is kept where it is the same."""
         self.version = version
-        self.signature: Signature = signatures.from_dict(version.read_json("signature.json"))
+        self._take(signatures.from_dict(version.read_json("signature.json")))
         require_fitting_files(version, self.signature)
         self.metrics: dict[str, Any] = version.read_json("metrics.json")
-        self._limit_K = np.repeat(
-            [f.rows for f in self.signature.features], [f.hotness for f in self.signature.features]
-        )
-        self._engine = make_engine(version, like._engine if like is not None else None)
+        self.layout, self._max_bag = read_layout(version), max_bag
+        self.weights = Weights(make_engine(version, like._engine if like is not None else None), version.number)
         multiple = self._engine.batch_multiple
         self.batch_sizes = tuple(sorted({-(-size // multiple) * multiple for size in batch_sizes}))
-        self.reader = read_reader(version, self.signature, max_bag)
+        self._words, self._vocabularies = vocabulary_files(version), read_vocabularies(version, self.signature)
+        self.reader = Reader(self.signature, self._vocabularies, max_bag)
         version.require_unchanged()
+
+    @property
+    def _engine(self) -> Engine:
+        return self.weights.engine
+
+    def changed_by(self, version: Version) -> Callable[[], "Servable"]:
+        """What makes of the weights in memory those of a delta of this version, which was opened by itself.
+
+        All is read and checked here, while batches are scored. What is given back is to be called between two of them:
+        it takes as long as its rows are written, gives the new version, and raises ConfigError, with all as it was,
+        where the probabilities are not those that were noted with the delta.
+        """
+        ours = self.version.number, self.version.sha256
+        require(
+            version.changes == ours,
+            f"{version.directory} changes version {(version.changes or (0, ''))[0]}, and {ours[0]} is served"
+            + (" by that number, but another" if version.changes and version.changes[0] == ours[0] else ""),
+        )
+        signature = signatures.from_dict(version.read_json("signature.json"))
+        require_same_inputs(signature, self.signature, version.directory)
+        delta, more = read_delta(version, self.layout), more_words(version, self._words)
+        sizes = {feature.table: feature.rows for feature in signature.features}
+        for table, (keys, *_) in more.items():
+            fits = len(self._vocabularies[table]) + len(keys) <= sizes[table]
+            require(fits, f"{version.directory}: the vocabulary of table {table!r} does not fit its rows; export anew")
+        require_fitting_schema(version, signature, self._words)
+        after = copy.copy(self)
+        after.version, after.metrics = version, version.read_json("metrics.json")
+        after._take(signature)
+        version.require_unchanged()
+        change = self._engine.change(delta, self.layout)
+
+        def apply() -> Servable:
+            change.apply()
+            try:
+                after.self_check()
+            except BaseException:
+                change.undo()
+                raise
+            self.weights.number = version.number
+            for table, columns in more.items():
+                self._vocabularies[table].extend(*columns)
+            if more or signature != self.signature:  # What it remembers of values that were unknown is no longer so.
+                after.reader = Reader(signature, self._vocabularies, self._max_bag)
+            return after
+
+        return apply
+
+    def _take(self, signature: Signature) -> None:
+        self.signature = signature
+        self._limit_K = np.repeat([f.rows for f in signature.features], [f.hotness for f in signature.features])
 
     def warm_up(self) -> None:
         """Compile every batch size and run it once, so that nothing is compiled later."""
@@ -229,10 +320,11 @@ class Servable:
                 dense = np.concatenate([dense, np.zeros((size - count, dense.shape[1]), np.float32)])
                 ids = np.concatenate([ids, np.full((size - count, ids.shape[1]), EMPTY_SLOT, np.int32)])
             parts.append([np.asarray(output)[:count] for output in self._engine.run(dense, ids)])
-        if len(parts) == 1:
-            return Scores(*parts[0])
-        empty = np.zeros(0, np.float32)
-        return Scores(*(np.concatenate([empty, *(part[i] for part in parts)]) for i in range(2)))
+        if len(parts) != 1:
+            empty = np.zeros(0, np.float32)
+            parts = [[np.concatenate([empty, *(part[i] for part in parts)]) for i in range(2)]]
+        probability, logit = parts[0]
+        return Scores(probability, logit, self.weights.number)
 
 
 def load(
@@ -258,7 +350,7 @@ def require_room(version: Version, on_host: bool | None, oversubscribe: bool) ->
     for stored in read_index(version).values():
         for i, file in enumerate(stored.files):
             sizes[f"table {stored.tables[i]!r}" if stored.tables else file] = version.path(file).stat().st_size
-    words = sum(version.path(file).stat().st_size for files in _vocabulary_files(version).values() for file in files)
+    words = sum(version.path(file).stat().st_size for files in vocabulary_files(version).values() for file in files)
     largest, weights = max(sizes, key=lambda name: sizes[name]), sum(sizes.values())
     holder = f"{largest} ({memory.gigabytes(sizes[largest])})"
     what, remedy = f"serving {version.directory}", "an export with --tables=bfloat16, int8 or int4"
@@ -271,53 +363,3 @@ def require_room(version: Version, on_host: bool | None, oversubscribe: bool) ->
     needs = (what, needed, memory.host_available(), "this machine's memory", holder)
     memory.require_room(*needs, remedy, oversubscribe)
     return f"{largest} ({memory.gigabytes(sizes[largest])})", remedy
-
-
-def _vocabulary_files(version: Version) -> dict[str, list[str]]:
-    """The files of each table's vocabulary: keys, and where they are hashes a second one."""
-    index = version.read_json("vocabularies.json") if version.has("vocabularies.json") else {}
-    lists = isinstance(index, dict) and all(
-        isinstance(files, list) and len(files) in (1, 2) and all(isinstance(file, str) for file in files)
-        for files in index.values()
-    )
-    require(lists, f"{version.directory}/vocabularies.json names no files; export anew")
-    return index
-
-
-def read_reader(version: Version, signature: Signature, max_bag: int = 1000) -> Reader:
-    """What reads raw rows for a version."""
-    return Reader(signature, _read_vocabularies(version, signature), max_bag)
-
-
-def _read_vocabularies(version: Version, signature: Signature) -> dict[str, Vocabulary]:
-    rows = {feature.table: feature.rows for feature in signature.features}
-    out, files_of = {}, _vocabulary_files(version)
-    for table, files in files_of.items():
-        stored = [ArrayFile(version, file, "uint64") for file in files]
-        sizes = {column.shape for column in stored}
-        fits = sizes == {stored[0].shape[:1]} and stored[0].shape[0] <= rows.get(table, -1)
-        require(fits, f"{version.directory}: the vocabulary of table {table!r} does not fit its rows; export anew")
-        out[table] = Vocabulary(table, checked=len(stored) == 2)
-        out[table].extend(*(column.rows(0, column.shape[0]) for column in stored))
-    _require_fitting_schema(version, signature, files_of)
-    return out
-
-
-def _require_fitting_schema(version: Version, signature: Signature, files_of: Mapping[str, list[str]]) -> None:
-    """ConfigError where the rules of raw values make other inputs than the model takes."""
-    if signature.schema is None:
-        return
-    schema = schema_from_dict(dict(signature.schema), f"{version.directory}/signature.json")
-    ours = [(feature.name, feature.table, feature.hotness) for feature in signature.features]
-    statistics = signature.dense_statistics or {}
-    whole = ours == [(sparse.name, sparse.table_name, sparse.hotness) for sparse in schema.sparse]
-    dense = tuple(dense.name for dense in schema.dense)
-    whole &= signature.dense_names in (dense, dense or ("constant",))  # Without numbers there was a constant once.
-    whole &= all(dense.name in statistics for dense in schema.dense if dense.needs_statistics)
-    counted = [sparse for sparse in schema.sparse if sparse.ids == "vocabulary"]
-    # Texts have a second hash, by which one that was never seen is told from one that was.
-    whole &= all(len(files_of.get(s.table_name, ())) == 1 + (s.value_type == "string") for s in counted)
-    edges, rows = signature.bucket_edges or {}, {feature.table: feature.rows for feature in signature.features}
-    cut = {sparse.table_name for sparse in schema.sparse if sparse.is_quantile}
-    whole &= all(table in edges and len(edges[table]) < rows[table] for table in cut)
-    require(whole, f"{version.directory}: signature.json's schema is not of its inputs; export anew")

@@ -15,11 +15,13 @@ import numpy as np
 from dlrm_jax.config import ACTIVATIONS, BATCH_NORM, LAYER_NORM, ConfigError, HiddenConfig, ModelConfig
 from dlrm_jax.host.cores import cores
 from dlrm_jax.host.native_code import built
+from dlrm_jax.serving.artifact.deltas import Change, Delta, Layout
 from dlrm_jax.serving.artifact.loaded import Engine
 from dlrm_jax.serving.artifact.signature import TABLE_TYPES
 from dlrm_jax.serving.artifact.store import Version
 from dlrm_jax.serving.artifact.weights import ArrayFile, TableFiles, read_dense, read_model
 from dlrm_jax.tables.kernels.build import SCORE
+from dlrm_jax.tables.pooling import POOLING_WEIGHTS
 
 _DOT, _CAT, _CROSS = range(3)
 _INTERACTIONS = {
@@ -96,10 +98,9 @@ class NativeCpu:
             raise ConfigError(f"--kernels=native is for CPUs; this process uses a {jax.default_backend()}")
         self._score = _library().dlrm_score
         self._threads = threads or cores()
-        self._kept: list[Any] = []
         self._num_dense, self._num_slots = model.num_dense, model.num_slots
         try:
-            self._model = self._describe(version, model, threshold)
+            self._network = _Network.read(version, model, threshold)
         except (LookupError, ValueError, TypeError) as error:
             raise ConfigError(
                 f"{version.directory}: model.json and the weights do not fit together: {error}; export anew"
@@ -111,7 +112,7 @@ class NativeCpu:
         rows = len(arrays["dense"])
         out_2xB = np.empty((2, rows), np.float32)
         described = [_described(array) for array in (*arrays.values(), out_2xB)]
-        wrong = self._score(self._model, *described, self._threads)
+        wrong = self._score(self._network.address, *described, self._threads)
         if wrong is None:
             return out_2xB[0], out_2xB[1]
         if wrong == b"memory":
@@ -121,10 +122,53 @@ class NativeCpu:
         expected = [rows, {"dense": self._num_dense, "ids": self._num_slots}[name]]
         raise TypeError(f"{name}: {array.dtype}{list(array.shape)}; expected {dtype}{expected}")
 
-    def _describe(self, version: Version, model: ModelConfig, threshold: float) -> int:
-        """The address of what score.cc calls a Model; all that it points to is kept."""
-        files, dense = TableFiles(version), read_dense(version)
-        features = self._features(files, model)
+    def change(self, delta: Delta, layout: Layout) -> Change:
+        """Rows are written into the tables that are there; the layers are other ones, beside those until then."""
+        del layout
+        before, after = self._network, self._network.with_dense(delta.dense)
+        old = {table: before.rows[table][row_M] for table, (row_M, _) in delta.rows.items()}
+
+        def apply() -> None:
+            for table, (row_M, rows) in delta.rows.items():
+                before.rows[table][row_M] = rows
+            self._network = after
+
+        def undo() -> None:
+            for table, (row_M, _) in delta.rows.items():
+                before.rows[table][row_M] = old[table]
+            self._network = before
+
+        return Change(apply, undo)
+
+
+class _Network:
+    """What score.cc calls a Model, at `address`: `rows` are its tables by name, and all that it points to is kept."""
+
+    def __init__(
+        self, model: ModelConfig, threshold: float, kind: str, dense: dict[str, np.ndarray], rows: dict[str, np.ndarray]
+    ) -> None:
+        """ValueError where sizes or types do not fit together."""
+        self._made_of, self.rows = (model, threshold, kind), rows
+        self._kept: list[Any] = []
+        self.address = self._describe(dense)
+
+    @classmethod
+    def read(cls, version: Version, model: ModelConfig, threshold: float) -> "_Network":
+        """That of a version."""
+        files = TableFiles(version)
+        rows = {table.name: _aligned(files.stored(table.name)) for table in model.tables}
+        if model.learned_pooling:
+            weights = {table.name: _aligned(files.pooling_weights(table.name)) for table in model.tables}
+            rows |= {name + POOLING_WEIGHTS: array for name, array in weights.items()}
+        return cls(model, threshold, files.kind, read_dense(version), rows)
+
+    def with_dense(self, dense: dict[str, np.ndarray]) -> "_Network":
+        """The same tables under other layers."""
+        return _Network(*self._made_of, dense, self.rows)
+
+    def _describe(self, dense: dict[str, np.ndarray]) -> int:
+        model, threshold, kind = self._made_of
+        features = self._features(model)
         name, options = model.interaction.name, model.interaction.options
         bottom = self._mlp(dense, "bottom_mlp", len(model.bottom_mlp), model.bottom_hidden, _ACTIVATED)
         top = self._mlp(dense, "top_mlp", len(model.top_mlp), model.top_hidden, _BARE)
@@ -137,7 +181,7 @@ class NativeCpu:
             num_dense=model.num_dense,
             num_slots=model.num_slots,
             width=model.embedding_dim,
-            kind=TABLE_TYPES.index(files.kind),
+            kind=TABLE_TYPES.index(kind),
             interaction=_INTERACTIONS[name],
             self_interaction=options.get("self_interaction", False),
             num_features=len(features),
@@ -170,15 +214,11 @@ class NativeCpu:
             "embedded": _described(self._keep(columns)),
         }
 
-    def _features(self, files: TableFiles, model: ModelConfig) -> ctypes.Array[_Feature]:
-        rows = {table.name: self._keep(files.stored(table.name)) for table in model.tables}
-        weights = {}
-        if model.learned_pooling:
-            weights = {table.name: self._keep(files.pooling_weights(table.name)) for table in model.tables}
+    def _features(self, model: ModelConfig) -> ctypes.Array[_Feature]:
         features = [
             _Feature(
-                rows=_described(rows[feature.table]),
-                weights=_described(weights[feature.table]) if weights else _Array(),
+                rows=_described(self.rows[feature.table]),
+                weights=_described(self.rows[feature.table + POOLING_WEIGHTS]) if model.learned_pooling else _Array(),
                 hotness=feature.hotness,
                 mean=feature.pooling == "mean",
             )
@@ -223,16 +263,8 @@ class NativeCpu:
         padded_bias = self._keep(np.pad(bias, (0, -bias.size % panel))[None])
         return _Layer(panels=_described(panels), bias=_described(padded_bias), inputs=inputs, outputs=outputs)
 
-    def _keep(self, array: np.ndarray | ArrayFile) -> np.ndarray:
-        """A copy at the start of a cache line, which this object holds; NumPy puts large ones on huge pages."""
-        size = math.prod(array.shape) * array.dtype.itemsize
-        memory = np.empty(size + _ALIGNMENT, np.uint8)
-        first = -_address(memory) % _ALIGNMENT
-        copy = memory[first : first + size].view(array.dtype).reshape(array.shape)
-        if isinstance(array, ArrayFile):
-            array.read_into(copy)
-        else:
-            copy[...] = array
+    def _keep(self, array: np.ndarray) -> np.ndarray:
+        copy = _aligned(array)
         self._kept.append(copy)
         return copy
 
@@ -240,6 +272,19 @@ class NativeCpu:
         """Of a value of ctypes, which this object holds."""
         self._kept.append(value)
         return ctypes.addressof(value)
+
+
+def _aligned(array: np.ndarray | ArrayFile) -> np.ndarray:
+    """A copy at the start of a cache line; NumPy puts large ones on huge pages."""
+    size = math.prod(array.shape) * array.dtype.itemsize
+    memory = np.empty(size + _ALIGNMENT, np.uint8)
+    first = -_address(memory) % _ALIGNMENT
+    copy = memory[first : first + size].view(array.dtype).reshape(array.shape)
+    if isinstance(array, ArrayFile):
+        array.read_into(copy)
+    else:
+        copy[...] = array
+    return copy
 
 
 def _in_one_piece(array: Any) -> np.ndarray:

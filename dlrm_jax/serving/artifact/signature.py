@@ -31,7 +31,8 @@ class Signature:
     """Inputs of a model. `schema` (schema_io.to_dict), where the data had one, says how raw values become these.
 
     `dense_statistics` are those of data/values/dense.py by column, `bucket_edges` those of data/values/buckets.py by
-    table; `kind` is how tables are stored.
+    table; `kind` is how tables are stored. `spare`: rows of each table behind those of its features, which no id means
+    yet: a delta may give them to new values.
     """
 
     name: str
@@ -42,11 +43,16 @@ class Signature:
     schema: dict[str, Any] | None = None
     dense_statistics: dict[str, DenseStatistics] | None = None
     bucket_edges: dict[str, tuple[float, ...]] | None = None
+    spare: dict[str, int] | None = None
 
     @property
     def num_slots(self) -> int:
         """K: id slots of a row."""
         return sum(feature.hotness for feature in self.features)
+
+    def stored_rows(self, feature: ServedFeature) -> int:
+        """Rows of a feature's table, or ids that it may mean, with those to spare."""
+        return feature.rows + (self.spare or {}).get(feature.table, 0)
 
     def interface(self) -> dict[str, Any]:
         """What clients rely on, and a new version must not change; vocabularies may grow."""
@@ -62,6 +68,8 @@ def from_dict(values: Any) -> Signature:
         for feature in signature.features:
             for name in ("hotness", "rows"):
                 _check(f"feature {feature.name!r}: {name}", getattr(feature, name))
+        for table, rows in (signature.spare or {}).items():
+            require(0 <= rows < 2**31, f"signature.json: {rows!r:.40} rows to spare of {table!r}")
         require_choice("signature.json: kind", signature.kind, TABLE_TYPES)
         require_unique("signature.json: dense", list(signature.dense_names))
         require_unique("signature.json: feature", [feature.name for feature in signature.features])

@@ -5,6 +5,7 @@ So a file that is changed or cut later changes no score, and ends no process.
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,10 @@ from dlrm_jax.tables.pooling import POOLING_WEIGHTS
 
 _PIECE_BYTES = 1 << 26
 """What is read of a table's files at a time."""
+ROWS, CHANGED, MORE = ".rows.npy", ".changed.npy", ".more.npy"
+"""Endings of the files of a delta, in place of .npy: which rows of a table changed, and to what; what is appended."""
+WHOLE_FILES = ("signature.json", "self_check.npz", "metrics.json")
+"""Files that a delta has as every version has them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,11 +46,33 @@ def read_index(version: Version) -> dict[str, Stored]:
         whole = lists and all(isinstance(text, str) for text in (*stored.files, *stored.tables, stored.dtype))
         fits = whole and len(stored.tables) in (0, len(stored.files))
         require(fits, f"{version.directory}/weights.json: array {name!r} is not described; export anew")
+    for delta in version.chain[1:]:
+        require_known_files(delta, index)
     return index
 
 
+def ending(file: str, with_: str) -> str:
+    """The name of a delta's file beside that of a whole version."""
+    return file.removesuffix(".npy") + with_
+
+
+def require_known_files(delta: Version, index: Mapping[str, Stored]) -> None:
+    """ConfigError where a delta lacks a weight that is no table's, or has a file that nothing is read of."""
+    dense = {file for stored in index.values() if not stored.tables for file in stored.files}
+    tables = [file for stored in index.values() if stored.tables for file in stored.files]
+    known = {*WHOLE_FILES, *dense, *(ending(file, with_) for file in tables for with_ in (ROWS, CHANGED))}
+    files = delta.manifest.get("files")
+    if files is None:  # It is being written.
+        return
+    missing = [file for file in (*WHOLE_FILES, *sorted(dense)) if not delta.owns(file)]
+    require(not missing, f"{delta.directory} lacks {' '.join(missing[:1])}; export a whole version")
+    more = [file for file in files if file not in known]
+    more = [file for file in more if not (file.startswith("vocabularies/") and file.endswith(MORE))]
+    require(not more, f"{delta.directory} has {' '.join(more[:1])}, which its parent does not; export a whole version")
+
+
 class ArrayFile:
-    """A .npy file of a version: its shape and type at once, its rows when they are asked for."""
+    """A .npy file of a version: its shape and type at once, its rows, as deltas left them, when they are asked for."""
 
     def __init__(self, version: Version, file: str, dtype: str) -> None:
         """ConfigError for a file of another type than `dtype`, or of another length than its header says."""
@@ -67,6 +94,8 @@ class ArrayFile:
         self._row_bytes = self.dtype.itemsize * int(np.prod(self.shape[1:], dtype=object)) if whole else 0
         whole = whole and length == self._start + (self.shape or (1,))[0] * self._row_bytes
         require(whole, f"{self._path} is not as long as its {list(self.shape)} numbers; export anew")
+        deltas = [delta for delta in version.chain[1:] if delta.owns(ending(file, ROWS))]
+        self._changes = [Changed(delta, file, self.shape, self.dtype) for delta in deltas]
 
     def rows(self, start: int, stop: int, step: int = 1) -> np.ndarray:
         """Rows start, start + step, ... below `stop`."""
@@ -93,6 +122,27 @@ class ArrayFile:
             opened.seek(self._start + start * self._row_bytes)
             count = opened.readinto(out.reshape(-1).view(np.uint8))
         require(count == out.nbytes, f"{self._path} was cut while it was read; export anew")
+        for changed in self._changes:
+            low, high = np.searchsorted(changed.row_M, (start, start + len(out)))
+            if low < high:
+                out[changed.row_M[low:high] - start] = changed.values.rows(low, high)
+
+
+class Changed:
+    """Rows of the table `file` that a delta changes: `row_M`, rising, and what they become, read when it is asked for.
+
+    ConfigError where they are none of a table of that shape and type.
+    """
+
+    def __init__(self, delta: Version, file: str, shape: tuple[int, ...], dtype: np.dtype) -> None:
+        self.row_M = ArrayFile(delta, ending(file, ROWS), "int32").whole()
+        self.values = ArrayFile(delta, ending(file, CHANGED), dtype.name)
+        row_M, path = self.row_M, delta.directory / ending(file, ROWS)
+        rising = row_M.ndim == 1 and len(row_M) > 0 and row_M[0] >= 0 and bool((np.diff(row_M) > 0).all())
+        require(rising, f"{path} are no rows in rising order; export a whole version")
+        require(row_M[-1] < shape[0], f"{path}: row {row_M[-1]} is outside its table of {shape[0]} rows; export anew")
+        fits = self.values.shape == (len(row_M), *shape[1:])
+        require(fits, f"{path}: its rows have {list(self.values.shape)} numbers, not {[len(row_M), *shape[1:]]}")
 
 
 def read_weights(version: Version) -> dict[str, jax.Array]:
@@ -150,9 +200,10 @@ def read_model(version: Version) -> tuple[ModelConfig, float]:
         raise ConfigError(f"{version.directory}/model.json is not a model's: {error}; export anew") from error
     signature = signatures.from_dict(version.read_json("signature.json"))
     features = tuple(ServedFeature(f.name, f.table, f.hotness, f.pooling, model.num_ids(f)) for f in model.features)
+    stored = tuple(dataclasses.replace(f, rows=signature.stored_rows(f)) for f in signature.features)
     sizes = (model.num_dense, model.embedding_dim, features)
     require(
-        sizes == (len(signature.dense_names), signature.embedding_dim, signature.features) and 0 <= threshold < 0.5,
+        sizes == (len(signature.dense_names), signature.embedding_dim, stored) and 0 <= threshold < 0.5,
         f"{version.directory}: model.json and signature.json are not of one model; export anew",
     )
     return model, threshold
@@ -189,7 +240,7 @@ class TableFiles:
 
 def require_fitting_files(version: Version, signature: Signature) -> None:
     """ConfigError for a table whose file has other rows or columns than the model has, by which ids are checked."""
-    sizes = {feature.table: (feature.rows, signature.embedding_dim) for feature in signature.features}
+    sizes = {f.table: (signature.stored_rows(f), signature.embedding_dim) for f in signature.features}
     if version.has("model.json"):
         model, _ = read_model(version)
         sizes = {table.name: (table.num_embeddings, table.embedding_dim) for table in model.tables}

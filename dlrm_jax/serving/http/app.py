@@ -114,9 +114,14 @@ class Service:
         servable, path = self.servable(), scope["path_params"]
         if path["name"] != servable.signature.name:
             raise HttpError(404, f"no model {shown(path['name'])}; this server has {servable.signature.name!r}")
-        if path.get("version", str(servable.version.number)) != str(servable.version.number):
-            raise HttpError(404, f"version {shown(path['version'])} is not loaded; {servable.version.number} is")
+        self.require_version(scope, servable.version.number)
         return servable
+
+    def require_version(self, scope: Scope, number: int) -> None:
+        """HttpError where a path names another version."""
+        wanted = scope["path_params"].get("version", str(number))
+        if wanted != str(number):
+            raise HttpError(404, f"version {shown(wanted)} is not loaded; {number} is")
 
     def max_values(self, servable: Servable) -> int:
         """How many values a request may have."""
@@ -223,7 +228,7 @@ async def _score(service: Service, scope: Scope, receive: Receive, send: Send) -
     service.telemetry.stage("read", read - start)
     service.telemetry.stage("parse", time.monotonic() - read)
     scores = await service.score(servable, dense, ids, deadline)
-    answer: dict[str, Any] = {"probability": scores.probability, "model_version": str(servable.version.number)}
+    answer: dict[str, Any] = {"probability": scores.probability, "model_version": str(scores.version)}
     if unknown:
         answer["unknown"] = unknown
         service.telemetry.unknown(unknown)
@@ -271,6 +276,7 @@ async def _infer(service: Service, scope: Scope, receive: Receive, send: Send) -
     service.telemetry.stage("read", read - start)
     service.telemetry.stage("parse", time.monotonic() - read)
     scores = await service.score(servable, dense, ids, deadline)
+    service.require_version(scope, scores.version)  # A delta may have come meanwhile.
     answer, head = infer_response(request, wanted, servable, scores)
     if head is None:
         await send_whole(send, 200, answer)
@@ -315,6 +321,7 @@ def _status(service: Service, scope: Scope) -> tuple[int, Any]:
         "example": page.example_row(service.servable()),
         "recent": service.telemetry.recently(),
         "queued_rows": service.batcher.queued_rows,
+        "freshness_seconds": service.telemetry.freshness,
         "refused": {str(number): why for number, why in service.repository.refused.items()},
     }
 

@@ -1,8 +1,8 @@
 """Requests of a few rows become batches: whoever waits while one batch is computed shares the next.
 
 A batch waits at most `max_delay` seconds for company, and only for what is not yet full. Requests are never mixed
-across versions: each was checked against the version that scores it. Whoever would wait too long is refused at once, so
-that those who are served keep their latency, whatever is asked.
+across weights: each was checked against those that score it, or what deltas have made into them. Whoever would wait too
+long is refused at once, so that those who are served keep their latency, whatever is asked.
 """
 
 import asyncio
@@ -12,7 +12,8 @@ import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import numpy as np
 
@@ -20,6 +21,7 @@ from dlrm_jax.serving.artifact.errors import Busy, TooLate
 from dlrm_jax.serving.artifact.loaded import Scores, Servable
 from dlrm_jax.serving.http.telemetry import Telemetry, log
 
+T = TypeVar("T")
 _SWEEP_SECONDS = 0.02
 _PULSE_SECONDS = 0.005
 
@@ -129,6 +131,10 @@ class Batcher:
         """Of a batch; 0 before one of its size was seen."""
         return self._seconds_of.get((rows - 1).bit_length(), 0.0) if rows else 0.0
 
+    async def between(self, work: Callable[[], T]) -> T:
+        """What `work` gives, done between two batches; what is asked meanwhile waits."""
+        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+
     async def score(self, servable: Servable, dense: np.ndarray, ids: np.ndarray, deadline: float) -> Scores:
         """Scores of checked rows; Busy at once if the queue is full, TooLate at `deadline` (time.monotonic())."""
         self.admit(len(dense))
@@ -159,7 +165,7 @@ class Batcher:
             self._running = []
             size = (rows - 1).bit_length()
             self._seconds_of[size] = 0.9 * self._seconds_of.get(size, seconds) + 0.1 * seconds
-            self._telemetry.batch(rows)
+            self._telemetry.batch(rows, scores[0].version if isinstance(scores[0], Scores) else 0)
             for waiting, score in zip(batch, scores, strict=True):
                 self._telemetry.stage("queue", start - waiting.since)
                 self._telemetry.stage("compute", seconds)
@@ -185,7 +191,9 @@ class Batcher:
         rows = 0
         while self._queue:
             first = self._queue[0]
-            fits = not batch or (rows + len(first.dense) <= self._max_batch and first.servable is batch[0].servable)
+            fits = not batch or (
+                rows + len(first.dense) <= self._max_batch and first.servable.weights is batch[0].servable.weights
+            )
             if not fits:
                 break
             self._queue.popleft()
@@ -216,6 +224,6 @@ def _run(batch: list[_Waiting]) -> list[Scores]:
     out, start = [], 0
     for waiting in batch:
         stop = start + len(waiting.dense)
-        out.append(Scores(scores.probability[start:stop], scores.logit[start:stop]))
+        out.append(Scores(scores.probability[start:stop], scores.logit[start:stop], scores.version))
         start = stop
     return out

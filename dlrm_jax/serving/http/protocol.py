@@ -164,7 +164,7 @@ def infer_response(
         outputs.append(output)
     answer = {
         "model_name": servable.signature.name,
-        "model_version": str(servable.version.number),
+        "model_version": str(scores.version),
         "outputs": outputs,
     }
     if isinstance(request.get("id"), str):

@@ -1,20 +1,31 @@
-"""The version that answers, and how a newer one takes its place: loaded beside it, checked, then swapped."""
+"""The version that answers, and how a newer one takes its place.
+
+A whole version is loaded beside it, checked, then swapped. A delta of the version that answers is read and checked
+beside it, then written into its weights between two batches. Where a delta cannot be, the version before it goes on
+until there is a whole one: the deltas behind it change what never was.
+"""
 
 import asyncio
 import contextlib
+import dataclasses
 import logging
 import pathlib
+import queue
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
 from dlrm_jax.config import ConfigError, differences, tell
+from dlrm_jax.host import heap
 from dlrm_jax.serving.artifact.loaded import Servable
-from dlrm_jax.serving.artifact.store import Version, newest_whole, open_version, versions
+from dlrm_jax.serving.artifact.store import Version, newest_whole, open_alone, open_version, parent_of, versions
 from dlrm_jax.serving.http.telemetry import Telemetry, log
 
 Loader = Callable[[Version, Servable | None], Servable]
 Result = TypeVar("Result")
+Between = Callable[[Callable[[], Servable]], Awaitable[Servable]]
+"""Does a piece of work while no batch is scored (batching.Batcher.between)."""
 State = list[tuple[str, int, int]]
 """Files of a version: name, bytes, nanoseconds of the last change."""
 
@@ -26,8 +37,16 @@ _LOAD_BYTES_PER_SECOND = 20e6
 class Repository:
     """Follows a model directory, which it only reads."""
 
-    def __init__(self, model_dir: pathlib.Path, load: Loader, telemetry: Telemetry, poll_seconds: float) -> None:
+    def __init__(
+        self,
+        model_dir: pathlib.Path,
+        load: Loader,
+        telemetry: Telemetry,
+        poll_seconds: float,
+        between: Between = asyncio.to_thread,
+    ) -> None:
         self._model_dir, self._load, self._telemetry, self._poll = model_dir, load, telemetry, poll_seconds
+        self._between, self._in_time = between, _Loading()
         self.current: Servable | None = None
         self.refused: dict[int, str] = {}
         """Newer versions that were not taken, and why."""
@@ -40,8 +59,7 @@ class Repository:
 
         `refused` are newer versions, and why they are not served.
         """
-        for number, reason in refused.items():
-            self._refuse(number, reason, _state(self._model_dir / str(number)))
+        self._note(refused)
         self._task = asyncio.create_task(self._follow(first))
 
         def ended(task: asyncio.Task[None]) -> None:
@@ -72,31 +90,97 @@ class Repository:
                 log("look_failed", level=logging.WARNING, reason=" ".join(str(error).split()) or repr(error))
 
     async def _reload(self) -> None:
-        current = self.current
-        assert current is not None
-        newer = await _in_time(self._model_dir, _LOAD_SECONDS, self._newer, current.version.number)
-        for number, state in newer:
-            if self._tried.get(number) == state:
-                continue
-            try:
-                directory = self._model_dir / str(number)
-                self._take(await _in_time(directory, _seconds_for(state), self._open, number, current))
-                self.refused = {refused: why for refused, why in self.refused.items() if refused > number}
+        """Take the newest whole version, and after it one delta after the other."""
+        taken = False
+        while True:
+            current = self.current
+            assert current is not None
+            if taken:  # By now nobody holds the one before.
+                await asyncio.to_thread(heap.give_back)
+            newer = await self._in_time(self._model_dir, _LOAD_SECONDS, self._newer, current.version.number)
+            self.refused = {number: why for number, why in self.refused.items() if number in {n.number for n in newer}}
+            taken = await self._take_one_of(newer, current)
+            if not taken:
                 return
-            except Exception as error:  # Whatever is wrong with a new version, the present one goes on.
-                self._refuse(number, error, state)
 
-    def _newer(self, present: int) -> list[tuple[int, State]]:
-        """Versions after `present`, the newest first, and how they lie there."""
-        numbers = [number for number in versions(self._model_dir) if number > present]
-        return [(number, _state(self._model_dir / str(number))) for number in reversed(numbers)]
+    async def _take_one_of(self, newer: list["_Newer"], current: Servable) -> bool:
+        """Whether one of the versions that are `newer`, the newest first, took the place of the present one."""
+        whole = [one for one in newer if one.parent is None]
+        deltas = [one for one in reversed(newer) if one.parent is not None]
+        for one in whole:
+            if self._tried.get(one.number) != one.state and await self._tried_to(self._load_whole, one, current):
+                return True
+        for one in deltas:
+            if one.parent == current.version.number and self._tried.get(one.number) != one.state:
+                return await self._tried_to(self._change, one, current)
+        said = any(one.number in self.refused for one in deltas)
+        for one in deltas:
+            if one.parent != current.version.number and one.number not in self.refused:
+                reason = f"it changes version {one.parent}, and {current.version.number} is served"
+                self._say(one.number, f"{reason}: a whole version is waited for", silently=said)
+                said = True  # Of a chain that is broken the first link is said.
+        return False
+
+    async def _tried_to(self, take: Callable[..., Awaitable[None]], one: "_Newer", current: Servable) -> bool:
+        try:
+            await take(one, current)
+            return True
+        except Exception as error:  # Whatever is wrong with a new version, the present one goes on.
+            self._refuse(one.number, error, one.state)
+            return False
+
+    async def _load_whole(self, one: "_Newer", current: Servable) -> None:
+        directory = self._model_dir / str(one.number)
+        self._take(await self._in_time(directory, _seconds_for(one.state), self._open, one.number, current))
+
+    async def _change(self, one: "_Newer", current: Servable) -> None:
+        def prepared() -> Callable[[], Servable]:
+            return current.changed_by(open_alone(self._model_dir, one.number))
+
+        apply = await self._in_time(self._model_dir / str(one.number), _seconds_for(one.state), prepared)
+        seconds: list[float] = []
+
+        def timed() -> Servable:
+            start = time.perf_counter()
+            try:
+                return apply()
+            finally:
+                seconds.append(time.perf_counter() - start)
+
+        servable = await self._between(timed)
+        self._take(servable, pause_ms=round(seconds[0] * 1e3, 3))
+
+    def _newer(self, present: int) -> list["_Newer"]:
+        """Versions after `present`, the newest first."""
+        numbers = [number for number in reversed(versions(self._model_dir)) if number > present]
+        return [_Newer(number, self._parent(number), _state(self._model_dir / str(number))) for number in numbers]
+
+    def _note(self, refused: dict[int, str]) -> None:
+        """Of what is not whole at the start: a delta may be, once what it changes is there."""
+        said = False
+        for number, reason in sorted(refused.items()):
+            if self._parent(number) is None:
+                self._refuse(number, reason, _state(self._model_dir / str(number)))
+            else:  # Of a chain that is broken the first link is said.
+                self._say(number, reason, silently=said)
+                said = True
+
+    def _parent(self, number: int) -> int | None:
+        """What a version changes; None too for one without a manifest that can be read."""
+        with contextlib.suppress(ConfigError, OSError):
+            return parent_of(self._model_dir, number)
+        return None
 
     def _refuse(self, number: int, error: Exception | str, state: State) -> None:
         """Note and tell that a version, as it lies there, is not served."""
         self._tried[number] = state
-        self.refused[number] = " ".join(str(error).split()) or repr(error)
-        self._telemetry.refused()
-        log("reload_refused", level=logging.WARNING, version=number, reason=self.refused[number])
+        self._say(number, " ".join(str(error).split()) or repr(error))
+
+    def _say(self, number: int, reason: str, silently: bool = False) -> None:
+        self.refused[number] = reason
+        if not silently:
+            self._telemetry.refused()
+            log("reload_refused", level=logging.WARNING, version=number, reason=reason)
 
     async def _first_ready(self, first: Version) -> Servable:
         """The first version, or the next older one where that cannot be loaded or scores otherwise than at export."""
@@ -104,7 +188,7 @@ class Repository:
         while True:
             state = await asyncio.to_thread(_state, first.directory)
             try:
-                return await _in_time(first.directory, _seconds_for(state), self._ready, first, None)
+                return await self._in_time(first.directory, _seconds_for(state), self._ready, first, None)
             except Exception as error:
                 failure = failure or error
                 try:
@@ -112,8 +196,7 @@ class Repository:
                 except ConfigError:
                     raise failure from None
                 self._refuse(first.number, error, state)
-                for number, reason in refused.items():
-                    self._refuse(number, reason, _state(self._model_dir / str(number)))
+                self._note(refused)
                 first = older
 
     def _open(self, number: int, current: Servable) -> Servable:
@@ -129,36 +212,82 @@ class Repository:
         servable.warm_up()
         return servable
 
-    def _take(self, servable: Servable) -> None:
+    def _take(self, servable: Servable, **facts: Any) -> None:
         self.current = servable
-        self._telemetry.loaded(servable.version.number)
-        log("model_ready", model=servable.signature.name, version=servable.version.number)
+        version = servable.version
+        self._telemetry.loaded(version.number, _updated(version.manifest))
+        self._tried = {number: state for number, state in self._tried.items() if number > version.number}
+        self.refused = {number: why for number, why in self.refused.items() if number > version.number}
+        log("model_ready", model=servable.signature.name, version=version.number, **facts)
 
 
-async def _in_time(directory: pathlib.Path, seconds: float, work: Callable[..., Result], *args: Any) -> Result:
-    """What `work` gives, on a thread that nobody waits for once its time, or this process, is over."""
-    loop = asyncio.get_running_loop()
-    future: asyncio.Future[Result] = loop.create_future()
+@dataclasses.dataclass(frozen=True)
+class _Newer:
+    """A version in the directory, the one that it changes if it is a delta, and how it lies there."""
 
-    def tell(take: Callable[[Any], None], what: Any) -> None:
-        def told() -> None:
-            if not future.done():
-                take(what)
+    number: int
+    parent: int | None
+    state: State
 
-        with contextlib.suppress(RuntimeError):  # The loop is closed: nobody asks any more.
-            loop.call_soon_threadsafe(told)
 
-    def run() -> None:
+def _updated(manifest: dict[str, Any]) -> dict[str, float]:
+    """When the first and the last update were made that a version has and the one before it had not, if it says so."""
+    said = manifest.get("updated")
+    if not isinstance(said, dict) or said.keys() != {"first", "last"}:
+        return {}
+    return said if all(isinstance(then, float) for then in said.values()) else {}
+
+
+_Jobs = queue.SimpleQueue[Callable[[], None] | None]
+
+
+class _Loading:
+    """A thread in which versions are read: one for all, as each thread's heap keeps what it once took.
+
+    Nobody waits for it once the time of a version, or of this process, is over: another then takes its place.
+    """
+
+    def __init__(self) -> None:
+        self._work: _Jobs | None = None
+
+    async def __call__(
+        self, directory: pathlib.Path, seconds: float, work: Callable[..., Result], *args: Any
+    ) -> Result:
+        """What `work` gives; ConfigError after `seconds`."""
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[Result] = loop.create_future()
+
+        def tell(take: Callable[[Any], None], what: Any) -> None:
+            def told() -> None:
+                if not future.done():
+                    take(what)
+
+            with contextlib.suppress(RuntimeError):  # The loop is closed: nobody asks any more.
+                loop.call_soon_threadsafe(told)
+
+        def run() -> None:
+            try:
+                tell(future.set_result, work(*args))
+            except BaseException as error:
+                tell(future.set_exception, error)
+
+        if self._work is None:
+            self._work = queue.SimpleQueue()
+            threading.Thread(target=_work_off, args=(self._work,), daemon=True, name="load").start()
+        self._work.put(run)
         try:
-            tell(future.set_result, work(*args))
-        except BaseException as error:
-            tell(future.set_exception, error)
+            return await asyncio.wait_for(future, seconds)
+        except TimeoutError:
+            if self._work is not None:
+                self._work.put(None)
+            self._work = None
+            raise ConfigError(f"{directory} was not ready after {seconds:.0f} s; export the model anew") from None
 
-    threading.Thread(target=run, daemon=True, name=f"load {directory.name}").start()
-    try:
-        return await asyncio.wait_for(future, seconds)
-    except TimeoutError:
-        raise ConfigError(f"{directory} was not ready after {seconds:.0f} s; export the model anew") from None
+
+def _work_off(jobs: _Jobs) -> None:
+    while (job := jobs.get()) is not None:
+        job()
+        del job  # It holds the version before.
 
 
 def _seconds_for(state: State) -> float:

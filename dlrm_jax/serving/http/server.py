@@ -145,10 +145,10 @@ async def _serve(settings: Settings, first: Version, refused: dict[int, str]) ->
     def load(version: Version, like: Servable | None) -> Servable:
         return Servable(version, settings.batch_sizes, settings.max_bag, like, settings.make_engine)
 
-    repository = Repository(settings.model_dir, load, telemetry, settings.poll_seconds)
     batcher = Batcher(
         telemetry, max(settings.batch_sizes), settings.max_delay, settings.max_queued_rows, settings.max_wait
     )
+    repository = Repository(settings.model_dir, load, telemetry, settings.poll_seconds, batcher.between)
     service = Service(repository, batcher, telemetry, settings.limits, settings.access_log)
 
     def failed(error: BaseException) -> None:

@@ -56,6 +56,15 @@ class Telemetry:
         )
         self._version = Gauge("dlrm_model_version", "The version that answers.", registry=self.registry)
         self._reloads = Counter("dlrm_reloads_total", "Versions loaded or refused.", ["result"], registry=self.registry)
+        self._freshness = Gauge(
+            "dlrm_freshness_seconds",
+            "Seconds from the first and the last update that a published version has to the first score by it.",
+            ["update"],
+            registry=self.registry,
+        )
+        self.freshness: dict[str, float] = {}
+        """By update: first, last."""
+        self._awaited: tuple[int, dict[str, float]] | None = None
         self._recent: collections.deque[tuple[float, float, int]] = collections.deque(maxlen=_RECENT)
         self._summary: tuple[float, dict[str, float | None]] = (-math.inf, {})
         self.started = time.time()
@@ -76,9 +85,15 @@ class Telemetry:
         self.stage("total", seconds)
         self._recent.append((time.monotonic(), seconds, rows))
 
-    def batch(self, rows: int) -> None:
-        """A batch was executed."""
+    def batch(self, rows: int, version: int) -> None:
+        """A batch was executed, by a version."""
         self._batch_rows.observe(rows)
+        if self._awaited is not None and self._awaited[0] == version:
+            now, updated = time.time(), self._awaited[1]
+            self.freshness, self._awaited = {which: round(now - then, 3) for which, then in updated.items()}, None
+            for which, seconds in self.freshness.items():
+                self._freshness.labels(which).set(seconds)
+            log("first_score", version=version, seconds_since_update=self.freshness)
 
     def rejected(self, reason: str) -> None:
         """A request was turned away."""
@@ -89,9 +104,10 @@ class Telemetry:
         for feature, count in counts.items():
             self._unknown.labels(feature).inc(count)
 
-    def loaded(self, version: int) -> None:
-        """A version answers from now on."""
+    def loaded(self, version: int, updated: dict[str, float]) -> None:
+        """A version answers from now on, whose `updated` first and last update were then (time.time())."""
         self._version.set(version)
+        self._awaited = (version, updated) if updated else None
         self._reloads.labels("loaded").inc()
 
     def refused(self) -> None:
