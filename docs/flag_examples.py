@@ -4,6 +4,11 @@
 """
 
 EXAMPLES = {
+    "publish": "models/live",
+    "publish_every": "30s",
+    "delta_from": "newest",
+    "fold": "models/live/17",
+    "spare_rows": "0.1",
     "dataset": "planted",
     "data_dir": "data/mine",
     "num_examples": "100000",
@@ -100,6 +105,9 @@ EXAMPLES = {
 }
 
 UNITS = {
+    "publish_whole_every": "versions",
+    "keep": "whole versions",
+    "spare_rows": "share of the rows",
     "num_examples": "rows",
     "num_periods": "periods",
     "drift": "-",

@@ -31,6 +31,7 @@ from dlrm_jax.data.read.prepared import open_prepared
 from dlrm_jax.data.schema.schema import Schema
 from dlrm_jax.data.schema.schema_io import from_dict
 from dlrm_jax.training.options import ShardingOptions
+from dlrm_jax.training.publish_options import PublishOptions
 from dlrm_jax.training.run_config import ModelOptions, RunConfig
 
 DOCS = pathlib.Path(__file__).resolve().parent
@@ -43,6 +44,7 @@ GROUPS = (
     ("The optimizers", OptimizerConfig),
     ("The run", RunConfig),
     ("Several devices", ShardingOptions),
+    ("Versions while it trains", PublishOptions),
 )
 """The dataclasses whose fields are the flags of a run, in the order in which data flows."""
 OF_RUNS = ("train", "plan", "benchmark", "tune", "online")
