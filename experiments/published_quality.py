@@ -185,7 +185,8 @@ def main() -> None:
         key, changes = f"without_{number}", {"fit_temperature": "false", **changes}
         if written := trained("frappe_dlrm", key, data, 1 if number else given.num_seeds, changes):
             workdirs[name], ablation[name] = given.results / key, written
-            write("ablation", ablation_rows(ablation, kept["ablation"]), [*WITHOUT, FITTED])
+    if ablation:
+        write("ablation", ablation_rows(ablation, kept["ablation"]), [*WITHOUT, FITTED])
     shown = ("the whole recipe", "no L2", "no dropout", "no batch norm", "no cut of the rate")
     if set(shown) <= set(workdirs):  # Else the picture that is there shows more.
         draw({name: workdirs[name] for name in shown}, ROOT / "experiments" / "published_quality.png")
