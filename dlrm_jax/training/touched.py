@@ -4,6 +4,8 @@ Marked on the host, from the ids as they travel, a window of batches at a time: 
 and without, whoever looks up and updates (XLA, kernels), wherever tables lie, and no device waits or holds anything.
 """
 
+from typing import Any
+
 import numpy as np
 
 from dlrm_jax.config import ModelConfig
@@ -35,16 +37,25 @@ class Touched:
         for slots, _, first in self._lookups:
             self._first_K[slots] = first
         self._plain &= len(self._lookups) == len(model.features)
+        self._table_K = [feature.table for feature in model.features for _ in range(feature.hotness)]
 
     def see(self, ids_RxK: np.ndarray) -> None:
-        """Mark what examples ask for, a few at a time: their row numbers then stay in a core's cache."""
+        """Mark what examples ask for, a few at a time: their row numbers then stay in a core's cache.
+
+        Of a small table all rows are soon marked, and its columns are no longer looked at.
+        """
+        columns: Any = slice(None)
+        if self._plain:
+            full = {table for table in self._rows if self.of(table).all()}
+            left = [k for k, table in enumerate(self._table_K) if table not in full]
+            columns = left if len(left) < len(self._table_K) else columns
         piece = max(1, _PIECE // max(1, ids_RxK.shape[1]))
         for start in range(0, len(ids_RxK), piece):
-            self._see(ids_RxK[start : start + piece])
+            self._see(ids_RxK[start : start + piece], columns)
 
-    def _see(self, ids_RxK: np.ndarray) -> None:
+    def _see(self, ids_RxK: np.ndarray, columns: Any) -> None:
         if self._plain:
-            self._marks[ids_RxK + self._first_K] = True
+            self._marks[ids_RxK[:, columns] + self._first_K[columns]] = True
             return
         for slots, part, first in self._lookups:
             self._marks[row_numbers(part, self._rows[part.table], ids_RxK[:, slots]).astype(np.int64) + first] = True

@@ -13,7 +13,8 @@ from dlrm_jax.data.prepare.growth import Past
 from dlrm_jax.data.prepare.runs import Part
 from dlrm_jax.data.read.prepared import open_prepared, read_json, read_schema
 from dlrm_jax.data.schema.schema import Dense, Sparse
-from dlrm_jax.serving.artifact.export import _write_vocabularies, make_signature
+from dlrm_jax.serving.artifact.export import make_signature
+from dlrm_jax.serving.artifact.written import write_vocabularies
 from tests.helpers import tiny_model
 from tests.prepared_helpers import digest, prepare_text, schema
 
@@ -31,7 +32,7 @@ def taken(directory: pathlib.Path, into: pathlib.Path) -> tuple:
     dataset = open_prepared(directory)
     signature = make_signature(tiny_model(), dataset, "float32")
     into.mkdir()
-    _write_vocabularies(into, signature, directory)
+    write_vocabularies(into, signature, directory)
     rows = dataset.splits["train"].read(np.arange(1))
     job = read_json(directory / "job.json")
     return digest(into), signature.schema, signature.dense_statistics, dataset.table_sizes, rows.ids_RxK.tolist(), job

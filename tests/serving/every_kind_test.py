@@ -20,10 +20,11 @@ from dlrm_jax.data.schema.schema import DENSE_MISSING, Dense, Sparse
 from dlrm_jax.data.schema.sparse import ID_RULES, ORDERS, SPARSE_MISSING, TYPES
 from dlrm_jax.data.values import transforms
 from dlrm_jax.serving.artifact.errors import BadRequest
-from dlrm_jax.serving.artifact.export import _write_vocabularies, make_signature
-from dlrm_jax.serving.artifact.loaded import read_vocabularies
+from dlrm_jax.serving.artifact.export import make_signature
 from dlrm_jax.serving.artifact.store import Version
 from dlrm_jax.serving.artifact.transform import Reader
+from dlrm_jax.serving.artifact.vocabularies import read_vocabularies
+from dlrm_jax.serving.artifact.written import write_vocabularies
 from dlrm_jax.training.run_config import ModelOptions
 from tests.prepared_helpers import prepare_text, rows_of, schema
 
@@ -119,7 +120,7 @@ def reader_of(output: pathlib.Path) -> Reader:
     model = ModelOptions(embedding_dim=4, bottom_mlp=(4,), top_mlp=(1,)).build(dataset)
     signature, version = make_signature(model, dataset, "float32"), output.parent / "version"
     version.mkdir()
-    _write_vocabularies(version, signature, output)
+    write_vocabularies(version, signature, output)
     return Reader(signature, read_vocabularies(Version(0, version, {}), signature))
 
 
