@@ -86,7 +86,7 @@ def test_the_command_prints_and_writes_what_it_measured(tmp_path):
 def test_a_gpus_parts_are_of_programs_without_command_buffers(monkeypatch):
     """The option is known to the compiler of every backend; what is traced is compiled with it, apart from the rest."""
     profiled = []
-    monkeypatch.setattr(measuring, "_TRACED_OPTIONS", {"cpu": measuring._TRACED_OPTIONS["gpu"]})
+    monkeypatch.setattr(step_parts, "TRACED_OPTIONS", {"cpu": step_parts.TRACED_OPTIONS["gpu"]})
     monkeypatch.setattr(measuring, "_shares", lambda call, executable: profiled.append((call(0), executable)) or {})
     monkeypatch.setattr(measuring, "_timed", lambda call, executable, *rest: profiled.append(executable) or {})
     placed = on_one_device(tiny_model(), optimizer())
