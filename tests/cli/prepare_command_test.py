@@ -132,6 +132,7 @@ def test_synthetic_and_multi_hot_runs(tmp_path):
         "--num_examples=3000",
         "--num_dense=2",
         "--batch_size=256",
+        "--num_steps=4",
     )
     for i, more in enumerate(
         ((), ("--multi_hot=virtual", "--multi_hot_sizes=3,2"), ("--multi_hot=compatible", "--multi_hot_sizes=3,2"))
@@ -182,9 +183,9 @@ def test_kill_minus_nine_during_training_on_prepared_data(tmp_path):
     )
     flags = (
         f"--data_dir={tmp_path}/data",
-        "--num_epochs=6",
+        "--num_epochs=2",
         "--patience=0",
-        "--checkpoint_every=10",
+        "--checkpoint_every=20",
         "--batch_size=64",
         "--log_every=10",
     )

@@ -33,6 +33,8 @@ ENCODINGS = {
     "shift_jis": ["日本", "Bonn"],
     "gb18030": ["日本", "Köln"],
 }
+_BY_DEFAULT = ("cp1252", "utf-16-le", "gb18030")
+"""Of one byte a character, of two or four, of one to four: also cut into small chunks."""
 
 
 def csv_text(cities: list[str], num_rows: int = 400, newline: str = "\n") -> str:
@@ -61,8 +63,14 @@ def test_a_decoded_stream_is_the_text(text, encoding, sizes):
     assert stream.read(10) == b""
 
 
-@pytest.mark.parametrize("chunk_bytes", [64, 1 << 20])
-@pytest.mark.parametrize("encoding", ENCODINGS)
+@pytest.mark.parametrize(
+    ("encoding", "chunk_bytes"),
+    [
+        *((encoding, 1 << 20) for encoding in ENCODINGS),
+        *((encoding, 64) for encoding in _BY_DEFAULT),
+        *(pytest.param(one, 64, marks=pytest.mark.exhaustive) for one in ENCODINGS if one not in _BY_DEFAULT),
+    ],
+)
 def test_a_log_in_another_encoding_is_the_same_log(tmp_path, monkeypatch, encoding, chunk_bytes):
     monkeypatch.setattr(TextSource.__init__, "__defaults__", (False, chunk_bytes))
     for name, newline, squeeze in (("a", "\n", bytes), ("b", "\r\n", gzip.compress), ("c", "\n", bz2.compress)):
