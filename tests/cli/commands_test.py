@@ -15,12 +15,13 @@ from dlrm_jax.cli import commands
 from dlrm_jax.host import files, interrupts
 from dlrm_jax.serving import load
 from experiments.quality_gate import check, read_baselines
+from tests.forked import run
 from tests.helpers import ROOT, SHARED
 
 pytestmark = pytest.mark.end_to_end
 
 
-def run(module: str, *flags: str) -> subprocess.CompletedProcess:
+def typed(module: str, *flags: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", f"dlrm_jax.{module}", *flags]
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
@@ -33,7 +34,7 @@ def result_of(workdir: pathlib.Path) -> dict:
 @pytest.fixture(scope="module")
 def quickstart(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("quickstart")
-    finished = run("train", "--flagfile=experiments/quickstart.flags", f"--workdir={workdir}")
+    finished = typed("train", "--flagfile=experiments/quickstart.flags", f"--workdir={workdir}")
     assert finished.returncode == 0, finished.stderr
     return workdir, finished
 

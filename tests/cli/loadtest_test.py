@@ -7,7 +7,7 @@ import pytest
 
 from dlrm_jax.serving.http import load_generator
 from dlrm_jax.serving.http.load_generator import Run, best_of, find_max_qps, format_runs
-from tests.cli.commands_test import run
+from tests.forked import run
 from tests.helpers import tiny_model
 from tests.server_process import running
 from tests.serving_helpers import export_tiny

@@ -12,9 +12,10 @@ import pytest
 
 from dlrm_jax.training import checkpoint
 from experiments import shop_log
-from tests.cli.commands_test import result_of, run
+from tests.cli.commands_test import result_of
 from tests.data.infer_test import own_log
 from tests.data.preparation_test import kaggle_text
+from tests.forked import run
 from tests.helpers import ROOT, SHARED
 from tests.prepared_helpers import digest
 

@@ -24,7 +24,7 @@ from dlrm_jax.training.options import ShardingOptions
 from dlrm_jax.training.placement import place_run, require_room, setting_of
 from dlrm_jax.training.run_config import ModelOptions, RunConfig
 from dlrm_jax.training.state import init_state
-from tests.cli.commands_test import run
+from tests.forked import run
 from tests.helpers import ROOT, optimizer, tiny_model
 from tests.serving_helpers import export_tiny
 from tests.training.resume_test import CONFIG

@@ -13,7 +13,7 @@ import time
 
 import pytest
 
-from tests.cli.commands_test import run
+from tests.forked import run
 from tests.helpers import tiny_model
 from tests.server_process import running
 from tests.serving_helpers import export_tiny

@@ -36,7 +36,7 @@ from dlrm_jax.training.options import ShardingOptions
 from dlrm_jax.training.placed import on_one_device
 from dlrm_jax.training.state import TrainState
 from dlrm_jax.training.step import make_eval_step
-from tests.cli.commands_test import run
+from tests.forked import run
 from tests.helpers import ROOT, random_batch, tiny_model
 from tests.serving_helpers import export_tiny, lively_state, random_dataset
 from tests.training.resume_test import CONFIG

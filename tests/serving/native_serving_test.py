@@ -16,7 +16,7 @@ from dlrm_jax.serving.artifact.loaded import OneDevice, load
 from dlrm_jax.serving.artifact.native import NativeCpu
 from dlrm_jax.serving.artifact.store import open_version
 from dlrm_jax.tables.by_name import named_tables
-from tests.cli.commands_test import run
+from tests.forked import run
 from tests.helpers import ROOT, random_batch, tiny_model
 from tests.server_process import running
 from tests.serving_helpers import export_tiny, lively_state, random_dataset

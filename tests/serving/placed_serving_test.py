@@ -10,7 +10,7 @@ from dlrm_jax.serving.artifact.loaded import Servable, load
 from dlrm_jax.serving.artifact.placed import SeveralDevices, engine_maker
 from dlrm_jax.serving.artifact.store import open_version
 from dlrm_jax.training.options import ShardingOptions
-from tests.cli.commands_test import run
+from tests.forked import run
 from tests.helpers import SHARDINGS, random_batch, tiny_model
 from tests.server_process import running
 from tests.serving_helpers import export_tiny
