@@ -111,7 +111,7 @@ def test_a_server_gives_the_models_scores_and_takes_the_next_version(tmp_path):
 
 
 @end_to_end
-def test_strategies_learn_the_same_and_send_what_was_predicted(tmp_path):
+def test_every_strategy_learns_the_same(tmp_path):
     small = (
         'CONFIG = ["--dataset=synthetic", "--num_dense=3", "--table_sizes=500,30", "--embedding_dim=4", '
         '"--bottom_mlp=4", "--top_mlp=1", "--batch_size=32"]\nDEVICES = 2'
@@ -119,6 +119,4 @@ def test_strategies_learn_the_same_and_send_what_was_predicted(tmp_path):
     found, pictures = result("sharding_comparison", tmp_path, small, "results")
     losses = [row["loss"] for row in found.values()]
     assert "row_wise" in found and len(losses) == 6 and max(losses) - min(losses) < 1e-6
-    for row in found.values():
-        assert sum(row["sent"].values()) == pytest.approx(sum(row["sent_predicted"].values()), rel=0.05)
     assert pictures == 2
