@@ -19,7 +19,7 @@ import pytest
 from tests import serving_helpers
 from tests.helpers import ROOT, tiny_model
 
-pytestmark = [pytest.mark.slow, pytest.mark.end_to_end]
+pytestmark = [pytest.mark.exhaustive, pytest.mark.slow, pytest.mark.end_to_end]
 _PIP = """#!/bin/sh
 # pip install EXTRAS: this package, without what it depends on.
 exec {python} -m pip install --quiet --no-deps --ignore-installed "$(echo "$3" | sed 's/\\[.*//')"

@@ -157,8 +157,10 @@ def test_what_a_pipelined_step_compiles_is_timed_all(monkeypatch):
     ("sweep", "flags"),
     [
         ("batch", ("--sweep_values=16,64",)),
-        ("devices", ("--sharding=row_wise",)),
-        pytest.param("hotness", ("--dataset=synthetic", "--sweep_values=1,3"), marks=pytest.mark.slow),
+        pytest.param("devices", ("--sharding=row_wise",), marks=pytest.mark.exhaustive),
+        pytest.param(
+            "hotness", ("--dataset=synthetic", "--sweep_values=1,3"), marks=(pytest.mark.slow, pytest.mark.exhaustive)
+        ),
     ],
 )
 def test_sweeps(tmp_path, sweep, flags):

@@ -80,6 +80,7 @@ def test_evaluate_finds_steps_and_names_what_there_is(quickstart):
     assert missing.returncode == 1 and "no checkpoint '3'" in missing.stderr and "Traceback" not in missing.stderr
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_bfloat16_mlps_rank_as_well(quickstart, tmp_path):
     flags = ("--flagfile=experiments/quickstart.flags", "--compute_dtype=bfloat16", f"--workdir={tmp_path}")
@@ -116,7 +117,11 @@ def test_flags_txt_repeats_the_run_bit_by_bit(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "least"),
-    [("movielens_100k", 0.780), ("movielens_100k_sgd", 0.769), ("movielens_100k_time", 0.705)],
+    [
+        ("movielens_100k", 0.780),
+        pytest.param("movielens_100k_sgd", 0.769, marks=pytest.mark.exhaustive),
+        pytest.param("movielens_100k_time", 0.705, marks=pytest.mark.exhaustive),
+    ],
 )
 def test_movielens_reaches_the_reference(tmp_path, name, least):
     data = SHARED / "data" / "ml-100k"

@@ -120,6 +120,7 @@ def test_a_file_that_is_there_is_named_by_its_name(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_judging_searching_and_several_seeds_take_names_as_they_are(odd):
     directory, _ = odd
     before = {path.name for path in directory.iterdir()}

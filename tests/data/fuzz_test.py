@@ -80,7 +80,7 @@ def attempt(name: str, data: bytes, policy: str, chunk_bytes: int, of=LOG) -> tu
 
 @pytest.mark.parametrize("name", BASES)
 @given(edits=st.lists(EDIT, min_size=1, max_size=4), chunk_bytes=st.sampled_from([100, 1 << 20]))
-@settings(max_examples=120, deadline=5000, suppress_health_check=list(HealthCheck))
+@settings(max_examples=50, deadline=5000, suppress_health_check=list(HealthCheck))
 def test_corrupted_files(name, edits, chunk_bytes):
     data = corrupt(BASES[name], edits)
     error, strict = attempt(name, data, "error", chunk_bytes)
@@ -96,14 +96,14 @@ def test_corrupted_files(name, edits, chunk_bytes):
 
 
 @given(edits=st.lists(EDIT, max_size=3), name=st.sampled_from(sorted(BASES)))
-@settings(max_examples=120, deadline=5000, suppress_health_check=list(HealthCheck))
+@settings(max_examples=50, deadline=5000, suppress_health_check=list(HealthCheck))
 def test_guessing_a_corrupted_file(edits, name):
     error, _ = attempt(name, corrupt(BASES[name], edits), "skip_and_count", 1 << 20, of=None)
     assert "\n" not in error
 
 
 @given(st.binary(max_size=400))
-@settings(max_examples=150, deadline=5000, suppress_health_check=list(HealthCheck))
+@settings(max_examples=60, deadline=5000, suppress_health_check=list(HealthCheck))
 def test_any_bytes(data):
     for of in (LOG, None):
         error, statistics = attempt("log.csv", b"label,x,c,tags\n" + data, "skip_and_count", 64, of)
@@ -114,7 +114,7 @@ CELL = st.text(st.characters(codec="utf8", exclude_characters="\r\x00"), max_siz
 
 
 @given(st.lists(st.tuples(st.integers(0, 1), st.integers(-5, 99), CELL), min_size=1, max_size=40), st.integers(16, 300))
-@settings(max_examples=200, deadline=5000, suppress_health_check=list(HealthCheck))
+@settings(max_examples=80, deadline=5000, suppress_health_check=list(HealthCheck))
 def test_any_text_survives(rows, chunk_bytes):
     """Python's csv writes and is the oracle; cells may hold delimiters, quotes and line breaks."""
     out = io.StringIO(newline="")

@@ -141,7 +141,7 @@ def test_kill_minus_nine_at_any_time(tmp_path):
         paths = map(str, (log, tmp_path / "first", output, called))
         process = subprocess.Popen([sys.executable, "-c", SCRIPT, *paths], cwd=ROOT)
         until(called.exists, process)
-        time.sleep(0.05 * 1.6**attempt)
+        time.sleep(0.1 * 2.2**attempt)
         if process.poll() is None:
             process.send_signal(signal.SIGKILL)
             kills += 1

@@ -193,9 +193,10 @@ def test_output_and_gradients_are_those_of_the_plain_form_in_float64(changes, mo
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-11), *gradients)
 
 
-WHOLE_MODELS = {name: CASES[name] for name in (*TABLE, "dot, no numbers", next(iter(EMBEDDED)))}
-"""For what compiles whole programs: by default one of those with embedded numbers, and one without numbers."""
-MORE_MODELS = {name: CASES[name] for name in (*EMBEDDED, "projection, no numbers") if name not in WHOLE_MODELS}
+_BY_DEFAULT = ("dot", "dot, no numbers", "dot, a number embedded", "parallel_cross", "projection")
+WHOLE_MODELS = {name: CASES[name] for name in _BY_DEFAULT}
+"""For what compiles whole programs: by default a few that are made of what the others are made of."""
+MORE_MODELS = {name: CASES[name] for name in (*TABLE, *EMBEDDED, "projection, no numbers") if name not in _BY_DEFAULT}
 SMALL = {"tables": (TableConfig("t", 9, 4),), "features": (FeatureConfig("f", "t", 2), FeatureConfig("g", "t"))}
 whole_models = pytest.mark.parametrize(
     "changes",
