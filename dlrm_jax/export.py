@@ -5,7 +5,7 @@ import pathlib
 
 from absl import flags
 
-from dlrm_jax.api.exporting import export
+from dlrm_jax.api.exporting import export, parent_of
 from dlrm_jax.api.trained import open_stored
 from dlrm_jax.cli.commands import run_command
 from dlrm_jax.config import require
@@ -59,8 +59,9 @@ def main() -> None:
 
 
 def _exported(out: pathlib.Path) -> Version:
-    run = open_stored(pathlib.Path(FLAGS.workdir), FLAGS.checkpoint, FLAGS.data_dir, FLAGS.allow_oversubscription)
     tables = FLAGS.tables if FLAGS["tables"].present else None
+    parent_of(out, FLAGS.delta_from, tables, FLAGS.spare_rows)  # What cannot be is said before the run is opened.
+    run = open_stored(pathlib.Path(FLAGS.workdir), FLAGS.checkpoint, FLAGS.data_dir, FLAGS.allow_oversubscription)
     return export(run, out, tables, FLAGS.evaluate, FLAGS.delta_from, FLAGS.spare_rows)
 
 

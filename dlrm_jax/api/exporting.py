@@ -38,8 +38,7 @@ def export(
     rows' type is then that of `tables`. Of a whole version each table gets that share of `spare_rows` more.
     """
     files.require_output_directory("out", out)
-    require(0 <= spare_rows <= 10, f"--spare_rows={spare_rows:g}; give a share of the rows, from 0 to 10")
-    parent = parent_of(out, delta_from, tables, spare_rows) if delta_from else None
+    parent = parent_of(out, delta_from, tables, spare_rows)
     table = max(run.model.tables, key=lambda table: table.num_embeddings)
     largest = f"table {table.name!r} ({table.num_embeddings:,} rows of {table.embedding_dim})"
     kind = (tables or "float32") if parent is None else parent.manifest["tables"]
@@ -59,8 +58,11 @@ def export(
         return export_delta(out, parent, run.model, run.config.loss, run.dense_params, rows_of, **common)
 
 
-def parent_of(out: pathlib.Path, delta_from: str, tables: str | None, spare_rows: float) -> Version:
-    """The version of `out` that --delta_from names."""
+def parent_of(out: pathlib.Path, delta_from: str, tables: str | None, spare_rows: float) -> Version | None:
+    """The version of `out` that --delta_from names, if it does; ConfigError where the others do not go with it."""
+    require(0 <= spare_rows <= 10, f"--spare_rows={spare_rows:g}; give a share of the rows, from 0 to 10")
+    if not delta_from:
+        return None
     require(
         delta_from == NEWEST or delta_from.isdecimal(),
         f"--delta_from={delta_from} is no version; give its number, or {NEWEST}",

@@ -205,13 +205,13 @@ class Fuzz:
             steps = {"row_stride": lied.rows, "column_stride": lied.columns}.get(field, 2)
             is_lie = lie != true and steps > 1 and lied.rows * lied.columns != 0
         threads = int(self.pick(*NUMBERS[:10]))
-        wrong = engine._score(engine._model, *described, threads)
+        wrong = engine._score(engine._network.address, *described, threads)
         assert wrong or not is_lie, (field, lie)
         self.counts[f"C++: {'refused' if wrong else 'scored'}"] += 1
 
     def structures(self, engine: NativeCpu, model: ModelConfig) -> None:
         """A model one of whose numbers is another."""
-        copy = native._Model.from_buffer_copy(native._Model.from_address(engine._model))
+        copy = native._Model.from_buffer_copy(native._Model.from_address(engine._network.address))
         features = (native._Feature * copy.num_features).from_buffer_copy(
             (native._Feature * copy.num_features).from_address(copy.features)
         )
