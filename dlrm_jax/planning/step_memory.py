@@ -16,7 +16,7 @@ _OF_A_GRADIENT = 2.25
 """Arrays of a kernel's size where its gradient is made: it, what becomes of the kernel, and whether it is finite."""
 _OF_NORM = {NO_NORM: 0.0, BATCH_NORM: 1.3, LAYER_NORM: 3.0}
 _OF_ACTIVATION = {"relu": 0.0, "gelu": 2.0, "silu": 1.0, "prelu": 1.0}
-_OF_DROPOUT = 2.0
+_OF_DROPOUT = 0.1
 """Arrays of a hidden layer's size that each keeps for the backward pass, beside those before and after a ReLU."""
 
 

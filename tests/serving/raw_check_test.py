@@ -14,7 +14,7 @@ from dlrm_jax.data.read.prepared import open_prepared
 from dlrm_jax.data.read.raw_values import read_vocabulary
 from dlrm_jax.data.schema.schema import Dense, Sparse
 from dlrm_jax.serving import load
-from dlrm_jax.serving.artifact import export
+from dlrm_jax.serving.artifact import export, written
 from dlrm_jax.serving.artifact.raw_check import require_as_prepared
 from dlrm_jax.tables.by_name import named_tables
 from tests.prepared_helpers import schema
@@ -63,7 +63,7 @@ def test_another_vocabulary_is_not_exported(again, monkeypatch):
         values = read_vocabulary(directory, schema, table)
         return values[::-1] if table == "filled" else values
 
-    monkeypatch.setattr(export, "read_vocabulary", turned)
+    monkeypatch.setattr(written, "read_vocabulary", turned)
     with pytest.raises(ConfigError, match="another bag of 'filled' than in"):
         exported()
 
