@@ -118,7 +118,7 @@ def test_every_placement_with_every_optimizer(sharding, table):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("table", MORE_RULES)
+@pytest.mark.parametrize("table", [*MORE_RULES[:2], *(pytest.param(rule, marks=EXHAUSTIVE) for rule in MORE_RULES[2:])])
 @pytest.mark.parametrize("mesh", [(2, 2), *(pytest.param(mesh, marks=EXHAUSTIVE) for mesh in ((1, 2), (1, 8), (2, 4)))])
 def test_further_rules_under_a_mix_of_placements(mesh, table):
     assert_equals_one_device(place(mesh, "mix", table), table)

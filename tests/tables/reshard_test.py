@@ -46,9 +46,11 @@ def everything(placed, state):
 @pytest.mark.parametrize(
     "table",
     [
-        "rowwise_adagrad",
         "rowwise_adam,correct_by=row",
-        *(pytest.param(name, marks=pytest.mark.exhaustive) for name in ("adagrad", "sgd", "adam", "ftrl,initial=0.1")),
+        *(
+            pytest.param(name, marks=pytest.mark.exhaustive)
+            for name in ("rowwise_adagrad", "adagrad", "sgd", "adam", "ftrl,initial=0.1")
+        ),
     ],
 )
 def test_from_plan_to_plan_bit_by_bit(tmp_path, table, monkeypatch):
