@@ -45,8 +45,10 @@ def plain_steps(placed, split, count: int):
     return state, losses
 
 
-@pytest.mark.parametrize("devices", [1, 2])
-@pytest.mark.parametrize("resident", [False, True])
+@pytest.mark.parametrize(
+    ("resident", "devices"),
+    [(False, 1), (True, 2), *(pytest.param(*more, marks=pytest.mark.exhaustive) for more in ((False, 2), (True, 1)))],
+)
 def test_a_step_by_a_window_has_the_bits_of_a_step_by_its_batch(devices, resident):
     model, shape = tiny_model(), MeshShape(1, devices)
     placed = Placed(model, optimizer("rowwise_adagrad"), make_plan(model, shape, "row_wise"), make_mesh(shape))
