@@ -20,8 +20,11 @@ def mix(x: jax.Array) -> jax.Array:
 
 def _random_bits(key_2: jax.Array, bit_width: int, shape: tuple[int, ...]) -> jax.Array:
     """Of each place in `shape`, at most 2^32 of them, a hash of its number and both words of the key."""
+    if bit_width == 64:  # As in float64.
+        halves = [_random_bits(key, 32, shape).astype(jnp.uint64) for key in (key_2, key_2[::-1])]
+        return halves[0] << 32 | halves[1]
     if bit_width != 32 or math.prod(shape) >= 2**32:
-        raise ValueError(f"{bit_width} bits for each of {shape}; it must be 32, for less than 2^32 places")
+        raise ValueError(f"{bit_width} bits for each of {shape}; it must be 32 or 64, for less than 2^32 places")
     place = jax.lax.iota(np.uint32, math.prod(shape)).reshape(shape)
     return mix(mix(place * jnp.uint32(_GOLDEN) ^ key_2[0]) + key_2[1])
 
