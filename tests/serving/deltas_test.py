@@ -17,11 +17,12 @@ from dlrm_jax.serving.artifact.export_delta import fold
 from dlrm_jax.serving.artifact.loaded import OneDevice, Servable
 from dlrm_jax.serving.artifact.native import NativeCpu
 from dlrm_jax.serving.artifact.placed import engine_maker
-from dlrm_jax.serving.artifact.store import newest_whole, open_alone, open_version, write_version
+from dlrm_jax.serving.artifact.store import open_alone, open_version, write_version
 from dlrm_jax.serving.artifact.weights import ArrayFile, read_index
-from dlrm_jax.serving.http.repository import Repository, _updated
+from dlrm_jax.serving.http.repository import _updated
 from dlrm_jax.serving.http.telemetry import Telemetry
 from dlrm_jax.training.options import ShardingOptions
+from tests.following import Following
 from tests.helpers import random_batch, tiny_model, until
 from tests.in_process import call
 from tests.server_process import running
@@ -277,35 +278,6 @@ def come(source, live, number):
     os.rename(live.parent / "copy", live / str(number))
 
 
-class Following:
-    """A repository that follows a directory, for the length of a block; what it did, in words."""
-
-    def __init__(self, model_dir) -> None:
-        self.loaded: list[int] = []
-
-        def loads(version, like):
-            self.loaded.append(version.number)
-            return Servable(version, SIZES, like=like)
-
-        self.repository, self.model_dir = Repository(model_dir, loads, Telemetry(), poll_seconds=0.01), model_dir
-
-    async def __aenter__(self):
-        self.repository.start(*newest_whole(self.model_dir), pytest.fail)
-        await self.until(lambda: self.repository.current is not None)
-        return self
-
-    async def __aexit__(self, *_):
-        await self.repository.stop()
-
-    async def until(self, condition):
-        async with asyncio.timeout(60):
-            while not condition():
-                await asyncio.sleep(0.01)
-
-    async def serves(self, number):
-        await self.until(lambda: self.repository.current.version.number == number)
-
-
 @ONE
 def test_a_server_follows_deltas_and_after_a_bad_one_waits_for_a_whole_version(chain, tmp_path, caplog):
     """A missing parent, a changed file, one out of order; a delta that is mended is taken, and all behind it."""
@@ -315,18 +287,24 @@ def test_a_server_follows_deltas_and_after_a_bad_one_waits_for_a_whole_version(c
     come(deltas, live, 1)
     come(deltas, live, 3)
 
+    loaded: list[int] = []
+
+    def loads(version, like):
+        loaded.append(version.number)
+        return Servable(version, SIZES, like=like)
+
     async def follow():
-        async with Following(live) as following:
+        async with Following(live, loads) as following:
             repository, weights = following.repository, following.repository.current.weights
             assert "changes version 2: " in repository.refused[3] and "has no version 2" in repository.refused[3]
             come(deltas, live, 2)
             await following.serves(3)
-            assert repository.current.weights is weights and following.loaded == [1], "a second copy was made"
+            assert repository.current.weights is weights and loaded == [1], "a second copy was made"
             assert not repository.refused
             state = lively_state(model, 1)
             export_state(live, model, state, open_version(whole).manifest["tables"])
             await following.serves(4)
-            assert following.loaded == [1, 4]
+            assert loaded == [1, 4]
             changed = export_change(live, open_version(live, 4), model, learned(state, model, MOVED[0], 1.0))
             await following.serves(5)
             shutil.copytree(changed.directory, live / "6")

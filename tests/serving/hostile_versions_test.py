@@ -21,9 +21,8 @@ from dlrm_jax.serving.artifact.placed import engine_maker
 from dlrm_jax.serving.artifact.store import Version, newest_whole, open_version, write_version
 from dlrm_jax.serving.artifact.weights import read_weights
 from dlrm_jax.serving.http import repository
-from dlrm_jax.serving.http.repository import Repository
-from dlrm_jax.serving.http.telemetry import Telemetry
 from dlrm_jax.training.options import ShardingOptions
+from tests.following import Following
 from tests.helpers import random_batch, tiny_model
 from tests.server_process import RunningServer, running
 from tests.serving_helpers import export_tiny
@@ -223,26 +222,6 @@ def test_a_program_that_never_ends_holds_up_neither_a_later_version_nor_the_end(
         next_version(copied, lambda directory: None)
         server.event("model_ready", version=3)
         assert server.stop() == 0
-
-
-class Following:
-    """A repository that loads versions by a function, for the length of a block."""
-
-    def __init__(self, model_dir, load):
-        self.repository = Repository(model_dir, load, Telemetry(), poll_seconds=0.02)
-
-    async def __aenter__(self):
-        self.repository.start(*newest_whole(self.repository._model_dir), failed=pytest.fail)
-        await self.until(lambda: self.repository.current is not None)
-        return self
-
-    async def __aexit__(self, *_):
-        await self.repository.stop()
-
-    async def until(self, condition):
-        async with asyncio.timeout(60):
-            while not condition():
-                await asyncio.sleep(0.01)
 
 
 def test_a_version_that_never_gets_ready_blocks_none_after_it(copied, monkeypatch):
