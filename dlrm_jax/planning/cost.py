@@ -2,9 +2,8 @@
 
 Bytes sent are exact: the exchange's buffers are static, and the compiled step's collectives (hlo.py) must add up to the
 same numbers. Memory is exact for tables, optimizer state and dense parameters; what a step needs besides is estimated
-(step_memory.py), so that all together is within 5 % of what XLA's compiled steps hold on one CPU device (8 % where a
-batch with dropout is taken in parts), and within 15 % on one of several, where XLA leaves gaps, for the shapes of
-tests/planning/cost_test.py.
+(step_memory.py), so that all together is within 5 % of what XLA's compiled steps hold on one CPU device, and within
+15 % on one of several, where XLA leaves gaps, for the shapes of tests/planning/cost_test.py.
 """
 
 import dataclasses

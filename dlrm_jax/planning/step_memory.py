@@ -14,10 +14,11 @@ from dlrm_jax.tables.forms.base import Work
 
 _OF_A_GRADIENT = 2.25
 """Arrays of a kernel's size where its gradient is made: it, what becomes of the kernel, and whether it is finite."""
-_OF_NORM = {NO_NORM: 0.0, BATCH_NORM: 1.3, LAYER_NORM: 3.0}
+_OF_NORM = {NO_NORM: 0.0, BATCH_NORM: 1.2, LAYER_NORM: 3.0}
 _OF_ACTIVATION = {"relu": 0.0, "gelu": 2.0, "silu": 1.0, "prelu": 1.0}
-_OF_DROPOUT = 0.1
-"""Arrays of a hidden layer's size that each keeps for the backward pass, beside those before and after a ReLU."""
+_OF_DROPOUT = 0.15
+"""Arrays of a hidden layer's size that each keeps for the backward pass, beside those before and after a ReLU. Dropout
+keeps little, and of a batch in parts nothing: its draws are hashes, made again where they are needed."""
 
 
 def pooled_floats(model: ModelConfig) -> int:
@@ -31,9 +32,12 @@ def step_floats(model: ModelConfig, works: list[Work], examples: int, num_micro_
     `examples` are a device's own in a step.
     """
     pooled = examples * pooled_floats(model)
-    dense = _dense(model, examples // num_micro_batches, pooled)
-    unfinished = examples * _saved_of_bottom(model)  # When the tables are updated, which may be before it is through.
-    if num_micro_batches > 1:  # The parts of what goes in, gradients of the pooled vectors, and sums of the others.
+    whole = num_micro_batches == 1
+    dense = _dense(model, examples // num_micro_batches, pooled, whole)
+    unfinished = examples * _saved_of_bottom(
+        model, whole
+    )  # When the tables are updated, which may be before it is through.
+    if not whole:  # The parts of what goes in, gradients of the pooled vectors, and sums of the others.
         dense += 2 * pooled + examples * (model.num_dense + 2) + dense_work(model).parameters
         unfinished = 0
     if any(work.stack.num_devices > 1 for work in works):
@@ -49,12 +53,12 @@ def step_floats(model: ModelConfig, works: list[Work], examples: int, num_micro_
     return max(moments, key=sum)
 
 
-def _dense(model: ModelConfig, examples: int, pooled: int) -> int:
-    """The most that the dense model's passes hold at once, in floats."""
+def _dense(model: ModelConfig, examples: int, pooled: int, whole: bool) -> int:
+    """The most that the dense model's passes hold at once, in floats; `examples` are a `whole` batch's, or a part's."""
     interaction = model.interaction
     top, bottom, width = model.top_mlp, model.bottom_mlp, dense_work(model).interaction_width
-    vectors, saved = model.num_vectors, _saved_of_bottom(model)
-    of_hidden, of_bottoms = _kept(model.top_hidden), _kept(model.bottom_hidden)
+    vectors, saved = model.num_vectors, _saved_of_bottom(model, whole)
+    of_hidden, of_bottoms = _kept(model.top_hidden, whole), _kept(model.bottom_hidden, whole)
     joined = vectors * model.embedding_dim
     embedded = len(model.embedded) * model.embedding_dim  # Beside where they are joined.
     below_top = saved + joined + embedded + (width if interaction.name == "dot" else 0)
@@ -81,11 +85,11 @@ def _dense(model: ModelConfig, examples: int, pooled: int) -> int:
     return int(max(moments))
 
 
-def _saved_of_bottom(model: ModelConfig) -> int:
+def _saved_of_bottom(model: ModelConfig, whole: bool) -> int:
     """Floats an example that the bottom MLP keeps; its last layer's output goes on to the interaction."""
-    return int(_kept(model.bottom_hidden) * sum(model.bottom_mlp[:-1])) + sum(model.bottom_mlp[-1:])
+    return int(_kept(model.bottom_hidden, whole) * sum(model.bottom_mlp[:-1])) + sum(model.bottom_mlp[-1:])
 
 
-def _kept(hidden: HiddenConfig) -> float:
+def _kept(hidden: HiddenConfig, whole: bool) -> float:
     """Floats that a hidden layer keeps for each of its outputs until the backward pass has come to it."""
-    return 2 + _OF_NORM[hidden.norm] + _OF_ACTIVATION[hidden.activation] + _OF_DROPOUT * (hidden.dropout > 0)
+    return 2 + _OF_NORM[hidden.norm] + _OF_ACTIVATION[hidden.activation] + _OF_DROPOUT * (whole and hidden.dropout > 0)
