@@ -7,9 +7,7 @@ are taken in turn with and without their rows being marked. Each writes its sect
 """
 
 import argparse
-import asyncio
 import contextlib
-import dataclasses
 import itertools
 import json
 import os
@@ -21,7 +19,6 @@ import tempfile
 import threading
 import time
 
-import httptools
 import numpy as np
 from measure import ROOT, replace_section, where_and_when
 from serving_comparison import free_port
@@ -34,7 +31,7 @@ from dlrm_jax.serving.artifact.store import versions as numbers_in
 from dlrm_jax.serving.http import load_generator as generator
 from dlrm_jax.training.reporting import versions
 
-CONNECTIONS = 32
+CONNECTIONS, SLICE_SECONDS = 32, 5.0
 TABLES = ",".join(["200000"] * 4 + ["20000"] * 4 + ["100"] * 8)
 TRAINING = [
     *("--dataset=synthetic", f"--table_sizes={TABLES}", "--num_dense=8", "--num_examples=100000"),
@@ -44,87 +41,22 @@ TRAINING = [
 ]
 
 
-@dataclasses.dataclass
-class Answer:
-    """What came of a request: which one, when it was sent and answered, and what was said."""
-
-    request: int
-    sent: float
-    came: float
-    status: int
-    version: int = 0
-    probability: float = float("nan")
-
-
-class Connection(asyncio.Protocol):
-    """One request at a time, answers kept."""
-
-    def __init__(self, client: "Client") -> None:
-        self._client, self._parser, self._body = client, httptools.HttpResponseParser(self), b""
-        self._request, self._sent = -1, 0.0
-
-    def connection_made(self, transport: asyncio.Transport) -> None:
-        """Ready."""
-        self._transport = transport
-        self._client.idle.append(self)
-
-    def ask(self, request: int) -> None:
-        """Send."""
-        self._request, self._sent, self._body = request, time.time(), b""
-        self._transport.write(self._client.bodies[request])
-
-    def data_received(self, data: bytes) -> None:
-        """Some of an answer."""
-        self._parser.feed_data(data)
-
-    def on_body(self, body: bytes) -> None:
-        """Some of its JSON."""
-        self._body += body
-
-    def on_message_complete(self) -> None:
-        """All of it."""
-        answer = Answer(self._request, self._sent, time.time(), self._parser.get_status_code())
-        if answer.status == 200:
-            said = json.loads(self._body)
-            answer.version, answer.probability = int(said["model_version"]), said["outputs"][0]["data"][0]
-        self._client.answers.append(answer)
-        self._client.idle.append(self)
-
-    def connection_lost(self, error: Exception | None) -> None:
-        """That is a failure of the request that was under way."""
-        if self in self._client.idle:
-            self._client.idle.remove(self)
-        elif not self._client.stop:
-            self._client.answers.append(Answer(self._request, self._sent, time.time(), -1))
-
-
 class Client(threading.Thread):
-    """Asks at a rate, at moments that do not depend on the answers, until told to stop."""
+    """Asks at a rate, a slice of time after the other, until told to stop; its answers are kept."""
 
-    def __init__(self, port: int, bodies: list[bytes], qps: float) -> None:
+    def __init__(self, target: generator.Target, bodies: list[bytes], qps: float) -> None:
         super().__init__(daemon=True)
-        self._port, self.bodies, self._qps = port, bodies, qps
-        self.idle: list[Connection] = []
-        self.answers: list[Answer] = []
-        self.unsent, self.stop = 0, False
+        self.bodies, self._target, self._qps = bodies, target, qps
+        self.answers: list[generator.Answer] = []
+        self.stop = False
 
     def run(self) -> None:
         """Ask."""
-        asyncio.run(self._ask())
-
-    async def _ask(self) -> None:
-        loop, rng, due = asyncio.get_running_loop(), np.random.default_rng(0), time.perf_counter()
-        for _ in range(CONNECTIONS):
-            await loop.create_connection(lambda: Connection(self), "127.0.0.1", self._port)
-        while not self.stop:
-            due += rng.exponential(1 / self._qps)
-            await asyncio.sleep(max(0.0, due - time.perf_counter()))
-            while not self.idle and not self.stop:
-                self.unsent += 1  # All are waiting for an answer: the request is late, and sent all the same.
-                await asyncio.sleep(0.005)
-            if not self.stop:
-                self.idle.pop().ask(int(rng.integers(len(self.bodies))))
-        await asyncio.sleep(2)
+        for i in itertools.count():
+            if self.stop:
+                break
+            more = {"seed": i, "keep": self.answers.append}
+            generator.run(self._target, self.bodies, self._qps, SLICE_SECONDS, CONNECTIONS, **more)
 
 
 class Server:
@@ -256,7 +188,7 @@ def _served(flags: argparse.Namespace, model_dir: pathlib.Path, total: int, trai
         server.until(lambda: server.of("model_ready"), "the first version", 120)
         target = generator.discover(f"http://127.0.0.1:{server.port}")
         bodies = generator.make_requests(target, 1, False, 0)
-        client = Client(server.port, bodies, flags.qps)
+        client = Client(target, bodies, flags.qps)
         client.start()
         began = time.time()
 
@@ -298,25 +230,15 @@ def _judged(flags, model_dir, server, client, refused, times, last) -> str:
     answers = sorted(client.answers, key=lambda answer: answer.sent)
     failed = [answer for answer in answers if answer.status != 200]
     good = [answer for answer in answers if answer.status == 200]
-    rows = [json.loads(body.split(b"\r\n\r\n", 1)[1]) for body in client.bodies]
-    tensors = [{one["name"]: np.array(one["data"]).reshape(one["shape"]) for one in row["inputs"]} for row in rows]
-    dense = np.concatenate([one["dense"] for one in tensors]).astype(np.float32)
-    ids = np.concatenate([one["ids"] for one in tensors]).astype(np.int32)
-    makes = {"make_engine": NativeCpu} if flags.kernels == "native" else {}
-    scored = sorted({answer.version for answer in good})
-    offline = {number: load(model_dir, number, **makes).predict(dense, ids) for number in scored}
-    worst = max(abs(float(offline[a.version][a.request]) - a.probability) for a in good)
-    equal = sum(np.float32(a.probability) == offline[a.version][a.request] for a in good)
+    version_A = np.array([int(json.loads(answer.body)["model_version"]) for answer in good])
+    equal, worst = _compared(model_dir, client.bodies, good, version_A, flags.kernels)
     fresh = {event["version"]: event["seconds_since_update"] for event in server.of("first_score")}
     manifests = {number: open_alone(model_dir, number).manifest for number in numbers_in(model_dir) if number <= last}
     newest = max(seconds["last"] for seconds in fresh.values())
     known = sorted((manifests[number]["updated"]["last"] + newest, number) for number in manifests)
     moments = np.array([moment for moment, _ in known])
-    stale = sum(
-        answer.version < known[i - 1][1]
-        for answer, i in zip(good, np.searchsorted(moments, [a.sent for a in good]), strict=True)
-        if i
-    )
+    due = np.searchsorted(moments, [answer.sent for answer in good])
+    stale = sum(version < known[i - 1][1] for version, i in zip(version_A, due, strict=True) if i)
     of = {
         kind: [n for n, said in manifests.items() if ("parent" in said) == (kind == "delta")]
         for kind in ("whole", "delta")
@@ -341,7 +263,7 @@ def _judged(flags, model_dir, server, client, refused, times, last) -> str:
         f"{np.percentile(latency, 50):.1f} ms, p99 {np.percentile(latency, 99):.1f} ms, most {latency.max():.0f} ms |",
         f"| answers equal to the offline score of the version that they name | {equal:,} of {len(good):,} to the bit; "
         f"largest difference {worst:.1e} |",
-        f"| versions that answered | {len(scored)} |",
+        f"| versions that answered | {len(set(version_A))} |",
         f"| from the last update in a version to the first score by it | median "
         f"{np.median(numbers[:half]):.2f} s, most {newest:.2f} s; {stale} later answers were of an older version |",
         f"| from the first update in it | median {np.median(numbers[half:]):.2f} s, most {max(numbers[half:]):.2f} s |",
@@ -357,7 +279,22 @@ def _judged(flags, model_dir, server, client, refused, times, last) -> str:
     return "\n".join(lines) + f"\n\nWhat the server said of each wrong delta:\n\n{reasons}"
 
 
-def _statuses(failed: list[Answer]) -> str:
+def _compared(
+    model_dir: pathlib.Path, bodies: list[bytes], good: list[generator.Answer], version_A: np.ndarray, kernels: str
+) -> tuple[int, float]:
+    """(answers equal to the bit to the offline score of the version that they name, the largest difference)."""
+    rows = [json.loads(body.split(b"\r\n\r\n", 1)[1]) for body in bodies]
+    tensors = [{one["name"]: np.array(one["data"]).reshape(one["shape"]) for one in row["inputs"]} for row in rows]
+    dense = np.concatenate([one["dense"] for one in tensors]).astype(np.float32)
+    ids = np.concatenate([one["ids"] for one in tensors]).astype(np.int32)
+    makes = {"make_engine": NativeCpu} if kernels == "native" else {}
+    offline = {n: load(model_dir, n, **makes).predict(dense, ids) for n in sorted(set(version_A.tolist()))}
+    found_A = np.float32([json.loads(answer.body)["outputs"][0]["data"][0] for answer in good])
+    wanted_A = np.float32([offline[v][a.request] for v, a in zip(version_A.tolist(), good, strict=True)])
+    return int((found_A == wanted_A).sum()), float(np.abs(found_A - wanted_A).max())
+
+
+def _statuses(failed: list[generator.Answer]) -> str:
     found = sorted({answer.status for answer in failed})
     return f" (status {', '.join(map(str, found))})" if found else ""
 

@@ -31,9 +31,10 @@ from dlrm_jax.tables.dtypes import DTYPES
 from dlrm_jax.tables.forms import FORMS
 from dlrm_jax.tables.forms.row_wise import RowWise
 from dlrm_jax.tables.id_maps import ID_MAPS
+from dlrm_jax.tables.named_rules import make_rule
 from dlrm_jax.tables.plan import make_plan
 from dlrm_jax.tables.reshard import Kind
-from dlrm_jax.tables.rules import RULES, make_rule
+from dlrm_jax.tables.rules import RULES
 from dlrm_jax.training import loop, opening
 from dlrm_jax.training.checkpoint import LATEST, Checkpoints
 from dlrm_jax.training.placed import on_one_device

@@ -19,7 +19,7 @@ from dlrm_jax.cli import one_line
 from dlrm_jax.config import ConfigError, InteractionConfig, Needs, Setting, require, settings
 from dlrm_jax.config.settings import built
 from dlrm_jax.model import interactions
-from dlrm_jax.tables import compress, rules
+from dlrm_jax.tables import compress, named_rules
 from dlrm_jax.training.run_config import RunConfig
 
 FLAGS = flags.FLAGS
@@ -35,7 +35,7 @@ LEARNING_DEFAULTS = {
 }
 """Defaults that do well on every log they were tried on (experiments/choose_defaults.py), the same for all data."""
 
-_MORE_HELP = {"table_optimizer": rules.help_text, "compress_tables": compress.help_text}
+_MORE_HELP = {"table_optimizer": named_rules.help_text, "compress_tables": compress.help_text}
 """What can be registered, and is listed in a flag's help."""
 
 

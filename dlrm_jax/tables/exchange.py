@@ -29,9 +29,10 @@ from dlrm_jax.tables.forms.bags import slot_scale
 from dlrm_jax.tables.forms.base import Here, Learning, Pool, Stack
 from dlrm_jax.tables.forms.whole import update_whole, whole_gradient
 from dlrm_jax.tables.layout import local_stacks
+from dlrm_jax.tables.named_rules import make_rule
 from dlrm_jax.tables.noise import noise_of
 from dlrm_jax.tables.pooling import POOLING_WEIGHTS, Take
-from dlrm_jax.tables.rules import ROW, Rule, Slot, make_rule
+from dlrm_jax.tables.rules import ROW, Rule, Slot
 from dlrm_jax.tables.updates import SUM, Segments, Stored, Update, squares
 
 Arrays = dict[str, Any]

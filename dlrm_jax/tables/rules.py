@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from dlrm_jax.config import ConfigError, OptimizerConfig, require
+from dlrm_jax.config import require
 from dlrm_jax.host.registry import Registry
 
 Arrays = dict[str, jax.Array]
@@ -105,12 +105,6 @@ RULES: Registry[type[Rule]] = Registry(
     "class of Rule",
 )
 register = RULES.register
-
-
-def help_text() -> str:
-    """The rules there are, each with its options."""
-    options = {name: ", ".join(field.name for field in dataclasses.fields(rule)) for name, rule in RULES.all().items()}
-    return "; ".join(f"{name} ({text})" if text else name for name, text in options.items())
 
 
 @register("sgd")
@@ -359,44 +353,3 @@ def row_means(rule: Rule) -> int:
 
     jax.eval_shape(step)
     return len(taken)
-
-
-def rule_type(described: str) -> type[Rule]:
-    """The rule that `NAME,option=value,...` names; ConfigError for a name that is not known."""
-    return RULES.get(described.partition(",")[0])
-
-
-def make_rule(config: OptimizerConfig, described: str = "") -> Rule:
-    """The rule of `described`, `NAME` or `NAME,option=value,...`, by default the run's, with the run's bounds.
-
-    Raises ConfigError for a name or an option that is not known, and for a value of another kind.
-    """
-    rule = _parsed(described or config.table, config.eps)
-    bounds = {name: getattr(config, f"table_{name}") for name in ("l2", "clip_norm", "weight_decay", "max_norm")}
-    bounds["clip_value"] = config.clip_value
-    return Bounded(rule, **bounds) if any(bounds.values()) else rule
-
-
-def _parsed(described: str, eps: float) -> Rule:
-    kind = rule_type(described)
-    name, *options = described.split(",")
-    fields = {field.name: field for field in dataclasses.fields(kind)}
-    values: dict[str, Any] = {"eps": eps} if issubclass(kind, Adagrad | RowwiseAdagrad) else {}
-    for option in options:
-        key, _, text = option.partition("=")
-        known = ", ".join(fields) or "none"
-        require(key in fields, f"table_optimizer {described!r}: {name} has no option {key!r}; its options: {known}")
-        if isinstance(fields[key].default, str):
-            values[key] = text
-            continue
-        try:
-            values[key] = float(text)
-        except ValueError:
-            raise ConfigError(f"table_optimizer {described!r}: {key} is {text!r}; it must be a number") from None
-        require(0 <= values[key] < float("inf"), f"table_optimizer {described!r}: {key} must be 0 or more, and finite")
-    return kind(**values)
-
-
-def check_rule(described: str) -> None:
-    """ConfigError for a rule of unknown name or options."""
-    _parsed(described, 1e-10)

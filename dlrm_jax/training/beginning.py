@@ -30,7 +30,7 @@ from dlrm_jax.data.read.dataset import Dataset
 from dlrm_jax.host import huge_pages
 from dlrm_jax.host.texts import aligned
 from dlrm_jax.tables.grown import Grown
-from dlrm_jax.tables.rules import make_rule
+from dlrm_jax.tables.named_rules import make_rule
 from dlrm_jax.training.known_ids import require_known_ids
 from dlrm_jax.training.origin import OpenModel, Origin, open_origin
 from dlrm_jax.training.placed import Placed

@@ -33,7 +33,7 @@ from dlrm_jax.host.memory import TRY_ANYWAY_HELP
 from dlrm_jax.model import interactions
 from dlrm_jax.tables.compress import compressed
 from dlrm_jax.tables.dtypes import DTYPES
-from dlrm_jax.tables.rules import make_rule
+from dlrm_jax.tables.named_rules import make_rule
 from dlrm_jax.training.hidden_options import read_hidden
 from dlrm_jax.training.options import ShardingOptions
 from dlrm_jax.training.profiling import read_steps

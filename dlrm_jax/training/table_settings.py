@@ -6,7 +6,7 @@ from typing import Any
 from dlrm_jax.config import ConfigError, from_dict, require, require_choice
 from dlrm_jax.config.documents import from_json
 from dlrm_jax.tables.dtypes import DTYPES
-from dlrm_jax.tables.rules import check_rule
+from dlrm_jax.tables.named_rules import check_rule
 
 
 @dataclasses.dataclass(frozen=True)

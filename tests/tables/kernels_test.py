@@ -21,8 +21,8 @@ from dlrm_jax.tables.kernels.choice import ALL_XLA, Kernels, chosen
 from dlrm_jax.tables.kernels.pooled import pool_bags
 from dlrm_jax.tables.kernels.segments import update_segments
 from dlrm_jax.tables.layout import place_stacks
+from dlrm_jax.tables.named_rules import make_rule
 from dlrm_jax.tables.plan import make_plan
-from dlrm_jax.tables.rules import make_rule
 from tests.helpers import RULES, optimizer, tiny_model
 from tests.tables.native_test import needs_compiler
 

@@ -13,7 +13,8 @@ import optax
 import pytest
 
 from dlrm_jax.config import ConfigError
-from dlrm_jax.tables.rules import make_rule, row_means
+from dlrm_jax.tables.named_rules import make_rule
+from dlrm_jax.tables.rules import row_means
 from dlrm_jax.tables.updates import BagGrad, SparseGrad, Stored, Update
 from tests.helpers import RULES, optimizer
 

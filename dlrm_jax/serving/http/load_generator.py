@@ -13,7 +13,8 @@ import pathlib
 import time
 import urllib.parse
 import urllib.request
-from typing import Any, cast
+from collections.abc import Callable
+from typing import Any, NamedTuple, cast
 
 import httptools
 import numpy as np
@@ -115,12 +116,22 @@ def http_request(target: Target, path: str, body: bytes, more_headers: str = "")
     ).encode() + body
 
 
+class Answer(NamedTuple):
+    """What came of one request: which body it was, when it was sent and answered (time.time), what was said."""
+
+    request: int
+    sent: float
+    came: float
+    status: int
+    body: bytes
+
+
 class _Connection(asyncio.Protocol):
     """One request at a time."""
 
     def __init__(self, idle: "_Pool") -> None:
         self._pool = idle
-        self._request = -1
+        self._request, self._sent, self._body = -1, 0.0, b""
         self._transport: asyncio.Transport | None = None
         self._parser = httptools.HttpResponseParser(self)
 
@@ -130,7 +141,7 @@ class _Connection(asyncio.Protocol):
 
     def send(self, index: int, data: bytes) -> None:
         """Ask."""
-        self._request = index
+        self._request, self._sent, self._body = index, time.time(), b""
         assert self._transport is not None
         self._transport.write(data)
 
@@ -138,15 +149,27 @@ class _Connection(asyncio.Protocol):
         """Some of an answer."""
         self._parser.feed_data(data)
 
+    def on_body(self, body: bytes) -> None:
+        """Some of what it says."""
+        if self._pool.keep is not None:
+            self._body += body
+
     def on_message_complete(self) -> None:
         """An answer is whole."""
-        index, self._request = self._request, -1
-        self._pool.answered(self, index, self._parser.get_status_code())
+        index, self._request, status = self._request, -1, self._parser.get_status_code()
+        self._kept(index, status)
+        self._pool.answered(self, index, status)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The server hung up."""
         del exc
+        if self._request >= 0:
+            self._kept(self._request, -1)
         self._pool.lost(self, self._request)
+
+    def _kept(self, index: int, status: int) -> None:
+        if self._pool.keep is not None:
+            self._pool.keep(Answer(index % self._pool.num_bodies, self._sent, time.time(), status, self._body))
 
     def close(self) -> None:
         """Hang up."""
@@ -157,8 +180,8 @@ class _Connection(asyncio.Protocol):
 class _Pool:
     """Connections, and requests that are due while all of them are busy."""
 
-    def __init__(self, bodies: list[bytes], due: np.ndarray) -> None:
-        self._bodies, self.due = bodies, due
+    def __init__(self, bodies: list[bytes], due: np.ndarray, keep: Callable[[Answer], None] | None) -> None:
+        self._bodies, self.due, self.keep, self.num_bodies = bodies, due, keep, len(bodies)
         self.latency = np.full(len(due), np.nan)
         self.status = np.zeros(len(due), np.int32)
         self._idle: collections.deque[_Connection] = collections.deque()
@@ -204,14 +227,22 @@ class _Pool:
             self.done.set()
 
 
-def run(target: Target, bodies: list[bytes], qps: float, seconds: float, connections: int = 64, seed: int = 0) -> Run:
-    """Ask for so long at this rate."""
+def run(
+    target: Target,
+    bodies: list[bytes],
+    qps: float,
+    seconds: float,
+    connections: int = 64,
+    seed: int = 0,
+    keep: Callable[[Answer], None] | None = None,
+) -> Run:
+    """Ask for so long at this rate; `keep` gets each answer, those of status -1 too, whose connection was lost."""
     rng = np.random.default_rng(seed)
     due = np.cumsum(rng.exponential(1 / qps, max(1, round(qps * seconds))))
 
     async def ask() -> _Pool:
         loop = asyncio.get_running_loop()
-        pool = _Pool(bodies, due)
+        pool = _Pool(bodies, due, keep)
         for _ in range(connections):
             _, connection = await loop.create_connection(lambda: _Connection(pool), target.host, target.port)
             pool.add(connection)

@@ -21,7 +21,8 @@ from dlrm_jax.tables.dtypes import TableDtype, table_dtype
 from dlrm_jax.tables.exchange import Fused, TableOps, placed_ops
 from dlrm_jax.tables.forms.base import Stack
 from dlrm_jax.tables.kernels import build, native
-from dlrm_jax.tables.rules import Rule, make_rule
+from dlrm_jax.tables.named_rules import make_rule
+from dlrm_jax.tables.rules import Rule
 
 LONG_BAGS = 4
 _LOG = logging.getLogger("dlrm_jax")
