@@ -192,10 +192,10 @@ def test_ids_outside_their_table_are_seen_wherever_they_are():
     for rows, slots in ((1, 1), (1, 300), (7, 26), (4096, 26), (100, 3)):
         limits = rng.integers(1, 1000, slots)
         limits[rng.integers(slots)] = 2**31
-        ids = (rng.random((rows, slots)) * (limits + 1) - 1).astype(np.int32)
+        ids, limits_K = (rng.random((rows, slots)) * (limits + 1) - 1).astype(np.int32), limits.astype(np.uint32)
 
-        def outside(ids=ids, limits=limits) -> bool:
-            return bool(library.dlrm_any_outside(native.address(ids), *ids.shape, native.address(np.uint32(limits))))
+        def outside(ids=ids, limits_K=limits_K) -> bool:
+            return bool(library.dlrm_any_outside(native.address(ids), *ids.shape, native.address(limits_K)))
 
         assert not outside()
         for value in (-2, -(2**31), 2**31 - 1):
