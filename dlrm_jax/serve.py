@@ -1,5 +1,6 @@
 """Serve an exported model over HTTP: `python -m dlrm_jax.serve --model=models/quickstart --port=8000`."""
 
+import functools
 import importlib.util
 import pathlib
 import typing
@@ -130,7 +131,7 @@ def _make_engine(largest_batch: int) -> "MakeEngine":
     if not FLAGS.mesh:
         for name in ("sharding", "sharding_plan"):
             require(not FLAGS[name].present, f"--{name} places tables on several devices: give --mesh=model:N too")
-        make: MakeEngine = OneDevice
+        make: MakeEngine = functools.partial(OneDevice, apart=True)
         native = FLAGS.kernels == NATIVE
         if native:
             from dlrm_jax.serving.artifact.native import NativeCpu

@@ -27,7 +27,7 @@ def built(source: pathlib.Path, options: tuple[str, ...] = ()) -> pathlib.Path:
     text = source.read_text()
     included = [source.with_name(name).read_text() for name in _INCLUDED.findall(text)]
     told = "\0".join([text, *included, _processor(), *command])
-    directory = _own_directory()
+    directory = own_directory()
     name = f"{source.stem}-{hashlib.sha256(told.encode()).hexdigest()[:16]}"
     for path in directory.glob(f"{name}-*.so"):
         if _is_as_compiled(path):
@@ -63,8 +63,8 @@ def cache_directory() -> pathlib.Path:
     return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "dlrm_jax"
 
 
-def _own_directory() -> pathlib.Path:
-    """The cache directory, where nobody else may write: what lies there is loaded into this process."""
+def own_directory() -> pathlib.Path:
+    """The cache directory, where nobody else may write: what lies there is loaded into this process, or believed."""
     directory = cache_directory()
     for above in reversed([directory, *directory.parents]):
         above.mkdir(mode=0o700, exist_ok=True)

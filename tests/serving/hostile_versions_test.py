@@ -14,10 +14,12 @@ from jax import export as jax_export
 
 from dlrm_jax.config import ConfigError
 from dlrm_jax.serving import load
+from dlrm_jax.serving.artifact import program
 from dlrm_jax.serving.artifact.export import export_program
-from dlrm_jax.serving.artifact.loaded import OneDevice, Program, Servable
+from dlrm_jax.serving.artifact.loaded import OneDevice, Servable
 from dlrm_jax.serving.artifact.native import NativeCpu
 from dlrm_jax.serving.artifact.placed import engine_maker
+from dlrm_jax.serving.artifact.program import Program, require_read_apart
 from dlrm_jax.serving.artifact.store import Version, newest_whole, open_version, write_version
 from dlrm_jax.serving.artifact.weights import read_weights
 from dlrm_jax.serving.http import repository
@@ -197,6 +199,45 @@ def test_a_program_that_calls_functions_of_the_process_is_refused():
         Program(bytes(exported.serialize()))
 
 
+def test_a_program_is_read_by_another_process_first_and_once(copied, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    whole = (copied / "1" / "program.stablehlo").read_bytes()
+    require_read_apart(whole)
+    with pytest.raises(ConfigError, match=r"^program\.stablehlo cannot be read: .*export anew$"):
+        require_read_apart(whole[:-200])
+    monkeypatch.setattr(program, "_READER", "import os; os.abort()")
+    require_read_apart(whole)
+    with pytest.raises(ConfigError, match=r"^program\.stablehlo ends who reads it \(signal 6\); export anew$"):
+        require_read_apart(whole[:-200])
+    monkeypatch.setattr(program, "_READER", "1 / 0")
+    with pytest.raises(ConfigError, match=r"was not read: ZeroDivisionError: division by zero; export anew$"):
+        require_read_apart(whole[:-200])
+    monkeypatch.setattr(program, "_READER", "while True: pass")
+    monkeypatch.setattr(program, "_READ_SECONDS", 0.2)
+    with pytest.raises(ConfigError, match=r"was not read in 0 s; export anew$"):
+        require_read_apart(whole[:-200])
+
+
+@pytest.mark.end_to_end
+def test_a_program_that_ends_who_reads_it_ends_no_server(copied, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    reader = "import os, sys; sys.stdin.buffer.read().endswith(b'forged') and os.abort()"
+    start = "import sys; sys.argv[0] = 'serve'; from dlrm_jax import serve;"
+    start += f"from dlrm_jax.serving.artifact import program; program._READER = {reader!r}; serve.command()"
+    monkeypatch.setattr(RunningServer, "START", ("-c", start))
+
+    def forge(directory):
+        with (directory / "program.stablehlo").open("ab") as file:
+            file.write(b"forged")  # Which MLIR does not look at.
+
+    with running(copied, "--batch_sizes=1", "--poll_seconds=0.1") as server:
+        next_version(copied, forge)
+        assert "ends who reads it (signal 6)" in server.event("reload_refused", version=2)["reason"]
+        next_version(copied, lambda directory: None)
+        server.event("model_ready", version=3)
+        assert server.stop() == 0
+
+
 @pytest.mark.end_to_end
 def test_a_program_that_never_ends_holds_up_neither_a_later_version_nor_the_end(copied, monkeypatch):
     def endless(directory):
@@ -208,17 +249,18 @@ def test_a_program_that_never_ends_holds_up_neither_a_later_version_nor_the_end(
         shapes = {
             name: jax.ShapeDtypeStruct(a.shape, a.dtype) for name, a in read_weights(open_version(copied)).items()
         }
-        program = export_program(forward, shapes, model.num_dense, model.num_slots)
-        (directory / "program.stablehlo").write_bytes(program)
+        endless = export_program(forward, shapes, model.num_dense, model.num_slots)
+        (directory / "program.stablehlo").write_bytes(endless)
 
     start = (
         "import sys; sys.argv[0] = 'serve'; from dlrm_jax import serve; from dlrm_jax.serving.http import repository;"
     )
-    start += "repository._LOAD_SECONDS = 3; serve.define_flags(); serve.run_command(serve.main)"
+    start += "repository._seconds_for = lambda state: 10 if any('/model/2/' in name for name, *_ in state) else 300;"
+    start += "serve.command()"
     monkeypatch.setattr(RunningServer, "START", ("-c", start))
     with running(copied, "--batch_sizes=1", "--poll_seconds=0.1") as server:
         next_version(copied, endless)
-        assert "was not ready after 3 s" in server.event("reload_refused", version=2)["reason"]
+        assert "was not ready after 10 s" in server.event("reload_refused", version=2)["reason"]
         next_version(copied, lambda directory: None)
         server.event("model_ready", version=3)
         assert server.stop() == 0

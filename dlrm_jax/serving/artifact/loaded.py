@@ -3,21 +3,19 @@
 import copy
 import dataclasses
 import pathlib
-import re
-import threading
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
 import numpy as np
-from jax import export as jax_export
 
-from dlrm_jax.config import EMPTY_SLOT, ConfigError, how_to_install, require
+from dlrm_jax.config import EMPTY_SLOT, ConfigError, require
 from dlrm_jax.host import memory
 from dlrm_jax.serving.artifact import signature as signatures
 from dlrm_jax.serving.artifact.deltas import Change, Delta, Layout, read_delta, read_layout, require_same_inputs
 from dlrm_jax.serving.artifact.errors import BadRequest
+from dlrm_jax.serving.artifact.program import Program, require_read_apart
 from dlrm_jax.serving.artifact.scatter import Scatter
 from dlrm_jax.serving.artifact.signature import Signature
 from dlrm_jax.serving.artifact.store import Version, open_regular, open_version
@@ -35,46 +33,6 @@ BATCH_SIZES = (1, 4, 16, 64, 128, 256, 512, 1024, 2048)
 
 SELF_CHECK_TOLERANCE = 1e-4
 """Probabilities of another device may differ so much from those at export; on the same kind it is about 1e-7."""
-
-
-class Program:
-    """A compiled forward pass, one executable a batch size, for any weights of its shapes."""
-
-    def __init__(self, serialized: bytes) -> None:
-        try:
-            exported = jax_export.deserialize(bytearray(serialized))
-            module = exported.mlir_module()
-        except ImportError:
-            raise ConfigError(f"reading StableHLO needs flatbuffers: {how_to_install('serve')}") from None
-        except Exception as error:  # Whatever flatbuffers and MLIR raise for bytes that no export wrote.
-            reason = " ".join(str(error).split())[:200]
-            raise ConfigError(f"program.stablehlo cannot be read: {reason}; export anew") from error
-        _require_harmless(module)
-        self.serialized, self._call = serialized, jax.jit(exported.call)
-        self._compiled: dict[int, Any] = {}
-        self._lock = threading.Lock()
-
-    def compiled(self, weights: Mapping[str, jax.Array], size: int, num_dense: int, num_slots: int) -> Any:
-        """The executable for batches of `size`; made now if it is not there."""
-        with self._lock:
-            if size not in self._compiled:
-                dense = jax.ShapeDtypeStruct((size, num_dense), np.float32)
-                ids = jax.ShapeDtypeStruct((size, num_slots), np.int32)
-                self._compiled[size] = self._call.lower(weights, dense, ids).compile()
-            return self._compiled[size]
-
-
-_HARMFUL = re.compile(
-    r"(?:stablehlo|mhlo)\.(?:infeed|outfeed|send|recv)\b|custom_call(?! @shape_assertion\()[^(]{0,60}"
-)
-"""What no export contains: what waits for others, and functions of this process, given any pointer."""
-
-
-def _require_harmless(module: str) -> None:
-    found = _HARMFUL.search(module)
-    require(
-        found is None, f"program.stablehlo has {found[0] if found else ''!r}, which no export contains; export anew"
-    )
 
 
 class Engine(Protocol):
@@ -100,13 +58,18 @@ class OneDevice:
     fixed_sizes = True
     _program: Program
 
-    def __init__(self, version: Version, like: Engine | None = None) -> None:
-        """Read a version's weights; the compiled program of `like` is kept where it is the same."""
+    def __init__(self, version: Version, like: Engine | None = None, apart: bool = False) -> None:
+        """Read a version's weights; the compiled program of `like` is kept where it is the same.
+
+        With `apart` another one is read by a process of its own first: what ends that one does not end this one.
+        """
         self._weights = read_weights(version)
         program = version.path("program.stablehlo").read_bytes()
         self._shapes = {name: (value.shape, value.dtype) for name, value in self._weights.items()}
         known = like if isinstance(like, OneDevice) and like._shapes == self._shapes else None
         same = known is not None and known._program.serialized == program
+        if apart and not same:
+            require_read_apart(program)
         self._program = known._program if known is not None and same else Program(program)
 
     def run(self, dense_BxN: np.ndarray, ids_BxK: np.ndarray) -> Sequence[Any]:
