@@ -1,8 +1,9 @@
-"""What a process publishes onto versions of another: a run that goes on, the next day's run."""
+"""What a process publishes onto versions of another: a run that goes on, the next day's run, period after period."""
 
 import dataclasses
 import logging
 import pathlib
+import shutil
 
 import numpy as np
 import pytest
@@ -12,15 +13,19 @@ from dlrm_jax.api.exporting import export
 from dlrm_jax.api.trained import open_stored
 from dlrm_jax.data.prepare.preparation import Options, prepare
 from dlrm_jax.data.read.load import DataConfig
+from dlrm_jax.data.schema.schema import Sparse, Split
 from dlrm_jax.serving import load
 from dlrm_jax.serving.artifact.publish import open_publisher
-from dlrm_jax.serving.artifact.store import open_version, parent_of, versions
+from dlrm_jax.serving.artifact.store import open_alone, open_version, parent_of, versions
 from dlrm_jax.serving.artifact.weights import read_dense
-from dlrm_jax.training import loop
+from dlrm_jax.training import loop, online
+from dlrm_jax.training.periods import OnlineOptions
 from dlrm_jax.training.publish_options import PublishOptions
 from tests.data.extend_test import RICH, write_days
 from tests.helpers import optimizer
+from tests.prepared_helpers import csv_rows, prepare_text, schema
 from tests.serving.deltas_test import arrays
+from tests.training.online_test import rows_of
 from tests.training.resume_test import CONFIG
 
 SIZES = (16,)
@@ -58,6 +63,45 @@ def assert_newest_is_an_export(
     for name, values in want.items():
         np.testing.assert_array_equal(found[name], values, err_msg=name)
     assert load(model_dir, batch_sizes=SIZES).self_check() < 1e-6
+
+
+@pytest.fixture(scope="module")
+def by_days(tmp_path_factory):
+    of = schema(sparse=(Sparse("c", oov=True),), timestamp="x", split=Split("time", period="1", val=1, test=1))
+    rows = csv_rows(rows_of("abcefgh", "ab", "adc", "ad", "b"))
+    return prepare_text(tmp_path_factory.mktemp("by_days"), rows, of)
+
+
+def test_online_publishes_behind_each_period_and_goes_on_where_it_was_stopped(by_days, tmp_path, monkeypatch, told):
+    model_dir, workdir = tmp_path / "live", tmp_path / "run"
+    config = config_of(by_days, model_dir, every="2")
+    options = OnlineOptions(evict_after=2)  # Behind the last period too: of a row that no batch of it named.
+    score = online._score
+
+    def dying(run, scores, model, state, number):
+        if (model, number) == (online.LIVING, 2):
+            raise KeyboardInterrupt
+        score(run, scores, model, state, number)
+
+    def validate():
+        return online.validate_progressively(config, options, workdir, open_publisher=open_publisher)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(online, "_score", dying)
+        validate()
+    assert parents(model_dir) == [None, 1, 2, 3]
+    result = validate()
+    assert [one["evicted"].get("c", 0) for one in result["periods"]] == [0, 0, 4, 1, 1]
+    assert parents(model_dir) == [None, *range(1, 8)], "a chain from the first version to the last"
+    steps = [open_alone(model_dir, number).manifest["step"] for number in versions(model_dir)]
+    assert steps == [2, 4, 6, 8, 10, 11, 13, 14], "every second step of a period, and its last"
+    assert "published version 5, step 10: 3 rows that changed since version 4" in told.text
+    assert_newest_is_an_export(model_dir, workdir, tmp_path / "direct")
+    validate()
+    assert "version 8 is this model: no other one is published" in told.text and len(versions(model_dir)) == 8
+    shutil.rmtree(model_dir / "8")
+    validate()
+    assert_newest_is_an_export(model_dir, workdir, tmp_path / "direct")
 
 
 @pytest.fixture(scope="module")
