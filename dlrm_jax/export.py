@@ -14,6 +14,7 @@ from dlrm_jax.host import files, memory
 from dlrm_jax.serving.artifact.export_delta import fold
 from dlrm_jax.serving.artifact.quantise import TABLE_TYPES
 from dlrm_jax.serving.artifact.store import Version, open_version
+from dlrm_jax.training.publish_options import SPARE_ROWS
 from dlrm_jax.training.reporting import format_table, json_ready
 
 FLAGS = flags.FLAGS
@@ -33,11 +34,7 @@ def define_flags() -> None:
         "",
         "A version of --out, or newest: write only what is other than there, which a server writes into its memory.",
     )
-    flags.DEFINE_float(
-        "spare_rows",
-        0.0,
-        "Share of its rows that each table gets more, for values that deltas bring when the data grew; 0: none.",
-    )
+    flags.DEFINE_float("spare_rows", 0.0, SPARE_ROWS)
     flags.DEFINE_string(
         "fold",
         "",

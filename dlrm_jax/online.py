@@ -11,8 +11,10 @@ from dlrm_jax.cli.flags import config_from_flags, define_run_flags, flagfile_tex
 from dlrm_jax.config import require
 from dlrm_jax.host import files, processes
 from dlrm_jax.judging import by_period
+from dlrm_jax.serving.artifact.publish import open_publisher
 from dlrm_jax.train import exiting_when_interrupted
-from dlrm_jax.training.online import RESULTS, OnlineOptions, validate_progressively
+from dlrm_jax.training.online import RESULTS, validate_progressively
+from dlrm_jax.training.periods import OnlineOptions
 
 FLAGS = flags.FLAGS
 _LOG = logging.getLogger("dlrm_jax")
@@ -50,15 +52,17 @@ def _options() -> OnlineOptions:
 
 def main() -> None:
     """Flags to config, config to scores, scores to the screen, a file and a picture."""
-    config, options = config_from_flags(), _options()
+    config, options = config_from_flags(publishes=True), _options()
     require(bool(FLAGS.workdir), "--workdir is missing; it says where the model, its scores and the picture go")
     workdir = pathlib.Path(FLAGS.workdir)
     files.require_output_directory("workdir", workdir)
+    if config.publishing.model_dir:
+        files.require_output_directory("publish", pathlib.Path(config.publishing.model_dir))
     ignored = [f"--{name}" for name, value in _AS_IF.items() if FLAGS[name].present and FLAGS[name].value != value]
     if ignored:
         _LOG.warning("without effect: %s; each period is gone through once", ", ".join(ignored))
     with exiting_when_interrupted():
-        result = validate_progressively(config, options, workdir, flagfile_text(), open_exported)
+        result = validate_progressively(config, options, workdir, flagfile_text(), open_exported, open_publisher)
     if not processes.is_first():
         return
     print(by_period.table(result["periods"]))

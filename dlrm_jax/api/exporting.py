@@ -18,6 +18,7 @@ from dlrm_jax.serving.artifact.quantise import stored_table
 from dlrm_jax.serving.artifact.store import Version, open_version
 from dlrm_jax.serving.artifact.written import floats_of, pieces_of, table_of
 from dlrm_jax.training.options import ShardingOptions
+from dlrm_jax.training.publish_options import require_spare_rows
 
 NEWEST = "newest"
 _LARGEST_BATCH = 16384
@@ -60,7 +61,7 @@ def export(
 
 def parent_of(out: pathlib.Path, delta_from: str, tables: str | None, spare_rows: float) -> Version | None:
     """The version of `out` that --delta_from names, if it does; ConfigError where the others do not go with it."""
-    require(0 <= spare_rows <= 10, f"--spare_rows={spare_rows:g}; give a share of the rows, from 0 to 10")
+    require_spare_rows(spare_rows)
     if not delta_from:
         return None
     require(

@@ -191,7 +191,7 @@ def config_from_flags(values: flags.FlagValues = FLAGS, publishes: bool = False)
     As --publish where the command does not train one run, and so no one `publishes`.
     """
     config = unchecked_config(values)
-    where = f"--publish={config.publishing.model_dir} is for dlrm_jax.train"
+    where = f"--publish={config.publishing.model_dir} is for dlrm_jax.train and dlrm_jax.online"
     require(publishes or not config.publishing.model_dir, f"{where}; leave it out here")
     known = run_settings()
     for line in _without_effect(config, {name: known[name] for name in given(values)}, values):

@@ -8,7 +8,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import jax
 import numpy as np
@@ -25,6 +25,9 @@ _DAY = 24 * 3600 * 1000
 
 HEARTBEAT_SECONDS = 15
 """A process that is silent for so long is taken for dead, and the others end."""
+
+
+Held = TypeVar("Held")
 
 
 class Disagreement(ConfigError):
@@ -163,6 +166,40 @@ def largest(value: int) -> int:
     if jax.process_count() == 1:
         return value
     return int(multihost_utils.process_allgather(np.int32(value)).max())
+
+
+def from_first(values: np.ndarray) -> np.ndarray:
+    """The first process's `values`, of one shape and type in all; every process must ask."""
+    if jax.process_count() == 1:
+        return values
+    return np.asarray(multihost_utils.broadcast_one_to_all(values))
+
+
+def of_all(values: np.ndarray) -> np.ndarray:
+    """(processes, ...): the `values` of each, of one shape and type in all; every process must ask."""
+    if jax.process_count() == 1:
+        return values[None]
+    return np.asarray(multihost_utils.process_allgather(values))
+
+
+@contextlib.contextmanager
+def first_holds(held: contextlib.AbstractContextManager[Held], refusal: str) -> Iterator[Held | None]:
+    """What the first process enters for all of them, None in the others.
+
+    Where it cannot, for a ConfigError or an OSError, all raise: the others ConfigError with `refusal`.
+    """
+    entered: Held | None = None
+    error: Exception = ConfigError(refusal)
+    failed = False
+    with contextlib.ExitStack() as stack:
+        if is_first():
+            try:
+                entered = stack.enter_context(held)
+            except (ConfigError, OSError) as found:
+                error, failed = found, True
+        if largest(int(failed)):
+            raise error
+        yield entered
 
 
 @contextlib.contextmanager

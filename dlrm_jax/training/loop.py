@@ -117,16 +117,8 @@ def train_and_evaluate(
 @contextlib.contextmanager
 def the_only_training(workdir: pathlib.Path) -> Iterator[None]:
     """Hold the workdir's lock, the first of several processes for all; ConfigError in all if it is taken."""
-    refusal: Exception = ConfigError(f"another training is running in {workdir}")
-    taken = False
-    with ExitStack() as stack:
-        if processes.is_first():
-            try:
-                stack.enter_context(files.alone(workdir / files.LOCK, str(refusal)))
-            except (ConfigError, OSError) as error:
-                refusal, taken = error, True
-        if processes.largest(int(taken)):
-            raise refusal
+    refusal = f"another training is running in {workdir}"
+    with processes.first_holds(files.alone(workdir / files.LOCK, refusal), refusal):
         yield
 
 
@@ -286,8 +278,8 @@ def train(
             # Several processes stop at one step: they ask each other where all have come to the end of a window.
             asked = alone or train_step.at_window_end or at_checkpoint
             signum = processes.largest(stop_signal[0] if stop_signal else 0) if asked else 0
-            at_version = versions is not None and versions.due(step)
-            if versions is not None and (at_version or train_step.at_window_end):
+            at_version = versions is not None and versions.due(step, asked)
+            if versions is not None and (at_version or at_eval or train_step.at_window_end):
                 versions.see(train_step.record, step)
             if signum or at_checkpoint or at_version or clock.just_started:
                 losses.flush(train_step.record, step)
@@ -310,7 +302,7 @@ def train(
                 raise Interrupted(signum, step)
             clock.resume()
         if versions is not None:
-            versions.finish(train_step.record, state, step)
+            versions.finish(state, step)
         memory = train_step.memory_bytes()
         if losses.overflows:
             _LOG.warning("%d steps needed further rounds of the exchange; raise --exchange_capacity", losses.overflows)

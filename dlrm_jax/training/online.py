@@ -9,29 +9,23 @@ import dataclasses
 import itertools
 import logging
 import pathlib
-from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import Any
 
 from dlrm_jax.config import ConfigError, differences, from_dict, require, tell
-from dlrm_jax.data.read.dataset import Rows
 from dlrm_jax.data.read.load import named
-from dlrm_jax.data.read.periods import between, periods_of, rows_of_period
-from dlrm_jax.data.read.pipeline import Cut, process_shard, steps_per_epoch
 from dlrm_jax.data.read.windows import concatenate
 from dlrm_jax.host import heap, processes
 from dlrm_jax.training import checkpoint, reporting
 from dlrm_jax.training.beginning import begin
-from dlrm_jax.training.evaluation import Evaluator
 from dlrm_jax.training.evicting import Eviction
-from dlrm_jax.training.feed import make_feed
-from dlrm_jax.training.forgetting import make_decay
 from dlrm_jax.training.loop import the_only_training
 from dlrm_jax.training.monitor import Interrupted, Losses, catch_signals
-from dlrm_jax.training.opening import open_run
 from dlrm_jax.training.origin import OpenModel
+from dlrm_jax.training.periods import Online, OnlineOptions
 from dlrm_jax.training.placement import failing_in_one_line
 from dlrm_jax.training.progress import Progress
+from dlrm_jax.training.publishing import OpenPublisher, Publishing, publishing
 from dlrm_jax.training.run_config import RunConfig, identity_of
 from dlrm_jax.training.state import TrainState
 from dlrm_jax.training.stepper import Stepper
@@ -44,94 +38,18 @@ EVICTED = "evicted"
 """Key of how many rows of each table were evicted behind a period."""
 
 
-@dataclasses.dataclass(frozen=True)
-class OnlineOptions:
-    """`periods` are FIRST:LAST by name, all where empty. A model is frozen after so many (0: none); one is trained anew
-    before each period, in so many passes over all before it (0: none).
-    """
-
-    periods: str = ""
-    frozen_after: int = 1
-    retrain: int = 0
-    decay_sums: float = 1.0
-    """What Adagrad's sums are multiplied with behind each period."""
-    evict_after: int = 0
-    """Periods after which a row that none of them asked for becomes the out-of-vocabulary row; 0: never."""
-
-    def __post_init__(self) -> None:
-        for name in ("frozen_after", "retrain", "evict_after"):
-            value = getattr(self, name)
-            require(value >= 0, f"--{name}={value}; it must not be negative")
-        require(0 < self.decay_sums <= 1, f"--decay_sums={self.decay_sums:g}; it must be above 0, and 1 at most")
-
-
-class Online:
-    """What stays fixed during one call of `validate_progressively`."""
-
-    def __init__(self, config: RunConfig, options: OnlineOptions, workdir: pathlib.Path) -> None:
-        self.config, self.options, self.workdir = config, options, workdir
-        self.opened = open_run(config, workdir)
-        self.dataset = self.opened.dataset
-        self.periods = periods_of(self.dataset)
-        if options.periods:
-            self.periods = between(self.periods, options.periods)
-        last = len(self.periods) - 1
-        require(last >= 1, f"there is one period, {self.periods[0].name}: it takes two to score a trained model")
-        require(
-            options.frozen_after <= last,
-            f"--frozen_after={options.frozen_after}; behind it must be one of {last + 1} periods",
-        )
-        self.rows = [rows_of_period(self.dataset, period) for period in self.periods]
-        self.placed = self.opened.place(checkpoint.COPIES)
-        cut = Cut(config.batch_size, multiple=self.placed.num_devices * config.num_micro_batches, shard=process_shard())
-        self.feed = make_feed(self.placed, self.dataset, self.dataset.splits["train"], cut)
-        # Of one size for all periods that are not smaller: the scoring step is compiled once.
-        typical = sorted(map(len, self.rows))[len(self.rows) // 2]
-        self.evaluate = Evaluator(
-            dataclasses.replace(config, eval_batch_size=min(config.eval_batch_size, typical)), self.placed, self.dataset
-        )
-        self.decay = None if options.decay_sums == 1 else make_decay(self.placed, options.decay_sums)
-        after = options.evict_after
-        self.evict = Eviction(self.placed, self.dataset, self.rows, after) if after else None
-        self._stepper: Stepper | None = None
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """What must be equal for a run to go on, as JSON has it."""
-        chosen = {key: value for key, value in dataclasses.asdict(self.options).items() if key != "retrain"}
-        return chosen | {"periods": [period.name for period in self.periods]}
-
-    def scores(self, state: TrainState, number: int) -> dict[str, Any]:
-        """The metrics of a state on a period."""
-        values = self.evaluate(state, self.rows[number])
-        return reporting.json_ready({name: values.get(name) for name in reporting.METRIC_COLUMNS})
-
-    def steps(self, rows: Rows) -> int:
-        """Batches of one pass."""
-        return steps_per_epoch(len(rows), self.config.batch_size)
-
-    def stepper(self, windows: Any) -> Stepper:
-        """Steps through other windows with what is compiled already."""
-        if self._stepper is None:
-            self._stepper = Stepper(self.config, self.placed, self.feed, windows)
-        else:
-            self._stepper.go_on_with(windows)
-        return self._stepper
-
-    def passes(self, first: int) -> Iterator[Iterator[Any]]:
-        """One pass over each period from number `first` on, in order; then the last one, for who reads ahead."""
-        numbers = itertools.chain(range(first, len(self.rows)), itertools.repeat(len(self.rows) - 1))
-        return (self.rows[n].sources(self.config.seed, n, self.config.shuffle) for n in numbers)
-
-
 def validate_progressively(
     config: RunConfig,
     options: OnlineOptions,
     workdir: pathlib.Path,
     flagfile: str | None = None,
     open_model: OpenModel | None = None,
+    open_publisher: OpenPublisher | None = None,
 ) -> dict[str, Any]:
-    """Score and train on period after period, or go on with it, in `workdir`; what `online.json` says."""
+    """Score and train on period after period, or go on with it, in `workdir`; what `online.json` says.
+
+    `open_model` opens the exported model of --init_from, `open_publisher` what writes the versions of --publish.
+    """
     checkpoint.require_name(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     with the_only_training(workdir):
@@ -145,7 +63,11 @@ def validate_progressively(
             if processes.is_first():
                 _write_settings(run, progress, flagfile)
             heap.keep_freed_temporaries()
-            _live(run, state, progress, checkpoints, log, stop)
+            opened = publishing(config, run.placed, run.feed, run.dataset, open_publisher, int(state.step))
+            with opened as versions:
+                state = _live(run, state, progress, checkpoints, log, stop, versions)
+                if versions is not None:
+                    versions.finish(state, int(state.step))
             checkpoints.wait()
             if options.retrain:
                 del state
@@ -192,11 +114,12 @@ def _live(
     checkpoints: checkpoint.Checkpoints,
     log: reporting.MetricsLog,
     stop: list[int],
-) -> None:
-    """Score each period that is left, and train on it."""
+    versions: Publishing | None,
+) -> TrainState:
+    """Score each period that is left, train on it, and publish what comes of it; the last state."""
     done, scores, step = progress.online["done"], progress.online["scores"], int(state.step)
     if done == len(run.periods):
-        return
+        return state
     with run.feed.windows(run.passes(done), step) as windows:
         train_step = run.stepper(windows)
         losses = Losses(
@@ -209,14 +132,14 @@ def _live(
         )
         for number in range(done, len(run.periods)):
             _score(run, scores, LIVING, state, number)
-            state = _train(run, train_step, losses, state, step, run.steps(run.rows[number]), stop)
+            state = _train(run, train_step, losses, state, step, run.steps(run.rows[number]), stop, versions)
             step += run.steps(run.rows[number])
             if run.decay is not None:
                 state = run.decay(state)
             if run.evict is not None:
-                state, evicted = run.evict(state, number)
-                scores[run.periods[number].name][EVICTED] = evicted
-                _LOG.info("%s: %s rows evicted", run.periods[number].name, f"{sum(evicted.values()):,}")
+                state = _evict(run, run.evict, state, number, scores, versions)
+            if versions is not None:  # Before the checkpoint: who goes on behind it finds this version there.
+                versions.publish(state, step)
             progress.losses = losses.held()
             if number + 1 == run.options.frozen_after:
                 for later in range(number + 1, len(run.periods)):
@@ -225,21 +148,54 @@ def _live(
             record = {"identity": run.opened.identity, "progress": dataclasses.asdict(progress)}
             checkpoints.save(checkpoint.LATEST, state, run.placed, record | {"schema": run.dataset.schema})
             _write_results(run, progress)
+    return state
+
+
+def _evict(
+    run: Online,
+    evict: Eviction,
+    state: TrainState,
+    number: int,
+    scores: dict[str, Any],
+    versions: Publishing | None,
+) -> TrainState:
+    """The state behind a period without rows that nobody asks for any more, which are counted, and marked."""
+    state, evicted = evict(state, number)
+    scores[run.periods[number].name][EVICTED] = evicted
+    _LOG.info("%s: %s rows evicted", run.periods[number].name, f"{sum(evicted.values()):,}")
+    if versions is not None:
+        versions.mark(evict.rows(number))
+    return state
 
 
 def _train(
-    run: Online, train_step: Stepper, losses: Losses, state: TrainState, step: int, count: int, stop: list[int]
+    run: Online,
+    train_step: Stepper,
+    losses: Losses,
+    state: TrainState,
+    step: int,
+    count: int,
+    stop: list[int],
+    versions: Publishing | None = None,
 ) -> TrainState:
     """`count` steps from `step` on. Interrupted after a signal: what is saved is the period before."""
     end = step + count
     while step < end:
-        taken, state = train_step(state, step, end - step)
+        to_version = (versions and versions.undisturbed(step)) or count
+        taken, state = train_step(state, step, min(end - step, to_version))
         step += taken
-        if step < end and train_step.at_window_end:
-            losses.push(train_step.record, step)
         asked = processes.count() == 1 or train_step.at_window_end or step == end
         if asked and (signum := processes.largest(stop[0] if stop else 0)):
             raise Interrupted(signum, step)
+        at_version = versions is not None and step < end and versions.due(step, asked)
+        if versions is not None and (at_version or train_step.at_window_end or step == end):
+            versions.see(train_step.record, step)
+        if versions is not None and at_version:
+            losses.flush(train_step.record, step)
+            train_step.pause()
+            versions.publish(state, step)
+        elif step < end and train_step.at_window_end:
+            losses.push(train_step.record, step)
     losses.flush(train_step.record, step)
     train_step.pause()
     return state

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from dlrm_jax.config import ModelConfig
+from dlrm_jax.host import processes
 from dlrm_jax.planning.cost import marks_bytes
 from dlrm_jax.tables.id_maps import row_numbers
 
@@ -67,6 +68,16 @@ class Touched:
     def rows(self) -> dict[str, np.ndarray]:
         """The rows that were asked for, rising, by table."""
         return {table: np.flatnonzero(self.of(table)) for table in self._rows}
+
+    def mark(self, table: str, row_M: np.ndarray) -> None:
+        """Mark rows of a table that something else than a step has moved."""
+        self.of(table)[row_M] = True
+
+    def join(self) -> None:
+        """Mark what the batches of other processes named too; every process must ask."""
+        if processes.count() > 1:
+            of_each = processes.of_all(np.packbits(self._marks))
+            self._marks[:] = np.unpackbits(np.bitwise_or.reduce(of_each), count=len(self._marks))
 
     def clear(self) -> None:
         """Forget all."""

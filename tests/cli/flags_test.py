@@ -108,6 +108,7 @@ SETTINGS = {
     "publish_every": ("30s", "publishing.every", "30s"),
     "publish_whole_every": ("7", "publishing.whole_every", 7),
     "publish_tables": ("int8", "publishing.tables", "int8"),
+    "spare_rows": ("0.5", "publishing.spare_rows", 0.5),
     "keep": ("3", "publishing.keep", 3),
     "init_steps": ("reset", "init_steps", "reset"),
     "init_only": ("tables", "init_only", "tables"),
@@ -206,7 +207,9 @@ NEEDS = {
     **dict.fromkeys(("num_examples", "num_periods"), ()),
     "drift": ("num_periods=6",),
     **dict.fromkeys(("init_steps", "init_only"), ("init_from=runs/yesterday",)),
-    **dict.fromkeys(("publish_every", "publish_whole_every", "publish_tables", "keep"), ("publish=models/live",)),
+    **dict.fromkeys(
+        ("publish_every", "publish_whole_every", "publish_tables", "spare_rows", "keep"), ("publish=models/live",)
+    ),
     "max_rows_per_table": ("dataset=criteo_kaggle", "data_dir=raw"),
     **dict.fromkeys(("num_dense", "id_skew", "id_trace"), ("dataset=synthetic",)),
     "table_sizes": ("dataset=synthetic",),
@@ -276,7 +279,9 @@ def parse():
 def test_only_who_trains_one_run_publishes(parse):
     parse("publish=models/live")
     assert config_from_flags(publishes=True).publishing.seconds == 60
-    with pytest.raises(ConfigError, match=r"--publish=models/live is for dlrm_jax\.train; leave it out here"):
+    with pytest.raises(
+        ConfigError, match=r"--publish=models/live is for dlrm_jax\.train and dlrm_jax\.online; leave it out here"
+    ):
         config_from_flags()
 
 

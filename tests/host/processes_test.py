@@ -17,6 +17,7 @@ from dlrm_jax.host.processes import join
 from tests.data.preparation_test import kaggle_text
 from tests.helpers import ROOT, has_logged, until
 from tests.prepared_helpers import prepare_text
+from tests.serving.publish_onto_test import assert_newest_is_an_export, parents
 
 FLAGS = {
     **{"num_examples": 2000, "embedding_dim": 4, "bottom_mlp": "8,4", "top_mlp": "8,1", "batch_size": 64},
@@ -68,7 +69,7 @@ def test_every_placement_on_two_processes_equals_one_device():
 @pytest.fixture(scope="module")
 def together(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("together")
-    running = train(workdir, 2, 2)
+    running = train(workdir, 2, 2, publish=workdir / "live", publish_every=9, publish_tables="bfloat16")
     texts = outputs(running)
     assert [process.returncode for process in running] == [0, 0], texts
     return workdir, texts
@@ -88,6 +89,18 @@ def test_two_processes_write_once_and_equal_one(tmp_path, together):
     assert [line["step"] for line in ours] == [line["step"] for line in theirs]
     losses = [np.array([line["loss"] for line in lines]) for lines in (ours, theirs)]
     np.testing.assert_allclose(*losses, rtol=0, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.end_to_end
+def test_two_processes_publish_what_both_of_them_have(tmp_path, together):
+    """Each holds half of the rows of every table, and marks what its half of each batch names."""
+    workdir, texts = together
+    published = [line for line in texts[0].splitlines() if "published version" in line]
+    assert "version 1, step 9: whole" in published[0] and "published" not in texts[1]
+    assert parents(workdir / "live") == [None, *range(1, 7)] and len(published) == 7
+    assert all("rows that changed" in line for line in published[1:])
+    assert_newest_is_an_export(workdir / "live", workdir, tmp_path, tables="bfloat16")
 
 
 @pytest.mark.slow

@@ -19,7 +19,8 @@ from dlrm_jax.tables.plan import make_plan
 from dlrm_jax.training import loop, online
 from dlrm_jax.training.evicting import Eviction
 from dlrm_jax.training.forgetting import make_decay
-from dlrm_jax.training.online import OnlineOptions, validate_progressively
+from dlrm_jax.training.online import validate_progressively
+from dlrm_jax.training.periods import OnlineOptions
 from dlrm_jax.training.placed import Placed, on_one_device
 from tests.helpers import optimizer, tiny_model
 from tests.placement_helpers import by_name, slots_by_name
