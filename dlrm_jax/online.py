@@ -53,6 +53,8 @@ def _options() -> OnlineOptions:
 def main() -> None:
     """Flags to config, config to scores, scores to the screen, a file and a picture."""
     config, options = config_from_flags(publishes=True), _options()
+    asked = config.records.asked
+    require(not asked, f"{' and '.join(asked)}: for dlrm_jax.train alone; leave it out here")
     require(bool(FLAGS.workdir), "--workdir is missing; it says where the model, its scores and the picture go")
     workdir = pathlib.Path(FLAGS.workdir)
     files.require_output_directory("workdir", workdir)

@@ -11,7 +11,7 @@ sys.path.insert(0, str(ROOT))
 
 NAVIGATION = {
     "Begin": ("LOGS", "SCHEMA", "CONCEPTS", "TRAINING", "TROUBLE"),
-    "Go on": ("MODEL", "JUDGING", "GROWING", "PUBLISHING", "DEVICES", "SPEED", "SERVING"),
+    "Go on": ("MODEL", "JUDGING", "RECORDS", "GROWING", "PUBLISHING", "DEVICES", "SPEED", "SERVING"),
     "Come from elsewhere": ("REFERENCE", "MIGRATING"),
     "Python": ("PYTHON", "API", "ADDING"),
     "Look up": ("FLAGS", "DESIGN", "LIMITS"),

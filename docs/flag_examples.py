@@ -56,6 +56,8 @@ EXAMPLES = {
     "checkpoint_every": "500",
     "target_value": "0.8025",
     "profile_steps": "100:110",
+    "mllog": "org:Example,division:open",
+    "histogram_rows": "10000",
     "init_from": "runs/days_1_to_8",
     "sharding_plan": "plan.json",
     "mesh": "data:2,model:4",
@@ -105,6 +107,7 @@ EXAMPLES = {
 }
 
 UNITS = {
+    "histogram_rows": "rows, numbers",
     "publish_whole_every": "versions",
     "keep": "whole versions",
     "spare_rows": "share of the rows",

@@ -32,6 +32,7 @@ from dlrm_jax.data.schema.schema import Schema
 from dlrm_jax.data.schema.schema_io import from_dict
 from dlrm_jax.training.options import ShardingOptions
 from dlrm_jax.training.publish_options import PublishOptions
+from dlrm_jax.training.record_options import RecordOptions
 from dlrm_jax.training.run_config import ModelOptions, RunConfig
 
 DOCS = pathlib.Path(__file__).resolve().parent
@@ -44,6 +45,7 @@ GROUPS = (
     ("The optimizers", OptimizerConfig),
     ("The run", RunConfig),
     ("Several devices", ShardingOptions),
+    ("Records of the run", RecordOptions),
     ("Versions while it trains", PublishOptions),
 )
 """The dataclasses whose fields are the flags of a run, in the order in which data flows."""

@@ -85,7 +85,7 @@ def test_no_page_names_a_flag_that_is_none():
     """Each `--flag` of README and docs/ is in FLAGS.md, or is another program's, on a page about it."""
     known = set(re.findall(r"^\| `--(\w+)`", (DOCS / "FLAGS.md").read_text(), re.MULTILINE))
     known |= {f"no{name}" for name in known} | {"flagfile", "help", "helpfull", "name", "noname"}
-    others = {"check", "part", "rows", "scaled_times", "max", "dcn_num_layers", "dcn_low_rank_dim"}
+    others = {"check", "part", "rows", "scaled_times", "max", "dcn_num_layers", "dcn_low_rank_dim", "ruleset"}
     for path in (ROOT / "README.md", *DOCS.glob("*.md")):
         text = path.read_text()
         if path.name == "REFERENCE.md":

@@ -111,6 +111,7 @@ _TITLES = {
     "optimizer.schedule": "learning rate",
     "": "the run",
     "sharding": "placement on devices",
+    "records": "records of the run",
     "publishing": "versions while it trains",
 }
 """What the groups of --help are called, by the fields of RunConfig that lead to their settings."""

@@ -128,7 +128,7 @@ REFERENCE_FLAGS = (
         REFUSED,
     ),
     # MLPerf.
-    ReferenceFlag("mlperf-logging", False, "none: AUC is always computed, of all rows", REFUSED),
+    ReferenceFlag("mlperf-logging", False, "`--mllog=org:NAME`; AUC is always computed, of all rows", REFUSED),
     ReferenceFlag("mlperf-acc-threshold", 0.0, "`--target_metric=accuracy --target_value=0.789`", REFUSED),
     ReferenceFlag("mlperf-auc-threshold", 0.0, "`--target_metric=auc --target_value=0.8025`", REFUSED),
     ReferenceFlag("mlperf-bin-loader", False, "`python -m dlrm_jax.prepare --schema=mlperf_bin`", REFUSED),

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
-from dlrm_jax.config import Lookup, ModelConfig, OptimizerConfig
+from dlrm_jax.config import ModelConfig, OptimizerConfig
 from dlrm_jax.config.learning import ALL_ROWS
 from dlrm_jax.host.mesh import BATCH_SPEC, DATA, MODEL
 from dlrm_jax.tables.collective import ExchangeOptions, sum_over_shards
@@ -213,7 +213,7 @@ class _Parts:
         bags: dict[int, list[jax.Array]] = {dim: [] for dim in self._model.dims}
         for stack in self._stacks:
             take = self._take and self._take(stack.dim)
-            here = Here(stack, self._options, _of(stack, tables), take, self._fused_for(stack).pool)
+            here = Here(stack, self._options, arrays_of(stack, tables), take, self._fused_for(stack).pool)
             found, new_routes[stack.name] = stack.form.lookup(here, routes[stack.name])
             bags[stack.dim].append(found)
         pooled = []
@@ -234,13 +234,13 @@ class _Parts:
         factor: jax.Array | float = 1.0,
     ) -> tuple[Arrays, Arrays]:
         tables, states = dict(tables), dict(states)
-        for stack, of_stack in self._of_stacks(d_pooled):
+        for stack, of_stack in of_stacks(self._model, self._stacks, d_pooled):
             of_rows, of_weights = self._updates(stack, rate, count, factor)
             here = Learning(
                 stack,
                 self._options,
-                _of(stack, tables),
-                states=_of(stack, states),
+                arrays_of(stack, tables),
+                states=arrays_of(stack, states),
                 of_rows=of_rows,
                 of_weights=of_weights,
             )
@@ -253,9 +253,9 @@ class _Parts:
     def squares(self, tables: Arrays, routes: Arrays, d_pooled: Pooled) -> jax.Array:
         """Sum of the squares of all rows' gradients; what each shard has of its own is added up."""
         own = everywhere = jnp.zeros(())
-        for stack, of_stack in self._of_stacks(d_pooled):
+        for stack, of_stack in of_stacks(self._model, self._stacks, d_pooled):
             l2 = self._optimizer.table_l2 if self._optimizer else 0.0
-            arrays = _of(stack, tables)
+            arrays = arrays_of(stack, tables)
             here = Learning(
                 stack,
                 self._options,
@@ -284,16 +284,6 @@ class _Parts:
     def _moves_all(self) -> bool:
         return self._optimizer is not None and self._optimizer.table_update == ALL_ROWS
 
-    def _of_stacks(self, d_pooled: Pooled) -> Iterator[tuple[Stack, jax.Array]]:
-        """Each stack with the gradient of its pooled vectors."""
-        gradients = dict(zip(self._model.dims, d_pooled if isinstance(d_pooled, tuple) else (d_pooled,), strict=True))
-        for stack in self._stacks:
-            of_dim = [i for i, one in enumerate(self._model.lookups) if self._dim(one) == stack.dim]
-            yield stack, gradients[stack.dim][:, np.searchsorted(of_dim, stack.features)]
-
-    def _dim(self, lookup: Lookup) -> int:
-        return self._model.table(lookup.part.table).embedding_dim
-
     def _fused_for(self, stack: Stack) -> Fused:
         whole = stack.pack == 1 and not stack.form.splits_columns
         return self._fused if whole else NOT_FUSED
@@ -318,5 +308,15 @@ class _Parts:
         return rows, weights
 
 
-def _of(stack: Stack, arrays: Arrays) -> Arrays:
+def of_stacks(model: ModelConfig, stacks: tuple[Stack, ...], d_pooled: Pooled) -> Iterator[tuple[Stack, jax.Array]]:
+    """Each stack with the gradient of its pooled vectors."""
+    dims = [model.table(lookup.part.table).embedding_dim for lookup in model.lookups]
+    gradients = dict(zip(model.dims, d_pooled if isinstance(d_pooled, tuple) else (d_pooled,), strict=True))
+    for stack in stacks:
+        of_dim = [i for i, dim in enumerate(dims) if dim == stack.dim]
+        yield stack, gradients[stack.dim][:, np.searchsorted(of_dim, stack.features)]
+
+
+def arrays_of(stack: Stack, arrays: Arrays) -> Arrays:
+    """Those of a stack, by name."""
     return {name: arrays[name] for name in (stack.name, stack.name + POOLING_WEIGHTS) if name in arrays}

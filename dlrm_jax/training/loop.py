@@ -20,6 +20,8 @@ from dlrm_jax.training import checkpoint, plateau, reporting, temperature
 from dlrm_jax.training.beginning import begin
 from dlrm_jax.training.evaluation import Evaluator, evaluate_splits
 from dlrm_jax.training.feed import Room, make_feed
+from dlrm_jax.training.histograms import Histograms
+from dlrm_jax.training.mllog import Length, MlperfLog, Records, facts_of, path_of
 from dlrm_jax.training.monitor import Clock, Interrupted, Losses, Speed, catch_signals
 from dlrm_jax.training.opening import open_run
 from dlrm_jax.training.origin import OpenModel
@@ -27,6 +29,7 @@ from dlrm_jax.training.placement import failing_in_one_line, prediction, setting
 from dlrm_jax.training.profiling import StepsTrace
 from dlrm_jax.training.progress import Progress, stopping
 from dlrm_jax.training.publishing import OpenPublisher, Publishing, publishing
+from dlrm_jax.training.record_options import parse_submission
 from dlrm_jax.training.run_config import EARLIER_SCHEDULES, RunConfig, identity_of
 from dlrm_jax.training.state import TrainState
 from dlrm_jax.training.stepper import Stepper
@@ -40,7 +43,7 @@ class Run:
     """What stays fixed during one call of `train_and_evaluate`."""
 
     def __init__(self, config: RunConfig, workdir: pathlib.Path, progress: bool = True) -> None:
-        self.config, self.workdir = config, workdir
+        self.config, self.workdir, self.init_seconds = config, workdir, time.time()
         _LOG.info("loading %s", config.data.data_dir or config.data.dataset)
         opened = open_run(config, workdir)
         self.model, self.dataset, self.identity = opened.model, opened.dataset, opened.identity
@@ -151,11 +154,13 @@ def _train_and_evaluate(
             if flagfile is not None:
                 (workdir / "flags.txt").write_text(flagfile)
         resumed_at = int(state.step)
-        log = stack.enter_context(reporting.MetricsLog(workdir, resumed_at, silent=not run.writes))
+        metrics = reporting.MetricsLog(workdir, resumed_at, silent=not run.writes)
+        mlperf = mlperf_log(run, progress, resumed_at)
+        records = Records(stack.enter_context(metrics), stack.enter_context(mlperf))
         stop_signal = stack.enter_context(catch_signals())
         opened = publishing(config, run.placed, run.feed, run.dataset, open_publisher, resumed_at)
         versions = stack.enter_context(opened)
-        state, speed, memory = train(run, state, progress, checkpoints, log, stop_signal, versions)
+        state, speed, memory = train(run, state, progress, checkpoints, records, stop_signal, versions)
         checkpoints.wait()
         result = final_result(run, state, progress, checkpoints, speed)
         result["step_cost"] = predicted_and_measured(run, speed, memory)
@@ -169,6 +174,18 @@ def _train_and_evaluate(
         except OSError as error:
             raise ResultNotWritten(result, error) from error
     return result
+
+
+def mlperf_log(run: Run, progress: Progress, resumed_at: int) -> MlperfLog:
+    """MLPerf's log of this process; it writes nothing where none is asked for, and where no step is left to take."""
+    rows = {name: len(split) for name, split in run.dataset.splits.items()}
+    length = Length(rows["train"], run.config.batch_size, run.began_at, run.last_step, run.eval_every)
+    submission = parse_submission(run.config.records.mllog)
+    if submission is None or not run.writes or progress.stopped is not None or resumed_at >= run.last_step:
+        return MlperfLog(None, length, {})
+    facts = facts_of(run.config, run.model, submission, rows, resumed_at)
+    path = path_of(run.workdir, resumed_at if resumed_at > run.began_at else 0)
+    return MlperfLog(path, length, facts, run.init_seconds)
 
 
 def restore_or_begin(
@@ -245,7 +262,7 @@ def train(
     state: TrainState,
     progress: Progress,
     checkpoints: checkpoint.Checkpoints,
-    log: reporting.MetricsLog,
+    records: Records,
     stop_signal: list[int],
     versions: Publishing | None = None,
 ) -> tuple[TrainState, Speed, int | None]:
@@ -253,25 +270,29 @@ def train(
     heap.keep_freed_temporaries()
     config, step, speed = run.config, int(state.step), Speed()
     alone = jax.process_count() == 1
+    records.mlperf.begin(step)
     with (
         run.feed.train_windows(config.seed, step, config.shuffle, run.began_at) as windows,
         reporting.Progress(run.last_step, step, config.batch_size, silent=not run.shows) as bar,
         StepsTrace(config.profile_steps, run.workdir, run.writes) as trace,
+        shown_of(run, records.metrics) as shown,
     ):
-        train_step = Stepper(config, run.placed, run.feed, windows)
+        train_step = Stepper(config, run.placed, run.feed, windows, shown)
         clock = Clock(train_step, config.batch_size)
 
         def write(logged_step: int, values: dict[str, Any]) -> None:
-            log.write(logged_step, "train", values | clock.waits(speed))
+            records.metrics.write(logged_step, "train", values | clock.waits(speed))
 
         names = run.dataset.dense_names
         losses = Losses(run.workdir, names, progress.losses, config.log_every, write, run.feed.host_batch)
         while step < run.last_step and progress.stopped is None:
             trace.before(step, state)
+            records.mlperf.before(step)
             to_version = versions and versions.undisturbed(step)
             taken, state = train_step(state, step, min(run.undisturbed(step), to_version or run.num_steps))
             step += taken
             trace.after(step, state, train_step.executable)
+            records.mlperf.after(step, state)
             own = step - run.began_at
             at_eval = own % run.eval_every == 0 or own == run.num_steps
             at_checkpoint = own % run.checkpoint_every == 0 or at_eval
@@ -294,13 +315,16 @@ def train(
             if versions is not None and at_version:
                 versions.publish(state, step)
             if at_eval:
-                state = evaluate_progress(run, state, step, progress, checkpoints, log)
+                state = evaluate_progress(run, state, step, progress, checkpoints, records)
             if at_checkpoint or signum or progress.stopped:
                 checkpoints.save(checkpoint.LATEST, state, run.placed, record_of(run, progress))
             if signum and progress.stopped is None and step < run.last_step:
                 checkpoints.wait()
                 raise Interrupted(signum, step)
             clock.resume()
+        best = progress.best_value
+        target_met = config.target_value is None or (best is not None and config.reaches_target(best))
+        records.mlperf.stop(step, success=target_met)
         if versions is not None:
             versions.finish(state, step)
         memory = train_step.memory_bytes()
@@ -309,21 +333,29 @@ def train(
     return state, speed, memory
 
 
+def shown_of(run: Run, log: reporting.MetricsLog) -> contextlib.AbstractContextManager[Histograms | None]:
+    """The histograms of a run, None where none are asked for."""
+    wanted = run.config.records.histogram_rows > 0
+    return Histograms(run.config, run.placed, log) if wanted else contextlib.nullcontext()
+
+
 def evaluate_progress(
     run: Run,
     state: TrainState,
     step: int,
     progress: Progress,
     checkpoints: checkpoint.Checkpoints,
-    log: reporting.MetricsLog,
+    records: Records,
 ) -> TrainState:
     """Evaluate on `val`, keep the best state, apply the stopping rules to `progress`; the state to go on with."""
     config, split = run.config, run.dataset.splits["val"]
     if not len(split):
         return state
+    records.mlperf.evaluates(step)
     scores = run.evaluate.score(state, split)
     values = scores.compute()
-    log.write(step, "val", values)
+    records.mlperf.evaluated(step, values["auc"])
+    records.metrics.write(step, "val", values)
     value = values[config.target_metric]
     progress.target_metric = config.target_metric
     progress.evals_since_best += 1

@@ -153,6 +153,10 @@ class Placed:
             out_shardings=(self.shardings, self.everywhere),
         )
 
+    def jit_observed(self, observed: Callable[..., Any], windows: Any) -> Any:
+        """`observed(state, window)` compiled likewise; the state stays, and every device has what comes of it."""
+        return jax.jit(observed, in_shardings=(self.shardings, windows), out_shardings=self.everywhere)
+
     def jit_route(self, cut: Callable[..., Batch], windows: Any) -> Any:
         """`(window, step) -> routes` of the batch that `cut` takes from the window, compiled."""
 

@@ -6,11 +6,13 @@ import pathlib
 import platform
 import sys
 import time
+from collections.abc import Mapping
 from importlib import metadata
 from types import TracebackType
 from typing import Any
 
 import jax
+import numpy as np
 from tqdm import tqdm
 
 from dlrm_jax.config import ConfigError
@@ -125,6 +127,18 @@ class MetricsLog:
         for name, value in values.items():
             if value is not None:
                 self._events.add_scalar(f"{split}/{name}", value, step)
+
+    def write_histogram(
+        self, step: int, name: str, found: Mapping[str, Any], limits: np.ndarray, counts: np.ndarray
+    ) -> None:
+        """`counts` of numbers up to each of `limits`; `found` has their `least`, `most`, `sum` and sum of `squares`."""
+        if self._silent:
+            return
+        least, most, total, squares = (float(found[key]) for key in ("least", "most", "sum", "squares"))
+        number = int(counts.sum())
+        self._events.add_histogram_raw(
+            name, least, most, number, total, squares, limits.tolist(), counts.tolist(), step
+        )
 
 
 class Progress:

@@ -38,6 +38,7 @@ from dlrm_jax.training.hidden_options import read_hidden
 from dlrm_jax.training.options import ShardingOptions
 from dlrm_jax.training.profiling import read_steps
 from dlrm_jax.training.publish_options import PublishOptions
+from dlrm_jax.training.record_options import RecordOptions
 from dlrm_jax.training.table_settings import read_table_settings, require_known
 
 TARGET_METRICS = ("auc", "log_loss", "accuracy", "normalized_entropy")
@@ -208,6 +209,7 @@ class RunConfig:
     init_only: str = setting(
         "", "With --init_from: `tables` takes embedding tables alone.", choices=("", TABLES_ONLY), needs=_BEGUN
     )
+    records: RecordOptions = dataclasses.field(default_factory=RecordOptions)
     publishing: PublishOptions = dataclasses.field(default_factory=PublishOptions)
     sharding: ShardingOptions = dataclasses.field(default_factory=ShardingOptions)
 

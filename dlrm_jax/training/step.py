@@ -133,14 +133,8 @@ def make_routed_step(
     dense_optimizer = make_dense_optimizer(optimizer)
 
     def train_step(state: TrainState, batch: Batch, routes: Any) -> tuple[TrainState, dict[str, jax.Array]]:
-        with jax.named_scope("lookup"):
-            pooled_BxFxD, routes = ops.lookup(state.tables, routes)
-        hidden = HiddenState(state.batch_stats)
-        if model.has_dropout:
-            hidden = hidden._replace(key=jax.random.fold_in(jax.random.key(seed), state.step))
-        loss_value, d_params, d_pooled_BxFxD, finite, batch_stats = dense_gradients(
-            model, loss, state.dense_params, batch, pooled_BxFxD, num_micro_batches, ops, hidden
-        )
+        found, routes = batch_gradients(model, loss, num_micro_batches, ops, seed, state, batch, routes)
+        loss_value, d_params, d_pooled_BxFxD, finite, batch_stats = found
         rate = schedule(state.step)
         if state.rate_factor is not None:
             rate *= state.rate_factor
@@ -172,6 +166,34 @@ def make_routed_step(
     return train_step
 
 
+def batch_gradients(
+    model: ModelConfig,
+    loss: LossConfig,
+    num_micro_batches: int,
+    ops: TableOps,
+    seed: int,
+    state: TrainState,
+    batch: Batch,
+    routes: Any,
+) -> tuple["Gradients", Any]:
+    """(what a step knows of a batch before it moves a weight, the routes with what the way back needs)."""
+    with jax.named_scope("lookup"):
+        pooled_BxFxD, routes = ops.lookup(state.tables, routes)
+    key = jax.random.fold_in(jax.random.key(seed), state.step) if model.has_dropout else None
+    parts = (state.dense_params, batch, pooled_BxFxD, num_micro_batches, ops, HiddenState(state.batch_stats, key))
+    return dense_gradients(model, loss, *parts), routes
+
+
+class Gradients(NamedTuple):
+    """The mean loss of a batch and its gradients, whether all are finite, and batch norms' new running averages."""
+
+    loss: jax.Array
+    d_params: Any
+    d_pooled_BxFxD: Pooled
+    finite: jax.Array
+    batch_stats: Any
+
+
 class HiddenState(NamedTuple):
     """What hidden layers need besides parameters: running averages of batch norms, and the step's key for dropout."""
 
@@ -191,11 +213,10 @@ def dense_gradients(
     num_micro_batches: int,
     ops: TableOps,
     hidden: HiddenState = _PLAIN,
-) -> tuple[jax.Array, Any, Pooled, jax.Array, Any]:
-    """(mean loss, gradient of the dense parameters, d_pooled_BxFxD, whether all are finite, new batch_stats).
+) -> Gradients:
+    """Each device adds the gradients of its own examples, part after part; only their sum is sent.
 
-    Each device adds the gradients of its own examples, part after part; only their sum is sent. Where there are batch
-    norms all devices work off a part together, as its means and variances are those of all its examples.
+    With batch norms all devices work off a part together, as its means and variances are those of all its examples.
     """
     total_weight = jnp.maximum(batch.weight_B.sum(), 1e-30)
     row_B = jnp.arange(len(batch.weight_B)) if model.has_dropout or model.has_batch_norm else None
@@ -237,7 +258,7 @@ def dense_gradients(
     finite = jnp.isfinite(value)
     for leaf in jax.tree.leaves((d_params, d_pooled_BxFxD)):
         finite &= jnp.isfinite(leaf).all()
-    return value, d_params, d_pooled_BxFxD, finite, batch_stats
+    return Gradients(value, d_params, d_pooled_BxFxD, finite, batch_stats)
 
 
 def _together(function: Callable[[Any, Any], tuple[Any, Any]], shared: Any, columns: Any) -> tuple[Any, Any]:

@@ -15,6 +15,7 @@ from dlrm_jax.data.read.pipeline import Prefetcher
 from dlrm_jax.host.memory import held_by
 from dlrm_jax.training import step_parts
 from dlrm_jax.training.feed import Feed, Traveller, Window
+from dlrm_jax.training.histograms import Histograms, make_observed
 from dlrm_jax.training.placed import Placed
 from dlrm_jax.training.placement import prediction
 from dlrm_jax.training.run_config import RunConfig
@@ -23,11 +24,13 @@ from dlrm_jax.training.step import make_pipelined_step, make_train_step
 from dlrm_jax.training.window_step import RECORDED, make_pipelined_window_step, make_window_step
 
 _LOG = logging.getLogger("dlrm_jax")
+OBSERVED = "observed"
 _COMPILED = {
     "plain": "training step",
     "several": "training step, several at once",
     "pipelined": "training step, with the next batch's exchange",
     "route": "exchange of the first batch's ids",
+    OBSERVED: "histograms",
 }
 _DISPATCH_SECONDS = 1e-3
 """A dispatch should take the device so long: the host needs a tenth of a millisecond for one (an H200 measured)."""
@@ -47,11 +50,13 @@ class Stepper:
     """Takes windows and steps through them, several ahead of the device.
 
     Pipelined steps give the same bits, several at once the same numbers. `wait_seconds` is how long the device waited
-    for input, `host_seconds` how long, at most, it waited for a dispatch.
+    for input, `host_seconds` how long, at most, it waited for a dispatch. `histograms` are of what it steps through.
     """
 
-    def __init__(self, config: RunConfig, placed: Placed, feed: Feed, windows: Windows) -> None:
-        self._windows, self._feed = windows, feed
+    def __init__(
+        self, config: RunConfig, placed: Placed, feed: Feed, windows: Windows, histograms: Histograms | None = None
+    ) -> None:
+        self._windows, self._feed, self._histograms = windows, feed, histograms
         pipelined = config.sharding.pipeline
         require(
             config.steps_per_dispatch < 2 or not pipelined,
@@ -63,6 +68,8 @@ class Stepper:
         self._pipeline = _Pipeline(placed, make_pipelined_step(*settings), feed) if pipelined else None
         self._plain = placed.jit_window_step(make_window_step(step, feed), shardings)
         self._several = placed.jit_window_step(make_window_step(step, feed, self.at_once), shardings)
+        observed = make_observed(config, placed, feed) if histograms else None
+        self._observed = observed and placed.jit_observed(observed, shardings)
         empty = functools.partial(jnp.full, (feed.cut.steps, len(RECORDED)), np.nan, jnp.float32)
         self._empty_record = jax.jit(empty, out_shardings=placed.everywhere)
         self._one_by_one = placed.one_by_one
@@ -86,6 +93,8 @@ class Stepper:
         if self._one_by_one:
             jax.block_until_ready(done)
         idle = self._dispatched_at is not None and not self._one_by_one and done.is_ready()
+        if self._histograms is not None and self._histograms.due(step):
+            self._observe(self._histograms, state, step)
         count = self.at_once if 1 < self.at_once <= min(at_most, self._left) else 1
         if self._pipeline is not None:
             if self._left == 1:
@@ -132,6 +141,11 @@ class Stepper:
         """What follows, as an evaluation, is no waiting for a dispatch."""
         self._dispatched_at = None
 
+    def _observe(self, histograms: Histograms, state: TrainState, step: int) -> None:
+        found = self._compiled(OBSERVED, self._observed, state, self._window)
+        histograms.push(step, jax.block_until_ready(found) if self._one_by_one else found)
+        self._dispatched_at = None
+
     def _enter_next_window(self, step: int) -> None:
         traveller, self._window = self._following or self._taken()
         self._following = None
@@ -161,7 +175,7 @@ class Stepper:
     @property
     def executable(self) -> Any:
         """The step compiled last."""
-        return list(self._executables.values())[-1]
+        return [one for name, one in self._executables.items() if name != OBSERVED][-1]
 
     def memory_bytes(self) -> int | None:
         """What the largest of the compiled steps holds on a device, by XLA's account; None before the first step."""

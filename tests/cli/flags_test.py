@@ -104,6 +104,8 @@ SETTINGS = {
     "patience": ("17", "patience", 17),
     "allow_schedule_change": ("true", "allow_schedule_change", True),
     "init_from": ("runs/yesterday", "init_from", "runs/yesterday"),
+    "mllog": ("org:Example", "records.mllog", "org:Example"),
+    "histogram_rows": ("500", "records.histogram_rows", 500),
     "publish": ("models/live", "publishing.model_dir", "models/live"),
     "publish_every": ("30s", "publishing.every", "30s"),
     "publish_whole_every": ("7", "publishing.whole_every", 7),
