@@ -4,6 +4,7 @@ What one test compiled is there for the others, in other processes too: compilin
 """
 
 import atexit
+import collections
 import os
 import shutil
 import tempfile
@@ -25,6 +26,21 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 hypothesis.settings.register_profile("repeat", derandomize=True)
 hypothesis.settings.register_profile("explore")
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeat"))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Of a test that is marked `sample(n)`, all cases but n, evenly spaced, are exhaustive."""
+    cases = collections.defaultdict(list)
+    for item in items:
+        if item.get_closest_marker("sample") and not item.get_closest_marker("exhaustive"):
+            cases[item.path, item.originalname].append(item)
+    for of_one in cases.values():
+        count = min(of_one[0].get_closest_marker("sample").args[0], len(of_one))
+        kept = {i * (len(of_one) - 1) // max(1, count - 1) for i in range(count)}
+        for i, item in enumerate(of_one):
+            if i not in kept:
+                item.add_marker(pytest.mark.exhaustive)
 
 
 @pytest.fixture

@@ -101,6 +101,7 @@ def test_a_gpus_parts_are_of_programs_without_command_buffers(monkeypatch):
 
 
 @pytest.mark.parametrize("flags", [("--steps_per_dispatch=4",), ("--pipeline_exchange", "--sharding=row_wise")])
+@pytest.mark.sample(1)
 def test_the_step_measured_is_the_runs_own(tmp_path, flags):
     found = {}
     for name, these in (("plain", flags[1:]), ("own", flags)):

@@ -81,6 +81,7 @@ def attempt(name: str, data: bytes, policy: str, chunk_bytes: int, of=LOG) -> tu
 @pytest.mark.parametrize("name", BASES)
 @given(edits=st.lists(EDIT, min_size=1, max_size=4), chunk_bytes=st.sampled_from([100, 1 << 20]))
 @settings(max_examples=50, deadline=5000, suppress_health_check=list(HealthCheck))
+@pytest.mark.sample(2)
 def test_corrupted_files(name, edits, chunk_bytes):
     data = corrupt(BASES[name], edits)
     error, strict = attempt(name, data, "error", chunk_bytes)

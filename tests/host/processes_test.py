@@ -56,14 +56,22 @@ def outputs(running: list[subprocess.Popen]) -> list[str]:
 
 
 @pytest.mark.slow
-def test_every_placement_on_two_processes_equals_one_device():
+@pytest.mark.parametrize(
+    "shardings",
+    [
+        ("row_wise", "mix"),
+        pytest.param(("data_parallel", "table_wise"), marks=pytest.mark.exhaustive),
+        pytest.param(("table_row_wise", "column_wise"), marks=pytest.mark.exhaustive),
+    ],
+)
+def test_every_placement_on_two_processes_equals_one_device(shardings):
     devices = 2
     port = str(free_port())
     command = [sys.executable, "-m", "tests.one_of_several", port]
-    running = [start([*command, str(i), "2", str(devices)], devices) for i in range(2)]
+    running = [start([*command, str(i), "2", str(devices), *shardings], devices) for i in range(2)]
     texts = outputs(running)
     assert [process.returncode for process in running] == [0, 0], texts
-    assert all(text.count("equals one device") == 7 for text in texts)
+    assert all(text.count("equals one device") == len(shardings) + 1 for text in texts)
 
 
 @pytest.fixture(scope="module")

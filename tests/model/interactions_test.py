@@ -92,6 +92,7 @@ def plain_pairs(vectors: jax.Array, with_diagonal: bool) -> jax.Array:
 
 @pytest.mark.parametrize("with_diagonal", [False, True])
 @pytest.mark.parametrize("num_vectors", [2, 5])
+@pytest.mark.sample(2)
 def test_pairwise_dots_equal_the_plain_form_with_gradient(num_vectors, with_diagonal):
     vectors = jax.random.normal(jax.random.key(0), (3, num_vectors, 4))
     expected, plain_vjp = jax.vjp(lambda v: plain_pairs(v, with_diagonal), vectors)
@@ -173,6 +174,7 @@ def drawn(model: ModelConfig) -> tuple[interactions.Interaction, dict, jax.Array
 
 
 @every_case
+@pytest.mark.sample(11)
 def test_output_and_gradients_are_those_of_the_plain_form_in_float64(changes, monkeypatch):
     model = dataclasses.replace(tiny_model(**changes), compute_dtype="float32")
     with jax.enable_x64(True):
@@ -208,6 +210,7 @@ whole_models = pytest.mark.parametrize(
 
 
 @whole_models
+@pytest.mark.sample(2)
 def test_a_step_on_two_devices_is_that_on_one(changes):
     case = Case(
         *(0, tiny_model(**SMALL, **changes), LossConfig(), optimizer("rowwise_adagrad", "adagrad"), 8, 2, False),
@@ -220,6 +223,7 @@ def test_a_step_on_two_devices_is_that_on_one(changes):
 
 
 @whole_models
+@pytest.mark.sample(2)
 def test_an_export_gives_the_logits_of_training(tmp_path, changes):
     model = tiny_model(**changes)
     version, batch = export_tiny(tmp_path, model), random_batch(model, 16)  # As large as the self check's.
@@ -229,6 +233,7 @@ def test_an_export_gives_the_logits_of_training(tmp_path, changes):
 
 
 @pytest.mark.parametrize("changes", [fields for fields, _ in EMBEDDED.values()], ids=EMBEDDED)
+@pytest.mark.sample(1)
 def test_an_embedded_number_meets_the_features_as_its_multiple_of_a_vector(changes):
     model = tiny_model(**changes)
     state, batch = lively_state(model), random_batch(model, 8)

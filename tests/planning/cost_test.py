@@ -130,6 +130,7 @@ MORE_SHAPES = [
     ("config", "mesh", "sharding", "table", "batch_size", "parts"),
     [*SHAPES[::2], *(pytest.param(*shape, marks=EXHAUSTIVE) for shape in (*SHAPES[1::2], *MORE_SHAPES))],
 )
+@pytest.mark.sample(3)
 def test_memory_is_that_of_the_compiled_step_where_tables_are_small(config, mesh, sharding, table, batch_size, parts):
     plan, load = make_plan(config, MeshShape(*mesh), sharding), Load(batch_size, num_micro_batches=parts)
     cost = estimate(config, optimizer(table), plan, load, HARDWARE["cpu"])
@@ -153,6 +154,7 @@ MORE = [
 @pytest.mark.parametrize(
     ("mesh", "sharding", "table"), [*CASES, *(pytest.param(*case, marks=EXHAUSTIVE) for case in MORE)]
 )
+@pytest.mark.sample(4)
 def test_bytes_and_memory_are_those_of_the_compiled_step(mesh, sharding, table):
     cost, compiled = predicted_and_compiled(mesh, sharding, table)
     text, memory = compiled.as_text(), compiled.memory_analysis()
@@ -167,6 +169,7 @@ def test_bytes_and_memory_are_those_of_the_compiled_step(mesh, sharding, table):
 
 
 @pytest.mark.parametrize("rule", ["rowwise_adagrad", "adam"])
+@pytest.mark.sample(1)
 def test_memory_of_an_update_of_all_rows_is_predicted(rule):
     settings = dataclasses.replace(optimizer(rule), table_update="all", table_l2=0.1)
     plan = make_plan(model(), MeshShape(1, 2), "row_wise")
@@ -179,6 +182,7 @@ def test_memory_of_an_update_of_all_rows_is_predicted(rule):
 
 @pytest.mark.parametrize("sharding", KINDS)
 @pytest.mark.parametrize("table", RULES)
+@pytest.mark.sample(14)
 def test_memory_of_every_rules_slots_is_predicted(table, sharding):
     config, shape = model(), MeshShape(2, 4)
     if sharding == "mix":
@@ -192,6 +196,7 @@ def test_memory_of_every_rules_slots_is_predicted(table, sharding):
 
 
 @pytest.mark.parametrize("sharding", ["table_wise", "row_wise", "column_wise"])
+@pytest.mark.sample(1)
 def test_bfloat16_halves_what_is_sent_on_every_backend(sharding):
     cost, compiled = predicted_and_compiled((1, 4), sharding, dtype="bfloat16")
     sent = totals(collectives(compiled.as_text()))
@@ -210,6 +215,7 @@ def test_rows_of_two_bytes_travel_as_they_are_stored():
 
 
 @pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.sample(1)
 def test_what_batch_norms_send_is_counted(parts):
     """Theirs are of many columns each: what has few is control."""
     hidden = HiddenConfig(norm="batch", dropout=0.1)
@@ -222,6 +228,7 @@ def test_what_batch_norms_send_is_counted(parts):
 
 
 @pytest.mark.parametrize("sharding", ["row_wise", "column_wise"])
+@pytest.mark.sample(1)
 def test_gradients_of_micro_batches_are_added_before_they_are_sent(sharding):
     sent, counts = [], []
     for parts in (1, 4):

@@ -209,6 +209,7 @@ def test_the_command_plans_without_touching_a_device(tmp_path):
         (("--topology=v5p:4x4",), "v5p has 3 axes"),
     ],
 )
+@pytest.mark.sample(3)
 def test_the_command_refuses_in_one_line(flags, message):
     done = run(KAGGLE, *flags)
     assert done.returncode == 1 and message in done.stderr

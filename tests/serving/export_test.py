@@ -95,6 +95,7 @@ def test_batches_larger_than_any_executable_are_cut(tmp_path):
 
 
 @pytest.mark.parametrize(("kind", "atol"), [("bfloat16", 0.02), ("int8", 0.02), ("int4", 0.3)])
+@pytest.mark.sample(2)
 def test_tables_in_few_bits_come_close(tmp_path, kind, atol):
     model = tiny_model()
     version = export_tiny(tmp_path, model, kind)
@@ -265,6 +266,7 @@ def test_a_row_that_is_not_finite_is_named_and_nothing_is_left(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["float32", "int8"])
+@pytest.mark.sample(1)
 def test_what_only_several_devices_hold_is_evaluated_on_them(tmp_path, kind):
     model = tiny_model()
     state, data = lively_state(model), random_dataset(model)
@@ -300,6 +302,7 @@ def test_the_command_scores_on_several_devices_where_one_is_too_small(monkeypatc
 
 
 @pytest.mark.parametrize("mesh", ["model:1", "data:2,model:4"])
+@pytest.mark.sample(1)
 def test_only_tables_are_read_of_a_checkpoint_and_by_pieces(tmp_path, monkeypatch, mesh):
     """Whatever plan it was saved under; of the optimizer's state nothing."""
     options = ShardingOptions(mesh=mesh, sharding="row_wise")

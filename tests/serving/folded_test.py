@@ -39,6 +39,7 @@ def evaluated(model, batch: Batch) -> np.ndarray:
 
 @needs_compiler
 @pytest.mark.parametrize("changes", MODELS.values(), ids=MODELS.keys())
+@pytest.mark.sample(1)
 def test_server_several_devices_and_native_score_as_evaluation_does(tmp_path, changes):
     model = tiny_model(**changes)
     version, batch = export_tiny(tmp_path, model), random_batch(model, 16)
@@ -56,6 +57,7 @@ def test_server_several_devices_and_native_score_as_evaluation_does(tmp_path, ch
 
 
 @pytest.mark.parametrize(("dtype", "atol"), [("float32", 1e-6), ("bfloat16", 0.01)])
+@pytest.mark.sample(1)
 def test_a_tower_is_folded_too(tmp_path, dtype, atol):
     hidden = {"top_hidden": HiddenConfig(norm="batch"), "bottom_hidden": HiddenConfig(norm="layer")}
     model = tiny_model(**TOWER, **hidden, compute_dtype=dtype)

@@ -36,6 +36,7 @@ def sanitizer_libraries() -> str:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.skipif(not sanitizer_libraries(), reason="g++ and its sanitizers are not here")
 def test_sanitizers_find_nothing(tmp_path):
     """Its counts are printed (`pytest -s`); `python -m tests.serving.native_fuzz` runs longer."""

@@ -121,6 +121,7 @@ def export_random(model_dir, model, kind):
     [pytest.param(*model, marks=[pytest.mark.exhaustive] * (name in ALIKE)) for name, model in MODELS.items()],
     ids=MODELS.keys(),
 )
+@pytest.mark.sample(7)
 def test_scores_are_those_of_the_exported_program(tmp_path, kind, changes):
     model = tiny_model(**changes)
     version = export_random(tmp_path, model, kind)
@@ -135,6 +136,7 @@ def test_scores_are_those_of_the_exported_program(tmp_path, kind, changes):
 
 @needs_compiler
 @pytest.mark.parametrize("kind", ["float32", "int8"])
+@pytest.mark.sample(1)
 def test_a_row_has_the_same_bits_in_every_batch(tmp_path, kind):
     model = tiny_model(**WIDE)
     engine, batch = NativeCpu(export_tiny(tmp_path, model, kind), threads=1), random_batch(model, 101)

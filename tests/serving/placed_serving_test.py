@@ -54,6 +54,7 @@ def assert_scores_of(one: Servable, servable: Servable, model) -> None:
 
 
 @pytest.mark.parametrize("sharding", [*SHARDINGS, "auto"])
+@pytest.mark.sample(3)
 def test_every_plan_gives_the_scores_of_one_device(exported, on_one_device, sharding):
     servable = placed(exported, sharding, "data:2,model:2")
     assert servable.self_check() < 1e-6
@@ -66,6 +67,7 @@ def test_batch_sizes_are_what_devices_share_evenly(exported):
 
 
 @pytest.mark.parametrize(("kind", "changes"), VARIANTS.values(), ids=VARIANTS.keys())
+@pytest.mark.sample(3)
 def test_stored_types_and_models(tmp_path, kind, changes):
     model = tiny_model(**changes)
     export_tiny(tmp_path, model, kind)

@@ -71,6 +71,7 @@ def beside(direct):
 
 
 @pytest.mark.parametrize("config", RUNS.values(), ids=RUNS.keys())
+@pytest.mark.sample(1)
 def test_each_version_is_what_an_export_of_the_state_would_be(tmp_path, monkeypatch, config):
     monkeypatch.setattr(publish, "Publisher", beside(tmp_path / "direct"))
     options = dataclasses.replace(config.publishing, model_dir=str(tmp_path / "live"))

@@ -80,6 +80,7 @@ def test_what_is_beyond_the_type_is_not_hidden(dtype):
         for kind in SHARDINGS
     ],
 )
+@pytest.mark.sample(2)
 def test_equal_gradients_give_equal_bits_under_every_placement(sharding, mesh, packed, dtype):
     """Each id once, so that no sum is rounded: what is left is the noise, which must not depend on where a row lies."""
     config, batch = model(dtype), 4
@@ -133,6 +134,7 @@ def test_less_memory_is_held_and_predicted_and_slots_stay_float32(dtype):
 
 
 @pytest.mark.parametrize("dtype", ROUNDED)
+@pytest.mark.sample(1)
 def test_training_goes_on_from_a_checkpoint_under_another_plan(tmp_path, dtype):
     old, new = place((1, 4), "row_wise", dtype), place((2, 2), "mix", dtype, packed=dtype == "bfloat16")
     step = old.jit_step(make_train_step(old.model, LossConfig(), old.optimizer, 1, old.ops))

@@ -46,6 +46,7 @@ def differs(case, dtype="float32"):
 
 
 @pytest.mark.parametrize(("name", "width", "dtype", "scaled"), CASES)
+@pytest.mark.sample(5)
 def test_fused_update_is_xlas(one_in_flight, name, width, dtype, scaled):
     assert not differs(check.update_case(rule_of(name), table_dtype(dtype), width, scaled, interpret=True), dtype)
 
@@ -82,6 +83,7 @@ def test_kernels_are_lowered_for_cuda(name, width, dtype, scaled):
 
 
 @pytest.mark.parametrize(("sharding", "devices"), [("data_parallel", 1), ("row_wise", 2), ("column_wise", 2)])
+@pytest.mark.sample(1)
 def test_a_step_by_kernels_is_xlas(one_in_flight, sharding, devices):
     """Row-wise too, whose rows travel; split columns are left to XLA, as their rows are not whole."""
     tables = tuple(TableConfig(f"t{i}", rows, 8) for i, rows in enumerate((3, 50)))

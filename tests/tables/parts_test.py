@@ -72,6 +72,7 @@ def plain_vectors(model, named, projections, ids):
 
 
 @pytest.mark.parametrize("model", [*(compressed(tiny_model(), way) for way in WAYS), everything()], ids=[*WAYS, "all"])
+@pytest.mark.sample(3)
 def test_vectors_are_those_of_loops_and_their_gradient_is_the_updates(model):
     batch, ops = random_batch(tiny_model(), 9), local_ops(model, optimizer("sgd"))
     state = init_state(model, optimizer("sgd"), 0)

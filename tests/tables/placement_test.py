@@ -106,6 +106,7 @@ MIX_AND_OTHERS = ["mix", *(pytest.param(kind, marks=EXHAUSTIVE) for kind in SHAR
     ("mesh", "sharding", "table"),
     [pytest.param(*case, marks=() if case[0] in DAILY else EXHAUSTIVE) for case in CASES],
 )
+@pytest.mark.sample(6)
 def test_every_placement_equals_one_device(mesh, sharding, table):
     assert_equals_one_device(place(mesh, sharding, table), table)
 

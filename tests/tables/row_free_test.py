@@ -37,6 +37,7 @@ def compiled_step(rows: int, table: str, learned: bool, micro_batches: int = 1, 
     ("table", "learned", "micro_batches"),
     [*((table, False, 1) for table in RULES), ("sgd", True, 1), ("rowwise_adagrad", True, 4)],
 )
+@pytest.mark.sample(5)
 def test_temporary_memory_does_not_grow_with_rows(table, learned, micro_batches):
     few, many = (compiled_step(rows, table, learned, micro_batches) for rows in (1_000, 1_000_000))
     assert many.memory_analysis().temp_size_in_bytes <= few.memory_analysis().temp_size_in_bytes + 4096
@@ -48,6 +49,7 @@ def test_temporary_memory_does_not_grow_with_rows(table, learned, micro_batches)
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("table", ["sgd", "rowwise_adagrad"])
+@pytest.mark.sample(1)
 def test_so_it_is_with_tables_of_two_bytes(table, dtype):
     """A compiler that widens a whole table to change a row of it takes 200 times as long at ten million rows."""
     few, many = (compiled_step(rows, table, False, dtype=dtype) for rows in (1_000, 1_000_000))

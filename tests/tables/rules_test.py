@@ -158,6 +158,7 @@ def test_rows_that_are_not_looked_up_keep_their_bits(name, bounds):
 @pytest.mark.parametrize("piece", [1, 3, 4096])
 @pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("name", RULES)
+@pytest.mark.sample(20)
 def test_an_update_by_bags_is_that_by_rows(name, scaled, piece, monkeypatch):
     """Ids that fill several pieces, that end with one, and void ones; bags of two hotnesses; nobody names row 0."""
     monkeypatch.setattr("dlrm_jax.tables.updates.PIECE", piece)
