@@ -68,6 +68,8 @@ class Rule:
     linear: ClassVar[bool] = False
     sums: ClassVar[tuple[str, ...]] = ()
     """Slots that only ever grow, and may be made smaller at any time: rows are then moved as far as earlier on."""
+    moves_by_slot: ClassVar[bool] = False
+    """Whether weights are moved by a multiple of a new slot, which memory then holds once."""
 
     @property
     def slots(self) -> tuple[Slot, ...]:
@@ -125,6 +127,7 @@ class Momentum(Rule):
     """m = momentum m + g, w -= rate m: PyTorch's SGD with momentum."""
 
     momentum: float = 0.9
+    moves_by_slot: ClassVar[bool] = True
     slots = (Slot("momentum"),)
 
     def __post_init__(self) -> None:

@@ -77,6 +77,8 @@ SHAPES = [
     (step_of(26, 16, 1, *KAGGLE), (1, 1), "data_parallel", "adagrad", 2048, 1),
     (step_of(26, 16, 5, *KAGGLE), MANY, "row_wise", "rowwise_adagrad", 16384, 1),
     (step_of(26, 16, 5, *KAGGLE), MANY, "table_wise", "adagrad", 16384, 1),
+    (step_of(26, 16, 1, *KAGGLE), MANY, "column_wise", "momentum", 8192, 1),
+    (step_of(26, 16, 1, *KAGGLE), (1, 1), "data_parallel", "momentum", 2048, 1),
 ]
 NORMED, FREE = HiddenConfig(norm="batch", dropout=0.2), HiddenConfig("prelu", "layer", 0.5)
 SHAPES += [
@@ -104,7 +106,7 @@ ALONE = [
         (step_of(26, 16, hotness, *KAGGLE), rule, batch, 1)
         for hotness in (1, 5)
         for batch in (2048, 16384)
-        for rule in ("sgd", "rowwise_adagrad", "adagrad")
+        for rule in ("sgd", "rowwise_adagrad", "adagrad", "momentum", "rmsprop")
     ),
     (step_of(26, 16, 1, *KAGGLE), "adam", 4096, 1),
     (step_of(26, 16, 1, *KAGGLE), "sgd", 16384, 4),

@@ -290,5 +290,5 @@ class Work:
 
     @property
     def kept_a_row(self) -> int:
-        """Floats that the rule keeps a row by its weights."""
-        return self.stack.width * sum(slot.per == WEIGHT for slot in self.rule.slots)
+        """Floats that the rule keeps a row by its weights, beside what moves these."""
+        return 0 if self.rule.moves_by_slot else self.stack.width * sum(slot.per == WEIGHT for slot in self.rule.slots)
