@@ -133,7 +133,7 @@ def test_a_model_that_does_not_fit_is_not_served(tmp_path, monkeypatch):
 def test_an_allocation_that_fails_while_serving_names_the_largest_holder(tmp_path, monkeypatch):
     version = export_tiny(tmp_path, tiny_model(bottom_mlp=(500, 4)))
 
-    def fails(version, like):
+    def fails(version, like, apart):
         raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 5 bytes.")
 
     monkeypatch.setattr(loaded, "OneDevice", fails)
