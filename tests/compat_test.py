@@ -44,7 +44,7 @@ def recording(path: pathlib.Path) -> dict[str, np.ndarray]:
 
 @pytest.mark.golden
 @pytest.mark.parametrize("path", TRAJECTORIES, ids=lambda path: path.stem)
-@pytest.mark.sample(5)
+@pytest.mark.sample(3)
 def test_trajectory_replays(path):
     result = compat.replay(recording(path))
     assert result.passed, result
@@ -52,7 +52,7 @@ def test_trajectory_replays(path):
 
 @pytest.mark.golden
 @pytest.mark.parametrize("name", COVERED)
-@pytest.mark.sample(6)
+@pytest.mark.sample(4)
 def test_shared_trajectory_replays(name):
     path = SHARED / "goldens" / f"{name}.npz"
     if not path.exists():

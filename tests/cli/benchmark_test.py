@@ -199,6 +199,7 @@ def test_without_values_a_sweep_goes_around_the_runs_own():
         (("--sweep=devices", "--sweep_values=64"), "--sweep_values has 64 devices, but there are 2"),
     ],
 )
+@pytest.mark.sample(2)
 def test_what_cannot_be_measured_is_said_in_a_line(flags, message):
     done = benchmark(*flags)
     assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr

@@ -64,6 +64,7 @@ def test_every_command_takes_names_as_they_are(odd):
 
 
 @pytest.mark.parametrize("place", ["-dash/", "link/../", f"{LONG}/"], ids=["dash", "dots", "long"])
+@pytest.mark.sample(1)
 def test_relative_linked_and_long_paths(tmp_path, monkeypatch, place):
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")

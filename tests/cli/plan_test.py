@@ -68,6 +68,7 @@ def planned(config: RunConfig, path: pathlib.Path) -> dict:
 
 
 @pytest.mark.parametrize("name", DATA)
+@pytest.mark.sample(3)
 def test_a_plan_goes_back_into_training_unchanged(tmp_path, name):
     data = DATA[name](tmp_path)
     dataset = load_dataset(data, workdir=tmp_path)
@@ -99,6 +100,7 @@ def test_a_plan_goes_back_into_training_unchanged(tmp_path, name):
         ('{"tables": {"user": {"sharding": "row_wise", "first": 0, "count": 8}}}', "make the plan anew"),
     ],
 )
+@pytest.mark.sample(6)
 def test_a_plan_is_checked_on_one_device_too(tmp_path, mesh, text, words):
     path = tmp_path / "plan.json"
     if text is not None:

@@ -146,6 +146,7 @@ def test_synthetic_and_multi_hot_runs(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_defaults_come_near_logistic_regression_on_its_own_kind_of_log(tmp_path):
     """A newcomer's two commands. Plain SGD for one epoch, the defaults of before, had a test AUC of .638."""
     shop_log.write(tmp_path / "shop.csv")

@@ -71,6 +71,7 @@ def test_a_decoded_stream_is_the_text(text, encoding, sizes):
         *(pytest.param(one, 64, marks=pytest.mark.exhaustive) for one in ENCODINGS if one not in _BY_DEFAULT),
     ],
 )
+@pytest.mark.sample(4)
 def test_a_log_in_another_encoding_is_the_same_log(tmp_path, monkeypatch, encoding, chunk_bytes):
     monkeypatch.setattr(TextSource.__init__, "__defaults__", (False, chunk_bytes))
     for name, newline, squeeze in (("a", "\n", bytes), ("b", "\r\n", gzip.compress), ("c", "\n", bz2.compress)):

@@ -83,6 +83,7 @@ def test_dying_before_each_file_changes_nothing(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 5, 9, 11, 14, 17, 20, 22, 24])
+@pytest.mark.sample(5)
 def test_dying_once_changes_nothing(tmp_path, monkeypatch, count):
     log = write_log(tmp_path / "log.csv")
     prepare((log,), tmp_path / "whole", LOG)

@@ -53,6 +53,7 @@ def test_on_device_batches_have_the_same_law():
 
 @pytest.mark.parametrize("skew", [0.0, 0.3, 1.0, 1.05])
 @pytest.mark.parametrize("rows", [40_000_000, 2**31 - 1])
+@pytest.mark.sample(3)
 def test_on_device_ids_reach_every_row_of_a_large_table(rows, skew):
     """float32 has 24 bits: beyond 2^24 it holds even ids only, and a uniform one has 2^23 values."""
     draws = 2**20

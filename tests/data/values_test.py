@@ -130,7 +130,7 @@ def by_row(read, array: pa.Array) -> list:
 @pytest.mark.parametrize("reader", READERS)
 @given(texts=st.lists(TEXT, min_size=1, max_size=12))
 @settings(max_examples=60, deadline=None)
-@pytest.mark.sample(12)
+@pytest.mark.sample(8)
 def test_a_text_means_the_same_alone_as_among_others(reader, texts):
     read = READERS[reader]
     alone = [by_row(read, pa.array([text]))[0] for text in texts]

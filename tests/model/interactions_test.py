@@ -174,7 +174,7 @@ def drawn(model: ModelConfig) -> tuple[interactions.Interaction, dict, jax.Array
 
 
 @every_case
-@pytest.mark.sample(11)
+@pytest.mark.sample(7)
 def test_output_and_gradients_are_those_of_the_plain_form_in_float64(changes, monkeypatch):
     model = dataclasses.replace(tiny_model(**changes), compute_dtype="float32")
     with jax.enable_x64(True):

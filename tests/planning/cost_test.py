@@ -156,7 +156,7 @@ MORE = [
 @pytest.mark.parametrize(
     ("mesh", "sharding", "table"), [*CASES, *(pytest.param(*case, marks=EXHAUSTIVE) for case in MORE)]
 )
-@pytest.mark.sample(4)
+@pytest.mark.sample(3)
 def test_bytes_and_memory_are_those_of_the_compiled_step(mesh, sharding, table):
     cost, compiled = predicted_and_compiled(mesh, sharding, table)
     text, memory = compiled.as_text(), compiled.memory_analysis()

@@ -95,7 +95,7 @@ def test_a_delta_has_the_rows_whose_bits_differ_and_no_other(chain):
 
 
 @pytest.mark.parametrize(("chain", "engine"), ENGINES, indirect=["chain"])
-@pytest.mark.sample(5)
+@pytest.mark.sample(4)
 def test_written_into_memory_or_read_with_what_it_changes_it_scores_as_a_whole_export(chain, engine):
     model, deltas, whole = chain
     batch = random_batch(model, 30, 1)

@@ -128,6 +128,7 @@ FORMS = {"text": ".", "text with decimal commas": ",", "json": "."}
 
 
 @pytest.mark.parametrize("form", FORMS)
+@pytest.mark.sample(1)
 def test_every_kind_of_column_is_read_as_preparation_read_it(tmp_path, form):
     rows = random_rows(np.random.default_rng(len(form)), 60, FORMS[form])
     dense, sparse = columns(("fill", "mean"), ("empty", "fill"))

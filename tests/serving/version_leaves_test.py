@@ -46,6 +46,7 @@ def with_other(content, path, other):
 
 
 @pytest.mark.parametrize("name", ["signature.json", "model.json", "weights.json", "vocabularies.json"])
+@pytest.mark.sample(2)
 def test_a_value_of_another_kind_is_refused_in_one_line_or_changes_nothing_that_fails(exported, name, monkeypatch):
     rows, model_dir, whole = exported
     contents = {}

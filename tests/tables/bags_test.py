@@ -65,7 +65,7 @@ def lookup(config, tables, ids, weights=None):
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("max_rows", [MAX_STACK_ROWS, 12])
-@pytest.mark.sample(6)
+@pytest.mark.sample(3)
 def test_lookup_and_update_equal_the_plain_form(case, max_rows, monkeypatch):
     """The gradient of the rows is what SGD at a rate of -1 adds to them."""
     config, weighted = CASES[case]
@@ -141,6 +141,7 @@ def test_stack_tables_inverts_named_tables():
 
 @pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("hotness", [1, 2, 4, 5, 9])
+@pytest.mark.sample(4)
 def test_pooling_in_loops_equals_pooling_whole(hotness, scaled):
     rng = np.random.default_rng(hotness)
     table, ids = rng.normal(size=(7, 3)).astype(np.float32), rng.integers(-1, 7, (4, 2, hotness)).astype(np.int32)
