@@ -83,6 +83,7 @@ def test_the_page_names_every_registry_and_its_entry_points():
         assert f"`{registry._group}`" in table
 
 
+@pytest.mark.exhaustive
 def test_a_table_optimizer_trains_resumes_and_is_refused_with_wrong_options(added, tmp_path):
     added("A table optimizer")
     settings = dataclasses.replace(CONFIG.optimizer, table="signum,beta=0.8")

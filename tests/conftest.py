@@ -1,8 +1,6 @@
 """Eight CPU devices, no silent broadcasting between ranks, the same examples from hypothesis in every run.
 
-Compiling is most of what the tests do. What one test compiled is there for the others, in other processes too; and what
-the tests' own processes compile is not optimised, as it runs once or twice: `TESTS_OPTIMISE=1` asks for it. Commands
-that tests start compile as a user's do.
+What one test compiled is there for the others, in other processes too: compiling is most of what the tests do.
 """
 
 import atexit
@@ -23,12 +21,6 @@ import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
-if jax.__version_info__ < (0, 11) and not os.environ.get("TESTS_OPTIMISE"):  # Newer ones do not know the first flag.
-    given = os.environ.get("XLA_FLAGS")
-    unoptimised = "--xla_cpu_use_fusion_emitters=false --xla_backend_optimization_level=0"
-    os.environ["XLA_FLAGS"] = f"{given or ''} {unoptimised}"
-    jax.devices()  # Flags are read once, here; commands inherit none of them.
-    os.environ.pop("XLA_FLAGS") if given is None else os.environ.update(XLA_FLAGS=given)
 
 # `HYPOTHESIS_PROFILE=explore python -m pytest tests/data/fuzz_test.py` looks for new failures; each becomes a test.
 hypothesis.settings.register_profile("repeat", derandomize=True)

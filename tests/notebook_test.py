@@ -68,6 +68,7 @@ def test_a_pod_is_planned_and_more_chips_hold_less_each(tmp_path):
 
 
 @end_to_end
+@pytest.mark.exhaustive
 def test_smaller_tables_are_trained_and_served(tmp_path):
     small = 'ROWS = 20_000\nWAYS = {name: WAYS[name] for name in ("float32", "quotient-remainder")}'
     found, pictures = result("memory_and_quality", tmp_path, small, "[megabytes, aucs, optimum, served]")
@@ -81,6 +82,7 @@ def test_smaller_tables_are_trained_and_served(tmp_path):
 
 
 @end_to_end
+@pytest.mark.exhaustive
 def test_a_recipe_comes_near_the_best_possible_score(tmp_path):
     small = 'SETTINGS = {"num_examples": 40_000}'
     (aucs, goal), pictures = result("published_result", tmp_path, small, "[aucs, goal]")
@@ -111,6 +113,7 @@ def test_a_server_gives_the_models_scores_and_takes_the_next_version(tmp_path):
 
 
 @end_to_end
+@pytest.mark.exhaustive
 def test_every_strategy_learns_the_same(tmp_path):
     small = (
         'CONFIG = ["--dataset=synthetic", "--num_dense=3", "--table_sizes=500,30", "--embedding_dim=4", '

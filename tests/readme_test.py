@@ -32,6 +32,8 @@ PAGES = ("README.md", *(f"docs/{name}.md" for name in runpy.run_path(str(ROOT / 
 ELSEWHERE = {"docs/ADDING.md": "adding_test.py", "docs/API.md": "docs_test.py", "docs/PYTHON.md": "a test of its own"}
 """Pages whose blocks others run."""
 READ_HERE = tuple(page for page in PAGES if page not in ELSEWHERE)
+BY_DEFAULT = ("README.md", "docs/LOGS.md", "docs/SERVING.md", "docs/MIGRATING.md")
+"""Pages whose blocks make what they need, and run whenever the tests do."""
 NOT_RUN = 5
 """Blocks that need what this test cannot have. More of them would be pages that no one tries."""
 LANGUAGES = {"bash", "python", "yaml", "csv", "json", "text", ""}
@@ -171,11 +173,14 @@ def ended(process: subprocess.Popen) -> Iterator[None]:
 @pytest.mark.slow
 @pytest.mark.end_to_end
 @pytest.mark.timeout(1500)
-def test_every_block_runs_as_it_stands(tmp_path):
+@pytest.mark.parametrize(
+    "pages", [BY_DEFAULT, pytest.param(READ_HERE, marks=pytest.mark.exhaustive)], ids=["some", "all"]
+)
+def test_every_block_runs_as_it_stands(tmp_path, pages):
     reader = Reader(tmp_path)
     printed = ""
     try:
-        for block in blocks():
+        for block in blocks(pages):
             if block.prints:
                 assert_printed(block, printed)
             if block.language not in ("bash", "python") or block.not_run:

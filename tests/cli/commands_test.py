@@ -220,6 +220,7 @@ def test_a_flag_file_and_a_token_file_that_are_not_there(tmp_path):
     assert finished.stderr == f"error: --token_file={tmp_path / 'no'} does not exist; name a file\n"
 
 
+@pytest.mark.exhaustive
 def test_evaluate_leaves_a_running_training_alone(tmp_path):
     """Its half-written checkpoint stays, and its result.json is left to it."""
     workdir = tmp_path / "run"

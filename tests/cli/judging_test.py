@@ -103,6 +103,7 @@ def test_what_cannot_be_is_one_line(runs, flags, words):
     assert words in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.exhaustive
 def test_several_seeds_are_one_table(runs, tmp_path):
     said = call("train", f"--data_dir={runs}/data_by_time", f"--workdir={tmp_path}", "--num_seeds=2", *SMALL)
     written = json.loads((tmp_path / "seeds.json").read_text())

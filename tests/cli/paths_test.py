@@ -140,6 +140,7 @@ def test_judging_searching_and_several_seeds_take_names_as_they_are(odd):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_serve_and_loadtest_take_names_as_they_are(odd):
     directory, _ = odd
     with running(directory / "model", "--batch_sizes=1,16") as server:

@@ -126,6 +126,7 @@ def test_prepared_data_refuses_flags_that_would_do_nothing(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_synthetic_and_multi_hot_runs(tmp_path):
     flags = (
         "--dataset=synthetic",

@@ -131,6 +131,7 @@ def test_a_signal_to_one_stops_all_at_one_step_and_the_same_command_goes_on(tmp_
 @pytest.mark.slow
 @pytest.mark.end_to_end
 @pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.exhaustive)])
+@pytest.mark.sample(1)
 def test_one_that_dies_ends_the_other_with_a_message_and_the_run_goes_on_later(tmp_path, victim):
     running = train(tmp_path, 2, 2, num_steps=100_000, eval_every=100_000)
     until(lambda: has_logged(tmp_path, 50), *running)
@@ -212,6 +213,7 @@ except processes.Disagreement as error:
         ("", "out", "the processes have different data_dir .*: prepared: False != True; start all with the same"),
     ],
 )
+@pytest.mark.sample(1)
 def test_the_first_process_prepares_a_raw_log_and_the_others_wait_for_how_it_ends(tmp_path, bad_row, place, says):
     """The second has no log of its own to look at; one that has prepared data would wait in vain."""
     if place == "out":
@@ -242,6 +244,7 @@ def test_one_that_waits_in_vain_for_another_ends_in_one_line(number):
 @pytest.mark.parametrize(
     ("flag", "says"), [("batch_size", "flags .* batch_size: '64' != '128'"), ("data_dir", "data .* fingerprint: ")]
 )
+@pytest.mark.sample(1)
 def test_trainings_with_other_settings_end_in_one_line_each(tmp_path, flag, says):
     values: tuple = (64, 128)
     flags = {}

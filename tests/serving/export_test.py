@@ -80,6 +80,7 @@ def test_probabilities_are_those_of_training(tmp_path, changes):
         np.testing.assert_allclose(part, want[:4], atol=1e-6)
 
 
+@pytest.mark.exhaustive
 def test_batches_larger_than_any_executable_are_cut(tmp_path):
     model = tiny_model()
     loss, state = LossConfig(threshold=0.3), lively_state(model)

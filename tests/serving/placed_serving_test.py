@@ -67,7 +67,7 @@ def test_batch_sizes_are_what_devices_share_evenly(exported):
 
 
 @pytest.mark.parametrize(("kind", "changes"), VARIANTS.values(), ids=VARIANTS.keys())
-@pytest.mark.sample(3)
+@pytest.mark.sample(1)
 def test_stored_types_and_models(tmp_path, kind, changes):
     model = tiny_model(**changes)
     export_tiny(tmp_path, model, kind)

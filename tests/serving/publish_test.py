@@ -99,6 +99,7 @@ def test_each_version_is_what_an_export_of_the_state_would_be(tmp_path, monkeypa
     assert parts == sum(open_alone(tmp_path / "live", n).changes is not None for n in numbers) >= 2
 
 
+@pytest.mark.exhaustive
 def test_a_version_that_cannot_be_written_ends_nothing_and_the_next_one_is_whole(tmp_path, monkeypatch, caplog):
     failing = [True]
 

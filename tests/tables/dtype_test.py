@@ -163,6 +163,7 @@ def test_gradients_of_a_batch_are_those_of_float32_tables():
         np.testing.assert_allclose(got, table, rtol=2**-7, atol=1e-30)
 
 
+@pytest.mark.exhaustive
 def test_an_export_has_the_weights_of_training(tmp_path):
     config = model("bfloat16")
     state, _ = lively_state(config), export_tiny(tmp_path, config)

@@ -46,7 +46,7 @@ def differs(case, dtype="float32"):
 
 
 @pytest.mark.parametrize(("name", "width", "dtype", "scaled"), CASES)
-@pytest.mark.sample(5)
+@pytest.mark.sample(3)
 def test_fused_update_is_xlas(one_in_flight, name, width, dtype, scaled):
     assert not differs(check.update_case(rule_of(name), table_dtype(dtype), width, scaled, interpret=True), dtype)
 
@@ -71,6 +71,7 @@ def lowered_for_cuda(function, *args):
 
 @pytest.mark.golden
 @pytest.mark.parametrize(("name", "width", "dtype", "scaled"), [*CASES, ("adam", 256, "float16", True)])
+@pytest.mark.sample(4)
 def test_kernels_are_lowered_for_cuda(name, width, dtype, scaled):
     cases = (
         check.update_case(rule_of(name), table_dtype(dtype), width, scaled),

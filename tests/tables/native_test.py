@@ -96,7 +96,7 @@ def assert_equal_to_plain(model, settings, *slots):
         ("rowwise_adagrad", 16, (2, 1, 1), "sum", False, 1),
     ],
 )
-@pytest.mark.sample(4)
+@pytest.mark.sample(2)
 def test_native_is_equal_to_plain(table, dim, hotness, pooling, weighted, batch):
     model = model_of(dim, hotness, pooling)
 

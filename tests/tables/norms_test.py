@@ -52,6 +52,7 @@ def assert_describes(found: dict[str, np.ndarray], values_M: np.ndarray) -> None
 @pytest.mark.parametrize(
     "sharding", [pytest.param(one, marks=() if one in OFTEN else pytest.mark.exhaustive) for one in SHARDINGS]
 )
+@pytest.mark.sample(1)
 def test_they_are_those_of_one_device_and_of_numpy(sharding):
     model, rule = tiny_model(), optimizer("rowwise_adagrad")
     batch = random_batch(model, 12)

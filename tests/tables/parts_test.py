@@ -72,7 +72,7 @@ def plain_vectors(model, named, projections, ids):
 
 
 @pytest.mark.parametrize("model", [*(compressed(tiny_model(), way) for way in WAYS), everything()], ids=[*WAYS, "all"])
-@pytest.mark.sample(3)
+@pytest.mark.sample(1)
 def test_vectors_are_those_of_loops_and_their_gradient_is_the_updates(model):
     batch, ops = random_batch(tiny_model(), 9), local_ops(model, optimizer("sgd"))
     state = init_state(model, optimizer("sgd"), 0)
@@ -184,6 +184,7 @@ def test_initial_quotients_and_remainders_combine_to_the_variance_of_a_plain_tab
 
 
 @pytest.mark.parametrize("kind", ["float32", "int8"])
+@pytest.mark.sample(1)
 def test_an_export_scores_as_training_did_and_its_raw_ids_are_bounded(tmp_path, kind):
     model = everything()
     state, version = lively_state(model), export_tiny(tmp_path, model, kind=kind)

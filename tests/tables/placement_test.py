@@ -106,7 +106,7 @@ MIX_AND_OTHERS = ["mix", *(pytest.param(kind, marks=EXHAUSTIVE) for kind in SHAR
     ("mesh", "sharding", "table"),
     [pytest.param(*case, marks=() if case[0] in DAILY else EXHAUSTIVE) for case in CASES],
 )
-@pytest.mark.sample(6)
+@pytest.mark.sample(3)
 def test_every_placement_equals_one_device(mesh, sharding, table):
     assert_equals_one_device(place(mesh, sharding, table), table)
 
@@ -121,6 +121,7 @@ def test_every_placement_with_every_optimizer(sharding, table):
 @pytest.mark.slow
 @pytest.mark.parametrize("table", [*MORE_RULES[:2], *(pytest.param(rule, marks=EXHAUSTIVE) for rule in MORE_RULES[2:])])
 @pytest.mark.parametrize("mesh", [(2, 2), *(pytest.param(mesh, marks=EXHAUSTIVE) for mesh in ((1, 2), (1, 8), (2, 4)))])
+@pytest.mark.sample(1)
 def test_further_rules_under_a_mix_of_placements(mesh, table):
     assert_equals_one_device(place(mesh, "mix", table), table)
 

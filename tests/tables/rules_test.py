@@ -144,6 +144,7 @@ def test_bias_is_corrected_by_the_step_or_by_each_rows_own_updates():
 
 @pytest.mark.parametrize("bounds", [{}, BOUNDS["all"]])
 @pytest.mark.parametrize("name", RULES)
+@pytest.mark.sample(6)
 def test_rows_that_are_not_looked_up_keep_their_bits(name, bounds):
     rule = rule_of(name, **bounds)
     before = stored(rule)
@@ -158,7 +159,7 @@ def test_rows_that_are_not_looked_up_keep_their_bits(name, bounds):
 @pytest.mark.parametrize("piece", [1, 3, 4096])
 @pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("name", RULES)
-@pytest.mark.sample(20)
+@pytest.mark.sample(8)
 def test_an_update_by_bags_is_that_by_rows(name, scaled, piece, monkeypatch):
     """Ids that fill several pieces, that end with one, and void ones; bags of two hotnesses; nobody names row 0."""
     monkeypatch.setattr("dlrm_jax.tables.updates.PIECE", piece)

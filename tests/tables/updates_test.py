@@ -43,6 +43,7 @@ def test_both_sorts_give_equal_ids_in_slot_order(size):
 
 @pytest.mark.parametrize("dtype", ["float32", "int32"])
 @pytest.mark.parametrize("width", [1, 4, 128])
+@pytest.mark.sample(2)
 def test_rows_that_share_lines_are_read_added_and_replaced_as_plain_ones(width, dtype):
     rng, rows = np.random.default_rng(width), 256
     plain = jnp.asarray(rng.integers(-9, 9, (rows, width)), dtype)

@@ -106,6 +106,7 @@ def test_two_days_one_after_the_other_equal_one_run_over_both(log, data, first, 
 
 
 @pytest.mark.parametrize(("shards", "sharding"), [(1, "data_parallel"), (4, "row_wise"), (4, "column_wise")])
+@pytest.mark.sample(2)
 def test_new_rows_are_born_as_they_would_have_been_and_old_ones_stay(log, first, tmp_path, shards, sharding, caplog):
     old, _ = latest(first, one := placed_as(DAY, log, 1))
     rows, slots = by_name(one, old.tables), slots_by_name(one, old.table_opt_state)
@@ -136,6 +137,7 @@ def test_new_rows_are_born_as_they_would_have_been_and_old_ones_stay(log, first,
         ({"model": dataclasses.replace(DAY.model, top_mlp=(9, 1), table_dtype="float32")}, {"init_only": "tables"}, ""),
     ],
 )
+@pytest.mark.sample(1)
 def test_what_does_not_fit_the_optimizer_or_was_not_asked_for_is_fresh(
     log, first, tmp_path, changes, init, told, caplog
 ):

@@ -49,6 +49,7 @@ def plain_steps(placed, split, count: int):
     ("resident", "devices"),
     [(False, 1), (True, 2), *(pytest.param(*more, marks=pytest.mark.exhaustive) for more in ((False, 2), (True, 1)))],
 )
+@pytest.mark.sample(1)
 def test_a_step_by_a_window_has_the_bits_of_a_step_by_its_batch(devices, resident):
     model, shape = tiny_model(), MeshShape(1, devices)
     placed = Placed(model, optimizer("rowwise_adagrad"), make_plan(model, shape, "row_wise"), make_mesh(shape))
@@ -92,6 +93,7 @@ def test_a_window_step_holds_one_copy_of_each_table_and_none_of_the_window(count
 
 
 @pytest.mark.parametrize("choice", ["never", "always"])
+@pytest.mark.sample(1)
 def test_where_rows_lie_and_how_windows_are_cut_changes_no_bit_of_a_run(tmp_path, monkeypatch, choice):
     """Nor of its logged losses, with padding at the end of epochs; a run may go on with the other choice."""
     loop.train_and_evaluate(CONFIG, tmp_path / "auto")

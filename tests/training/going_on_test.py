@@ -56,6 +56,7 @@ def test_more_patience_and_then_none_goes_on_to_the_same_bits(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, *states)
 
 
+@pytest.mark.exhaustive
 def test_another_target_goes_on(tmp_path):
     for target, reached in ((0.01, 20), (0.999, 60)):
         loop.train_and_evaluate(dataclasses.replace(CONFIG, target_value=target), tmp_path)
@@ -104,6 +105,7 @@ def test_another_metric_is_not_compared_with_the_best_of_the_first(finished):
         loop.train_and_evaluate(other, finished[0])
 
 
+@pytest.mark.exhaustive
 def test_so_it_is_where_a_checkpoint_does_not_name_its_metric(tmp_path, monkeypatch):
     """As those of before it was noted: config.json has it."""
     with monkeypatch.context() as then:
@@ -130,6 +132,7 @@ def test_a_run_that_went_back_keeps_its_own_best(finished, caplog):
     assert int(trained.restore(workdir, "best").state.step) == result["step"]
 
 
+@pytest.mark.exhaustive
 def test_only_what_is_of_the_best_checkpoint_renews_the_result(tmp_path):
     result = loop.train_and_evaluate(dataclasses.replace(STILL, num_steps=60), tmp_path)
     assert result["step"] == 20
@@ -157,6 +160,7 @@ def test_another_learning_rate_needs_its_flag_and_is_written_down(tmp_path):
         assert trained.restore(tmp_path, kind).config.optimizer == allowed.optimizer
 
 
+@pytest.mark.exhaustive
 def test_the_flag_lets_nothing_else_pass_and_changes_nothing_by_itself(tmp_path):
     for steps in (30, 60):
         loop.train_and_evaluate(

@@ -75,6 +75,7 @@ def test_best_checkpoint_is_the_best_evaluation(tmp_path):
     assert result["val"]["auc"] == pytest.approx(best["auc"], abs=1e-12)
 
 
+@pytest.mark.exhaustive
 def test_reaching_the_target_stops_the_run_for_good(tmp_path):
     config = dataclasses.replace(CONFIG, target_value=0.01)
     loop.train_and_evaluate(config, tmp_path)
@@ -91,6 +92,7 @@ def test_patience_stops_after_evaluations_without_improvement(tmp_path):
     assert [line["step"] for line in lines(tmp_path, "val")] == [20, 40, 60]
 
 
+@pytest.mark.exhaustive
 def test_several_steps_a_dispatch_are_the_same_run(tmp_path):
     plain = loop.train_and_evaluate(CONFIG, tmp_path / "plain")
     at_once = dataclasses.replace(CONFIG, steps_per_dispatch=4)  # 4, 4, 1, 1 steps between two checkpoints.
@@ -121,6 +123,7 @@ def test_native_kernels_are_the_same_run(tmp_path, caplog):
 
 
 @needs_compiler
+@pytest.mark.exhaustive
 def test_native_kernels_go_on_to_the_same_bits(tmp_path):
     native = dataclasses.replace(CONFIG, data=BAGS, kernels="native")
     loop.train_and_evaluate(native, tmp_path / "through")
@@ -146,6 +149,7 @@ def test_two_ways_to_run_ahead_are_refused(tmp_path):
     ("column", "words", "at_once"),
     [("dense_RxN", "'dense_2' is nan", 1), ("label_R", "the label is nan", 1), ("label_R", "the label is nan", 3)],
 )
+@pytest.mark.sample(1)
 def test_nan_stops_the_run_names_the_column_and_keeps_the_last_checkpoint(
     tmp_path, monkeypatch, column, words, at_once
 ):
@@ -189,6 +193,7 @@ def test_an_id_outside_its_table_stops_the_run(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("examples", "batch_size"), [(10, 64), (10, 1), (2000, 1999)])
+@pytest.mark.sample(1)
 def test_odd_sizes_train(tmp_path, examples, batch_size):
     data = dataclasses.replace(CONFIG.data, num_examples=examples)
     config = dataclasses.replace(CONFIG, data=data, batch_size=batch_size, num_steps=3, eval_every=1)
@@ -264,6 +269,7 @@ def test_a_reader_goes_on_to_the_newer_checkpoint_when_a_training_deletes_the_ol
         trained.restore(tmp_path, "latest")
 
 
+@pytest.mark.exhaustive
 def test_config_names_prepared_data_by_its_own_name(tmp_path):
     """It said planted, which --dataset is by default."""
     text = "label,x,c\n" + "".join(f"{i % 2},{i},u{i % 7}\n" for i in range(60))

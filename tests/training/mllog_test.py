@@ -71,6 +71,7 @@ def test_a_run_passes_the_checker_and_lacks_but_criteos_data_for_the_closed_divi
     assert times == sorted(times)
 
 
+@pytest.mark.exhaustive
 def test_epochs_blocks_and_evaluations_are_where_they_were(tmp_path):
     """25 steps an epoch, evaluated behind steps 20 and 40."""
     loop.train_and_evaluate(DCNV2, tmp_path)
@@ -119,6 +120,7 @@ def test_a_signal_aborts_it(tmp_path, monkeypatch):
     assert key == "run_stop" and metadata["status"] == "aborted" and 20 * 64 <= metadata["samples_count"] < 40 * 64
 
 
+@pytest.mark.exhaustive
 def test_no_number_aborts_it(tmp_path, monkeypatch):
     honest = planted.generate(0, 2000)
     labels = honest.splits["train"].label_R.copy()
@@ -144,6 +146,7 @@ def test_only_the_first_of_several_processes_writes_it(tmp_path):
 
 
 @pytest.mark.parametrize("flag", ["--mllog=org:Example", "--histogram_rows=5"])
+@pytest.mark.sample(1)
 def test_online_refuses_what_it_does_not_write(tmp_path, flag):
     """Each period's evaluation is its own there, and no run of epochs."""
     ended = forked.run("online", f"--workdir={tmp_path}", flag)

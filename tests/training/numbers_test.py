@@ -68,11 +68,13 @@ def assert_is_the_oracle(case: Case):
 
 
 @pytest.mark.parametrize("seed", seeds(11, 27))
+@pytest.mark.sample(2)
 def test_every_placement_is_the_oracle_in_float64(seed):
     assert_is_the_oracle(draw(seed))
 
 
 @pytest.mark.parametrize("seed", seeds(48))
+@pytest.mark.sample(2)
 def test_one_device_is_the_oracle_in_float64(seed):
     assert_is_the_oracle(draw(seed).on_one_device())
 
@@ -88,6 +90,7 @@ ALL = {"table_update": "all", "table_l2": 0.05, "dense_l2": 0.02, "clip_norm": 0
         pytest.param(27, {"table": "adam", **ALL}, marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.sample(1)
 def test_bounded_norms_and_updates_of_all_rows_are_the_oracle_in_float64(seed, settings):
     """The oracle's tables are dense parameters, whose moments decay and whose rows L2 pulls in every step."""
     case = draw(seed)
@@ -97,6 +100,7 @@ def test_bounded_norms_and_updates_of_all_rows_are_the_oracle_in_float64(seed, s
 
 
 @pytest.mark.parametrize("seed", seeds(27))
+@pytest.mark.sample(2)
 def test_gradients_in_float32_are_right_to_rounding_of_their_terms(seed):
     case = draw(seed)
     ours = make_gradients(case)
@@ -121,6 +125,7 @@ def _roundings(ours, wanted, terms, weights) -> float:
 
 
 @pytest.mark.parametrize("seed", seeds(11))
+@pytest.mark.sample(2)
 def test_weights_in_float32_stay_as_close_as_is_promised(seed):
     case = draw(seed)
     gentle = dataclasses.replace(case.optimizer, schedule=ScheduleConfig(learning_rate=1 / 16))

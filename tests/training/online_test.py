@@ -57,6 +57,7 @@ def test_each_model_scores_a_period_before_it_learns_from_it(whole, tmp_path):
 
 
 @pytest.mark.parametrize("killed_at", [("living", 2), ("frozen", 3), ("retrained", 2)])
+@pytest.mark.sample(1)
 def test_a_killed_run_goes_on_to_the_same_bits(whole, tmp_path, monkeypatch, killed_at):
     score = online._score
 

@@ -55,6 +55,7 @@ def undisturbed(tmp_path_factory):
 
 
 @pytest.mark.parametrize("stop_at", [1, 30, 37])
+@pytest.mark.sample(1)
 def test_stopping_and_going_on_equals_going_through(tmp_path, undisturbed, stop_at):
     loop.train_and_evaluate(dataclasses.replace(CONFIG, num_steps=stop_at), tmp_path)
     assert int(final_state(tmp_path).step) == stop_at
