@@ -22,6 +22,7 @@ h1 { font-size: 1.4rem; } h2 { font-size: 1.1rem; margin-top: 2rem; } figure { m
 .wide { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 td, th { padding: .2rem .9rem .2rem 0; text-align: left; white-space: nowrap; vertical-align: top; }
 td.text { white-space: normal; min-width: 8rem; } svg, img { max-width: 100%; height: auto; }
+.beside { display: flex; flex-wrap: wrap; } .beside svg { width: 31rem; }
 """
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 """What a browser may load for it: nothing."""
@@ -39,11 +40,11 @@ def page(runs: Sequence[Run], split: str = "test", slice_by: Sequence[str] = ())
     results = {name: run.result for name, run in by_name.items()}
     parts = [
         _section("Curves", _curves(by_name)),
-        _section("Settings that differ", _table(_differing(by_name), "They have the same settings.")),
+        _section("Settings that differ" if len(runs) > 1 else "Settings", _table(*_settings(by_name))),
         *(_section(f"Metrics on {held}", _table(_metrics(results, held), "Not scored.")) for held in HELD_OUT),
         *_slices(by_name, split, slice_by),
         _section("Predicted beside measured", _table(_costs(results), "Not measured.")),
-        _section("Parts of a step", _table(_parts(results), "Not measured.")),
+        _section("Parts of a step, predicted, and waiting, measured", _table(_parts(results), "Not measured.")),
         _section("Environment", _table(_environment(results), "Not noted.")),
         _section("Pictures", "".join(_pictures(by_name))),
     ]
@@ -93,39 +94,52 @@ def _number(value: Any, form: str = ".5f") -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:{form}}"
 
 
+_CURVES = {"loss": (("train", "loss"), ("val", "loss")), "AUC": (("val", "auc"),)}
+"""What a picture shows: split and metric of its lines."""
+
+
 def _curves(runs: Mapping[str, Run]) -> str:
-    """Loss and AUC of all runs over their steps, as SVG."""
+    """Loss and AUC of all runs over their steps, as an SVG each, below each other where the page is narrow."""
     from matplotlib import rc_context  # A second to import.
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    axes = figure.subplots(1, 2)
-    for i, (name, run) in enumerate(runs.items()):
-        for axis, split, key in ((axes[0], "train", "loss"), (axes[0], "val", "loss"), (axes[1], "val", "auc")):
-            curves = run.metrics.get(split, {})
-            if key in curves:
-                line, marker = ("-", "o") if split == "val" else (":", "None")
-                label = f"{drawn(name)}, {split}"
-                axis.plot(curves["step"], curves[key], line, color=f"C{i % 10}", marker=marker, ms=3, label=label)
-    for axis, what in zip(axes, ("loss", "AUC"), strict=True):
+    pictures = []
+    for what, lines in _CURVES.items():
+        figure = Figure(figsize=(5, 4), layout="constrained")
+        axis = figure.subplots()
+        for i, (name, run) in enumerate(runs.items()):
+            for split, key in lines:
+                curves = run.metrics.get(split, {})
+                if key in curves:
+                    line, marker = ("-", "o") if split == "val" else (":", "None")
+                    label = f"{drawn(name)}, {split}"
+                    axis.plot(curves["step"], curves[key], line, color=f"C{i % 10}", marker=marker, ms=3, label=label)
         axis.set(xlabel="step", ylabel=what)
+        axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
         if axis.get_legend_handles_labels()[0]:
             axis.legend(fontsize=8)
-    text = io.StringIO()
-    with rc_context({"svg.fonttype": "none"}):  # Texts stay texts, which can be searched and read aloud.
-        figure.savefig(text, format="svg", metadata={"Date": None})
-    svg = re.sub(r"<metadata>.*?</metadata>", "", text.getvalue(), flags=re.DOTALL)
-    return f"<figure>{svg[svg.index('<svg') :]}</figure>"
+        text = io.StringIO()
+        with rc_context({"svg.fonttype": "none"}):  # Texts stay texts, which can be searched and read aloud.
+            figure.savefig(text, format="svg", metadata={"Date": None})
+        svg = re.sub(r"<metadata>.*?</metadata>", "", text.getvalue(), flags=re.DOTALL)
+        pictures.append(svg[svg.index("<svg") :])
+    return f"<figure class=beside>{''.join(pictures)}</figure>"
 
 
-def _differing(runs: Mapping[str, Run]) -> Rows:
-    """Settings in which the runs differ; an empty cell is the default."""
+def _settings(runs: Mapping[str, Run]) -> tuple[Rows, str]:
+    """Settings in which several runs differ, or those of one that are not the default; and what to say without any.
+
+    An empty cell is the default.
+    """
     settings = {name: {"data_dir": run.config.data.data_dir} | run.settings for name, run in runs.items()}
     texts = {name: {flag: _told(value) for flag, value in own.items()} for name, own in settings.items()}
     known = dict.fromkeys(flag for own in texts.values() for flag in own)
-    different = [flag for flag in known if len({own.get(flag) for own in texts.values()}) > 1]
-    return [["setting", *runs], *([flag, *(own.get(flag, "") for own in texts.values())] for flag in different)]
+    several = len(runs) > 1
+    compared = list(texts.values()) if several else [*texts.values(), {}]
+    shown = [flag for flag in known if len({own.get(flag, "") for own in compared}) > 1]
+    rows = [[flag, *(own.get(flag, "") for own in texts.values())] for flag in shown]
+    return [["setting", *runs], *rows], "They have the same settings." if several else "All are the defaults."
 
 
 def _told(value: Any) -> str:

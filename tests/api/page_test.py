@@ -113,7 +113,15 @@ def test_a_run_that_is_young_has_a_page(run, tmp_path):
     """It has settings only: nothing is measured yet."""
     shutil.copy(run.workdir / "config.json", tmp_path)
     text = page([dlrm_jax.Run(tmp_path)])
-    assert "Not measured." in text and Parsed(text).tables == []
+    assert "Not measured." in text and [table[0][0] for table in Parsed(text).tables] == ["setting"]
+
+
+def test_of_one_run_it_has_the_settings_that_are_not_the_defaults(run):
+    text = page([run])
+    (settings,) = [table for table in Parsed(text).tables if table[0][0] == "setting"]
+    told = dict(settings[1:])
+    assert told["batch_size"] == "64" and "" not in told.values() and "Settings that differ" not in text
+    assert text.count("<svg") == 2
 
 
 @pytest.mark.end_to_end
@@ -124,6 +132,9 @@ def test_a_phone_shows_it_without_scrolling_sideways(browser, run, other, tmp_pa
     browser.get(path.as_uri())
     width, inner = browser.execute_script("return [document.documentElement.scrollWidth, window.innerWidth]")
     assert width <= inner <= 500
+    places = "return Array.from(document.querySelectorAll('svg'), one => one.getBoundingClientRect().toJSON())"
+    loss, auc = browser.execute_script(places)
+    assert auc["top"] >= loss["bottom"] and min(loss["width"], auc["width"]) > 400
     assert "Predicted beside measured" in browser.find_element("tag name", "body").text
     assert browser.execute_script("return document.querySelector('img').naturalWidth") > 0
     assert [line for line in browser.get_log("browser") if "favicon" not in line["message"]] == []
