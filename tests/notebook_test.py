@@ -1,11 +1,12 @@
-"""The notebooks run from their first cell to their last, each small and in a process of its own; none keeps outputs."""
+"""The notebooks run from their first cell to their last, each small and in a fresh kernel; none keeps outputs."""
 
 import json
 import os
 import shutil
-import subprocess
-import sys
+from typing import Any
 
+import nbclient
+import nbformat
 import pytest
 
 from tests.helpers import ROOT, SHARED
@@ -22,16 +23,20 @@ def cells(path) -> list[dict]:
     return json.loads(path.read_text())["cells"]
 
 
-def result(name: str, tmp_path, parameters: str, asked: str) -> tuple[dict, int]:
+def result(name: str, tmp_path, parameters: str, asked: str) -> tuple[Any, int]:
     """(what `asked` is behind the last cell, how many pictures were shown) of a notebook with other parameters."""
-    command = [sys.executable, str(ROOT / "tests" / "notebook_process.py"), str(FOLDER / f"{name}.ipynb")]
+    notebook = nbformat.read(FOLDER / f"{name}.ipynb", as_version=4)
+    (place,) = [i for i, cell in enumerate(notebook.cells) if "parameters" in cell.metadata.get("tags", ())]
+    notebook.cells.insert(place + 1, nbformat.v4.new_code_cell(parameters))
+    notebook.cells.append(nbformat.v4.new_code_cell(f"import json\nprint(json.dumps({asked}))"))
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "TMPDIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([*command, parameters, asked], cwd=FOLDER, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    client = nbclient.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(FOLDER)}})
+    client.execute(env=environment)
     for path in tmp_path.iterdir():
         shutil.rmtree(path, ignore_errors=True)
-    last = json.loads(done.stdout.splitlines()[-1])
-    return last["found"], last["pictures"]
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
+    pictures = sum("image/png" in output.get("data", ()) for output in outputs)
+    return json.loads(outputs[-1].text.splitlines()[-1]), pictures
 
 
 def test_notebooks_keep_no_outputs_and_begin_alike():
