@@ -127,6 +127,18 @@ def by_row(read, array: pa.Array) -> list:
     return [(None if row in reasons else repr(values[row]), reasons.get(row)) for row in range(len(array))]
 
 
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        *(("5", 5), ("+5", 5), ("-5", -5), ("007", 7), (" 7 ", 7), ("-0", 0), ("0" * 30 + "8", 8)),
+        *((str(2**63 - 1), 2**63 - 1), (str(-(2**63)), -(2**63)), (str(2**63), None), (str(-(2**63) - 1), None)),
+        *((text, None) for text in ("", "+", "++5", "+-5", "--5", "5-", "1.0", "1e3", "0x10", "1_000", "1 000", "٣")),
+    ],
+)
+def test_a_whole_number_is_digits_with_at_most_one_sign(text, value):
+    assert one_text.integer(text) == value
+
+
 @pytest.mark.parametrize("reader", READERS)
 @given(texts=st.lists(TEXT, min_size=1, max_size=12))
 @settings(max_examples=60, deadline=None)
