@@ -29,8 +29,11 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeat"))
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
-    """Of a test that is marked `sample(n)`, all cases but n, evenly spaced, are exhaustive."""
+def pytest_collection_modifyitems(config, items):
+    """Of a test that is marked `sample(n)`, all cases but n, evenly spaced, are exhaustive.
+
+    What is exhaustive runs with `-m ''`, or where -m names it: `-m slow` is of what runs by default.
+    """
     cases = collections.defaultdict(list)
     for item in items:
         if item.get_closest_marker("sample") and not item.get_closest_marker("exhaustive"):
@@ -41,6 +44,10 @@ def pytest_collection_modifyitems(items):
         for i, item in enumerate(of_one):
             if i not in kept:
                 item.add_marker(pytest.mark.exhaustive)
+    if config.option.markexpr and "exhaustive" not in config.option.markexpr:
+        left_out = [item for item in items if item.get_closest_marker("exhaustive")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if not item.get_closest_marker("exhaustive")]
 
 
 @pytest.fixture

@@ -209,6 +209,7 @@ def assert_printed(block: Block, printed: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.end_to_end
+@pytest.mark.exhaustive
 def test_the_guide_for_python_runs_as_one_program(tmp_path):
     """Its commands first, which make the log; then all of its Python, which is one session."""
     reader, found = Reader(tmp_path), blocks(("docs/PYTHON.md",))

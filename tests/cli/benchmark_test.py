@@ -102,6 +102,7 @@ def test_a_gpus_parts_are_of_programs_without_command_buffers(monkeypatch):
 
 @pytest.mark.parametrize("flags", [("--steps_per_dispatch=4",), ("--pipeline_exchange", "--sharding=row_wise")])
 @pytest.mark.sample(1)
+@pytest.mark.exhaustive
 def test_the_step_measured_is_the_runs_own(tmp_path, flags):
     found = {}
     for name, these in (("plain", flags[1:]), ("own", flags)):
@@ -164,6 +165,7 @@ def test_what_a_pipelined_step_compiles_is_timed_all(monkeypatch):
         ),
     ],
 )
+@pytest.mark.exhaustive
 def test_sweeps(tmp_path, sweep, flags):
     done = benchmark(f"--sweep={sweep}", *flags, f"--json={tmp_path}/b.json", f"--picture={tmp_path}/b.png")
     assert not done.returncode, done.stderr

@@ -99,6 +99,7 @@ def test_second_run_in_the_same_workdir_is_done_at_once(quickstart):
 
 @pytest.mark.usefixtures("compiled_anew")
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_flags_txt_repeats_the_run_bit_by_bit(tmp_path):
     small = ["--num_examples=5000", "--batch_size=100", "--learning_rate=0.05", "--num_epochs=1"]
     first = run("train", *small, f"--workdir={tmp_path / 'a'}")

@@ -105,6 +105,7 @@ def test_what_a_label_counts_as_negative_and_a_split_of_one_class_are_said(tmp_p
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_prepared_data_refuses_flags_that_would_do_nothing(tmp_path):
     (tmp_path / "train.txt").write_text(kaggle_text(300))
     assert (
@@ -175,6 +176,7 @@ def start(*command: str) -> subprocess.Popen:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("compiled_anew")
+@pytest.mark.exhaustive
 def test_kill_minus_nine_during_training_on_prepared_data(tmp_path):
     """The data position is in the checkpoint: the weights are those of a run that nobody killed."""
     (tmp_path / "train.txt").write_text(kaggle_text(3000))

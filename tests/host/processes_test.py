@@ -59,8 +59,8 @@ def outputs(running: list[subprocess.Popen]) -> list[str]:
 @pytest.mark.parametrize(
     "shardings",
     [
-        ("row_wise", "mix"),
-        pytest.param(("data_parallel", "table_wise"), marks=pytest.mark.exhaustive),
+        ("mix",),
+        pytest.param(("row_wise", "data_parallel", "table_wise"), marks=pytest.mark.exhaustive),
         pytest.param(("table_row_wise", "column_wise"), marks=pytest.mark.exhaustive),
     ],
 )
@@ -132,6 +132,7 @@ def test_a_signal_to_one_stops_all_at_one_step_and_the_same_command_goes_on(tmp_
 @pytest.mark.end_to_end
 @pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.exhaustive)])
 @pytest.mark.sample(1)
+@pytest.mark.exhaustive
 def test_one_that_dies_ends_the_other_with_a_message_and_the_run_goes_on_later(tmp_path, victim):
     running = train(tmp_path, 2, 2, num_steps=100_000, eval_every=100_000)
     until(lambda: has_logged(tmp_path, 50), *running)

@@ -231,6 +231,7 @@ def test_what_batch_norms_send_is_counted(parts):
 
 @pytest.mark.parametrize("sharding", ["row_wise", "column_wise"])
 @pytest.mark.sample(1)
+@pytest.mark.exhaustive
 def test_gradients_of_micro_batches_are_added_before_they_are_sent(sharding):
     sent, counts = [], []
     for parts in (1, 4):

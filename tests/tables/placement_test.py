@@ -122,11 +122,13 @@ def test_every_placement_with_every_optimizer(sharding, table):
 @pytest.mark.parametrize("table", [*MORE_RULES[:2], *(pytest.param(rule, marks=EXHAUSTIVE) for rule in MORE_RULES[2:])])
 @pytest.mark.parametrize("mesh", [(2, 2), *(pytest.param(mesh, marks=EXHAUSTIVE) for mesh in ((1, 2), (1, 8), (2, 4)))])
 @pytest.mark.sample(1)
+@pytest.mark.exhaustive
 def test_further_rules_under_a_mix_of_placements(mesh, table):
     assert_equals_one_device(place(mesh, "mix", table), table)
 
 
 @pytest.mark.parametrize("sharding", MIX_AND_OTHERS)
+@pytest.mark.exhaustive
 def test_learned_pooling_weights_are_placed_too(sharding):
     assert_equals_one_device(place((1, 4), sharding, "rowwise_adagrad", learned=True), "rowwise_adagrad", learned=True)
 

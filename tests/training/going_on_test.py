@@ -46,6 +46,7 @@ def contents(workdir) -> dict[str, tuple[bytes, int]]:
     return {str(path.relative_to(workdir)): (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
 
 
+@pytest.mark.exhaustive
 def test_more_patience_and_then_none_goes_on_to_the_same_bits(tmp_path):
     """The rules of today decide, not the words that the checkpoint of yesterday holds."""
     for patience, reached in ((2, 60), (2, 60), (3, 80), (0, 100)):
@@ -85,6 +86,7 @@ def finished(tmp_path):
     return tmp_path, loop.train_and_evaluate(CONFIG, tmp_path)
 
 
+@pytest.mark.exhaustive
 def test_a_finished_run_again_keeps_its_speed_and_cost(finished):
     workdir, result = finished
     again = loop.train_and_evaluate(CONFIG, workdir)

@@ -46,6 +46,7 @@ def test_result_and_files_are_complete(tmp_path):
     assert list((tmp_path / "tensorboard").glob("events*"))
 
 
+@pytest.mark.exhaustive
 def test_learning_beats_chance_and_shuffled_labels_do_not(tmp_path, monkeypatch):
     config = dataclasses.replace(
         CONFIG, data=dataclasses.replace(CONFIG.data, num_examples=20000), num_steps=0, num_epochs=3, eval_every=0
@@ -109,6 +110,7 @@ BAGS = DataConfig("synthetic", num_examples=2000, table_sizes=(50, 60, 70), hotn
 
 
 @needs_compiler
+@pytest.mark.exhaustive
 def test_native_kernels_are_the_same_run(tmp_path, caplog):
     bags = dataclasses.replace(CONFIG, data=BAGS, kernels="xla")
     result = loop.train_and_evaluate(bags, tmp_path / "xla")

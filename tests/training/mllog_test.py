@@ -147,6 +147,7 @@ def test_only_the_first_of_several_processes_writes_it(tmp_path):
 
 @pytest.mark.parametrize("flag", ["--mllog=org:Example", "--histogram_rows=5"])
 @pytest.mark.sample(1)
+@pytest.mark.exhaustive
 def test_online_refuses_what_it_does_not_write(tmp_path, flag):
     """Each period's evaluation is its own there, and no run of epochs."""
     ended = forked.run("online", f"--workdir={tmp_path}", flag)

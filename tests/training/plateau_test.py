@@ -66,6 +66,7 @@ def test_a_plateau_that_cannot_be_is_one_line(text, words):
         ScheduleConfig(0.1, plateau=text)
 
 
+@pytest.mark.exhaustive
 def test_a_run_that_was_stopped_goes_on_with_the_cuts_it_had(tmp_path):
     """The factor is in the checkpoint: the weights are those of a run that nobody stopped."""
     schedule = dataclasses.replace(CONFIG.optimizer.schedule, plateau="factor:0.5,min_delta:1")
