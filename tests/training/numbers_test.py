@@ -21,14 +21,14 @@ GRADIENTS_APART = 64
 
 
 def weights_apart(optimizer: OptimizerConfig) -> float:
-    """Of the largest weight, after STEPS steps at a rate of 1/16; more where a gradient is divided by its own size.
+    """Of the largest weight, after STEPS steps at a rate of 1/16; more where a gradient is divided by its own size."""
+    linear = optimizer.table == "sgd" and optimizer.dense in ("sgd", "momentum")
+    return 1e-6 if linear else 1e-5
 
-    Adam moves a weight whose gradient is as small as its epsilon of 1e-8 by up to rate / 4 per epsilon of difference,
-    here 1.3e-5 for each rounding of terms of 1e-4.
-    """
-    if optimizer.dense in ("adam", "adamw"):
-        return 2e-5
-    return 1e-6 if optimizer.table == "sgd" and optimizer.dense in ("sgd", "momentum") else 1e-5
+
+ADAMS_EPSILON, APART_AT_EPSILON = 1e-8, 2e-5
+"""Adam moves a weight whose first gradient is as small as its epsilon by up to rate / 4 per epsilon of difference: here
+1.3e-5 for each rounding of terms of 1e-4."""
 
 
 def seeds(*daily: int):
@@ -46,15 +46,20 @@ def seeds(*daily: int):
     ]
 
 
-def differences(ours: list[dict], theirs: list[dict]) -> list[float]:
-    """After each step the largest difference of any weight over the largest weight, until training diverges."""
+def differences(ours: list[dict], theirs: list[dict], among: dict | None = None) -> list[float]:
+    """After each step the largest difference of any weight over the largest weight, until training diverges.
+
+    `among` says which weights count; None: all.
+    """
     found = []
     for our, their in zip(ours, theirs, strict=True):
         pairs = list(zip(jax.tree.leaves(our), jax.tree.leaves(their), strict=True))
         largest = max(np.abs(b).max() for _, b in pairs)
         if not largest < 1e4:
             break
-        found.append(float(max(np.abs(a - b).max() for a, b in pairs) / largest))
+        counted = [True] * len(pairs) if among is None else jax.tree.leaves(among)
+        apart = (np.abs(a - b).max(initial=0, where=which) for (a, b), which in zip(pairs, counted, strict=True))
+        found.append(float(max(apart) / largest))
     return found
 
 
@@ -130,7 +135,16 @@ def test_weights_in_float32_stay_as_close_as_is_promised(seed):
     case = draw(seed)
     gentle = dataclasses.replace(case.optimizer, schedule=ScheduleConfig(learning_rate=1 / 16))
     case = dataclasses.replace(case, optimizer=gentle)
-    ours, one = make_trainer(case), make_trainer(case.on_one_device())
+    ours, one, gradients = make_trainer(case), make_trainer(case.on_one_device()), make_gradients(case.on_one_device())
+    by_adam = case.optimizer.dense in ("adam", "adamw")
     for trial in range(TRIALS):
-        found = differences(ours(case.again(trial), STEPS), one(case.again(trial), STEPS))
+        weights = ours(case.again(trial), STEPS), one(case.again(trial), STEPS)
+        first = gradients(case.again(trial))
+        small = {
+            "dense": jax.tree.map(lambda g: by_adam & (np.abs(g) < 10 * ADAMS_EPSILON), first["dense"]),
+            "tables": jax.tree.map(lambda g: np.zeros(g.shape, bool), first["tables"]),
+        }
+        found = differences(*weights, jax.tree.map(np.logical_not, small))
         assert found and max(found) < weights_apart(case.optimizer), f"{case}, trial {trial}: {found}"
+        at_epsilon = differences(*weights, small)
+        assert max(at_epsilon) < APART_AT_EPSILON, f"{case}, trial {trial}, at Adam's epsilon: {at_epsilon}"
