@@ -218,6 +218,16 @@ def test_a_program_is_read_by_another_process_first_and_once(copied, tmp_path, m
         require_read_apart(whole[:-200])
 
 
+def assert_refused_and_the_next_taken(model_dir, change, reason: str):
+    """A running server says why it does not take the version that `change` spoils, takes a good one, and ends well."""
+    with running(model_dir, "--batch_sizes=1", "--poll_seconds=0.1") as server:
+        next_version(model_dir, change)
+        assert reason in server.event("reload_refused", version=2)["reason"]
+        next_version(model_dir, lambda directory: None)
+        server.event("model_ready", version=3)
+        assert server.stop() == 0
+
+
 @pytest.mark.end_to_end
 def test_a_program_that_ends_who_reads_it_ends_no_server(copied, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -230,12 +240,7 @@ def test_a_program_that_ends_who_reads_it_ends_no_server(copied, tmp_path, monke
         with (directory / "program.stablehlo").open("ab") as file:
             file.write(b"forged")  # Which MLIR does not look at.
 
-    with running(copied, "--batch_sizes=1", "--poll_seconds=0.1") as server:
-        next_version(copied, forge)
-        assert "ends who reads it (signal 6)" in server.event("reload_refused", version=2)["reason"]
-        next_version(copied, lambda directory: None)
-        server.event("model_ready", version=3)
-        assert server.stop() == 0
+    assert_refused_and_the_next_taken(copied, forge, "ends who reads it (signal 6)")
 
 
 @pytest.mark.end_to_end
@@ -258,12 +263,7 @@ def test_a_program_that_never_ends_holds_up_neither_a_later_version_nor_the_end(
     start += "repository._seconds_for = lambda state: 10 if any('/model/2/' in name for name, *_ in state) else 300;"
     start += "serve.command()"
     monkeypatch.setattr(RunningServer, "START", ("-c", start))
-    with running(copied, "--batch_sizes=1", "--poll_seconds=0.1") as server:
-        next_version(copied, endless)
-        assert "was not ready after 10 s" in server.event("reload_refused", version=2)["reason"]
-        next_version(copied, lambda directory: None)
-        server.event("model_ready", version=3)
-        assert server.stop() == 0
+    assert_refused_and_the_next_taken(copied, endless, "was not ready after 10 s")
 
 
 def test_a_version_that_never_gets_ready_blocks_none_after_it(copied, monkeypatch):
