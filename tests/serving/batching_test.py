@@ -59,6 +59,21 @@ async def started(batcher, fake, *values):
     return task
 
 
+@pytest.mark.parametrize("turns", range(4))
+def test_an_end_that_comes_just_behind_a_request_is_not_lost(turns):
+    async def work(batcher):
+        waiting = [asyncio.create_task(batcher.score(Fake(), *rows(1.0), soon()))]
+        await asyncio.sleep(0.01)  # It waits for company.
+        waiting.append(asyncio.create_task(batcher.score(Fake(), *rows(2.0), soon())))
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        await batcher.stop()
+        for answer in await asyncio.gather(*waiting, return_exceptions=True):
+            assert isinstance(answer, Busy)
+
+    with_batcher(work, max_delay=5.0)
+
+
 def test_who_waits_together_is_computed_together_and_gets_its_own():
     fake = Fake()
 

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import threading
+import time
 
 import jax
 import numpy as np
@@ -305,3 +306,23 @@ def test_a_directory_that_cannot_be_listed_is_looked_at_again(copied, monkeypatc
 
     asyncio.run(follow())
     assert len(tries) >= 3 and all(tries)
+
+
+def test_an_end_that_comes_just_behind_a_look_is_not_lost(copied, monkeypatch):
+    looks, go = threading.Event(), threading.Event()
+
+    def versions(model_dir):
+        looks.set()
+        go.wait()
+        return []
+
+    async def follow():
+        monkeypatch.setattr(repository, "versions", versions)
+        async with Following(copied, lambda version, like: Servable(version, (1,), like=like)) as following:
+            await following.until(looks.is_set)
+            go.set()
+            time.sleep(0.05)  # Meanwhile the thread hands over what it found, to the loop's next turn.
+            stopping = asyncio.create_task(following.repository.stop())  # In the same turn, behind it.
+            await following.until(stopping.done)
+
+    asyncio.run(follow())

@@ -184,7 +184,8 @@ class Batcher:
         while self._queued_rows < self._max_batch and (left := until - time.monotonic()) > 0:
             self._arrived.clear()
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._arrived.wait(), left)
+                async with asyncio.timeout(left):
+                    await self._arrived.wait()
 
     def _take(self) -> list[_Waiting]:
         batch: list[_Waiting] = []

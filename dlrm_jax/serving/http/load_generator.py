@@ -255,7 +255,8 @@ def run(
                 await asyncio.sleep(0)  # Behind time: answers must be read all the same.
             pool.ask(index)
         with contextlib.suppress(TimeoutError):  # Status 0 says that no answer came.
-            await asyncio.wait_for(pool.done.wait(), _DRAIN_SECONDS)
+            async with asyncio.timeout(_DRAIN_SECONDS):
+                await pool.done.wait()
         for connection in pool.connections:
             connection.close()
         return pool

@@ -82,7 +82,8 @@ class Repository:
         self._take(await self._first_ready(first))
         while True:
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._look.wait(), self._poll)
+                async with asyncio.timeout(self._poll):
+                    await self._look.wait()
             self._look.clear()
             try:
                 await self._reload()
@@ -276,7 +277,9 @@ class _Loading:
             threading.Thread(target=_work_off, args=(self._work,), daemon=True, name="load").start()
         self._work.put(run)
         try:
-            return await asyncio.wait_for(future, seconds)
+            # Python 3.11's `wait_for` loses a cancellation that comes just behind the result: `stop` would never end.
+            async with asyncio.timeout(seconds):
+                return await future
         except TimeoutError:
             if self._work is not None:
                 self._work.put(None)
