@@ -309,7 +309,7 @@ def steps(flags: argparse.Namespace) -> str:
 
     from dlrm_jax.cli.flags import define_run_flags, unchecked_config
     from dlrm_jax.planning.cost import marks_bytes
-    from dlrm_jax.training.loop import Run
+    from dlrm_jax.training.run import Run
     from dlrm_jax.training.stepper import Stepper
     from dlrm_jax.training.touched import Touched
 

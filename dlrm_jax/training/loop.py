@@ -1,98 +1,37 @@
 """The training run as a story: data, state, resume, steps, evaluations, checkpoints, result."""
 
 import contextlib
-import dataclasses
 import logging
 import pathlib
 import time
-from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import Any
 
 import jax
 
-from dlrm_jax.config import ConfigError, differences, from_dict, tell
-from dlrm_jax.data.read.load import named
-from dlrm_jax.data.read.pipeline import Cut, process_shard, steps_per_epoch
+from dlrm_jax.config import ConfigError
 from dlrm_jax.data.values.label_values import describe_one_class
-from dlrm_jax.host import files, heap, huge_pages, processes
+from dlrm_jax.host import heap, processes
 from dlrm_jax.training import checkpoint, plateau, reporting, temperature
-from dlrm_jax.training.beginning import begin
-from dlrm_jax.training.evaluation import Evaluator, evaluate_splits
-from dlrm_jax.training.feed import Room, make_feed
+from dlrm_jax.training.evaluation import evaluate_splits
 from dlrm_jax.training.histograms import Histograms
 from dlrm_jax.training.mllog import Length, MlperfLog, Records, facts_of, path_of
 from dlrm_jax.training.monitor import Clock, Interrupted, Losses, Speed, catch_signals
-from dlrm_jax.training.opening import open_run
 from dlrm_jax.training.origin import OpenModel
 from dlrm_jax.training.placement import failing_in_one_line, prediction, setting_of
 from dlrm_jax.training.profiling import StepsTrace
 from dlrm_jax.training.progress import Progress, stopping
 from dlrm_jax.training.publishing import OpenPublisher, Publishing, publishing
 from dlrm_jax.training.record_options import parse_submission
-from dlrm_jax.training.run_config import EARLIER_SCHEDULES, RunConfig, identity_of
+from dlrm_jax.training.resuming import restore_or_begin
+from dlrm_jax.training.run import Run, config_of, record_of, the_only_training
+from dlrm_jax.training.run_config import RunConfig
 from dlrm_jax.training.state import TrainState
 from dlrm_jax.training.stepper import Stepper
 
 _LOG = logging.getLogger("dlrm_jax")
 _READ_SECONDS = 1.0
 """How long a loss may stay unread on the device where steps are slow."""
-
-
-class Run:
-    """What stays fixed during one call of `train_and_evaluate`."""
-
-    def __init__(self, config: RunConfig, workdir: pathlib.Path, progress: bool = True) -> None:
-        self.config, self.workdir, self.init_seconds = config, workdir, time.time()
-        _LOG.info("loading %s", config.data.data_dir or config.data.dataset)
-        opened = open_run(config, workdir)
-        self.model, self.dataset, self.identity = opened.model, opened.dataset, opened.identity
-        num_rows = len(self.dataset.splits["train"])
-        per_epoch = steps_per_epoch(num_rows, config.batch_size)
-        self.num_steps = config.num_steps or config.num_epochs * per_epoch
-        if num_rows < config.batch_size:
-            _LOG.warning("%d training rows, the rest of --batch_size=%d is padding", num_rows, config.batch_size)
-        if config.eval_every > self.num_steps:
-            _LOG.warning(
-                "--eval_every=%d is beyond the last step, %d: val is scored once, at the end",
-                config.eval_every,
-                self.num_steps,
-            )
-        self._require_val_rows()
-        self.eval_every = config.eval_every or per_epoch
-        self.checkpoint_every = config.checkpoint_every or per_epoch
-        self.placed = opened.place(checkpoint.COPIES)
-        room, multiple = Room(config, self.placed), self.placed.num_devices * config.num_micro_batches
-        cut = Cut(config.batch_size, multiple=multiple, shard=process_shard())
-        self.feed = make_feed(self.placed, self.dataset, self.dataset.splits["train"], cut, room, self.num_steps)
-        self.evaluate = Evaluator(config, self.placed, self.dataset, room)
-        self.writes = processes.is_first()
-        self.shows = progress and self.writes
-        self.began_at = 0
-
-    @property
-    def last_step(self) -> int:
-        """The step at which the run ends; steps are counted from where it began, which may be beyond 0."""
-        return self.began_at + self.num_steps
-
-    def _require_val_rows(self) -> None:
-        if len(self.dataset.splits["val"]):
-            return
-        if self.config.target_value is not None:
-            raise ConfigError(
-                f"--target_value={self.config.target_value} needs val rows, and {self.dataset.name} has none"
-            )
-        if self.config.optimizer.schedule.plateau:
-            raise ConfigError(f"--lr_plateau needs val rows, and {self.dataset.name} has none; leave it out")
-        if self.config.patience:  # Not refused, as it is there by default.
-            _LOG.warning(
-                "%s has no val rows: all %d steps are taken, whatever --patience", self.dataset.name, self.num_steps
-            )
-
-    def undisturbed(self, step: int) -> int:
-        """Steps from `step` to the next one that evaluates or saves, or the last."""
-        own = step - self.began_at
-        return min(self.num_steps - own, *(n - own % n for n in (self.eval_every, self.checkpoint_every)))
 
 
 def train_and_evaluate(
@@ -115,14 +54,6 @@ def train_and_evaluate(
     workdir.mkdir(parents=True, exist_ok=True)
     with the_only_training(workdir):
         return _train_and_evaluate(Run(config, workdir, progress), flagfile, defaults, open_model, open_publisher)
-
-
-@contextlib.contextmanager
-def the_only_training(workdir: pathlib.Path) -> Iterator[None]:
-    """Hold the workdir's lock, the first of several processes for all; ConfigError in all if it is taken."""
-    refusal = f"another training is running in {workdir}"
-    with processes.first_holds(files.alone(workdir / files.LOCK, refusal), refusal):
-        yield
 
 
 class ResultNotWritten(ConfigError):
@@ -186,75 +117,6 @@ def mlperf_log(run: Run, progress: Progress, resumed_at: int) -> MlperfLog:
     facts = facts_of(run.config, run.model, submission, rows, resumed_at)
     path = path_of(run.workdir, resumed_at if resumed_at > run.began_at else 0)
     return MlperfLog(path, length, facts, run.init_seconds)
-
-
-def restore_or_begin(
-    run: Run, checkpoints: checkpoint.Checkpoints, open_model: OpenModel | None
-) -> tuple[TrainState, Progress]:
-    """The last checkpoint of this workdir, or a first state; ConfigError if the workdir belongs to another run."""
-    if checkpoints.step(checkpoint.LATEST) is None:
-        state, begun = begin(run.config, run.workdir, run.placed, run.dataset, open_model)
-        return state, Progress(begun=begun)
-    record = checkpoints.record(checkpoint.LATEST)
-    progress: Progress = from_dict(Progress, record["progress"], "the checkpoint's progress")
-    require_the_same_run(run, record, checkpoints.step(checkpoint.LATEST) or 0, progress)
-    state = checkpoints.restore(checkpoint.LATEST, run.placed)
-    huge_pages.collapse(state)
-    if progress.best_step not in (None, there := checkpoints.step(checkpoint.BEST)):
-        # Where a run went back to an earlier step, the one that is there comes from beyond it.
-        instead = "" if there is None else f" (one of step {there} is there)"
-        _LOG.warning(
-            "the best checkpoint, of step %d, is missing%s: the best from here on is kept", progress.best_step, instead
-        )
-        progress.best_value = progress.best_step = None
-    progress.stopped = stopping(run.config, progress)
-    _LOG.info("resumed at step %d of %d", int(state.step), progress.begun.step + run.num_steps)
-    return state, progress
-
-
-def require_the_same_run(run: Run, record: dict[str, Any], step: int, progress: Progress) -> None:
-    """ConfigError unless `run` may go on from a checkpoint's record; a change of schedule is noted in `progress`."""
-    config, then = run.config, identity_of(record)
-    changed = differences(run.identity["optimizer"]["schedule"], then["optimizer"]["schedule"])
-    different = differences(run.identity, then)
-    if len(different) > (len(changed) if config.allow_schedule_change else 0):
-        only = len(different) == len(changed)
-        raise ConfigError(
-            f"{run.workdir} holds another run; choose another --workdir or the same settings"
-            f"{', or go on with --allow_schedule_change' if only else ''}. "
-            f"Differing (this command != the workdir): {tell(different)}"
-        )
-    plateaus = run.identity["optimizer"]["schedule"]["plateau"], then["optimizer"]["schedule"]["plateau"]
-    if bool(plateaus[0]) != bool(plateaus[1]):
-        raise ConfigError(
-            f"{run.workdir} was trained with{'' if plateaus[1] else 'out'} --lr_plateau, and goes on so; leave it "
-            f"{'in' if plateaus[1] else 'out'}, or choose another --workdir"
-        )
-    if progress.online:
-        raise ConfigError(f"{run.workdir} holds a run of dlrm_jax.online; choose another --workdir, or --init_from it")
-    progress.begun.require_same(config, run.workdir)
-    own = step - progress.begun.step
-    if own > run.num_steps:
-        raise ConfigError(
-            f"{run.workdir} is at step {own} already, beyond the {run.num_steps} asked for; nothing was changed. "
-            "Ask for more --num_steps or --num_epochs, or choose another --workdir"
-        )
-    metric = progress.target_metric or reporting.earlier(run.workdir, "config.json").get("target_metric")
-    if progress.best_value is not None and metric not in (None, config.target_metric):
-        raise ConfigError(
-            f"{run.workdir} chose its best checkpoint by {metric}, not by --target_metric={config.target_metric}; "
-            "choose another --workdir or the same metric"
-        )
-    if changed:
-        progress.earlier_schedules.append({"until_step": step, **then["optimizer"]["schedule"]})
-        _LOG.info("from step %d on with another schedule (now != before): %s", step, tell(changed))
-
-
-def config_of(run: Run, progress: Progress) -> dict[str, Any]:
-    """What `config.json` says: the settings, the data by its own name, and what the schedule was before, if another."""
-    config = dataclasses.replace(progress.begun.noted_in(run.config), data=named(run.config.data, run.dataset))
-    earlier = {EARLIER_SCHEDULES: progress.earlier_schedules} if progress.earlier_schedules else {}
-    return dataclasses.asdict(config) | earlier
 
 
 def train(
@@ -385,11 +247,6 @@ def predicted_and_measured(run: Run, speed: Speed, memory: int | None) -> dict[s
         },
         "measured": {"seconds": run.config.batch_size / rate if rate else None, "bytes": memory},
     }
-
-
-def record_of(run: Run, progress: Progress) -> dict[str, Any]:
-    """What a checkpoint says besides the state."""
-    return {"identity": run.identity, "progress": dataclasses.asdict(progress), "schema": run.dataset.schema}
 
 
 def final_result(

@@ -19,13 +19,13 @@ from dlrm_jax.host import heap, processes
 from dlrm_jax.training import checkpoint, reporting
 from dlrm_jax.training.beginning import begin
 from dlrm_jax.training.evicting import Eviction
-from dlrm_jax.training.loop import the_only_training
 from dlrm_jax.training.monitor import Interrupted, Losses, catch_signals
 from dlrm_jax.training.origin import OpenModel
 from dlrm_jax.training.periods import Online, OnlineOptions
 from dlrm_jax.training.placement import failing_in_one_line
 from dlrm_jax.training.progress import Progress
 from dlrm_jax.training.publishing import OpenPublisher, Publishing, publishing
+from dlrm_jax.training.run import the_only_training
 from dlrm_jax.training.run_config import RunConfig, identity_of
 from dlrm_jax.training.state import TrainState
 from dlrm_jax.training.stepper import Stepper

@@ -13,8 +13,9 @@ from dlrm_jax.data.read.load import CACHE, load_dataset
 from dlrm_jax.host import processes
 from dlrm_jax.host.texts import aligned
 from dlrm_jax.training import reporting
-from dlrm_jax.training.loop import the_only_training, train_and_evaluate
+from dlrm_jax.training.loop import train_and_evaluate
 from dlrm_jax.training.origin import OpenModel
+from dlrm_jax.training.run import the_only_training
 from dlrm_jax.training.run_config import RunConfig
 
 SEEDS = "seeds.json"

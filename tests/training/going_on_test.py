@@ -14,6 +14,7 @@ from dlrm_jax.config import ConfigError
 from dlrm_jax.training import loop, opening
 from dlrm_jax.training.progress import Progress, stopping
 from dlrm_jax.training.reporting import read_metrics
+from dlrm_jax.training.run import Run
 from tests.training.resume_test import CONFIG, final_state
 
 SLOW = dataclasses.replace(CONFIG.optimizer.schedule, learning_rate=1e-30)
@@ -182,7 +183,7 @@ def test_the_flag_lets_nothing_else_pass_and_changes_nothing_by_itself(tmp_path)
 def test_what_a_batch_larger_than_the_data_and_a_late_evaluation_do_is_said(tmp_path, caplog):
     data = dataclasses.replace(CONFIG.data, num_examples=100)
     with caplog.at_level("WARNING", logger="dlrm_jax"):
-        run = loop.Run(dataclasses.replace(CONFIG, data=data, batch_size=100, num_steps=3, eval_every=9), tmp_path)
+        run = Run(dataclasses.replace(CONFIG, data=data, batch_size=100, num_steps=3, eval_every=9), tmp_path)
     assert "80 training rows, the rest of --batch_size=100 is padding" in caplog.text
     assert "--eval_every=9 is beyond the last step, 3: val is scored once, at the end" in caplog.text
     assert run.num_steps == 3

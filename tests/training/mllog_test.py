@@ -16,6 +16,7 @@ from dlrm_jax.training import loop, reporting
 from dlrm_jax.training.monitor import Interrupted
 from dlrm_jax.training.progress import Progress
 from dlrm_jax.training.record_options import RecordOptions, Submission, parse_submission
+from dlrm_jax.training.run import Run
 from tests import forked
 from tests.helpers import optimizer
 from tests.training.resume_test import CONFIG
@@ -136,7 +137,7 @@ def test_no_number_aborts_it(tmp_path, monkeypatch):
 
 
 def test_only_the_first_of_several_processes_writes_it(tmp_path):
-    run = loop.Run(DCNV2, tmp_path, progress=False)
+    run = Run(DCNV2, tmp_path, progress=False)
     for writes in (False, True):
         run.writes = writes
         with loop.mlperf_log(run, Progress(), 0) as log:
