@@ -115,6 +115,7 @@ def test_a_form_with_a_step_of_its_own_needs_stacks_of_its_own():
         type("Mine", (RowWise,), {"lookup": RowWise.lookup})
 
 
+@pytest.mark.exhaustive
 def test_a_table_dtype_trains_under_a_sharding_type_of_another_package(added, tmp_path, caplog):
     """Both by flags, on a mesh; resumed on one device, exported and served."""
     added("A sharding type")

@@ -1,6 +1,8 @@
 """Eight CPU devices, no silent broadcasting between ranks, the same examples from hypothesis in every run.
 
-What one test compiled is there for the others, in other processes too: compiling is most of what the tests do.
+Compiling is most of what the tests do. What one test compiled is there for the others, in other processes too; and what
+runs a few times is hardly optimised, where a test does not ask for it (`optimised`).
+JAX_DISABLE_MOST_OPTIMIZATIONS=0 compiles all as users do.
 """
 
 import atexit
@@ -13,6 +15,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # Workers and the commands that tests start inherit it.
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="compiled_")
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # Commands that tests start inherit it too.
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
 import hypothesis
@@ -54,3 +57,9 @@ def pytest_collection_modifyitems(config, items):
 def compiled_anew(monkeypatch):
     """Processes that the test starts compile for themselves, as a user's do: equal bits are then no copy's."""
     monkeypatch.setenv("JAX_ENABLE_COMPILATION_CACHE", "false")
+
+
+@pytest.fixture
+def optimised(monkeypatch):
+    """Processes that the test starts compile as a user's do: for what trains or serves for long."""
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "0")

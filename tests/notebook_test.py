@@ -30,6 +30,7 @@ def result(name: str, tmp_path, parameters: str, asked: str) -> tuple[Any, int]:
     notebook.cells.insert(place + 1, nbformat.v4.new_code_cell(parameters))
     notebook.cells.append(nbformat.v4.new_code_cell(f"import json\nprint(json.dumps({asked}))"))
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "TMPDIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "0"
     client = nbclient.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(FOLDER)}})
     client.execute(env=environment)
     for path in tmp_path.iterdir():
@@ -105,6 +106,7 @@ def test_frappes_published_result_is_reached(tmp_path):
 
 
 @end_to_end
+@pytest.mark.exhaustive
 def test_a_server_gives_the_models_scores_and_takes_the_next_version(tmp_path):
     asked = "[first, first_here.tolist(), second, second_here.tolist(), server.returncode]"
     small = "ROWS, MORE, EPOCHS, SECONDS = 4000, 4000, 1, 1"

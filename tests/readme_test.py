@@ -100,6 +100,10 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+OWN = ("JAX_NUM_CPU_DEVICES", "JAX_DISABLE_MOST_OPTIMIZATIONS", "XLA_FLAGS")
+"""Settings of the tests, which no reader has."""
+
+
 class Reader:
     """Someone with a fresh clone and an environment, who types what README.md says."""
 
@@ -118,7 +122,7 @@ class Reader:
         for name, text in {"pip": _PIP.format(python=sys.executable), "python": python}.items():
             (programs / name).write_text(text)
             (programs / name).chmod(0o755)
-        kept = {name: value for name, value in os.environ.items() if name not in ("JAX_NUM_CPU_DEVICES", "XLA_FLAGS")}
+        kept = {name: value for name, value in os.environ.items() if name not in OWN}
         self.environment = kept | {"JAX_PLATFORMS": "cpu", "PATH": f"{programs}:{os.environ['PATH']}"}
         self.servers: list[subprocess.Popen] = []
 

@@ -18,7 +18,7 @@ from experiments.quality_gate import check, read_baselines
 from tests.forked import run
 from tests.helpers import ROOT, SHARED
 
-pytestmark = pytest.mark.end_to_end
+pytestmark = [pytest.mark.end_to_end, pytest.mark.usefixtures("optimised")]  # They train for many steps.
 
 
 def typed(module: str, *flags: str) -> subprocess.CompletedProcess:
@@ -34,7 +34,9 @@ def result_of(workdir: pathlib.Path) -> dict:
 @pytest.fixture(scope="module")
 def quickstart(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("quickstart")
-    finished = typed("train", "--flagfile=experiments/quickstart.flags", f"--workdir={workdir}")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "0")
+        finished = typed("train", "--flagfile=experiments/quickstart.flags", f"--workdir={workdir}")
     assert finished.returncode == 0, finished.stderr
     return workdir, finished
 

@@ -54,6 +54,7 @@ def odd(tmp_path_factory):
     return directory, all_commands(f"{directory}/")
 
 
+@pytest.mark.exhaustive
 def test_every_command_takes_names_as_they_are(odd):
     directory, said = odd
     assert said["step"] == 6 and len((directory / "scores.csv").read_text().splitlines()) == 43

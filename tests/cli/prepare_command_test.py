@@ -22,6 +22,7 @@ from tests.prepared_helpers import digest
 pytestmark = pytest.mark.end_to_end
 
 
+@pytest.mark.exhaustive
 def test_an_unknown_log_becomes_a_trained_model_in_two_commands(tmp_path):
     pq.write_table(own_log(), tmp_path / "log.parquet")
     prepared = run("prepare", f"--input={tmp_path}/log.parquet", f"--output={tmp_path}/data")

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import json
 import sys
 
@@ -95,21 +96,25 @@ def plain_pairs(vectors: jax.Array, with_diagonal: bool) -> jax.Array:
 @pytest.mark.sample(2)
 def test_pairwise_dots_equal_the_plain_form_with_gradient(num_vectors, with_diagonal):
     vectors = jax.random.normal(jax.random.key(0), (3, num_vectors, 4))
-    expected, plain_vjp = jax.vjp(lambda v: plain_pairs(v, with_diagonal), vectors)
-    actual, our_vjp = jax.vjp(lambda v: pairwise_dots(v, with_diagonal), vectors)
+    plain, ours, in_bfloat16 = (
+        jax.jit(with_gradient(function))
+        for function in (
+            lambda v: plain_pairs(v, with_diagonal),
+            lambda v: pairwise_dots(v, with_diagonal),
+            lambda v: pairwise_dots(v, with_diagonal, "bfloat16"),
+        )
+    )
+    num_pairs = num_vectors * (num_vectors + (1 if with_diagonal else -1)) // 2
+    cotangent = jax.random.normal(jax.random.key(1), (3, num_pairs))
+    expected, plain_gradient = plain(vectors, cotangent)
+    actual, our_gradient = ours(vectors, cotangent)
     np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-6)
-    cotangent = jax.random.normal(jax.random.key(1), expected.shape)
-    np.testing.assert_allclose(our_vjp(cotangent)[0], plain_vjp(cotangent)[0], rtol=1e-5, atol=1e-5)
-
-    def in_bfloat16(vectors, cotangent):
-        found, vjp = jax.vjp(lambda v: pairwise_dots(v, with_diagonal, "bfloat16"), vectors)
-        return found, vjp(cotangent)[0]
-
+    np.testing.assert_allclose(our_gradient, plain_gradient, rtol=1e-5, atol=1e-5)
     found, gradient = in_bfloat16(vectors, cotangent)
     assert found.dtype == gradient.dtype == np.float32  # Of numbers with 8 bits, which are not added up in as few.
     np.testing.assert_allclose(found, expected, rtol=2**-7, atol=0.02)
-    np.testing.assert_allclose(gradient, plain_vjp(cotangent)[0], rtol=2**-7, atol=0.05)
-    text = jax.jit(in_bfloat16).lower(vectors, cotangent).as_text()
+    np.testing.assert_allclose(gradient, plain_gradient, rtol=2**-7, atol=0.05)
+    text = in_bfloat16.lower(vectors, cotangent).as_text()
     assert [line.count("bf16>") for line in text.splitlines() if "dot_general" in line] == [2, 2]
 
 
@@ -173,6 +178,16 @@ def drawn(model: ModelConfig) -> tuple[interactions.Interaction, dict, jax.Array
     return module, jax.tree.map(lambda leaf: rng.normal(size=leaf.shape), shapes), bottom, pooled
 
 
+def with_gradient(function):
+    """A function of its inputs and a cotangent: what it gives, and the gradients."""
+
+    def both(*inputs):
+        found, vjp = jax.vjp(function, *inputs[:-1])
+        return found, *vjp(inputs[-1])
+
+    return both
+
+
 @every_case
 @pytest.mark.sample(7)
 def test_output_and_gradients_are_those_of_the_plain_form_in_float64(changes, monkeypatch):
@@ -187,12 +202,15 @@ def test_output_and_gradients_are_those_of_the_plain_form_in_float64(changes, mo
             vectors = numbers + [pooled[:, i] for i in range(pooled.shape[1])]
             return oracle.interaction(model, {model.interaction.name: params}, numbers, vectors)
 
-        wanted, plain_vjp = jax.vjp(plain, params, bottom, pooled)
-        found, vjp = jax.vjp(lambda p, *inputs: module.apply({"params": p}, *inputs), params, bottom, pooled)
+        def ours(params, *inputs):
+            return module.apply({"params": params}, *inputs)
+
+        shape = jax.eval_shape(plain, params, bottom, pooled).shape
+        inputs = params, bottom, pooled, np.random.default_rng(1).normal(size=shape)
+        (wanted, *plain_gradients), (found, *gradients) = (jax.jit(with_gradient(f))(*inputs) for f in (plain, ours))
         np.testing.assert_allclose(found, wanted, rtol=1e-10, atol=1e-12)
-        cotangent = np.random.default_rng(1).normal(size=wanted.shape)
-        gradients = vjp(cotangent), plain_vjp(cotangent)
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-11), *gradients)
+        near = functools.partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-11)
+        jax.tree.map(near, gradients, plain_gradients)
 
 
 _BY_DEFAULT = ("dot", "dot, no numbers", "dot, a number embedded", "parallel_cross", "projection")
@@ -238,7 +256,11 @@ def test_an_embedded_number_meets_the_features_as_its_multiple_of_a_vector(chang
     model = tiny_model(**changes)
     state, batch = lively_state(model), random_batch(model, 8)
     params = {"dense": state.dense_params, "tables": dict(named_tables(model, state.tables))}
-    np.testing.assert_allclose(logits(model, state, batch), oracle.logits(model, params, batch), rtol=1e-4, atol=1e-5)
+    found, wanted = (
+        jax.jit(functools.partial(function, model))(given, batch)
+        for function, given in ((logits, state), (oracle.logits, params))
+    )
+    np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
     vectors_ExD = np.asarray(state.dense_params["numbers"]["vectors"])
     assert vectors_ExD.shape == (len(model.embedded), 4) and len(set(vectors_ExD.flat)) == vectors_ExD.size
 

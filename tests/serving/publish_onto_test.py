@@ -120,6 +120,7 @@ def train(config, workdir):
 
 @pytest.mark.parametrize("spare_rows", [3.0, 0.0])
 @pytest.mark.sample(1)
+@pytest.mark.exhaustive
 def test_a_second_day_goes_on_by_deltas_where_its_new_rows_have_room(days, tmp_path, spare_rows, told):
     model_dir = tmp_path / "live"
     train(config_of(days[0], model_dir, spare_rows=spare_rows), tmp_path / "first")

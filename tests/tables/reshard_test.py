@@ -121,6 +121,7 @@ def test_further_rounds_are_counted_and_said(tmp_path, caplog):
     assert "20 steps needed further rounds" in caplog.text
 
 
+@pytest.mark.exhaustive
 def test_the_pipelined_loop_ends_in_the_same_bits_and_resumes(tmp_path):
     for name, pipeline in (("plain", False), ("pipelined", True)):
         options = ShardingOptions("row_wise", mesh="model:4", pipeline=pipeline)

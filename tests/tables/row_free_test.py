@@ -37,7 +37,7 @@ def compiled_step(rows: int, table: str, learned: bool, micro_batches: int = 1, 
     ("table", "learned", "micro_batches"),
     [*((table, False, 1) for table in RULES), ("sgd", True, 1), ("rowwise_adagrad", True, 4)],
 )
-@pytest.mark.sample(5)
+@pytest.mark.sample(3)
 def test_temporary_memory_does_not_grow_with_rows(table, learned, micro_batches):
     few, many = (compiled_step(rows, table, learned, micro_batches) for rows in (1_000, 1_000_000))
     assert many.memory_analysis().temp_size_in_bytes <= few.memory_analysis().temp_size_in_bytes + 4096
@@ -67,6 +67,7 @@ def test_a_step_that_is_not_donated_is_caught_by_the_same_numbers():
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_criteo_kaggle_at_full_size():
     command = [sys.executable, "experiments/row_free.py", "--json", "--steps=9", "--skip_dense"]
     output = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

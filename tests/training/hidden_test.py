@@ -81,6 +81,7 @@ def test_twenty_steps_on_several_devices_are_those_on_one():
         assert_close(trained(EVERYWHERE, devices, steps=20), one)
 
 
+@pytest.mark.exhaustive
 def test_in_bfloat16_statistics_stay_float32_and_one_meaning_on_any_devices():
     model = dataclasses.replace(in_top(BOTH), compute_dtype="bfloat16")
     half, full = trained_alone(model), trained_alone(in_top(BOTH))
@@ -113,6 +114,7 @@ def test_padding_rows_count_in_no_statistic_and_a_part_without_others_changes_no
     assert_close(of_parts, alone, 1e-6)
 
 
+@pytest.mark.exhaustive
 def test_a_pipelined_step_drops_the_same_and_every_step_something_else():
     placed = placed_on(in_top(BOTH), 1)
     batches = [placed.put(random_batch(placed.model, 8, seed=i)) for i in range(3)]

@@ -89,6 +89,7 @@ def test_epochs_blocks_and_evaluations_are_where_they_were(tmp_path):
     assert last(tmp_path / "mllog.txt")[1]["status"] == "success"
 
 
+@pytest.mark.exhaustive
 def test_what_goes_on_has_a_file_of_its_own_that_says_from_where(tmp_path):
     """A target that is not reached is no success; a finished run writes nothing more."""
     config = dataclasses.replace(DCNV2, target_value=0.999)

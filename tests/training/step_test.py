@@ -51,6 +51,7 @@ def dense_step(model: ModelConfig, optimizer: OptimizerConfig, params: dict, sum
         ("adagrad", "cross", False),
     ],
 )
+@pytest.mark.sample(3)
 def test_ten_steps_equal_dense_gradients(table, interaction, learned):
     model = tiny_model(interaction=interaction, cross_layers=2, cross_rank=3, learned_pooling=learned)
     config = optimizer(table, "sgd" if table == "sgd" else "adagrad", rate=0.05)
@@ -141,6 +142,7 @@ def test_with_a_threshold_every_metric_is_of_the_probabilities_that_are_predicte
 
 
 @pytest.mark.parametrize("interaction", ["dot", "cross"])
+@pytest.mark.sample(1)
 def test_bfloat16_keeps_float32_weights_and_comes_close(interaction):
     plain = tiny_model(interaction=interaction, cross_layers=2, cross_rank=3)
     model = dataclasses.replace(plain, compute_dtype="bfloat16")
@@ -175,6 +177,7 @@ def test_eval_step_reports_the_training_loss_and_leaves_state_alone():
 
 
 @pytest.mark.parametrize("label", [0, 1])
+@pytest.mark.sample(1)
 def test_an_empty_row_pulls_a_fresh_model_by_half(label):
     """Without biases its logit is exactly 0, where the pieces of the loss have kinks."""
     model, config = tiny_model(dense_init="flax"), optimizer(rate=0.5)
