@@ -52,7 +52,7 @@ def test_trajectory_replays(path):
 
 @pytest.mark.golden
 @pytest.mark.parametrize("name", COVERED)
-@pytest.mark.sample(4)
+@pytest.mark.sample(3)
 def test_shared_trajectory_replays(name):
     path = SHARED / "goldens" / f"{name}.npz"
     if not path.exists():

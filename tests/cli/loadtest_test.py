@@ -41,6 +41,7 @@ def test_the_highest_rate_is_found_from_both_sides(monkeypatch):
 
 
 @pytest.mark.end_to_end
+@pytest.mark.exhaustive
 def test_the_command_asks_at_its_rate_and_draws(tmp_path):
     export_tiny(tmp_path / "model", tiny_model())
     with running(tmp_path / "model", "--batch_sizes=1,16") as server:

@@ -68,7 +68,7 @@ def planned(config: RunConfig, path: pathlib.Path) -> dict:
 
 
 @pytest.mark.parametrize("name", DATA)
-@pytest.mark.sample(3)
+@pytest.mark.sample(1)
 def test_a_plan_goes_back_into_training_unchanged(tmp_path, name):
     data = DATA[name](tmp_path)
     dataset = load_dataset(data, workdir=tmp_path)

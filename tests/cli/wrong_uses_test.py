@@ -27,7 +27,7 @@ def run_as_said(scratch: pathlib.Path, command: str) -> subprocess.CompletedProc
 
 
 @pytest.mark.parametrize("case", ALL, ids=lambda case: case.command)
-@pytest.mark.sample(30)
+@pytest.mark.sample(15)
 def test_one_line_says_what_is_wrong(scratch, case):
     finished = run_as_said(scratch, case.command)
     assert finished.returncode not in (0, -6, -9, -11), finished.stdout

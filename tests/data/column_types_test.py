@@ -88,7 +88,7 @@ def write(path, kind: pa.DataType, value) -> str:
 
 
 @pytest.mark.parametrize("name", [*VALUES, *LISTS])
-@pytest.mark.sample(20)
+@pytest.mark.sample(10)
 def test_any_type_in_any_role(tmp_path, name):
     path = write(tmp_path / "log.parquet", *(VALUES | LISTS)[name])
     for i, (role, of) in enumerate(roles()):

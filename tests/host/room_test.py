@@ -164,6 +164,7 @@ HUGE = (
 
 @pytest.mark.end_to_end
 @pytest.mark.parametrize("module", ["train", "benchmark"])
+@pytest.mark.sample(1)
 def test_the_commands_refuse_in_one_line_and_try_when_told_to(tmp_path, module):
     flags = [*HUGE, *([f"--workdir={tmp_path}"] if module == "train" else [])]
     refused = run(module, *flags)
@@ -196,7 +197,7 @@ LIMITED = [("prepare", 2.0), ("prepare", 1.0), ("train", 1.2), pytest.param("tra
 
 @pytest.mark.end_to_end
 @pytest.mark.parametrize(("command", "gigabytes"), LIMITED)
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 def test_under_a_limit_of_addresses_a_command_ends_well_or_in_one_line(tmp_path, command, gigabytes):
     """How much threads reserve depends on the cores; what must not be is that one which cannot start is waited for."""
     (tmp_path / "log.csv").write_text("click,kind\n" + "".join(f"{i % 2},k{i % 7}\n" for i in range(1000)))

@@ -148,8 +148,8 @@ def test_who_sends_no_more_gets_an_answer(attacked):
     with connect(server) as connection:
         connection.sendall(request_of({"rows": [row]}))
         connection.shutdown(socket.SHUT_WR)
-        answer = everything(connection)
-    assert b'"probability"' in answer and b"connection: close" in answer
+        answer = everything(connection)  # Which ends: the server closes the connection.
+    assert b'"probability"' in answer
 
 
 @pytest.fixture

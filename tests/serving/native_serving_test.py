@@ -121,7 +121,7 @@ def export_random(model_dir, model, kind):
     [pytest.param(*model, marks=[pytest.mark.exhaustive] * (name in ALIKE)) for name, model in MODELS.items()],
     ids=MODELS.keys(),
 )
-@pytest.mark.sample(5)
+@pytest.mark.sample(3)
 def test_scores_are_those_of_the_exported_program(tmp_path, kind, changes):
     model = tiny_model(**changes)
     version = export_random(tmp_path, model, kind)

@@ -65,7 +65,7 @@ def lookup(config, tables, ids, weights=None):
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("max_rows", [MAX_STACK_ROWS, 12])
-@pytest.mark.sample(3)
+@pytest.mark.sample(2)
 def test_lookup_and_update_equal_the_plain_form(case, max_rows, monkeypatch):
     """The gradient of the rows is what SGD at a rate of -1 adds to them."""
     config, weighted = CASES[case]

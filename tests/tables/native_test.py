@@ -135,6 +135,7 @@ def test_native_is_the_same_bits_with_any_number_of_threads():
 @needs_compiler
 @pytest.mark.parametrize("hotness", [(2, 3), (2, 1), (-1, 5), (2**40,)])
 @pytest.mark.parametrize("target", build.TARGETS)
+@pytest.mark.sample(4)
 def test_bags_that_do_not_fit_the_ids_are_not_read(target, hotness):
     """As native_ops never passes them: XLA knows the arrays' sizes, and C++ compares."""
     build.register()

@@ -106,7 +106,7 @@ MIX_AND_OTHERS = ["mix", *(pytest.param(kind, marks=EXHAUSTIVE) for kind in SHAR
     ("mesh", "sharding", "table"),
     [pytest.param(*case, marks=() if case[0] in DAILY else EXHAUSTIVE) for case in CASES],
 )
-@pytest.mark.sample(3)
+@pytest.mark.sample(2)
 def test_every_placement_equals_one_device(mesh, sharding, table):
     assert_equals_one_device(place(mesh, sharding, table), table)
 
@@ -155,6 +155,7 @@ def test_rows_packed_in_lines_are_the_same_rows(sharding):
     assert_equals_one_device(placed, "rowwise_adagrad", learned=True)
 
 
+@pytest.mark.exhaustive
 def test_slots_packed_in_lines_are_the_same_slots():
     """A row's moments are replaced, and its count is added to, in lines that other rows share."""
     placed = place((2, 2), "mix", "adam,correct_by=row", packed=True)

@@ -112,6 +112,7 @@ def test_a_run_goes_on_under_another_plan(tmp_path):
         assert result["test"][metric] == pytest.approx(alone["test"][metric], abs=1e-5)
 
 
+@pytest.mark.exhaustive
 def test_further_rounds_are_counted_and_said(tmp_path, caplog):
     options = ShardingOptions("row_wise", mesh="model:4", exchange_capacity=2)
     with caplog.at_level("WARNING", logger="dlrm_jax"):

@@ -100,6 +100,7 @@ def bounded(bounds, update, w, g):
     ("name", "bounds"),
     [*((name, {}) for name in RULES), *((name, BOUNDS[b]) for name in ("sgd", "adam") for b in BOUNDS)],
 )
+@pytest.mark.sample(8)
 def test_where_all_rows_are_touched_an_update_is_the_dense_formula(name, bounds):
     rule = rule_of(name, **bounds)
     now, kept = stored(rule), {}

@@ -93,6 +93,7 @@ def test_in_bfloat16_statistics_stay_float32_and_one_meaning_on_any_devices():
     assert_close((losses, averages), (half[0], half[1][1]))
 
 
+@pytest.mark.exhaustive
 def test_parts_of_a_batch_drop_what_the_whole_drops():
     assert_close(trained(in_top(DROPOUT), 2, parts=4), trained_alone(in_top(DROPOUT)))
 
