@@ -2,7 +2,8 @@
 
 `python experiments/hostile.py HOST PORT NAME` opens 1,000 idle and 200 held connections and sends stalling requests,
 one after the other, until its standard input ends; then it prints how many of each it had, as JSON. It is a process of
-its own, so that the client that is measured does not share its interpreter.
+its own, so that the client that is measured does not share its interpreter, and of a lower priority, so that what it
+computes itself, which is no load of the server's, takes no processor from the two.
 """
 
 import contextlib

@@ -56,7 +56,7 @@ def main() -> None:
     parser.add_argument("--movielens", required=True, type=lambda path: str(pathlib.Path(path).resolve()))
     parser.add_argument("--results", type=pathlib.Path, default=pathlib.Path("runs/period_by_period"))
     flags = parser.parse_args()
-    drift = run("planted_drift", flags.results / "drift", "--frozen_after=5")
+    drift = run("planted_drift", flags.results / "drift", "--frozen_after=2")
     weeks = run(
         *("movielens_100k_week", flags.results / "weeks", "--frozen_after=4", "--retrain=3"),
         f"--data_dir={flags.movielens}",

@@ -78,7 +78,7 @@ def test_a_teacher_walks_from_period_to_period_and_the_optimum_is_its_own():
     [
         (100, 2, "num_periods is 2; train, val and test need 3"),
         (3, 4, "num_periods is 4, more than num_examples, 3"),
-        (2_000_001, 4, "kept in memory: at most 2,000,000"),
+        (5_000_001, 4, "kept in memory: at most 5,000,000"),
     ],
 )
 def test_periods_that_cannot_be_are_refused(examples, periods, words):
