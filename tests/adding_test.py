@@ -41,7 +41,7 @@ from dlrm_jax.training.placed import on_one_device
 from dlrm_jax.training.step import make_train_step
 from tests import serving_helpers
 from tests.helpers import ROOT, optimizer, random_batch, tiny_model
-from tests.model.interactions_test import flags_of
+from tests.model.outside_interactions_test import flags_of
 from tests.planning import planner_test
 from tests.prepared_helpers import prepare_text, rows_of, schema
 from tests.tables import placement_test

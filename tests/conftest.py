@@ -55,11 +55,13 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture
 def compiled_anew(monkeypatch):
-    """Processes that the test starts compile for themselves, as a user's do: equal bits are then no copy's."""
+    """Processes that the test starts compile for themselves: equal bits are then no copy's."""
     monkeypatch.setenv("JAX_ENABLE_COMPILATION_CACHE", "false")
 
 
-@pytest.fixture
-def optimised(monkeypatch):
-    """Processes that the test starts compile as a user's do: for what trains or serves for long."""
-    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "0")
+@pytest.fixture(scope="module")
+def optimised():
+    """Processes that the tests of a file start compile as a user's do: for what trains or serves for long."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "0")
+        yield

@@ -16,7 +16,7 @@ FRAPPE = SHARED / "data" / "frappe"
 
 
 def end_to_end(test):
-    return pytest.mark.slow(pytest.mark.end_to_end(test))
+    return pytest.mark.slow(pytest.mark.end_to_end(pytest.mark.usefixtures("optimised")(test)))
 
 
 def cells(path) -> list[dict]:
@@ -30,7 +30,6 @@ def result(name: str, tmp_path, parameters: str, asked: str) -> tuple[Any, int]:
     notebook.cells.insert(place + 1, nbformat.v4.new_code_cell(parameters))
     notebook.cells.append(nbformat.v4.new_code_cell(f"import json\nprint(json.dumps({asked}))"))
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "TMPDIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
-    environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "0"
     client = nbclient.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(FOLDER)}})
     client.execute(env=environment)
     for path in tmp_path.iterdir():

@@ -32,11 +32,9 @@ def result_of(workdir: pathlib.Path) -> dict:
 
 
 @pytest.fixture(scope="module")
-def quickstart(tmp_path_factory):
+def quickstart(tmp_path_factory, optimised):
     workdir = tmp_path_factory.mktemp("quickstart")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "0")
-        finished = typed("train", "--flagfile=experiments/quickstart.flags", f"--workdir={workdir}")
+    finished = typed("train", "--flagfile=experiments/quickstart.flags", f"--workdir={workdir}")
     assert finished.returncode == 0, finished.stderr
     return workdir, finished
 

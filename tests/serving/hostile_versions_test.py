@@ -309,20 +309,22 @@ def test_a_directory_that_cannot_be_listed_is_looked_at_again(copied, monkeypatc
 
 
 def test_an_end_that_comes_just_behind_a_look_is_not_lost(copied, monkeypatch):
-    looks, go = threading.Event(), threading.Event()
+    looks, go = [], threading.Event()
 
     def versions(model_dir):
-        looks.set()
+        looks.append(model_dir)
         go.wait()
         return []
 
     async def follow():
         monkeypatch.setattr(repository, "versions", versions)
         async with Following(copied, lambda version, like: Servable(version, (1,), like=like)) as following:
-            await following.until(looks.is_set)
+            await following.until(lambda: looks)
             go.set()
             time.sleep(0.05)  # Meanwhile the thread hands over what it found, to the loop's next turn.
             stopping = asyncio.create_task(following.repository.stop())  # In the same turn, behind it.
-            await following.until(stopping.done)
+            await following.until(lambda: stopping.done() or len(looks) > 1)
+            assert stopping.done(), "it looks again instead of ending"
 
     asyncio.run(follow())
+    assert len(looks) == 1

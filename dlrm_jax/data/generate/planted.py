@@ -19,7 +19,7 @@ DEFAULT_EXAMPLES = 400_000
 _BLOCK_ROWS = 65_536
 _MAX_IN_MEMORY = 2_000_000
 _MAX_IN_PERIODS = 5_000_000
-"""Of a log whose teacher walks, which is always kept in memory: 1 GB while it is made."""
+"""Of a log whose teacher walks, which is always kept in memory: 1.4 GB while it is made."""
 _MAX_JUDGED = 200_000
 _NUM_DENSE = 6
 _TEACHER_DIM = 3
