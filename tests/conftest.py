@@ -7,15 +7,21 @@ JAX_DISABLE_MOST_OPTIMIZATIONS=0 compiles all as users do.
 
 import atexit
 import collections
+import importlib.metadata
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # Workers and the commands that tests start inherit it.
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="compiled_")
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
-os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # Commands that tests start inherit it too.
+if "JAX_DISABLE_MOST_OPTIMIZATIONS" not in os.environ:  # Workers and the commands that tests start inherit it too.
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+    if importlib.metadata.version("jaxlib").startswith("0.10."):  # Half the time; a newer XLA does not know the name.
+        os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_use_fusion_emitters=false"
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
 import hypothesis
@@ -24,6 +30,8 @@ import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+_NOT_FUSED = "--xla_cpu_use_fusion_emitters=false"
 
 # `HYPOTHESIS_PROFILE=explore python -m pytest tests/data/fuzz_test.py` looks for new failures; each becomes a test.
 hypothesis.settings.register_profile("repeat", derandomize=True)
@@ -64,4 +72,24 @@ def optimised():
     """Processes that the tests of a file start compile as a user's do: for what trains or serves for long."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "0")
+        _fuse(patch)
         yield
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem):
+    """A test that is marked `fused` runs in a process of its own, where XLA fuses operations as it does for users."""
+    if not pyfuncitem.get_closest_marker("fused") or _NOT_FUSED not in os.environ.get("XLA_FLAGS", ""):
+        return None
+    with pytest.MonkeyPatch.context() as patch:
+        _fuse(patch)
+        command = [sys.executable, "-m", "pytest", "-q", "-m", "", "-p", "no:cacheprovider", pyfuncitem.nodeid]
+        finished = subprocess.run(command, cwd=pyfuncitem.config.rootpath, capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stdout
+    return True
+
+
+def _fuse(patch):
+    """Compile with XLA's fusion emitters. XLA_FLAGS of blanks is read as the name of a file."""
+    rest = os.environ.get("XLA_FLAGS", "").replace(_NOT_FUSED, "").strip()
+    patch.setenv("XLA_FLAGS", rest) if rest else patch.delenv("XLA_FLAGS", raising=False)

@@ -275,8 +275,12 @@ def test_what_only_a_whole_version_can_say_is_refused(chain, spoilt):
 
 def come(source, live, number):
     """A version appears as an export makes it: at once, and as a whole."""
-    shutil.copytree(source / str(number), live.parent / "copy")
-    os.rename(live.parent / "copy", live / str(number))
+    come_as(source / str(number), live / str(number))
+
+
+def come_as(source, version):
+    shutil.copytree(source, version.parent.parent / "copy")
+    os.rename(version.parent.parent / "copy", version)
 
 
 @ONE
@@ -308,7 +312,7 @@ def test_a_server_follows_deltas_and_after_a_bad_one_waits_for_a_whole_version(c
             assert loaded == [1, 4]
             changed = export_change(live, open_version(live, 4), model, learned(state, model, MOVED[0], 1.0))
             await following.serves(5)
-            shutil.copytree(changed.directory, live / "6")
+            come_as(changed.directory, live / "6")
             await following.until(lambda: 6 in repository.refused)
             assert repository.refused[6] == "it changes version 4, and 5 is served: a whole version is waited for"
             aside = shutil.copytree(live, tmp_path / "aside")

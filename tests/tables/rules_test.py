@@ -53,6 +53,10 @@ def dense(grad):
     return total
 
 
+def jitted(rule):
+    return jax.jit(lambda grad, now, t: Update(rule, jnp.float32(RATE), t).by_rows(grad, now))
+
+
 def formula(name, kept, w, g, t):
     """The textbook update of a whole table, in float64; `kept` is changed in place."""
     kind, _, options = name.partition(",")
@@ -105,10 +109,10 @@ def test_where_all_rows_are_touched_an_update_is_the_dense_formula(name, bounds)
     rule = rule_of(name, **bounds)
     now, kept = stored(rule), {}
     expected = np.asarray(now.weights, np.float64)
-    step = jax.jit(lambda grad, now, t: Update(rule, jnp.float32(RATE), t).by_rows(grad, now))
+    step = jitted(rule)
     for t in range(1, 5):
         grad = gradient(t, np.arange(V))
-        now = step(grad, now, jnp.int32(t))
+        now = step(grad, now, t)
         expected = bounded(bounds, lambda g, w=expected, t=t: formula(name, kept, w, g, t), expected, dense(grad))
     np.testing.assert_allclose(now.weights, expected, rtol=2e-5, atol=2e-6)
     if name.startswith("ftrl"):
@@ -120,11 +124,12 @@ def test_adam_with_decay_is_adamw_of_optax(name):
     rule = rule_of(name, table_weight_decay=0.2)
     theirs = optax.adamw(RATE, b1=0.8 if "0.8" in name else 0.9, weight_decay=0.2)
     now = stored(rule)
+    step, their_step = jitted(rule), jax.jit(theirs.update)
     weights, state = now.weights, theirs.init(now.weights)
     for t in range(1, 4):
         grad = gradient(t, np.arange(V))
-        now = Update(rule, jnp.float32(RATE), jnp.int32(t)).by_rows(grad, now)
-        updates, state = theirs.update(jnp.asarray(dense(grad), jnp.float32), state, weights)
+        now = step(grad, now, t)
+        updates, state = their_step(jnp.asarray(dense(grad), jnp.float32), state, weights)
         weights = optax.apply_updates(weights, updates)
     # optax takes 1 - b^t in float32, which keeps few digits for b near 1.
     np.testing.assert_allclose(now.weights, weights, rtol=1e-4, atol=1e-5)
@@ -137,7 +142,7 @@ def test_bias_is_corrected_by_the_step_or_by_each_rows_own_updates():
     for by in ("step", "row"):
         rule = rule_of(f"adam,correct_by={by}")
         start = stored(rule)
-        now = Update(rule, jnp.float32(RATE), jnp.int32(3)).by_rows(late, start)
+        now = jitted(rule)(late, start, 3)
         moved[by] = float((start.weights - now.weights)[5, 0])
     assert moved["row"] == pytest.approx(RATE, rel=1e-5)
     assert moved["step"] == pytest.approx(RATE * (0.1 / (1 - 0.9**3)) / (0.001 / (1 - 0.999**3)) ** 0.5, rel=1e-5)
@@ -150,7 +155,7 @@ def test_rows_that_are_not_looked_up_keep_their_bits(name, bounds):
     rule = rule_of(name, **bounds)
     before = stored(rule)
     grad = SparseGrad(jnp.array([2, 2, -1, V]), jnp.ones((4, D)))
-    after = Update(rule, jnp.float32(RATE), jnp.int32(1)).by_rows(grad, before)
+    after = jitted(rule)(grad, before, 1)
     untouched = np.arange(V) != 2
     for new, old in zip(jax.tree.leaves(after), jax.tree.leaves(before), strict=True):
         np.testing.assert_array_equal(new[untouched], old[untouched])
@@ -176,7 +181,7 @@ def test_an_update_by_bags_is_that_by_rows(name, scaled, piece, monkeypatch):
     grad = SparseGrad(jnp.asarray(np.concatenate(ids)), jnp.asarray(np.concatenate(rows)))
     update = Update(rule_of(name), jnp.float32(RATE), jnp.int32(2))
     start = jax.tree.map(lambda x: x + jnp.asarray(1, x.dtype), stored(update.rule))
-    actual, expected = update.by_bags(tuple(bags), start), update.by_rows(grad, start)
+    actual, expected = jax.jit(update.by_bags)(tuple(bags), start), jax.jit(update.by_rows)(grad, start)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), actual, expected)
 
 

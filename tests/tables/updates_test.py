@@ -1,5 +1,6 @@
 """Tests `dlrm_jax/tables/updates.py` and the sorts below it; the rules' own properties are in rules_test.py."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -29,7 +30,7 @@ def test_merge_duplicates_has_each_id_once_with_the_summed_row(size):
 def test_one_id_in_every_slot_is_squared_after_summing():
     update = Update(RowwiseAdagrad(eps=0.0), jnp.float32(1), jnp.int32(1))
     grad = SparseGrad(jnp.zeros(8, jnp.int32), jnp.ones((8, D)))
-    after = update.by_rows(grad, Stored(jnp.zeros((V, D)), {"sum": jnp.zeros((V, 1))}))
+    after = jax.jit(update.by_rows)(grad, Stored(jnp.zeros((V, D)), {"sum": jnp.zeros((V, 1))}))
     assert float(after.slots["sum"][0, 0]) == 64.0
 
 

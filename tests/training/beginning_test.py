@@ -83,6 +83,7 @@ def latest(workdir, placed):
         return checkpoints.restore(LATEST, placed), checkpoints.record(LATEST)
 
 
+@pytest.mark.fused
 @pytest.mark.parametrize("shards", [pytest.param(1, marks=pytest.mark.exhaustive), 4])
 def test_two_days_one_after_the_other_equal_one_run_over_both(log, data, first, tmp_path, shards):
     """With batch norm, dropout, stochastic rounding and Adam's counts, all of which depend on what came before."""

@@ -1,6 +1,7 @@
 """Tests `dlrm_jax/training/step.py`: the row-sparse step equals a dense-gradient step of the same model."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,7 @@ from dlrm_jax.training.step import logits, make_eval_step, make_pipelined_step, 
 from tests.helpers import optimizer, random_batch, tiny_model
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def dense_step(model: ModelConfig, optimizer: OptimizerConfig, params: dict, sums: dict, batch) -> tuple[dict, dict]:
     """The oracle: autodiff through the lookup, and the textbook update of every weight of every table."""
 
@@ -89,7 +91,7 @@ def test_padding_rows_change_nothing():
     padded = padded.replace(
         weight_B=np.repeat(np.float32([1, 0]), 8), ids_BxK=np.concatenate([batch.ids_BxK, 0 * batch.ids_BxK - 1])
     )
-    step = make_train_step(model, LossConfig(), config)
+    step = jax.jit(make_train_step(model, LossConfig(), config))
     short, long = step(init_state(model, config, 0), batch), step(init_state(model, config, 0), padded)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), short, long)
 
@@ -122,7 +124,7 @@ def test_with_a_threshold_every_metric_is_of_the_probabilities_that_are_predicte
     state = init_state(model, optimizer(), 0)
     state = state.replace(dense_params=jax.tree.map(lambda x: 3 * x, state.dense_params))
     batch, collected = random_batch(model, 64), Metrics()
-    sums = make_eval_step(model, config)(state, batch)
+    sums = jax.jit(make_eval_step(model, config))(state, batch)
     collected.append(sums)
     values, p, t = collected.compute(), np.float64(sums.prob_B), batch.label_B
     assert ((p < 0.4001) | (p > 0.5999)).sum() > 10
@@ -147,8 +149,7 @@ def test_bfloat16_keeps_float32_weights_and_comes_close(interaction):
     plain = tiny_model(interaction=interaction, cross_layers=2, cross_rank=3)
     model = dataclasses.replace(plain, compute_dtype="bfloat16")
     state, batch = init_state(plain, optimizer(), 0), random_batch(model, 32)
-    wanted = logits(plain, state, batch)
-    found = logits(model, state, batch)
+    wanted, found = (jax.jit(functools.partial(logits, of))(state, batch) for of in (plain, model))
     assert found.dtype == np.float32 and not np.array_equal(found, wanted)
     np.testing.assert_allclose(found, wanted, atol=0.03)
     text = jax.jit(lambda s, b: logits(model, s, b)).lower(state, batch).as_text()
@@ -171,8 +172,8 @@ def test_eval_step_reports_the_training_loss_and_leaves_state_alone():
     model, config = tiny_model(), optimizer()
     state = init_state(model, config, 0)
     batch = random_batch(model, 8)
-    sums = make_eval_step(model, LossConfig())(state, batch)
-    _, metrics = make_train_step(model, LossConfig(), config)(state, batch)
+    sums = jax.jit(make_eval_step(model, LossConfig()))(state, batch)
+    _, metrics = jax.jit(make_train_step(model, LossConfig(), config))(state, batch)
     np.testing.assert_allclose(sums.loss / sums.weight, metrics["loss"], rtol=1e-6)
 
 
@@ -183,7 +184,7 @@ def test_an_empty_row_pulls_a_fresh_model_by_half(label):
     model, config = tiny_model(dense_init="flax"), optimizer(rate=0.5)
     batch = random_batch(model, 1)
     batch = batch.replace(dense_BxN=0 * batch.dense_BxN, ids_BxK=0 * batch.ids_BxK - 1, label_B=np.float32([label]))
-    state, _ = make_train_step(model, LossConfig(), config)(init_state(model, config, 0), batch)
+    state, _ = jax.jit(make_train_step(model, LossConfig(), config))(init_state(model, config, 0), batch)
     np.testing.assert_allclose(state.dense_params["top_mlp"]["layer_1"]["bias"], [0.5 * (label - 0.5)])
 
 
@@ -191,7 +192,7 @@ def test_not_finite_input_is_flagged():
     model, config = tiny_model(), optimizer()
     batch = random_batch(model, 4)
     batch.dense_BxN[2, 1] = np.inf
-    _, metrics = make_train_step(model, LossConfig(), config)(init_state(model, config, 0), batch)
+    _, metrics = jax.jit(make_train_step(model, LossConfig(), config))(init_state(model, config, 0), batch)
     assert not bool(metrics["finite"])
 
 
@@ -202,7 +203,7 @@ def test_gradient_that_overflows_under_a_finite_loss_is_flagged():
     params["bottom_mlp"]["layer_0"]["bias"] = jnp.ones(4)
     params["top_mlp"]["layer_0"]["kernel"] = jnp.full_like(params["top_mlp"]["layer_0"]["kernel"], 100.0)
     batch = random_batch(model, 4).replace(dense_BxN=np.full((4, 3), 3e38, np.float32), label_B=np.zeros(4, np.float32))
-    _, metrics = make_train_step(model, LossConfig(), config)(state.replace(dense_params=params), batch)
+    _, metrics = jax.jit(make_train_step(model, LossConfig(), config))(state.replace(dense_params=params), batch)
     assert np.isfinite(metrics["loss"]) and not bool(metrics["finite"])
 
 
