@@ -13,9 +13,12 @@ from dlrm_jax.api.trained import open_stored
 from dlrm_jax.config import LossConfig
 from dlrm_jax.data.batch import Batch
 from dlrm_jax.data.read.load import DataConfig
-from dlrm_jax.data.read.prepared import open_prepared
+from dlrm_jax.data.read.prepared import open_prepared, read_schema
+from dlrm_jax.data.read.raw_values import read_vocabulary
 from dlrm_jax.data.schema.schema import Dense, Sparse, Split
+from dlrm_jax.data.values.hashing import hash_text
 from dlrm_jax.serving import load
+from dlrm_jax.serving.artifact import raw_bags
 from dlrm_jax.serving.artifact.errors import BadRequest, TooLate, shown
 from dlrm_jax.serving.artifact.export import export_model, of_arrays
 from dlrm_jax.serving.artifact.native import NativeCpu
@@ -258,6 +261,28 @@ def test_bounds_come_before_any_value_is_read(prepared, change, words, monkeypat
     row = {name: value if name in change else None for name, value in row.items()}
     with pytest.raises(BadRequest, match=words):
         reader.read([row])
+
+
+def test_a_text_that_is_longer_than_all_of_a_vocabulary_is_unknown_without_being_hashed(prepared, monkeypatch):
+    _, output, model_dir, *_ = prepared
+    schema, signature = read_schema(output), load_once(model_dir).signature
+    texts = [s for s in schema.sparse if s.ids == "vocabulary" and s.value_type == "string"]
+    for table in {sparse.table_name for sparse in texts}:
+        known = read_vocabulary(output, schema, table).to_pylist()
+        assert signature.longest[table] == max((len(text.encode()) for text in known), default=0)
+    assert signature.longest.keys() == {sparse.table_name for sparse in texts}
+
+    reader, hashed = load(model_dir).reader, []
+    monkeypatch.setattr(
+        raw_bags, "hash_text", lambda text, seed=0: hashed.append((text, seed)) or hash_text(text, seed)
+    )
+    most = signature.longest["colour"]
+    known = next(text for text in read_vocabulary(output, schema, "colour").to_pylist() if len(text.encode()) == most)
+    assert reader.ids("colour", known)[0] >= 0 and hashed == [(known.encode(), 0), (known.encode(), 1)]
+    hashed.clear()
+    assert reader.ids("colour", "é" * (most // 2 + 1)) == [raw_bags.UNKNOWN] and not hashed
+    # One that is not there is hashed once, as its second hash would be compared with nothing.
+    assert reader.ids("colour", "~" * most) == [raw_bags.UNKNOWN] and hashed == [(b"~" * most, 0)]
 
 
 def test_long_values_are_not_kept_and_reading_ends_at_its_deadline(prepared):

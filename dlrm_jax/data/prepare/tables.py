@@ -85,6 +85,8 @@ class Finisher:
         top, total_S = top_ids(final_SxV.sum(axis=0)), self._by_split(counts_GxV.sum(axis=1) + early_G)
         statistics = summarise_table(final_SxV, top, describe_ids(top, in_order, first))
         statistics["infrequent_values"] = len(values) - len(kept)
+        if rule.value_type == "string":
+            statistics["longest"] = pc.max(pc.binary_length(in_order)).as_py() or 0
         statistics["coverage"] = {
             split: round(1 - float(rare_S[i] / total_S[i]), 6) if total_S[i] else None for i, split in enumerate(SPLITS)
         }

@@ -1,5 +1,7 @@
 """Vocabulary: distinct 64-bit keys get ids in order of first appearance; grows without bound, looks up in bulk."""
 
+from collections.abc import Callable
+
 import numpy as np
 
 from dlrm_jax.config import ConfigError
@@ -84,13 +86,13 @@ class Vocabulary:
             self._require_same(known_checks.take(ids[found]), checks[found])
         return ids
 
-    def find_one(self, key: int, check: int | None = None) -> int:
-        """`find` of one Python integer; -1 too if `check` is that of another value."""
+    def find_one(self, key: int, check: Callable[[], int] | None = None) -> int:
+        """`find` of one Python integer; -1 too if `check`, called where the key is there, is that of another value."""
         slots, mask = self._slots, len(self._slots) - 1
         position = (key * int(_GOLDEN) & _MASK) >> (64 - mask.bit_length())
         while (candidate := slots[position]) >= 0:
             if self._keys[candidate] == key:
-                return int(candidate) if check is None or self._checks[candidate] == check else -1
+                return int(candidate) if check is None or self._checks[candidate] == check() else -1
             position = (position + 1) & mask
         return -1
 

@@ -265,6 +265,7 @@ def make_signature(model: ModelConfig, dataset: Dataset, kind: str) -> Signature
         schema=schema,
         dense_statistics=None if counted is None else _dense_statistics(counted),
         bucket_edges=None if counted is None else _bucket_edges(counted),
+        longest=None if counted is None else _longest(counted),
     )
 
 
@@ -276,6 +277,11 @@ def _dense_statistics(statistics: dict[str, Any]) -> dict[str, DenseStatistics]:
 def _bucket_edges(statistics: dict[str, Any]) -> dict[str, tuple[float, ...]]:
     tables = statistics["tables"].items()
     return {name: tuple(table["edges"]) for name, table in tables if "edges" in table}
+
+
+def _longest(statistics: dict[str, Any]) -> dict[str, int]:
+    tables = statistics["tables"].items()
+    return {name: table["longest"] for name, table in tables if "longest" in table}
 
 
 def _evaluate(score: Score, multiple: int, loss: LossConfig, dataset: Dataset, name: str) -> dict[str, Any] | None:

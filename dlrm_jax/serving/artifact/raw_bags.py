@@ -78,8 +78,8 @@ def bag_readers(
     out = []
     for sparse in schema.sparse:
         table = sparse.table_name
-        edges = (signature.bucket_edges or {}).get(table, ())
-        id_of = _remembering(_id_of(sparse, vocabularies.get(table), edges, rows[table]))
+        edges, longest = (signature.bucket_edges or {}).get(table, ()), (signature.longest or {}).get(table)
+        id_of = _remembering(_id_of(sparse, vocabularies.get(table), edges, rows[table], longest))
         when_unknown = 0 if sparse.oov else EMPTY_SLOT
         fill = [id_of(sparse.fill)] if sparse.missing == "fill" else []
         if sparse.cross:
@@ -185,15 +185,20 @@ def _remembering(id_of: Callable[[Any], int]) -> Callable[[Any], int]:
     return remembered
 
 
-def _id_of(sparse: Sparse, vocabulary: Vocabulary | None, edges: Sequence[float], rows: int) -> Callable[[Any], int]:
-    """One value to its id, or UNKNOWN."""
+def _id_of(
+    sparse: Sparse, vocabulary: Vocabulary | None, edges: Sequence[float], rows: int, longest: int | None
+) -> Callable[[Any], int]:
+    """One value to its id, or UNKNOWN: where a text is longer than the vocabulary's `longest`, without hashing it."""
     if sparse.is_quantile:
         return lambda value: int(buckets.among(edges, np.array([finite_number_of(value)]))[0])
     is_text = sparse.value_type == "string"
     whole_of = None if is_text else whole_number_of(sparse)
 
     def find(value: Any) -> int:
-        key, check = _text_key(value) if whole_of is None else (whole_of(value), None)
+        text = _bytes_of(value) if whole_of is None else b""
+        if longest is not None and len(text) > longest:
+            return UNKNOWN
+        key = hash_text(text) if whole_of is None else whole_of(value)
         if sparse.ids == "hash":
             return (key if is_text else hash_integer(key)) % sparse.size
         if sparse.ids == "raw":
@@ -201,15 +206,14 @@ def _id_of(sparse: Sparse, vocabulary: Vocabulary | None, edges: Sequence[float]
                 raise Refused(f"{shown(value)} is outside the table's ids 0 to {rows - 1}")
             return key
         assert vocabulary is not None
-        found = vocabulary.find_one(key & _MASK, check)
+        found = vocabulary.find_one(key & _MASK, (lambda: hash_text(text, seed=1)) if is_text else None)
         return found + int(sparse.oov) if found >= 0 else UNKNOWN
 
     return find
 
 
-def _text_key(value: Any) -> tuple[int, int]:
+def _bytes_of(value: Any) -> bytes:
     try:
-        text = text_of(value).encode()
+        return text_of(value).encode()
     except UnicodeEncodeError:
         raise Refused(f"{shown(value)} is not valid Unicode") from None
-    return hash_text(text), hash_text(text, seed=1)

@@ -32,7 +32,8 @@ class Signature:
 
     `dense_statistics` are those of data/values/dense.py by column, `bucket_edges` those of data/values/buckets.py by
     table; `kind` is how tables are stored. `spare`: rows of each table behind those of its features, which no id means
-    yet: a delta may give them to new values.
+    yet: a delta may give them to new values. `longest`: bytes of the longest text of each vocabulary of texts, where
+    the dataset's statistics have it.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Signature:
     dense_statistics: dict[str, DenseStatistics] | None = None
     bucket_edges: dict[str, tuple[float, ...]] | None = None
     spare: dict[str, int] | None = None
+    longest: dict[str, int] | None = None
 
     @property
     def num_slots(self) -> int:
@@ -68,8 +70,9 @@ def from_dict(values: Any) -> Signature:
         for feature in signature.features:
             for name in ("hotness", "rows"):
                 _check(f"feature {feature.name!r}: {name}", getattr(feature, name))
-        for table, rows in (signature.spare or {}).items():
-            require(0 <= rows < 2**31, f"signature.json: {rows!r:.40} rows to spare of {table!r}")
+        for what, numbers in (("rows to spare", signature.spare), ("bytes of the longest text", signature.longest)):
+            for table, number in (numbers or {}).items():
+                require(0 <= number < 2**31, f"signature.json: {number!r:.40} {what} of {table!r}")
         require_choice("signature.json: kind", signature.kind, TABLE_TYPES)
         require_unique("signature.json: dense", list(signature.dense_names))
         require_unique("signature.json: feature", [feature.name for feature in signature.features])
