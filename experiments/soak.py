@@ -201,9 +201,13 @@ def overload(flags: argparse.Namespace) -> str:
 
 
 def attack(flags: argparse.Namespace) -> str:
-    """Markdown of an attack."""
-    port = free_port()
-    process, target = start([sys.executable, "-m", "dlrm_jax.serve", f"--model={flags.model}", f"--port={port}"], port)
+    """Markdown of an attack. Hostile ones of another server take but processors: on few cores that is a part of it."""
+    servers = []
+    for _ in range(2):
+        port = free_port()
+        command = [sys.executable, "-m", "dlrm_jax.serve", f"--model={flags.model.resolve()}", f"--port={port}"]
+        servers.append(start(command, port))
+    (process, target), (other, elsewhere) = servers
     bodies = generator.make_requests(target, flags.candidates, True, 0)
     rate, seconds = 0.2 * flags.qps, flags.seconds / 10
 
@@ -212,22 +216,28 @@ def attack(flags: argparse.Namespace) -> str:
 
     steady()  # Its first requests, which are slower, are nobody's.
     alone = steady()
-    command = [sys.executable, str(pathlib.Path(hostile.__file__)), target.host, str(port), target.name]
-    others = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    time.sleep(5)
-    beside = steady()
-    had = json.loads(others.communicate()[0])
+
+    def steady_beside(attacked: generator.Target) -> tuple[dict, dict]:
+        command = [sys.executable, str(pathlib.Path(hostile.__file__)), attacked.host, str(attacked.port), target.name]
+        others = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        time.sleep(5)
+        return steady(), json.loads(others.communicate()[0])
+
+    apart, _ = steady_beside(elsewhere)
+    other.terminate()
+    other.wait(30)
+    beside, had = steady_beside(target)
     status: dict[str, int] = {}
     samples = []
-    with urllib.request.urlopen(f"http://{target.host}:{port}/status.json") as response:
+    with urllib.request.urlopen(f"http://{target.host}:{target.port}/status.json") as response:
         row = json.loads(response.read())["example"]
     for _ in range(10):
-        hostile.send_small((target.host, port), row, flags.hostile_requests // 10, status)
+        hostile.send_small((target.host, target.port), row, flags.hostile_requests // 10, status)
         samples.append(memory(process))
     alive = process.poll() is None
     process.terminate()
     lines = ["| steady client | requests | refused | failed | p50 | p99 |", "|---|---|---|---|---|---|"]
-    for name, s in (("alone", alone), ("beside hostile ones", beside)):
+    for name, s in (("alone", alone), ("hostile ones of another server", apart), ("hostile ones beside it", beside)):
         numbers = f"{s['requests']} | {s['refused']} | {s['failed']} | {s['p50_ms']:.1f} ms | {s['p99_ms']:.1f} ms"
         lines.append(f"| {name}, {rate:,.0f}/s, {seconds:g} s | {numbers} |")
     return "\n".join(lines) + (

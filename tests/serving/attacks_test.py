@@ -15,6 +15,7 @@ import time
 import pytest
 
 from dlrm_jax.serving.artifact.errors import BadRequest, Busy, TooLate
+from dlrm_jax.serving.artifact.raw_values import MAX_TEXT
 from dlrm_jax.serving.http.app import Service
 from dlrm_jax.serving.http.asgi import Held, Limits
 from dlrm_jax.serving.http.protocol import parse_json, wanted_outputs
@@ -78,8 +79,8 @@ def test_large_requests_are_refused_before_the_work(attacked):
     ids = {"name": "ids", "shape": [1, 14], "datatype": "INT32", "data": [0] * 14}
     for path, value, words in (
         ("/v1/score", {"rows": [row | {"history": ["abcd"] * 1_500_000}]}, "values; at most"),
-        ("/v1/score", {"rows": [row | {"history": "b|" * 5_000_000}]}, "has 10000000 characters"),
-        ("/v1/score", {"rows": [row | {"colour": "u" * 10_000_000}]}, "has 10000000 characters"),
+        ("/v1/score", {"rows": [row | {"history": "b|" * 5_000_000}]}, "has a value of 10000000 bytes"),
+        ("/v1/score", {"rows": [row | {"colour": "u" * 10_000_000}]}, "has a value of 10000000 bytes"),
         ("/v1/score", b'{"a":[' + b"[]," * 3_000_000 + b"[]]}", "values; at most"),
         ("/v1/score", b'{"rows":' + b"[" * 1000 + b"]" * 1000 + b"}", "row 0 is ["),
         (
@@ -237,6 +238,20 @@ def test_values_are_counted_before_they_are_made(monkeypatch):
     monkeypatch.setattr("dlrm_jax.serving.http.protocol.orjson", None)
     with pytest.raises(BadRequest, match="about 101 values; at most 50"):
         parse_json(b"[" * 101, 50)
+
+
+def test_a_text_that_no_field_may_have_is_refused_before_it_is_made(monkeypatch):
+    for rows in ([{"a": "é" * MAX_TEXT, "b": "u" * MAX_TEXT}] * 3, [{"a": [0] * 200_000}]):
+        assert parse_json(json.dumps({"rows": rows}).encode(), 10**6, of_rows=True) == {"rows": rows}
+    monkeypatch.setattr("dlrm_jax.serving.http.protocol.orjson", None)
+    long = b"u" * 400_000
+    for where, body in (
+        ("feature 'a'", b'{"rows":[{"b": "x", "a": "%s"}]}' % long),
+        ("feature 'a'", b'{"rows":[{"b": "x", "a":[ "%s", "b"]}]}' % long),
+        ("the body", b'"' + long),
+    ):
+        with pytest.raises(BadRequest, match=rf"^{where} has a value of 400000 bytes; a text has at most 65536 char"):
+            parse_json(body, 10**6, of_rows=True)
 
 
 def test_each_output_is_asked_for_once():

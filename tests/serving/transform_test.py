@@ -285,6 +285,17 @@ def test_a_text_that_is_longer_than_all_of_a_vocabulary_is_unknown_without_being
     assert reader.ids("colour", "~" * most) == [raw_bags.UNKNOWN] and hashed == [(b"~" * most, 0)]
 
 
+class Unhashed(str):
+    def __hash__(self):
+        raise AssertionError("all of a long text was read to find it in a table")
+
+
+@pytest.mark.parametrize("feature", ["colour", "hashed", "history"])
+def test_no_table_is_asked_for_a_long_text(prepared, feature):
+    reader = load(prepared[2]).reader
+    assert reader.ids(feature, Unhashed("~" * 1000)) == reader.ids(feature, "~" * 1000)
+
+
 def test_long_values_are_not_kept_and_reading_ends_at_its_deadline(prepared):
     rows, _, model_dir, *_ = prepared
     reader, row = load_once(model_dir).reader, without_label(rows)[1]

@@ -114,15 +114,16 @@ def _bag_of(
 
 
 def _values_of(sparse: Sparse, nulls: frozenset[str], max_bag: int) -> Callable[[Any], list[Any]]:
-    """A value to what is in its bag, without what is missing."""
+    """A value to what is in its bag, without what is missing. A set hashes what it is asked for, of any length."""
+    longest = max(map(len, nulls), default=0)
 
     def present(value: Any) -> bool:
-        return value is not None and not (isinstance(value, str) and value in nulls)
+        return value is not None and not (isinstance(value, str) and len(value) <= longest and value in nulls)
 
     def read(value: Any) -> list[Any]:
         if isinstance(value, str):
             require_short(value)
-            if sparse.separator and value not in nulls:
+            if sparse.separator and present(value):
                 _require_small(value.count(sparse.separator) + 1, max_bag)
                 value = value.split(sparse.separator)
         if not isinstance(value, list):
@@ -173,12 +174,13 @@ def _remembering(id_of: Callable[[Any], int]) -> Callable[[Any], int]:
     known: dict[str, int] = {}
 
     def remembered(value: Any) -> int:
-        if not isinstance(value, str):  # 1, 1.0 and True are one key of a dict, but not one value.
+        # 1, 1.0 and True are one key of a dict, but not one value; and a dict hashes what it is asked for.
+        if not isinstance(value, str) or len(value) > _SHORT:
             return id_of(value)
         found = known.get(value)
         if found is None:
             found = id_of(value)
-            if len(known) < _REMEMBERED and len(value) <= _SHORT:
+            if len(known) < _REMEMBERED:
                 known[value] = found
         return found
 

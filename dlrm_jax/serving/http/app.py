@@ -221,7 +221,8 @@ async def _score(service: Service, scope: Scope, receive: Receive, send: Send) -
         deadline = arrived + (read - start) + service.limits.request_seconds
 
         def parse() -> tuple[int, Inputs]:
-            rows, shared = _rows_of(parse_json(body, service.max_values(servable)), service.limits)
+            request = parse_json(body, service.max_values(servable), of_rows=True)
+            rows, shared = _rows_of(request, service.limits)
             return len(rows), servable.reader.read(rows, shared, deadline if len(body) > _SHORT_BYTES else None)
 
         num_rows, (dense, ids, unknown) = await service.parsed(len(body), deadline, parse)

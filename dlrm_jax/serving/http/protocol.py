@@ -5,6 +5,7 @@ header Inference-Header-Content-Length says; tensors follow it in the order of t
 """
 
 import itertools
+import re
 from typing import Any
 
 import numpy as np
@@ -12,10 +13,14 @@ import orjson
 
 from dlrm_jax.serving.artifact.errors import BadRequest, shown
 from dlrm_jax.serving.artifact.loaded import Scores, Servable
+from dlrm_jax.serving.artifact.raw_values import MAX_TEXT
 from dlrm_jax.serving.artifact.signature import OUTPUTS
 
 HEADER_LENGTH = "inference-header-content-length"
 _MAX_ID = 1024
+_BYTES_OF_A_CHARACTER = 6
+"""At most, as in \\u00e9."""
+_NAMED = re.compile(rb'"([^"]{1,100})"\s*:[\s\[]*$')
 _TYPES: dict[str, dict[str, np.dtype[Any]]] = {
     "dense": {"FP32": np.dtype("<f4"), "FP64": np.dtype("<f8")},
     "ids": {"INT32": np.dtype("<i4"), "INT64": np.dtype("<i8")},
@@ -23,15 +28,18 @@ _TYPES: dict[str, dict[str, np.dtype[Any]]] = {
 _PYTHON_TYPES: dict[str, set[type]] = {"dense": {int, float}, "ids": {int}}
 
 
-def parse_json(body: bytes, max_values: int) -> dict[str, Any]:
+def parse_json(body: bytes, max_values: int, of_rows: bool = False) -> dict[str, Any]:
     """A JSON object; NaN, infinities, broken UTF-8 and what is nested too deeply are no JSON.
 
-    Values are counted before any is made: parsing takes the interpreter for itself. A text's commas count too.
+    Values are counted, and the texts of rows measured (`of_rows`), before any is made: parsing takes the interpreter
+    for itself. A text's commas count too.
     """
     letters = np.frombuffer(body, np.uint8)
     values = sum(int(np.count_nonzero(letters == letter)) for letter in b",[{") if len(body) > max_values else 0
     if values > max_values:
         raise BadRequest(f"the body has about {values} values; at most {max_values}: send fewer rows or shorter bags")
+    if of_rows:
+        _require_short_texts(body)
     try:
         value = orjson.loads(body)
     except orjson.JSONDecodeError as error:
@@ -39,6 +47,20 @@ def parse_json(body: bytes, max_values: int) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise BadRequest(f"the body is {shown(value)}; expected a JSON object")
     return value
+
+
+def _require_short_texts(body: bytes) -> None:
+    """BadRequest where from one quote to the next there is a text of more than a field may have."""
+    most = _BYTES_OF_A_CHARACTER * MAX_TEXT
+    if len(body) > most:
+        quotes = np.append(np.flatnonzero(np.frombuffer(body, np.uint8) == ord('"')), len(body))
+        for i in np.flatnonzero(np.diff(quotes) > most + 1):
+            start, size = int(quotes[i]), int(quotes[i + 1] - quotes[i]) - 1
+            if body[start + 1] in b":,]} \t\r\n":
+                continue  # What follows a text's end, as before a long list of numbers; or a text, which is read then.
+            named = _NAMED.search(body[max(0, start - 200) : start])
+            where = f"feature {shown(named[1].decode('utf8', 'replace'))}" if named else "the body"
+            raise BadRequest(f"{where} has a value of {size} bytes; a text has at most {MAX_TEXT} characters")
 
 
 def parse_infer(
