@@ -4,8 +4,9 @@ RATE is found first if it is not given: the highest, of requests of --candidates
 --p99_ms at most. soak: a server on a copy of DIR, 0.8 x RATE requests a second with a reload (the latest version once
 more, as the next number) every --reload_seconds, while other clients vanish in mid-request and send malformed ones.
 Every valid request must be answered 200, and the scores be the offline ones; memory is sampled. overload: RATE, three
-times of it for a while, then RATE again. attack: a steady client of 0.2 x RATE, alone and beside hostile ones
-(hostile.py), each for a tenth of --seconds; then --hostile_requests more that are refused, while memory is sampled.
+times of it for a while, then RATE again. attack: a steady client of 0.2 x RATE, alone, beside hostile ones (hostile.py)
+of another server, which take but processors, and beside hostile ones of its own, each for a tenth of --seconds; then
+--hostile_requests more that are refused, while memory is sampled.
 """
 
 import argparse
@@ -201,11 +202,11 @@ def overload(flags: argparse.Namespace) -> str:
 
 
 def attack(flags: argparse.Namespace) -> str:
-    """Markdown of an attack. Hostile ones of another server take but processors: on few cores that is a part of it."""
+    """Markdown of an attack."""
     servers = []
     for _ in range(2):
         port = free_port()
-        command = [sys.executable, "-m", "dlrm_jax.serve", f"--model={flags.model.resolve()}", f"--port={port}"]
+        command = [sys.executable, "-m", "dlrm_jax.serve", f"--model={flags.model}", f"--port={port}"]
         servers.append(start(command, port))
     (process, target), (other, elsewhere) = servers
     bodies = generator.make_requests(target, flags.candidates, True, 0)
@@ -262,6 +263,7 @@ def main() -> None:
     parser.add_argument("--overload_seconds", type=float, default=10.0)
     parser.add_argument("--max_wait_ms", type=float, help="default: the server's own to soak, 6 for overload")
     flags = parser.parse_args()
+    flags.model = flags.model.resolve()  # Servers start in the checkout.
     flags.qps = flags.qps or highest_rate(flags)
     text = {"soak": soak, "overload": overload, "attack": attack}[flags.part](flags)
     command = f"python experiments/soak.py --part={flags.part} --candidates={flags.candidates}"

@@ -30,6 +30,7 @@ from dlrm_jax.data.read.pipeline import (
     window_steps,
 )
 from dlrm_jax.host import memory, processes
+from dlrm_jax.host.formulations import by_platform
 from dlrm_jax.host.mesh import BATCH_SPEC, batch_sharding, replicated
 from dlrm_jax.training.options import AUTO
 from dlrm_jax.training.placed import Placed
@@ -189,10 +190,11 @@ def _as_from_outside(cut: Callable[[], Batch], i: jax.Array) -> Batch:
     So a step's sums have the same bits, wherever its batch comes from. The compiler for CPUs drops a barrier before it
     merges operations, but does not merge across a condition, even one that always holds: `i` is never negative.
     """
-    if jax.default_backend() != "cpu":
-        return jax.lax.optimization_barrier(cut())
     other = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(cut))
-    return jax.lax.cond(i >= 0, cut, lambda: other)
+    batch: Batch = by_platform(
+        lambda i: jax.lax.cond(i >= 0, cut, lambda: other), lambda _: jax.lax.optimization_barrier(cut()), i
+    )
+    return batch
 
 
 class Room:

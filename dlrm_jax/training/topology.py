@@ -14,14 +14,22 @@ from collections.abc import Iterator
 from importlib import metadata
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+
 from dlrm_jax.config import ConfigError, LossConfig, how_to_install
+from dlrm_jax.data.read.dataset import Split
+from dlrm_jax.data.read.pipeline import Cut
 from dlrm_jax.host.mesh import make_mesh
 from dlrm_jax.planning.cost import Cost
 from dlrm_jax.planning.hardware import HARDWARE
 from dlrm_jax.planning.hlo import collectives, serial_loops, totals
 from dlrm_jax.planning.planner import Setting
+from dlrm_jax.training.feed import Feed, Window
 from dlrm_jax.training.placed import Placed
-from dlrm_jax.training.step import make_train_step
+from dlrm_jax.training.step import TrainStep, make_train_step
+from dlrm_jax.training.window_step import RECORDED, make_window_step
 
 GENERATIONS = ("v4", "v5e", "v5p", "v6e")
 _AXES = {"v4": 3, "v5e": 2, "v5p": 3, "v6e": 2}
@@ -142,17 +150,22 @@ class Compiled:
         )
 
 
-def compile_report(setting: Setting, loss: LossConfig, cost: Cost, topology: Topology) -> Compiled:
-    """Compile the training step of a plan for a pod."""
+def compile_report(
+    setting: Setting, loss: LossConfig, cost: Cost, topology: Topology, window_steps: int = 0
+) -> Compiled:
+    """Compile the training step of a plan for a pod: of a batch, or as a run's, of a window of so many batches."""
     mesh = make_mesh(setting.mesh, devices(topology))
     placed = Placed(setting.model, setting.optimizer, cost.plan, mesh, cost.options, packed=True)
     parts = setting.load.num_micro_batches
-    step = placed.jit_step(make_train_step(setting.model, loss, setting.optimizer, parts, placed.ops))
+    plain = make_train_step(setting.model, loss, setting.optimizer, parts, placed.ops)
     multiple = mesh.size * parts
     batch_size = -(-setting.load.batch_size // multiple) * multiple
+    step, arguments = placed.jit_step(plain), (placed.abstract_batch(batch_size),)
+    if window_steps:
+        step, arguments = _of_a_window(placed, plain, batch_size, window_steps)
     start = time.perf_counter()
     with _by_own_libtpu():
-        compiled = step.lower(placed.abstract_state, placed.abstract_batch(batch_size)).compile()
+        compiled = step.lower(placed.abstract_state, *arguments).compile()
     seconds = time.perf_counter() - start
     memory, text = compiled.memory_analysis(), compiled.as_text()
     return Compiled(
@@ -166,3 +179,18 @@ def compile_report(setting: Setting, loss: LossConfig, cost: Cost, topology: Top
         usable=HARDWARE[topology.generation].memory_bytes,
         seconds=seconds,
     )
+
+
+def _of_a_window(placed: Placed, step: TrainStep, batch_size: int, steps: int) -> tuple[Any, tuple[Any, ...]]:
+    """(the step that cuts its batch from a window, what it takes behind the state: a record and a window)."""
+    none = np.zeros(0)
+    feed = Feed(Split(none, none, none, none), Cut(batch_size, steps), placed.mesh)
+    assert feed.shardings is not None
+
+    def of_window(column: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((steps, *column.shape), column.dtype, sharding=sharding)
+
+    rows = jax.tree.map(of_window, placed.abstract_batch(batch_size), feed.shardings.rows)
+    record = jax.ShapeDtypeStruct((steps, len(RECORDED)), jnp.float32, sharding=placed.everywhere)
+    first_step = jax.ShapeDtypeStruct((), jnp.int32, sharding=placed.everywhere)
+    return placed.jit_window_step(make_window_step(step, feed), feed.shardings), (record, Window(first_step, rows))

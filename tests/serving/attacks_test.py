@@ -12,13 +12,16 @@ import socket
 import threading
 import time
 
+import hypothesis
+import numpy as np
 import pytest
+from hypothesis import strategies as st
 
 from dlrm_jax.serving.artifact.errors import BadRequest, Busy, TooLate
 from dlrm_jax.serving.artifact.raw_values import MAX_TEXT
 from dlrm_jax.serving.http.app import Service
 from dlrm_jax.serving.http.asgi import Held, Limits
-from dlrm_jax.serving.http.protocol import parse_json, wanted_outputs
+from dlrm_jax.serving.http.protocol import _quotes_of_texts, parse_json, wanted_outputs
 from dlrm_jax.serving.http.telemetry import Telemetry, Unhindered
 from tests.helpers import tiny_model
 from tests.server_process import RunningServer, running
@@ -241,17 +244,29 @@ def test_values_are_counted_before_they_are_made(monkeypatch):
 
 
 def test_a_text_that_no_field_may_have_is_refused_before_it_is_made(monkeypatch):
-    for rows in ([{"a": "é" * MAX_TEXT, "b": "u" * MAX_TEXT}] * 3, [{"a": [0] * 200_000}]):
+    texts = ["é" * MAX_TEXT, "😀" * MAX_TEXT, "u" * MAX_TEXT, '"' * MAX_TEXT, "\\" * MAX_TEXT]
+    for rows in ([dict(zip("abcde", texts, strict=True))] * 3, [{"a": [0] * 300_000}]):
         assert parse_json(json.dumps({"rows": rows}).encode(), 10**6, of_rows=True) == {"rows": rows}
     monkeypatch.setattr("dlrm_jax.serving.http.protocol.orjson", None)
-    long = b"u" * 400_000
     for where, body in (
-        ("feature 'a'", b'{"rows":[{"b": "x", "a": "%s"}]}' % long),
-        ("feature 'a'", b'{"rows":[{"b": "x", "a":[ "%s", "b"]}]}' % long),
-        ("the body", b'"' + long),
+        ("feature 'a'", b'{"rows":[{"b": "x", "a": "%s"}]}'),
+        ("feature 'a'", b'{"rows":[{"b": "x\\"", "a":[ "%s", "b"]}]}'),
+        ("feature 'a'", b'{"rows":[{"b": "x\\\\", "a":"%s'),
+        ("the body", b'"%s'),
     ):
-        with pytest.raises(BadRequest, match=rf"^{where} has a value of 400000 bytes; a text has at most 65536 char"):
-            parse_json(body, 10**6, of_rows=True)
+        for text in (b"u" * 800_000, b" :" * 400_000, b'u\\"' * 300_000, b"u\\\\" * 300_000):
+            with pytest.raises(
+                BadRequest, match=rf"^{where} has a value of {len(text)} bytes; a text has at most 6553"
+            ):
+                parse_json(body % text, 10**6, of_rows=True)
+
+
+@hypothesis.given(st.lists(st.text('"\\\\u,:[]{} é😀')), st.booleans())
+def test_texts_begin_and_end_where_the_parser_has_them(texts, as_ascii):
+    body = json.dumps(texts, ensure_ascii=as_ascii).encode()
+    quotes = _quotes_of_texts(np.frombuffer(body, np.uint8))
+    pairs = zip(quotes[::2], quotes[1::2], strict=True)
+    assert [json.loads(body[start : end + 1]) for start, end in pairs] == texts
 
 
 def test_each_output_is_asked_for_once():

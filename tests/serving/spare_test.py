@@ -1,6 +1,7 @@
 """Rows to spare: values that are new since a version was exported come with a delta, program and tables as they are."""
 
 import dataclasses
+import pathlib
 
 import numpy as np
 import pytest
@@ -14,12 +15,14 @@ from dlrm_jax.serving.artifact.errors import BadRequest
 from dlrm_jax.serving.artifact.export import export_model
 from dlrm_jax.serving.artifact.export_delta import differing, export_delta
 from dlrm_jax.serving.artifact.loaded import Servable
+from dlrm_jax.serving.artifact.raw_bags import UNKNOWN
 from dlrm_jax.serving.artifact.store import open_alone
 from tests.data.extend_test import RICH, write_days
 from tests.serving_helpers import lively_state, pieces_of
 from tests.training.resume_test import CONFIG
 
 SIZES = (4, 16)
+LONGER = "longer than all of the first day"
 
 
 @pytest.fixture(scope="module")
@@ -27,6 +30,10 @@ def days(tmp_path_factory):
     """(dataset, model, a state) of a log, and of the same log after a day that has other values too."""
     folder, found = tmp_path_factory.mktemp("days"), []
     for i, path in enumerate(write_days(folder, 2, rows=60)):
+        if i:
+            pathlib.Path(path).write_text(
+                f"{pathlib.Path(path).read_text()}no,3,0.5,{LONGER},5,5,8,l1,1.5,2024-01-02\n"
+            )
         options = Options("skip_and_count", extend=folder / "0") if i else Options("skip_and_count")
         prepare((path,), folder / str(i), RICH, options)
         dataset = open_prepared(folder / str(i))
@@ -63,7 +70,8 @@ def test_new_values_take_the_rows_to_spare(days, tmp_path):
     servable.checked(*_inputs(servable, "n", more - 1))
     direct = Servable(whole(tmp_path / "direct", *days[1]), SIZES)
     read = load(tmp_path / "live", 2, SIZES)
-    batch = [row | {"n": str(value)} for value in range(30)]
+    assert old.reader.ids("c", LONGER) == [UNKNOWN] and servable.reader.ids("c", LONGER)[0] >= 0
+    batch = [row | {"n": str(value)} for value in range(30)] + [row | {"c": LONGER}]
     for one in (servable, read, old):
         inputs, want = direct.reader.read(batch)[:2], direct.predict_rows(batch)
         np.testing.assert_allclose(one.predict(*inputs) if one is not old else one.score(*inputs).probability, want)

@@ -22,6 +22,7 @@ from dlrm_jax.serving.artifact import raw_bags
 from dlrm_jax.serving.artifact.errors import BadRequest, TooLate, shown
 from dlrm_jax.serving.artifact.export import export_model, of_arrays
 from dlrm_jax.serving.artifact.native import NativeCpu
+from dlrm_jax.serving.artifact.raw_values import dense_of, with_points
 from dlrm_jax.serving.artifact.transform import Reader
 from dlrm_jax.serving.http import protocol
 from dlrm_jax.tables.by_name import named_tables
@@ -255,7 +256,7 @@ def test_bounds_come_before_any_value_is_read(prepared, change, words, monkeypat
     rows, _, model_dir, *_ = prepared
     reader = load_once(model_dir).reader
     row = without_label(rows)[1] | change
-    for function in ("raw_bags.hash_text", "one_text.integer", "one_text.number"):
+    for function in ("raw_bags.hash_text", "raw_bags._bytes_of", "one_text.integer", "one_text.number"):
         module = "data.values" if function.startswith("one_text") else "serving.artifact"
         monkeypatch.setattr(f"dlrm_jax.{module}.{function}", read)
     row = {name: value if name in change else None for name, value in row.items()}
@@ -294,6 +295,9 @@ class Unhashed(str):
 def test_no_table_is_asked_for_a_long_text(prepared, feature):
     reader = load(prepared[2]).reader
     assert reader.ids(feature, Unhashed("~" * 1000)) == reader.ids(feature, "~" * 1000)
+    nulls = frozenset(["", "null"])
+    for read in (dense_of(Dense("a"), nulls), with_points(dense_of(Dense("a"), nulls), ",", nulls)):
+        assert read(Unhashed("1" * 30)) == float("1" * 30) and np.isnan(read("null"))
 
 
 def test_long_values_are_not_kept_and_reading_ends_at_its_deadline(prepared):

@@ -45,6 +45,17 @@ def plain_steps(placed, split, count: int):
     return state, losses
 
 
+@pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
+def test_what_a_batch_is_cut_by_is_of_the_platform_that_a_step_is_compiled_for(platform):
+    """On a machine of CPUs a pod's step is compiled for TPUs: it has the barrier that holds there, and no condition."""
+    model = tiny_model()
+    feed = Feed(split_of(model), Cut(16, 4))
+    window = jax.eval_shape(feed.transfer, jax.tree.map(lambda x: np.stack([x[:16]] * 4), random_batch(model, 16)))
+    lowered = jax.jit(feed.batch).trace(window, jnp.int32(0)).lower(lowering_platforms=(platform,)).as_text()
+    barrier, condition = "optimization_barrier" in lowered, "compare GE" in lowered
+    assert (barrier, condition) == ((False, True) if platform == "cpu" else (True, False))
+
+
 @pytest.mark.parametrize(
     ("resident", "devices"),
     [(False, 1), (True, 2), *(pytest.param(*more, marks=pytest.mark.exhaustive) for more in ((False, 2), (True, 1)))],

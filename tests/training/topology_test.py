@@ -9,9 +9,13 @@ from importlib import metadata
 
 import pytest
 
-from dlrm_jax.config import ConfigError
-from dlrm_jax.training.topology import devices, other_libtpu, parse_topology
-from tests.helpers import ROOT
+from dlrm_jax.config import ConfigError, LossConfig, TableConfig
+from dlrm_jax.host.mesh import MeshShape
+from dlrm_jax.planning.cost import Load
+from dlrm_jax.planning.hardware import HARDWARE
+from dlrm_jax.planning.planner import Setting
+from dlrm_jax.training.topology import compile_report, devices, other_libtpu, parse_topology
+from tests.helpers import ROOT, optimizer, tiny_model
 
 HAS_LIBTPU = importlib.util.find_spec("libtpu") is not None
 needs_libtpu = pytest.mark.skipif(not HAS_LIBTPU, reason="libtpu is not installed")
@@ -67,6 +71,19 @@ def test_mlperf_on_a_pod_as_predicted(tmp_path, model, pod):
     report = values["compiled"]
     assert report["fits"] and sum(report["sent"].values()) == sum(values["cost"]["sent"].values())
     assert abs(report["predicted_held"] / report["held"] - 1) < 0.05
+
+
+@needs_libtpu
+def test_a_step_of_a_window_is_compiled_as_that_of_a_batch():
+    """Of a window that travels: its batch is cut on the chip, without a loop over rows, and tables lie as before."""
+    shape, topology = MeshShape(1, 4), parse_topology("v5e:2x2")
+    tables = tuple(TableConfig(name, rows, 64) for name, rows in (("user", 100_000), ("item", 7), ("flag", 1)))
+    model = tiny_model(tables=tables, bottom_mlp=(5, 64))
+    setting = Setting(model, optimizer("rowwise_adagrad"), shape, Load(512), HARDWARE["v5e"], packed=True)
+    cost = setting.cost("row_wise")
+    plain, windowed = (compile_report(setting, LossConfig(), cost, topology, steps) for steps in (0, 32))
+    assert windowed.serial_loops == plain.serial_loops == 0 and windowed.sent == plain.sent
+    assert windowed.temporaries < 1.5 * plain.temporaries and windowed.arguments > plain.arguments
 
 
 @needs_libtpu

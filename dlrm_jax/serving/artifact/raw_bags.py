@@ -18,6 +18,7 @@ from dlrm_jax.serving.artifact.raw_values import (
     Column,
     Refused,
     finite_number_of,
+    is_among,
     require_short,
     text_of,
     whole_number_of,
@@ -114,11 +115,11 @@ def _bag_of(
 
 
 def _values_of(sparse: Sparse, nulls: frozenset[str], max_bag: int) -> Callable[[Any], list[Any]]:
-    """A value to what is in its bag, without what is missing. A set hashes what it is asked for, of any length."""
-    longest = max(map(len, nulls), default=0)
+    """A value to what is in its bag, without what is missing."""
+    is_null = is_among(nulls)
 
     def present(value: Any) -> bool:
-        return value is not None and not (isinstance(value, str) and len(value) <= longest and value in nulls)
+        return value is not None and not (isinstance(value, str) and is_null(value))
 
     def read(value: Any) -> list[Any]:
         if isinstance(value, str):

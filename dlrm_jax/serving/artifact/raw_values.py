@@ -45,13 +45,20 @@ def plain_number(value: Any) -> float:
     return number
 
 
+def is_among(texts: frozenset[str]) -> Callable[[str], bool]:
+    """Whether a text is one of few; one that is longer is not, without being hashed, as a set would."""
+    longest = max(map(len, texts), default=0)
+    return lambda text: len(text) <= longest and text in texts
+
+
 def dense_of(dense: Dense, nulls: frozenset[str]) -> Column:
     """A raw number, NaN where it is missing."""
+    is_null = is_among(nulls)
 
     def read(value: Any) -> float:
         if isinstance(value, str):
             require_short(value)
-        number = math.nan if value is None or (isinstance(value, str) and value in nulls) else _number_of(value)
+        number = math.nan if value is None or (isinstance(value, str) and is_null(value)) else _number_of(value)
         if math.isinf(number) or (dense.needs_statistics and abs(number) > LARGEST):
             raise Refused(f"{shown(value)} is not a finite number")
         if math.isnan(number) and dense.missing == "error":
@@ -63,9 +70,11 @@ def dense_of(dense: Dense, nulls: frozenset[str]) -> Column:
 
 def with_points(read: Column, decimal: str, nulls: frozenset[str]) -> Column:
     """`read` for texts with decimal commas, as data/values/decimals.py has it; numbers are numbers."""
+    is_null = is_among(nulls)
 
     def read_text(value: Any) -> Any:
-        if isinstance(value, str) and value not in nulls:
+        if isinstance(value, str) and not is_null(value):
+            require_short(value)
             if "." in value:
                 raise Refused(f"{shown(value)} has a point, and decimals of this log have a comma")
             value = value.replace(",", ".")

@@ -18,8 +18,8 @@ from dlrm_jax.serving.artifact.signature import OUTPUTS
 
 HEADER_LENGTH = "inference-header-content-length"
 _MAX_ID = 1024
-_BYTES_OF_A_CHARACTER = 6
-"""At most, as in \\u00e9."""
+_BYTES_OF_A_CHARACTER = 12
+"""At most, as in \\ud83d\\ude00."""
 _NAMED = re.compile(rb'"([^"]{1,100})"\s*:[\s\[]*$')
 _TYPES: dict[str, dict[str, np.dtype[Any]]] = {
     "dense": {"FP32": np.dtype("<f4"), "FP64": np.dtype("<f8")},
@@ -50,17 +50,31 @@ def parse_json(body: bytes, max_values: int, of_rows: bool = False) -> dict[str,
 
 
 def _require_short_texts(body: bytes) -> None:
-    """BadRequest where from one quote to the next there is a text of more than a field may have."""
+    """BadRequest where a text has more bytes than one of a field can have."""
     most = _BYTES_OF_A_CHARACTER * MAX_TEXT
-    if len(body) > most:
-        quotes = np.append(np.flatnonzero(np.frombuffer(body, np.uint8) == ord('"')), len(body))
-        for i in np.flatnonzero(np.diff(quotes) > most + 1):
-            start, size = int(quotes[i]), int(quotes[i + 1] - quotes[i]) - 1
-            if body[start + 1] in b":,]} \t\r\n":
-                continue  # What follows a text's end, as before a long list of numbers; or a text, which is read then.
-            named = _NAMED.search(body[max(0, start - 200) : start])
-            where = f"feature {shown(named[1].decode('utf8', 'replace'))}" if named else "the body"
-            raise BadRequest(f"{where} has a value of {size} bytes; a text has at most {MAX_TEXT} characters")
+    if len(body) <= most:
+        return
+    quotes = _quotes_of_texts(np.frombuffer(body, np.uint8))
+    starts, ends = quotes[::2], quotes[1::2]
+    sizes = np.append(ends, len(body))[: len(starts)] - starts - 1  # The last may lack its end.
+    for i in np.flatnonzero(sizes > most)[:1]:
+        start = int(starts[i])
+        named = _NAMED.search(body[max(0, start - 200) : start])
+        where = f"feature {shown(named[1].decode('utf8', 'replace'))}" if named else "the body"
+        raise BadRequest(f"{where} has a value of {sizes[i]} bytes; a text has at most {MAX_TEXT} characters")
+
+
+def _quotes_of_texts(letters: np.ndarray) -> np.ndarray:
+    """Where the texts of some JSON begin and end, in turn: at the quotes that no backslash escapes.
+
+    In a run of backslashes every other one escapes what follows: of `a\\\\\\"b` the first and the third.
+    """
+    quotes, slashes = np.flatnonzero(letters == ord('"')), np.flatnonzero(letters == ord("\\"))
+    if not len(slashes):
+        return quotes
+    first = np.diff(slashes, prepend=-2) > 1
+    in_run = slashes - slashes[first][np.cumsum(first) - 1]
+    return np.setdiff1d(quotes, slashes[in_run % 2 == 0] + 1, assume_unique=True)
 
 
 def parse_infer(
