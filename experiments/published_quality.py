@@ -3,7 +3,7 @@
 `python experiments/published_quality.py --frappe=DIR --movielens=DIR`: Frappe's holds train.csv, valid.csv, test.csv.
 Trains the flag files of RECIPES with `--num_seeds` each, and the first with one part of its recipe left out at a time;
 writes two tables of experiments/README.md and published_quality.png. Finished runs are kept in --results, where the
-same command goes on; rows of runs that are neither there nor asked for stay in the tables as they are.
+same command goes on; rows of runs that are neither there nor asked for stay in the tables as they are, with their date.
 """
 
 import argparse
@@ -96,6 +96,15 @@ def table(head: str, rows: dict[str, str], kept: dict[str, str], order: list[str
     return "\n".join([head, "|---" * (head.count("|") - 1) + "|", *(every[name] for name in order if name in every)])
 
 
+def stamp_of(path: pathlib.Path, section: str, rows: dict[str, str], kept: dict[str, str], stamp: str) -> str:
+    """When a table was measured: where rows were kept their own stamp stays, and the new one names its rows."""
+    if not kept.keys() - rows.keys():
+        return stamp
+    before = path.read_text().partition(f"<!-- {section} -->")[2].partition(f"<!-- /{section} -->")[0]
+    old = next(line for line in before.splitlines() if line.startswith("Measured"))
+    return f"{old}\n\nOf these, {'; '.join(rows)}: {stamp[0].lower()}{stamp[1:]}"
+
+
 def recipe_rows(rows: dict[str, tuple[dict, float]]) -> dict[str, str]:
     """By flag file."""
     lines = {}
@@ -170,7 +179,8 @@ def main() -> None:
     kept = {section: kept_rows(readme, section) for section in HEADS}
 
     def write(section: str, rows: dict[str, str], order: list[str]) -> None:
-        replace_section(readme, section, f"{table(HEADS[section], rows, kept[section], order)}\n\n{stamp}")
+        said = stamp_of(readme, section, rows, kept[section], stamp)
+        replace_section(readme, section, f"{table(HEADS[section], rows, kept[section], order)}\n\n{said}")
 
     recipes: dict[str, tuple[dict, float]] = {}
     for name, (num_rows, *_) in RECIPES.items():
