@@ -18,6 +18,7 @@ from dlrm_jax.training.publish_options import SPARE_ROWS
 from dlrm_jax.training.reporting import format_table, json_ready
 
 FLAGS = flags.FLAGS
+_OF_A_WORKDIR = ("delta_from", "tables", "checkpoint", "data_dir", "spare_rows", "int8_layers")
 
 
 def define_flags() -> None:
@@ -35,6 +36,12 @@ def define_flags() -> None:
         "A version of --out, or newest: write only what is other than there, which a server writes into its memory.",
     )
     flags.DEFINE_float("spare_rows", 0.0, SPARE_ROWS)
+    flags.DEFINE_bool(
+        "int8_layers",
+        False,
+        "Measure what int8 layers of the C++ scorer change, so that dlrm_jax.serve --kernels=native_int8 may use them; "
+        "refused where they move the AUC of a split of --evaluate by more than 1e-4.",
+    )
     flags.DEFINE_string(
         "fold",
         "",
@@ -50,7 +57,7 @@ def main() -> None:
     require(bool(FLAGS.workdir) != bool(FLAGS.fold), "give either --workdir, of a training run, or --fold, a version")
     version = _folded(out) if FLAGS.fold else _exported(out)
     print(format_table(version.read_json("metrics.json")))
-    shown = ("version", "name", "step", "tables", "table_bytes", "parent", "rows", "evaluated_on")
+    shown = ("version", "name", "step", "tables", "table_bytes", "parent", "rows", "evaluated_on", "int8_layers")
     facts = {key: version.manifest[key] for key in shown if key in version.manifest}
     print(json.dumps(json_ready(facts | {"directory": str(version.directory)})))
 
@@ -59,14 +66,12 @@ def _exported(out: pathlib.Path) -> Version:
     tables = FLAGS.tables if FLAGS["tables"].present else None
     parent_of(out, FLAGS.delta_from, tables, FLAGS.spare_rows)  # What cannot be is said before the run is opened.
     run = open_stored(pathlib.Path(FLAGS.workdir), FLAGS.checkpoint, FLAGS.data_dir, FLAGS.allow_oversubscription)
-    return export(run, out, tables, FLAGS.evaluate, FLAGS.delta_from, FLAGS.spare_rows)
+    return export(run, out, tables, FLAGS.evaluate, FLAGS.delta_from, FLAGS.spare_rows, FLAGS.int8_layers)
 
 
 def _folded(out: pathlib.Path) -> Version:
     path = pathlib.Path(FLAGS.fold)
-    given = [
-        f"--{name}" for name in ("delta_from", "tables", "checkpoint", "data_dir", "spare_rows") if FLAGS[name].present
-    ]
+    given = [f"--{name}" for name in _OF_A_WORKDIR if FLAGS[name].present]
     require(not given, f"{' '.join(given[:1])} has no effect with --fold: a version is written as it is; leave it out")
     model_dir, number = (path.parent, int(path.name)) if path.name.isdecimal() else (path, None)
     return fold(open_version(model_dir, number), out)

@@ -18,6 +18,7 @@ if typing.TYPE_CHECKING:
     from dlrm_jax.serving.artifact.store import Version
 
 FLAGS = flags.FLAGS
+_NATIVE_INT8 = "native_int8"
 _NEEDED = ("starlette", "uvicorn", "httptools", "uvloop", "orjson", "prometheus_client", "flatbuffers")
 
 
@@ -58,8 +59,9 @@ def define_flags() -> None:
     flags.DEFINE_enum(
         "kernels",
         XLA,
-        (XLA, NATIVE),
-        "Who scores: the exported program, or, on a CPU, C++ that is compiled at the first use.",
+        (XLA, NATIVE, _NATIVE_INT8),
+        "Who scores: the exported program, or, on a CPU, C++ that is compiled at the first use; native_int8: C++ with "
+        "int8 layers, of a version that was exported with --int8_layers.",
     )
     flags.DEFINE_bool("allow_oversubscription", False, memory.TRY_ANYWAY_HELP)
     flags.DEFINE_string("token_file", "", "File with a token that every request but health must bear.")
@@ -132,18 +134,18 @@ def _make_engine(largest_batch: int) -> "MakeEngine":
         for name in ("sharding", "sharding_plan"):
             require(not FLAGS[name].present, f"--{name} places tables on several devices: give --mesh=model:N too")
         make: MakeEngine = functools.partial(OneDevice, apart=True)
-        native = FLAGS.kernels == NATIVE
+        native = FLAGS.kernels != XLA
         if native:
-            from dlrm_jax.serving.artifact.native import NativeCpu
+            from dlrm_jax.serving.artifact.native import NativeCpu, native_int8
 
-            make = NativeCpu
+            make = NativeCpu if FLAGS.kernels == NATIVE else native_int8
 
         def with_room(version: "Version", like: "Engine | None") -> "Engine":
             with memory.named(*require_room(version, native or None, oversubscribe)):
                 return make(version, like)
 
         return with_room
-    require(FLAGS.kernels == XLA, "--kernels=native scores on one device: leave it or --mesh out")
+    require(FLAGS.kernels == XLA, f"--kernels={FLAGS.kernels} scores on one device: leave it or --mesh out")
     from dlrm_jax.serving.artifact.placed import engine_maker
     from dlrm_jax.training.options import ShardingOptions
 

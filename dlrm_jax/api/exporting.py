@@ -11,7 +11,7 @@ from dlrm_jax.api.trained import Stored
 from dlrm_jax.config import ModelConfig, require
 from dlrm_jax.data.schema.schema import HELD_OUT
 from dlrm_jax.host import files, memory
-from dlrm_jax.serving.artifact.export import MakeScore, by_engine, by_the_program, export_model
+from dlrm_jax.serving.artifact.export import MakeScore, by_engine, by_the_program, export_model, measuring_int8
 from dlrm_jax.serving.artifact.export_delta import differing, export_delta
 from dlrm_jax.serving.artifact.placed import engine_maker
 from dlrm_jax.serving.artifact.quantise import stored_table
@@ -32,11 +32,13 @@ def export(
     evaluate: Sequence[str] = HELD_OUT,
     delta_from: str = "",
     spare_rows: float = 0.0,
+    int8_layers: bool = False,
 ) -> Version:
     """Write the next version of the model in `out`, its rows stored as `tables` says, and score it on some splits.
 
     `delta_from` names a version there, by its number or as the newest, of which only what is other is written; its
-    rows' type is then that of `tables`. Of a whole version each table gets that share of `spare_rows` more.
+    rows' type is then that of `tables`. Of a whole version each table gets that share of `spare_rows` more. With
+    `int8_layers` the C++ scorer's are measured too; ConfigError where they move an AUC by more than 1e-4.
     """
     files.require_output_directory("out", out)
     parent = parent_of(out, delta_from, tables, spare_rows)
@@ -51,7 +53,8 @@ def export(
     }
     found = pieces_of(run.model, run.rows)
     with memory.named(largest, _REMEDY):
-        common["make_score"] = _make_score(run.model, kind, largest, run.config.allow_oversubscription)
+        make_score = _make_score(run.model, kind, largest, run.config.allow_oversubscription)
+        common["make_score"] = measuring_int8(make_score) if int8_layers else make_score
         if parent is None:
             common |= {"kind": kind, "spare_rows": spare_rows}
             return export_model(out, run.model, run.config.loss, run.dense_params, found, **common)

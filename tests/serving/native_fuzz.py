@@ -58,7 +58,7 @@ class Fuzz:
         for i in range(models):
             model, kind = self.model(), str(self.rng.choice(TABLE_TYPES))
             version = self.write(self.directory / str(i), model, kind)
-            engine = NativeCpu(version, threads=1 + i % 3)
+            engine = NativeCpu(version, threads=1 + i % 3, int8=i % 2 == 0)
             self.whole(engine, model)
             for _ in range(40):
                 self.call(engine, model)
@@ -105,7 +105,7 @@ class Fuzz:
             "tables": tables,
             "features": features,
             "bottom_mlp": (*self.rng.integers(1, 70, self.rng.integers(0, 2)).tolist(), width),
-            "top_mlp": (*self.rng.integers(1, 130, self.rng.integers(0, 3)).tolist(), 1),
+            "top_mlp": (*self.rng.integers(1, 200, self.rng.integers(0, 3)).tolist(), 1),
             "interaction": self.pick(*native._INTERACTIONS),
             "self_interaction": self.pick(True, False),
             "cross_layers": int(self.rng.integers(1, 3)),
@@ -226,6 +226,11 @@ class Fuzz:
             (top[0], self.pick("inputs", "outputs", "activation")),
             (top[0].norm, self.pick("type", "rows", "columns", "row_stride")),
             (top[-1].panels, self.pick("type", "rows", "columns", "row_stride")),
+            *(
+                (array, self.pick("type", "rows", "columns", "row_stride"))
+                for array in (top[0].codes, top[0].scales, top[0].sums)
+                if array.data
+            ),
             (features[0].rows, self.pick("type", "columns", "row_stride", "column_stride")),
         )
         true = getattr(target, name)

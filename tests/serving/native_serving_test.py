@@ -11,7 +11,7 @@ import pytest
 
 from dlrm_jax.config import ConfigError, FeatureConfig, HiddenConfig, LossConfig, TableConfig
 from dlrm_jax.host.cores import cores
-from dlrm_jax.serving.artifact.export import export_model, of_arrays
+from dlrm_jax.serving.artifact.export import by_the_program, export_model, of_arrays
 from dlrm_jax.serving.artifact.loaded import OneDevice, load
 from dlrm_jax.serving.artifact.native import NativeCpu
 from dlrm_jax.serving.artifact.store import open_version
@@ -102,7 +102,7 @@ def scores(engine, batch, rows=slice(None)):
     return np.array(engine.run(batch.dense_BxN[rows], batch.ids_BxK[rows]))
 
 
-def export_random(model_dir, model, kind):
+def export_random(model_dir, model, kind, make_score=by_the_program, evaluated=()):
     """Export a model none of whose weights is a zero or a one that training would begin with."""
     rng = np.random.default_rng(0)
     draw = lambda array: rng.normal(size=array.shape).astype(np.float32)  # noqa: E731
@@ -112,7 +112,8 @@ def export_random(model_dir, model, kind):
         lambda array: draw(array) / (len(array) if array.ndim == 2 else 1) ** 0.5, state.dense_params
     )
     parts = (dense_params, of_arrays(tables), random_dataset(model), kind)
-    return export_model(model_dir, model, LossConfig(), *parts, evaluated=(), batch_stats=state.batch_stats)
+    more = {"evaluated": evaluated, "batch_stats": state.batch_stats, "make_score": make_score}
+    return export_model(model_dir, model, LossConfig(), *parts, **more)
 
 
 @needs_compiler

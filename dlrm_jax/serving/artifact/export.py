@@ -7,7 +7,8 @@ weights.json          name of each array of `weights` -> the files whose rows, o
 weights/, tables/     .npy files; tables by name, as --tables stores them (quantise.py)
 vocabularies/         keys of each table's values in the order of their ids (transform.py)
 self_check.npz        a few rows and their probabilities, for who loads it to compare
-metrics.json          of this very program on val and test; manifest.json says so, or which devices it took instead
+metrics.json          of this very program on val and test; manifest.json says so, or which devices it took instead,
+                      and what int8 layers change of the AUC, where that was asked for (int8_layers.py)
 """
 
 import dataclasses
@@ -43,8 +44,10 @@ from dlrm_jax.data.schema.schema import HELD_OUT
 from dlrm_jax.data.schema.schema_io import from_dict as schema_from_dict
 from dlrm_jax.data.values.dense import DenseStatistics
 from dlrm_jax.model import metrics
+from dlrm_jax.serving.artifact import int8_layers
 from dlrm_jax.serving.artifact.folded import folded
 from dlrm_jax.serving.artifact.loaded import MakeEngine
+from dlrm_jax.serving.artifact.native import NativeCpu
 from dlrm_jax.serving.artifact.quantise import TABLE_TYPES, take_stored
 from dlrm_jax.serving.artifact.raw_check import require_as_prepared
 from dlrm_jax.serving.artifact.signature import ServedFeature, Signature
@@ -72,13 +75,15 @@ Score = Callable[[Any, Any], Any]
 class Scorer(NamedTuple):
     """What scores batches as a version does, of a `multiple` of rows; `where` says what that is, in words.
 
-    `checked` are the rows to note, where they are known already (checked_rows).
+    `checked` are the rows to note, where they are known already (checked_rows). `int8` is what scores by int8 layers,
+    where what these change is to be measured (int8_layers.py).
     """
 
     score: Score
     multiple: int
     where: str
     checked: Batch | None = None
+    int8: Score | None = None
 
 
 MakeScore = Callable[[Version, ModelConfig, LossConfig, str], Scorer]
@@ -127,6 +132,18 @@ def by_the_program(version: Version, model: ModelConfig, loss: LossConfig, kind:
 @functools.lru_cache(maxsize=4)
 def _compiled_once(model: ModelConfig, loss: LossConfig, kind: str) -> Any:
     return jax.jit(make_forward(model, loss, kind))
+
+
+def measuring_int8(make_score: MakeScore) -> MakeScore:
+    """The same beside int8 layers of the C++ scorer, which needs a CPU."""
+
+    def make(version: Version, model: ModelConfig, loss: LossConfig, kind: str) -> Scorer:
+        int8 = NativeCpu(version, int8=True)
+        return make_score(version, model, loss, kind)._replace(
+            int8=lambda dense, ids: int8.run(np.asarray(dense), np.asarray(ids))
+        )
+
+    return make
 
 
 def by_engine(make_engine: MakeEngine) -> MakeScore:
@@ -183,9 +200,7 @@ def export_model(
             write_vocabularies(directory, signature, dataset.directory)
             words = read_vocabularies(version, signature)
             require_as_prepared(Reader(signature, words), signature, dataset)
-        facts["evaluated_on"] = write_scores(
-            directory, make_score(version, model, loss, kind), loss, dataset, evaluated
-        )
+        facts.update(write_scores(directory, make_score(version, model, loss, kind), loss, dataset, evaluated))
 
     return write_version(model_dir, write, facts)
 
@@ -210,22 +225,22 @@ def stored_facts(signature: Signature, table_bytes: int) -> dict[str, Any]:
 
 def write_scores(
     directory: pathlib.Path, scorer: Scorer, loss: LossConfig, dataset: Dataset, evaluated: tuple[str, ...]
-) -> str:
-    """Metrics on splits, and a few rows with their probabilities; by what, in words."""
+) -> dict[str, Any]:
+    """Metrics on splits, and a few rows with their probabilities; what the manifest says of them."""
     scores = {name: _evaluate(scorer.score, scorer.multiple, loss, dataset, name) for name in evaluated}
     write_json(directory / "metrics.json", reporting.json_ready(scores))
+    facts: dict[str, Any] = {"evaluated_on": scorer.where}
     checked = checked_rows(dataset) if scorer.checked is None else scorer.checked
     dense_BxN, ids_BxK, count = np.asarray(checked.dense_BxN), np.asarray(checked.ids_BxK), len(checked.label_B)
     more = ((0, -count % scorer.multiple), (0, 0))
     prob_B, logit_B = scorer.score(np.pad(dense_BxN, more), np.pad(ids_BxK, more, constant_values=EMPTY_SLOT))
-    np.savez(
-        directory / "self_check.npz",
-        dense=dense_BxN,
-        ids=ids_BxK,
-        probability=np.asarray(prob_B)[:count],
-        logit=np.asarray(logit_B)[:count],
-    )
-    return scorer.where
+    noted: dict[str, Any] = {"probability": np.asarray(prob_B)[:count], "logit": np.asarray(logit_B)[:count]}
+    if scorer.int8 is not None:
+        int8_scores = {name: _evaluate(scorer.int8, 1, loss, dataset, name) for name in evaluated}
+        facts[int8_layers.MEASURED] = int8_layers.changes_of_auc(scores, int8_scores)
+        noted[int8_layers.NOTED.name] = scorer.int8(dense_BxN, ids_BxK)[0]
+    np.savez(directory / "self_check.npz", dense=dense_BxN, ids=ids_BxK, **noted)
+    return facts
 
 
 def checked_rows(dataset: Dataset) -> Batch:

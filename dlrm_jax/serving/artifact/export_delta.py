@@ -113,9 +113,7 @@ def export_delta(
         if new_words and dataset.directory is not None and parent.has("vocabularies.json"):
             _write_more(directory, parent, signature, dataset.directory)
         version = Version(0, directory, {}, parent=parent)
-        facts["evaluated_on"] = write_scores(
-            directory, make_score(version, model, loss, before.kind), loss, dataset, evaluated
-        )
+        facts.update(write_scores(directory, make_score(version, model, loss, before.kind), loss, dataset, evaluated))
 
     return dataclasses.replace(write_version(model_dir, write, facts), parent=parent)
 

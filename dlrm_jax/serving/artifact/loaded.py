@@ -5,7 +5,7 @@ import dataclasses
 import pathlib
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
@@ -31,18 +31,28 @@ from dlrm_jax.serving.artifact.weights import read_index, read_weights, require_
 BATCH_SIZES = (1, 4, 16, 64, 128, 256, 512, 1024, 2048)
 """Batches are filled up to the next of these; larger ones are cut."""
 
-SELF_CHECK_TOLERANCE = 1e-4
-"""Probabilities of another device may differ so much from those at export; on the same kind it is about 1e-7."""
+
+class Noted(NamedTuple):
+    """Probabilities of a few rows, noted at export: `name` in self_check.npz; others may differ by `tolerance`."""
+
+    name: str
+    tolerance: float
+
+
+NOTED = Noted("probability", 1e-4)
+"""Those of the exported program; on the same kind of device they differ by about 1e-7."""
 
 
 class Engine(Protocol):
     """Where a version's weights lie and how they score.
 
     `batch_multiple` divides every batch that it is given; with `fixed_sizes` each is of one of the Servable's sizes.
+    Its probabilities are those that `noted` names.
     """
 
     batch_multiple: int
     fixed_sizes: bool
+    noted: Noted
 
     def run(self, dense_BxN: np.ndarray, ids_BxK: np.ndarray) -> Sequence[Any]:
         """(probability_B, logit_B)."""
@@ -56,6 +66,7 @@ class OneDevice:
 
     batch_multiple = 1
     fixed_sizes = True
+    noted = NOTED
     _program: Program
 
     def __init__(self, version: Version, like: Engine | None = None, apart: bool = False) -> None:
@@ -207,18 +218,18 @@ class Servable:
 
     def self_check(self) -> float:
         """The largest difference from the probabilities noted at export; ConfigError beyond the tolerance."""
-        path = self.version.path("self_check.npz")
+        path, (name, tolerance) = self.version.path("self_check.npz"), self._engine.noted
         try:
             with open_regular(path) as file, np.load(file) as noted:
-                inputs, want = self.checked(noted["dense"], noted["ids"]), noted["probability"].astype(np.float32)
+                inputs, want = self.checked(noted["dense"], noted["ids"]), noted[name].astype(np.float32)
             require(len(want) > 0 and want.shape == inputs[0].shape[:1], "it has not a probability for each row")
         except (OSError, ValueError, LookupError, EOFError, TypeError, zipfile.BadZipFile) as error:
             raise ConfigError(f"{path} holds no checked rows: {' '.join(str(error).split())}; export anew") from error
         difference = float(np.abs(self.score(*inputs).probability - want).max())
-        if not difference <= SELF_CHECK_TOLERANCE:
+        if not difference <= tolerance:
             raise ConfigError(
                 f"{self.version.directory}: probabilities differ by {difference:.3g} from those noted at export; at "
-                f"most {SELF_CHECK_TOLERANCE:g} is rounding"
+                f"most {tolerance:g} is rounding"
             )
         return difference
 
@@ -298,7 +309,7 @@ def load(
 ) -> Servable:
     """A version of an exported model (the latest by default), every file checked against its hash.
 
-    `make_engine=NativeCpu` (serving/artifact/native.py) scores by C++.
+    `make_engine=NativeCpu` (serving/artifact/native.py) scores by C++, `native_int8` there by int8 layers.
     """
     return Servable(open_version(pathlib.Path(model_dir), version), batch_sizes, make_engine=make_engine)
 

@@ -1,6 +1,7 @@
 """An exported model scored by C++ on this machine's CPU (tables/kernels/score.cc): `--kernels=native`.
 
-A row's score has the same bits in whatever batch it comes; it equals that of the exported program up to rounding.
+A row's score has the same bits in whatever batch it comes; it equals that of the exported program up to rounding, or,
+where wide layers have weights and inputs of 8 bits (`--kernels=native_int8`), as near as was measured (int8_layers.py).
 """
 
 import ctypes
@@ -12,11 +13,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from dlrm_jax.config import ACTIVATIONS, BATCH_NORM, LAYER_NORM, ConfigError, HiddenConfig, ModelConfig
+from dlrm_jax.config import ACTIVATIONS, BATCH_NORM, LAYER_NORM, ConfigError, HiddenConfig, ModelConfig, require
 from dlrm_jax.host.cores import cores
 from dlrm_jax.host.native_code import built
+from dlrm_jax.serving.artifact import int8_layers
 from dlrm_jax.serving.artifact.deltas import Change, Delta, Layout
-from dlrm_jax.serving.artifact.loaded import Engine
+from dlrm_jax.serving.artifact.loaded import NOTED, Engine
 from dlrm_jax.serving.artifact.signature import TABLE_TYPES
 from dlrm_jax.serving.artifact.store import Version
 from dlrm_jax.serving.artifact.weights import ArrayFile, TableFiles, read_dense, read_model
@@ -45,7 +47,7 @@ class _Array(ctypes.Structure):
 
 class _Layer(ctypes.Structure):
     _fields_ = (
-        *((name, _Array) for name in ("panels", "bias", "norm")),
+        *((name, _Array) for name in ("panels", "bias", "norm", "codes", "scales", "sums")),
         *((name, _INT) for name in ("inputs", "outputs", "activation")),
         ("slope", ctypes.c_float),
     )
@@ -68,11 +70,25 @@ class _Model(ctypes.Structure):
 @functools.cache
 def _library() -> ctypes.CDLL:
     library = ctypes.CDLL(str(built(SCORE, _OPTIONS)))
-    library.dlrm_panel.restype = _INT
+    library.dlrm_panel.restype = library.dlrm_group.restype = _INT
+    library.dlrm_has_byte_products.restype = ctypes.c_bool
     library.dlrm_wrong.argtypes, library.dlrm_wrong.restype = (_POINTER,), ctypes.c_char_p
     library.dlrm_score.argtypes = (_POINTER, *[ctypes.POINTER(_Array)] * 3, _INT)
     library.dlrm_score.restype = ctypes.c_char_p
     return library
+
+
+def native_int8(version: Version, like: Engine | None = None) -> "NativeCpu":
+    """The engine with int8 layers (loaded.MakeEngine), of a version that was measured with them, where they are fast.
+
+    ConfigError for another version, and on a processor without an instruction for products of 8 bits.
+    """
+    int8_layers.require_measured(version)
+    require(
+        _library().dlrm_has_byte_products(),
+        "this processor has no VNNI instructions, without which int8 layers are slower: use --kernels=native",
+    )
+    return NativeCpu(version, like, int8=True)
 
 
 class NativeCpu:
@@ -81,8 +97,13 @@ class NativeCpu:
     batch_multiple = 1
     fixed_sizes = False
 
-    def __init__(self, version: Version, like: Engine | None = None, threads: int | None = None) -> None:
-        """Read a version's weights. ConfigError where the model computes in bfloat16, and without a C++ compiler."""
+    def __init__(
+        self, version: Version, like: Engine | None = None, threads: int | None = None, int8: bool = False
+    ) -> None:
+        """Read a version's weights; with `int8` those of wide layers are coded (int8_layers.py).
+
+        ConfigError where the model computes in bfloat16, and without a C++ compiler.
+        """
         del like  # Nothing is compiled for one version.
         model, threshold = read_model(version)
         if model.compute_dtype != "float32":
@@ -97,10 +118,11 @@ class NativeCpu:
         if jax.default_backend() != "cpu":
             raise ConfigError(f"--kernels=native is for CPUs; this process uses a {jax.default_backend()}")
         self._score = _library().dlrm_score
+        self.noted = int8_layers.NOTED if int8 else NOTED
         self._threads = threads or cores()
         self._num_dense, self._num_slots = model.num_dense, model.num_slots
         try:
-            self._network = _Network.read(version, model, threshold)
+            self._network = _Network.read(version, model, threshold, int8)
         except (LookupError, ValueError, TypeError) as error:
             raise ConfigError(
                 f"{version.directory}: model.json and the weights do not fit together: {error}; export anew"
@@ -145,29 +167,35 @@ class _Network:
     """What score.cc calls a Model, at `address`: `rows` are its tables by name, and all that it points to is kept."""
 
     def __init__(
-        self, model: ModelConfig, threshold: float, kind: str, dense: dict[str, np.ndarray], rows: dict[str, np.ndarray]
+        self,
+        model: ModelConfig,
+        threshold: float,
+        kind: str,
+        int8: bool,
+        dense: dict[str, np.ndarray],
+        rows: dict[str, np.ndarray],
     ) -> None:
         """ValueError where sizes or types do not fit together."""
-        self._made_of, self.rows = (model, threshold, kind), rows
+        self._made_of, self.rows = (model, threshold, kind, int8), rows
         self._kept: list[Any] = []
         self.address = self._describe(dense)
 
     @classmethod
-    def read(cls, version: Version, model: ModelConfig, threshold: float) -> "_Network":
+    def read(cls, version: Version, model: ModelConfig, threshold: float, int8: bool) -> "_Network":
         """That of a version."""
         files = TableFiles(version)
         rows = {table.name: _aligned(files.stored(table.name)) for table in model.tables}
         if model.learned_pooling:
             weights = {table.name: _aligned(files.pooling_weights(table.name)) for table in model.tables}
             rows |= {name + POOLING_WEIGHTS: array for name, array in weights.items()}
-        return cls(model, threshold, files.kind, read_dense(version), rows)
+        return cls(model, threshold, files.kind, int8, read_dense(version), rows)
 
     def with_dense(self, dense: dict[str, np.ndarray]) -> "_Network":
         """The same tables under other layers."""
         return _Network(*self._made_of, dense, self.rows)
 
     def _describe(self, dense: dict[str, np.ndarray]) -> int:
-        model, threshold, kind = self._made_of
+        model, threshold, kind, _ = self._made_of
         features = self._features(model)
         name, options = model.interaction.name, model.interaction.options
         bottom = self._mlp(dense, "bottom_mlp", len(model.bottom_mlp), model.bottom_hidden, _ACTIVATED)
@@ -255,13 +283,21 @@ class _Network:
         return (_Layer * len(layers))(*layers)
 
     def _layer(self, kernel: np.ndarray, bias: np.ndarray) -> _Layer:
-        panel = _library().dlrm_panel()
-        inputs, outputs = kernel.shape
-        padding = -outputs % panel
-        columns = np.pad(kernel, ((0, 0), (0, padding))).reshape(inputs, -1, panel)
-        panels = self._keep(columns.transpose(1, 0, 2).reshape(-1, panel))
+        panel, (inputs, outputs) = _library().dlrm_panel(), kernel.shape
         padded_bias = self._keep(np.pad(bias, (0, -bias.size % panel))[None])
-        return _Layer(panels=_described(panels), bias=_described(padded_bias), inputs=inputs, outputs=outputs)
+        layer = _Layer(bias=_described(padded_bias), inputs=inputs, outputs=outputs)
+        if self._made_of[-1] and int8_layers.is_coded(inputs, outputs):
+            weights = int8_layers.coded(kernel)
+            group = _library().dlrm_group()
+            codes = np.pad(weights.codes, ((0, -inputs % group), (0, -outputs % panel)))
+            rows = codes.reshape(len(codes) // group, group, -1, panel).transpose(2, 0, 3, 1).reshape(-1, panel * group)
+            layer.codes = _described(self._keep(rows))
+            for name, column in (("scales", weights.scales), ("sums", weights.sums)):
+                setattr(layer, name, _described(self._keep(np.pad(column, (0, -outputs % panel))[None])))
+        else:
+            columns = np.pad(kernel, ((0, 0), (0, -outputs % panel))).reshape(inputs, -1, panel)
+            layer.panels = _described(self._keep(columns.transpose(1, 0, 2).reshape(-1, panel)))
+        return layer
 
     def _keep(self, array: np.ndarray) -> np.ndarray:
         copy = _aligned(array)

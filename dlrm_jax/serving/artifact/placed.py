@@ -22,7 +22,7 @@ from dlrm_jax.planning.hardware import of_device
 from dlrm_jax.planning.planner import Setting, auto_plan
 from dlrm_jax.serving.artifact.deltas import Change, Delta, Layout
 from dlrm_jax.serving.artifact.export import nested
-from dlrm_jax.serving.artifact.loaded import Engine
+from dlrm_jax.serving.artifact.loaded import NOTED, Engine
 from dlrm_jax.serving.artifact.quantise import BITS, dequantise_rows
 from dlrm_jax.serving.artifact.scatter import Scatter
 from dlrm_jax.serving.artifact.store import Version
@@ -45,6 +45,7 @@ class SeveralDevices:
     """Tables placed as `options` say, batches split over all devices of the mesh (loaded.Engine)."""
 
     fixed_sizes = True
+    noted = NOTED
     _forward: Forward
 
     def __init__(

@@ -19,56 +19,26 @@
 #include <mutex>
 #include <system_error>
 #include <thread>
-#include <utility>
 #include <vector>
 
+#include "layers.h"
 #include "parallel.h"
 
 namespace {
 
-// Lanes of a vector register, and rows of a tile, whose sums of two registers a row stay in the processor's 16 or 32.
-#if defined(__AVX512F__)
-constexpr int kLanes = 16, kTileRows = 8;
-#elif defined(__AVX__)
-constexpr int kLanes = 8, kTileRows = 6;
-#elif defined(__aarch64__)
-constexpr int kLanes = 4, kTileRows = 8;
-#else
-constexpr int kLanes = 4, kTileRows = 6;
-#endif
-constexpr int64_t kPanel = 2 * kLanes;
 constexpr int64_t kBlockRows = 48;
 constexpr int64_t kLeastProducts = 6 << 20;  // Of a thread: 0.1 ms. Waking one for less takes longer.
 constexpr int64_t kProductsOfNumber = 32;    // As many as could be done while a number of a table comes from memory.
 constexpr int64_t kAhead = 32;               // Slots whose rows are on their way from memory.
 constexpr int64_t kLine = 64;
 
-typedef float Lanes __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
-
 enum Kind : int64_t { kFloat32, kBfloat16, kInt8, kInt4 };
 enum Interaction : int64_t { kDot, kCat, kCross };
-enum Activation : int64_t { kNone, kRelu, kGelu, kSilu, kPrelu };
-constexpr double kNormEpsilon = 1e-5;  // NORM_EPSILON of config.
 
 }  // namespace
 
 // As serving/artifact/native.py has them.
 extern "C" {
-
-// What NumPy says of an array: where it lies, its dtype's `str` as a number (Type), numbers, and bytes between numbers.
-struct Array {
-  const void* data;
-  int64_t type, rows, columns, row_stride, column_stride;
-};
-
-// y = x W + b, W (in, out) in panels of kPanel columns, (in, kPanel) each; columns beyond `out`, and of the bias, are 0.
-// Then a layer norm, if it has data: (2, out), what is multiplied with and what is added. Then the activation; `slope`
-// is that of kPrelu below 0.
-struct Layer {
-  Array panels, bias, norm;
-  int64_t in, out, activation;
-  float slope;
-};
 
 struct Feature {
   Array rows;     // as quantise.py stores them
@@ -92,10 +62,6 @@ struct Model {
 }  // extern "C"
 
 namespace {
-
-inline int64_t Padded(int64_t columns) { return (columns + kPanel - 1) / kPanel * kPanel; }
-
-inline const float* Floats(const Array& array) { return static_cast<const float*>(array.data); }
 
 inline int64_t NumEmbedded(const Model& model) { return model.embedded.data != nullptr ? model.embedded.columns : 0; }
 
@@ -123,37 +89,9 @@ inline int64_t RowBytes(const Model& model) {
   return RowColumns(model) * (model.kind == kFloat32 ? 4 : model.kind == kBfloat16 ? 2 : 1);
 }
 
-// What follows decides what may be read: whoever calls is not believed.
+// What follows decides what may be read, as in layers.h.
 
-constexpr int64_t Type(char order, char kind, char bytes) { return order | kind << 8 | bytes << 16; }
-constexpr int64_t kFloats = Type('<', 'f', '4'), kInts = Type('<', 'i', '4'), kLongs = Type('<', 'i', '8');
 constexpr int64_t kRowTypes[] = {kFloats, Type('<', 'u', '2'), Type('|', 'u', '1'), Type('|', 'u', '1')};
-constexpr int64_t kWidest = 1 << 20;  // So that no product of widths overflows.
-
-inline bool Within(int64_t value, int64_t least, int64_t most) { return least <= value && value <= most; }
-
-// Whether an array has so many numbers of that type, one behind the other.
-bool Holds(const Array& array, int64_t type, int64_t rows, int64_t columns) {
-  const int64_t bytes = (type >> 16) - '0';
-  if (array.type != type || array.rows != rows || array.columns != columns || rows < 0 || columns < 0) return false;
-  if (rows == 0 || columns == 0) return true;
-  return array.data != nullptr && reinterpret_cast<uintptr_t>(array.data) % bytes == 0 &&
-         (columns == 1 || array.column_stride == bytes) && (rows == 1 || array.row_stride == columns * bytes);
-}
-
-// Whether the layers take `in` numbers and give `out`.
-bool Chained(const Layer* layers, int64_t count, int64_t in, int64_t out) {
-  for (int64_t i = 0; i < count; in = layers[i++].out) {
-    const Layer& layer = layers[i];
-    if (layer.in != in || !Within(layer.out, 1, kWidest)) return false;
-    const int64_t columns = Padded(layer.out);
-    if (!Holds(layer.panels, kFloats, columns / kPanel * in, kPanel)) return false;
-    if (!Holds(layer.bias, kFloats, 1, columns)) return false;
-    if (layer.norm.data != nullptr && !Holds(layer.norm, kFloats, 2, layer.out)) return false;
-    if (!Within(layer.activation, kNone, kPrelu)) return false;
-  }
-  return in == out;
-}
 
 // What is wrong with a model, or null.
 const char* Wrong(const Model& model) {
@@ -210,91 +148,6 @@ const char* Wrong(const Model& model) {
   return nullptr;
 }
 
-// R rows of x times P panels of the layer, from `panel` on.
-template <int R, int P>
-void Tile(const float* x, int64_t x_stride, const Layer& layer, int64_t panel, float* y, int64_t y_stride) {
-  constexpr int kSums = 2 * P;
-  const bool relu = layer.activation == kRelu && layer.norm.data == nullptr;
-  const float* weights = Floats(layer.panels) + panel * layer.in * kPanel;
-  Lanes sums[R][kSums];
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 8
-    for (int j = 0; j < kSums; ++j) {
-      sums[r][j] = *reinterpret_cast<const Lanes*>(Floats(layer.bias) + panel * kPanel + j * kLanes);
-    }
-  }
-  for (int64_t k = 0; k < layer.in; ++k) {
-#pragma GCC unroll 8
-    for (int j = 0; j < kSums; ++j) {
-      const float* place = weights + (j / 2) * layer.in * kPanel + k * kPanel + (j % 2) * kLanes;
-      const Lanes w = *reinterpret_cast<const Lanes*>(place);
-#pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) sums[r][j] += x[r * x_stride + k] * w;
-    }
-  }
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 8
-    for (int j = 0; j < kSums; ++j) {
-      const Lanes zero = {};
-      const Lanes sum = relu ? (sums[r][j] < zero ? zero : sums[r][j]) : sums[r][j];
-      *reinterpret_cast<Lanes*>(y + r * y_stride + panel * kPanel + j * kLanes) = sum;
-    }
-  }
-}
-
-using TileFunction = void (*)(const float*, int64_t, const Layer&, int64_t, float*, int64_t);
-
-template <int... R>
-constexpr TileFunction TileOf(std::integer_sequence<int, R...>, int64_t rows) {
-  constexpr TileFunction tiles[] = {Tile<R + 1, 1>...};
-  return tiles[rows - 1];
-}
-
-// (rows, in) to (rows, Padded(out)). Few rows take several panels at a time: a sum waits for its last addition, and
-// there must be others meanwhile.
-void Apply(const Layer& layer, const float* x, int64_t x_stride, int64_t rows, float* y, int64_t y_stride) {
-  const int64_t panels = Padded(layer.out) / kPanel, groups = (rows + kTileRows - 1) / kTileRows;
-  for (int64_t panel = 0, step; panel < panels; panel += step) {
-    step = rows == 1 && panel + 4 <= panels ? 4 : rows == 2 && panel + 2 <= panels ? 2 : 1;
-    for (int64_t group = 0; group < groups; ++group) {
-      const int64_t first = rows * group / groups, count = rows * (group + 1) / groups - first;
-      const TileFunction tile = step == 4   ? Tile<1, 4>
-                                : step == 2 ? Tile<2, 2>
-                                            : TileOf(std::make_integer_sequence<int, kTileRows>(), count);
-      tile(x + first * x_stride, x_stride, layer, panel, y + first * y_stride, y_stride);
-    }
-  }
-}
-
-// Of one row, (y - mean) / sqrt(variance + epsilon), times and plus what the norm says.
-void Normalise(const Array& norm, float* y, int64_t width) {
-  double mean = 0, variance = 0;
-  for (int64_t d = 0; d < width; ++d) mean += y[d];
-  mean /= width;
-  for (int64_t d = 0; d < width; ++d) variance += (y[d] - mean) * (y[d] - mean);
-  const double inverse = 1 / std::sqrt(variance / width + kNormEpsilon);
-  const float *scale = Floats(norm), *shift = scale + width;
-  for (int64_t d = 0; d < width; ++d) y[d] = static_cast<float>((y[d] - mean) * inverse) * scale[d] + shift[d];
-}
-
-// What of a layer comes after its product and is not done there.
-void Finish(const Layer& layer, float* y, int64_t y_stride, int64_t rows) {
-  const bool normed = layer.norm.data != nullptr;
-  if (!normed && layer.activation <= kRelu) return;
-  for (const float* end = y + rows * y_stride; y != end; y += y_stride) {
-    if (normed) Normalise(layer.norm, y, layer.out);
-    const auto each = [&](auto function) { std::transform(y, y + layer.out, y, function); };
-    switch (layer.activation) {
-      case kRelu: each([](float v) { return v < 0 ? 0.0f : v; }); break;
-      case kGelu: each([](float v) { return 0.5f * v * std::erfc(-v * 0.70710678f); }); break;
-      case kSilu: each([](float v) { return v / (1 + std::exp(-v)); }); break;
-      case kPrelu: each([&](float v) { return v >= 0 ? v : layer.slope * v; }); break;
-    }
-  }
-}
-
 inline float OfBfloat16(const uint8_t* bytes) {
   uint16_t half;
   std::memcpy(&half, bytes, 2);
@@ -323,7 +176,9 @@ void AddRow(int64_t kind, const uint8_t* row, int64_t width, float scale, float*
 
 // What one thread keeps between batches: fresh pages would cost as much as a score.
 struct Scratch {
-  std::vector<float> vectors, first, second, crossed, joined, panels, products, zeros;
+  std::vector<float> vectors, first, second, crossed, joined, panels, products, zeros, scales;
+  std::vector<uint8_t> codes;
+  std::vector<int32_t> origins;
 };
 
 class Block {
@@ -359,7 +214,8 @@ class Block {
   }
 
  private:
-  static void Reserve(std::vector<float>& buffer, int64_t size) {
+  template <typename T>
+  static void Reserve(std::vector<T>& buffer, int64_t size) {
     if (static_cast<int64_t>(buffer.size()) < size) buffer.resize(size);
   }
 
@@ -370,10 +226,25 @@ class Block {
     float* y = nullptr;
     for (int64_t i = 0; i < count; ++i, x = y, x_stride = stride_) {
       y = Other(x);
-      Apply(layers[i], x, x_stride, rows_, y, stride_);
+      if (layers[i].codes.data == nullptr) {
+        Apply(layers[i], FloatRows{x, x_stride}, rows_, y, stride_);
+      } else {
+        Apply(layers[i], Encoded(x, x_stride, layers[i].in), rows_, y, stride_);
+      }
       Finish(layers[i], y, stride_, rows_);
     }
     return y;
+  }
+
+  CodedRows Encoded(const float* x, int64_t x_stride, int64_t in) {
+    const int64_t stride = Groups(in) * kGroup;
+    Reserve(scratch_.codes, rows_ * stride);
+    Reserve(scratch_.scales, rows_);
+    Reserve(scratch_.origins, rows_);
+    for (int64_t b = 0; b < rows_; ++b) {
+      Encode(x + b * x_stride, in, &scratch_.codes[b * stride], &scratch_.scales[b], &scratch_.origins[b]);
+    }
+    return {scratch_.codes.data(), stride, scratch_.scales.data(), scratch_.origins.data()};
   }
 
   // The table's row that a slot names, or -1. Whose ids they are may change them meanwhile: one load decides.
@@ -446,8 +317,10 @@ class Block {
       float* column = panels.data() + v / kPanel * width * kPanel + v % kPanel;
       for (int64_t d = 0; d < width; ++d) column[d * kPanel] = v < num_vectors_ ? vectors[v * width + d] : 0.0f;
     }
-    const Layer all{{panels.data()}, {scratch_.zeros.data()}, {}, width, num_vectors_, kNone, 0};
-    Apply(all, vectors, width, num_vectors_, scratch_.products.data(), columns);
+    Layer all{};
+    all.panels.data = panels.data(), all.bias.data = scratch_.zeros.data();
+    all.in = width, all.out = num_vectors_;
+    Apply(all, FloatRows{vectors, width}, num_vectors_, scratch_.products.data(), columns);
     if (model_.num_bottom > 0) out = std::copy_n(vectors, width, out);
     for (int64_t v = 0; v < num_vectors_; ++v) {
       out = std::copy_n(scratch_.products.data() + v * columns, v + (model_.self_interaction ? 1 : 0), out);
@@ -565,6 +438,12 @@ extern "C" {
 
 // Columns of a panel of weights.
 int64_t dlrm_panel() { return kPanel; }
+
+// Codes of a lane that are multiplied at once.
+int64_t dlrm_group() { return kGroup; }
+
+// Whether this processor has an instruction for products of codes: without one they are slower than those of float32.
+bool dlrm_has_byte_products() { return kHasByteProducts; }
 
 // What of a model does not fit the rest of it, or null. Static text, as that of dlrm_score.
 const char* dlrm_wrong(const Model* model) { return Wrong(*model); }
