@@ -172,6 +172,7 @@ def train(
                 losses.push(train_step.record, step)
             elif time.perf_counter() - losses.last_read > _READ_SECONDS:
                 losses.flush(train_step.record, step)
+                train_step.caught_up()
             bar.update(step, losses.last, clock.rate(speed, step), clock.waits(speed))
             progress.losses = losses.held()
             if versions is not None and at_version:

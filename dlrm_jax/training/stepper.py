@@ -137,6 +137,10 @@ class Stepper:
         """Whether the next step begins another window."""
         return self._left == 0
 
+    def caught_up(self) -> None:
+        """All that was dispatched was just waited for: only from here on the device waits for the host."""
+        self._dispatched_at = time.perf_counter()
+
     def pause(self) -> None:
         """What follows, as an evaluation, is no waiting for a dispatch."""
         self._dispatched_at = None

@@ -177,6 +177,25 @@ def test_a_busy_device_waits_for_no_dispatch_though_its_window_is_new(monkeypatc
     assert hosted[False] == 0 and (hosted[True] > 0) == (devices == 1)
 
 
+def test_while_the_host_waits_for_the_device_the_device_does_not_wait_for_the_host(monkeypatch):
+    """It ended all its steps at second 100, which the host waited for, and gets the next one at second 101."""
+    model = tiny_model()
+    placed = on_one_device(model, optimizer())
+    clock = types.SimpleNamespace(now=0.0)
+    monkeypatch.setattr("dlrm_jax.training.stepper.time.perf_counter", lambda: clock.now)
+    feed = Feed(split_of(model), Cut(16, 4))
+    with feed.train_windows(0, 0, shuffle=True) as windows:
+        step = Stepper(CONFIG, placed, feed, windows)
+        monkeypatch.setattr(step, "_compiled", lambda name, program, state, values, window: (state, values))
+        state = types.SimpleNamespace(step=Busy(True))
+        step(state, 0, 1)
+        clock.now = 100.0
+        step.caught_up()
+        clock.now = 101.0
+        step(state, 1, 1)
+    assert step.host_seconds == 1
+
+
 class Busy:
     """In place of the number of a step that a device is at."""
 
@@ -184,8 +203,13 @@ class Busy:
         self.is_ready = lambda: ready
 
 
-def test_a_nan_is_seen_two_windows_later_at_the_latest(tmp_path, monkeypatch):
-    """Where no evaluation, checkpoint or pause of a second comes first; the step and the row are named all the same."""
+@pytest.mark.parametrize(("read_seconds", "last", "caught_up"), [(1e9, 11, 0), (0, 5, 3)])
+def test_a_nan_is_seen_two_windows_later_at_the_latest(tmp_path, monkeypatch, read_seconds, last, caught_up):
+    """Where no evaluation, checkpoint or pause of a second comes first; the step and the row are named all the same.
+
+    Where each step is such a pause it is seen at once. Of the steps before, 0 is waited for to begin the clock, and 3 is
+    its window's last.
+    """
     honest = planted.generate(0, 2000)
     labels = honest.splits["train"].label_R.copy()
     labels[64 * 5 + 7] = np.nan
@@ -193,14 +217,16 @@ def test_a_nan_is_seen_two_windows_later_at_the_latest(tmp_path, monkeypatch):
     data = dataclasses.replace(honest, splits={**honest.splits, "train": poisoned})
     monkeypatch.setattr(planted, "generate", lambda seed, count: data)
     monkeypatch.setattr(feed_module, "MOST_STEPS", 4)
-    monkeypatch.setattr(loop, "_READ_SECONDS", 1e9)
-    taken = []
+    monkeypatch.setattr(loop, "_READ_SECONDS", read_seconds)
+    taken, waited_for = [], []
+    monkeypatch.setattr(Stepper, "caught_up", lambda self: waited_for.append(taken[-1]))
     call = Stepper.__call__
     monkeypatch.setattr(Stepper, "__call__", lambda self, *args: taken.append(args[1]) or call(self, *args))
     quiet = dataclasses.replace(CONFIG, shuffle=False, eval_every=60, checkpoint_every=60)
     with pytest.raises(loop.ConfigError, match=r"not finite at step 6: the label is nan in row 7 of the batch"):
         loop.train_and_evaluate(quiet, tmp_path)
-    assert taken[-1] == 11, "step 6 is in the window of 4 to 7, which is read when that of 8 to 11 is gone through"
+    assert taken[-1] == last, "step 6 is in the window of 4 to 7, which is read when that of 8 to 11 is gone through"
+    assert len(waited_for) == caught_up
 
 
 def test_losses_that_go_on_say_what_those_that_never_stopped_say(tmp_path):
