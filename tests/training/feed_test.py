@@ -207,8 +207,8 @@ class Busy:
 def test_a_nan_is_seen_two_windows_later_at_the_latest(tmp_path, monkeypatch, read_seconds, last, caught_up):
     """Where no evaluation, checkpoint or pause of a second comes first; the step and the row are named all the same.
 
-    Where each step is such a pause it is seen at once. Of the steps before, 0 is waited for to begin the clock, and 3 is
-    its window's last.
+    Where each step is such a pause it is seen at once. Of the steps before, 0 is waited for to begin the clock, and 3
+    is its window's last.
     """
     honest = planted.generate(0, 2000)
     labels = honest.splits["train"].label_R.copy()
