@@ -29,6 +29,7 @@ from dlrm_jax.config import ConfigError
 from dlrm_jax.host import heap, memory
 from dlrm_jax.tables.reshard import Source
 from dlrm_jax.training import checksums
+from dlrm_jax.training.commit_order import RecordSave, with_records
 from dlrm_jax.training.placed import Placed
 from dlrm_jax.training.saved import CHUNK_BYTES, Saved, placement, split
 from dlrm_jax.training.state import TrainState
@@ -86,7 +87,8 @@ class Checkpoints:
             with _orbax_silent():  # It warns that what is opened to be read is only read.
                 return ocp.CheckpointManager(_Directory(self.directory / kind), options=options)
         options = ocp.CheckpointManagerOptions(preservation_policy=checkpoint_managers.LatestN(keep))
-        return ocp.CheckpointManager(_Directory(self.directory / kind), options=options)
+        registry = with_records("record")
+        return ocp.CheckpointManager(_Directory(self.directory / kind), options=options, handler_registry=registry)
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -109,11 +111,14 @@ class Checkpoints:
         return self._managers[kind].latest_step()
 
     def save(self, kind: str, state: TrainState, placed: Placed, record: dict[str, Any]) -> None:
-        """Start writing `state`; returns when the arrays are copied, so that the caller may donate them."""
+        """Start writing `state`; returns when the arrays are copied, so that the caller may donate them.
+
+        It waits for an earlier one of `kind` that is still being written. The best one may be written at the same time
+        as the latest, whose record names it; then that counts once the best one does, whenever the process is killed.
+        """
         step, manager = int(state.step), self._managers[kind]
-        if kind == LATEST:
-            # Its record names the best step so far, which must be on disk first, whenever the process is killed.
-            self.wait()
+        if jax.process_count() > 1 and kind == LATEST:
+            self.wait()  # Processes that write two at once could wait for each other in two orders.
         num_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state)) // jax.process_count()
         self._check_space(num_bytes)
         self._check_memory(math.ceil(COPIES * num_bytes))
@@ -128,7 +133,9 @@ class Checkpoints:
         items = ocp.args.Composite(
             dense=ocp.args.StandardSave(rest),
             tables=ocp.args.StandardSave(tables, save_args=pieces),
-            record=ocp.args.JsonSave(record),
+            record=RecordSave(record, self._managers[BEST].wait_until_finished)
+            if kind == LATEST
+            else ocp.args.JsonSave(record),
             checksums=ocp.args.JsonSave(sums),
         )
         try:
@@ -145,7 +152,8 @@ class Checkpoints:
 
     def _check_space(self, num_bytes: int) -> None:
         """Refuse to begin what cannot fit: a write that fails half-way is reported late and at length."""
-        if shutil.disk_usage(self.directory).free >= num_bytes:
+        begun = sum(manager.is_saving_in_progress() for manager in self._managers.values())
+        if shutil.disk_usage(self.directory).free >= num_bytes * (1 + begun):
             return
         self.wait()  # Pending writes delete older checkpoints when they finish.
         free = shutil.disk_usage(self.directory).free

@@ -1,12 +1,16 @@
 """Tests `dlrm_jax/training/checkpoint.py`."""
 
+import asyncio
+import contextlib
 import os
 import shutil
+import threading
 import time
 from types import SimpleNamespace
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 import tensorstore
 
@@ -102,6 +106,57 @@ def test_two_latest_and_one_best_are_kept(tmp_path):
             checkpoints.find("1")
 
 
+def held_up(monkeypatch, kind, held):
+    """Nothing of that kind gets into its place before `held` is set."""
+    write = ocp.JsonCheckpointHandler._save_fn
+
+    async def save(self, values, directory):
+        if f"/{kind}/" in str(directory):
+            while not held.is_set():
+                await asyncio.sleep(0.01)
+        await write(self, values, directory)
+
+    monkeypatch.setattr(ocp.JsonCheckpointHandler, "_save_fn", save)
+
+
+def test_the_latest_is_begun_beside_the_best_and_counts_after_it(tmp_path, monkeypatch):
+    """A step at which both are due takes a training as long as two copies, not as long as a disk."""
+    held, waiting = threading.Event(), threading.Event()
+    held_up(monkeypatch, BEST, held)
+    with Checkpoints(tmp_path) as checkpoints:
+        best, latest = (checkpoints._managers[kind] for kind in (BEST, LATEST))
+        checkpoints.save(BEST, at_step(4), PLACED, {})
+        wait = best.wait_until_finished
+        monkeypatch.setattr(best, "wait_until_finished", lambda: waiting.set() or wait())
+        checkpoints.save(LATEST, at_step(4), PLACED, {"best": 4})
+        while latest.is_saving_in_progress() and not waiting.is_set():
+            time.sleep(0.01)
+        in_place = (tmp_path / "checkpoints" / LATEST / "4").exists()
+        held.set()
+        assert waiting.is_set() and not in_place
+        checkpoints.wait()
+        assert checkpoints.find("latest") == (LATEST, 4) and checkpoints.record(LATEST)["best"] == 4
+
+
+def test_without_the_best_there_is_no_latest_that_names_it(tmp_path, monkeypatch):
+    async def save(self, values, directory):
+        raise OSError(28, "No space left on device")
+
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(LATEST, at_step(3), PLACED, {})
+        checkpoints.wait()
+        with monkeypatch.context() as full:
+            full.setattr(ocp.JsonCheckpointHandler, "_save_fn", save)
+            checkpoints.save(BEST, at_step(4), PLACED, {})
+            for manager in checkpoints._managers.values():
+                with contextlib.suppress(OSError):
+                    manager.wait_until_finished()
+        with pytest.raises(ConfigError, match=r"cannot write a checkpoint in .*No space left on device"):
+            checkpoints.save(LATEST, at_step(4), PLACED, {"best": 4})
+            checkpoints.wait()
+    assert not (tmp_path / "checkpoints" / LATEST / "4").exists()
+
+
 def test_a_best_of_a_run_that_went_back_takes_the_place_of_those_beyond_it(tmp_path):
     with Checkpoints(tmp_path) as checkpoints:
         for step, value in ((5, 1.0), (3, 2.0), (3, 3.0)):
@@ -133,6 +188,8 @@ def test_the_latest_checkpoint_never_names_a_best_one_that_is_not_written(tmp_pa
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(BEST, at_step(3), PLACED, {})
         checkpoints.save(LATEST, at_step(3), PLACED, {"progress": {"best_step": 3}})
+        while not (tmp_path / "checkpoints" / LATEST / "3").exists():
+            time.sleep(0.001)
         assert (tmp_path / "checkpoints" / BEST / "3").exists()
 
 
