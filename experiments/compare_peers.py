@@ -1,28 +1,36 @@
-"""Ours beside what a user would pick instead: PyTorch (eager, compiled), and JAX with dense gradients through optax.
+"""Ours beside what a user would pick instead: PyTorch (eager, compiled), TorchRec, JAX with dense gradients (optax).
 
     pip install ".[peers]" && python experiments/compare_peers.py \
         [--configs=kaggle_b128,kaggle_b2048,synthetic,rm1,rm2] [--json=FILE] [--picture=FILE] [--readme]
 
+TorchRec works by FBGEMM's CPU kernels, and is left out where they are not installed. TorchRec's package asks for their
+CUDA build, so both are installed without what they ask for, in the versions that belong to PyTorch's; pip will say that
+fbgemm-gpu is missing:
+
+    pip install torch==2.13.0 && pip install --no-deps torchrec==1.8.0 fbgemm-gpu-cpu==1.8.0 &&
+        pip install torchmetrics==1.0.3 tensordict pyre-extensions tqdm
+
 Ours is measured twice: as it is by default, and with --kernels=native, where the machine has a C++ compiler. Both
 find their tables on huge pages, as a run of ours puts them; the peers' lie as their own library puts them. The process
 keeps what it frees, as a run of ours has it, whichever side freed it.
-All sides work where JAX does, on the CPU or the first GPU. Each peer starts from our weights, and must have our logits
-before, and our logits and weights after some steps, in full float32; times are in TF32 on a GPU, on all sides. Then all
-step in turn in one process, a turn being some steps on end, of which the first is not counted; times are medians. Ids
-are uniform over each table, batches ready in memory. `--readme` renews the tables of experiments/README.md.
+All sides but TorchRec work where JAX does, on the CPU or the first GPU. Each peer starts from our weights, and must
+have our logits before, and our logits and weights after some steps, in full float32; times are in TF32 on a GPU, on all
+sides. Then all step in turn in one process, a turn being some steps on end, of which the first is not counted; times
+are medians. Ids are uniform over each table, batches ready in memory. `--readme` renews the tables of
+experiments/README.md.
 """
 
 import argparse
-import dataclasses
 import functools
 import gc
+import importlib
 import importlib.util
 import json
 import os
 import pathlib
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
@@ -35,6 +43,8 @@ import jax
 import numpy as np
 from absl import flags
 from measure import replace_section, where_and_when
+from peers.equal import check_equal
+from peers.ours import Ours
 from peers.report import GOALS, SIDES, draw, floor_table, rows_of, table
 
 from dlrm_jax.api.planning import model_of
@@ -44,13 +54,10 @@ from dlrm_jax.data.batch import Batch
 from dlrm_jax.data.generate.synthetic import device_batch
 from dlrm_jax.data.read.load import synthetic_spec
 from dlrm_jax.host import gpu_atomics, heap
-from dlrm_jax.host.formulations import AUTO, NATIVE
-from dlrm_jax.host.native_code import has_compiler
-from dlrm_jax.tables.by_name import named_tables
+from dlrm_jax.host.formulations import NATIVE
 from dlrm_jax.training.placed import Placed, on_one_device
 from dlrm_jax.training.reporting import versions, write_json_atomically
 from dlrm_jax.training.run_config import RunConfig
-from dlrm_jax.training.step import logits, make_train_step
 
 HERE = pathlib.Path(__file__).resolve().parent
 CONFIGS = {
@@ -64,6 +71,12 @@ CONFIGS = {
 }
 """The last two are for GPUs."""
 DEFAULT_CONFIGS = tuple(CONFIGS)[:5]
+PEERS = {
+    "torch": ("torch_dlrm", "TorchDLRM", 3),
+    "torchrec": ("torchrec_dlrm", "TorchRecDLRM", 3),
+    "dense_jax": ("dense_jax", "DenseJax", 4),
+}
+"""Module in peers/, class, and how many copies of the tables stand in memory at once, ours among them."""
 OPTIMIZERS = ("sgd", "rowwise_adagrad")
 FORWARD = "forward"
 FLOOR_TEXT = """\
@@ -72,47 +85,8 @@ bytes as the rows have, in order, each by itself: a step made of these cannot be
 is how many times as fast as that peer such a step is at most. All ratios are those of turns taken together: a peer's
 are to ours, and to the floor, beside it, which other peers' runs may have found faster or slower."""
 
-BATCHES, STEPS_CHECKED, TURNS = 4, 3, 7
-LOGIT_TOLERANCE, WEIGHT_TOLERANCE = 2e-4, 2e-5
+BATCHES, TURNS = 4, 7
 TURN_SECONDS, LEAST_STEPS, MOST_STEPS, MOST_SECONDS = 0.25, 3, 21, 45
-
-
-class Ours:
-    """Our own step as a run compiles it, by each of `kernels`, which work on one state."""
-
-    def __init__(self, config: RunConfig, placed: Placed) -> None:
-        self.model, self.state = placed.model, placed.init_state(config.seed)
-        self.kernels = (AUTO, NATIVE) if has_compiler() and jax.default_backend() == "cpu" else (AUTO,)
-        self._steps, self._forwards = {}, {}
-        for kernels in self.kernels:
-            ops = dataclasses.replace(placed, kernels=kernels).ops
-            step = make_train_step(placed.model, config.loss, config.optimizer, 1, ops)
-            self._steps[kernels] = placed.jit_step(step)
-            self._forwards[kernels] = jax.jit(functools.partial(logits, placed.model, ops=ops))
-
-    def forward(self, batch: Batch, kernels: str = AUTO) -> jax.Array:
-        """logits_B."""
-        return jax.block_until_ready(self._forwards[kernels](self.state, batch))
-
-    def train_step(self, batch: Batch, kernels: str = AUTO) -> float:
-        """One update of everything; returns the loss."""
-        self.state, metrics = jax.block_until_ready(self._steps[kernels](self.state, batch))
-        return float(metrics["loss"])
-
-    def tables(self) -> Iterator[np.ndarray]:
-        """The tables' weights, in the model's order."""
-        return (np.asarray(rows) for _, rows in named_tables(self.model, self.state.tables))
-
-    def dense_weights(self) -> dict[str, list[np.ndarray]]:
-        """(in, out) kernels and biases, in order, by MLP."""
-        return {
-            part: [
-                np.asarray(self.state.dense_params[part][f"layer_{i}"][name])
-                for i in range(len(self.state.dense_params[part]))
-                for name in ("kernel", "bias")
-            ]
-            for part in ("bottom_mlp", "top_mlp")
-        }
 
 
 def config_of(name: str, optimizer: str, extra: list[str]) -> RunConfig:
@@ -134,36 +108,6 @@ def random_batches(config: RunConfig, placed: Placed) -> list[Batch]:
     draw = jax.jit(device_batch, static_argnums=(0, 1))
     keys = jax.random.split(jax.random.key(config.seed), BATCHES)
     return [placed.put(draw(synthetic_spec(config.data), config.batch_size, key)) for key in keys]
-
-
-def largest_difference(ours: Ours, peer: Any) -> float:
-    """Between two sides' weights, all of them."""
-    mine, theirs = ours.dense_weights(), peer.dense_weights()
-    pairs = [pair for part in mine for pair in zip(mine[part], theirs[part], strict=True)]
-    worst = max(float(np.abs(a - b).max()) for a, b in pairs)
-    return max([worst, *(float(np.abs(a - b).max()) for a, b in zip(ours.tables(), peer.tables(), strict=True))])
-
-
-def check_equal(what: str, ours: Ours, peer: Any, batches: list[Batch]) -> dict[str, float]:
-    """Largest differences of logits before and after some steps and of weights after; exits where they are large."""
-
-    def of_logits() -> float:
-        theirs = peer.host(peer.forward(peer.batch(batches[0])))
-        mine = [np.asarray(ours.forward(batches[0], kernels)) for kernels in ours.kernels]
-        return max(float(np.abs(a - theirs).max() / max(1.0, np.abs(a).max())) for a in mine)
-
-    found = {"logits_before": of_logits()}
-    for i, batch in enumerate(batches[:STEPS_CHECKED]):
-        ours.train_step(batch, ours.kernels[-1 - i % len(ours.kernels)])  # In turn, native first.
-        peer.train_step(peer.batch(batch))
-    found |= {"logits_after": of_logits(), "weights_after": largest_difference(ours, peer)}
-    print(f"{what}: " + ", ".join(f"{name} differ by {value:.1e}" for name, value in found.items()), flush=True)
-    if (
-        max(found["logits_before"], found["logits_after"]) > LOGIT_TOLERANCE
-        or found["weights_after"] > WEIGHT_TOLERANCE
-    ):
-        raise SystemExit(f"{what} is not equal to ours: {found}")
-    return found
 
 
 def in_turns(sides: dict[str, Callable[[int], Any]], turns: int) -> dict[str, list[float]]:
@@ -202,15 +146,31 @@ def fits(model: ModelConfig, copies: int) -> str:
     return "" if need < free else f"needs {need / 1e9:.0f} GB, {free / 1e9:.0f} GB are free"
 
 
+def peer_class(kind: str) -> Any:
+    """Of a peer; its package is loaded now."""
+    module, name, _ = PEERS[kind]
+    return getattr(importlib.import_module(f"peers.{module}"), name)
+
+
+def missing(kind: str) -> str:
+    """Why a peer cannot be measured here; empty if it can."""
+    if kind == "torchrec" and jax.default_backend() != "cpu":
+        return "its kernels here are those for CPUs"
+    try:
+        peer_class(kind)
+    except (ImportError, OSError) as error:  # OSError: FBGEMM's libraries are those of another PyTorch.
+        return f"{error}; what to install stands at the top of {pathlib.Path(__file__).name}"
+    return ""
+
+
 def compare(name: str, optimizer: str, peers: list[str], extra: list[str], turns: int) -> dict[str, Any]:
     """All numbers of a configuration under one optimizer; for SGD the forward pass too."""
     config = config_of(name, optimizer, extra)
     report: dict[str, Any] = {kind: {} for kind in ((optimizer, FORWARD) if optimizer == "sgd" else (optimizer,))}
     for kind in peers:
-        copies = {"torch": 3, "dense_jax": 4}[kind]
         gc.collect()  # Or the tables of the last one are still there.
         what = f"{name}, {optimizer}, {SIDES[kind]}"
-        if reason := fits(model_of(config), copies):
+        if reason := fits(model_of(config), PEERS[kind][2]):
             print(f"{what}: left out: {reason}")
             continue
         differences, measured = compare_one(name, what, kind, config, list(report), turns)
@@ -223,18 +183,15 @@ def compare_one(
     name: str, what: str, kind: str, config: RunConfig, measured: list[str], turns: int
 ) -> tuple[dict[str, float], dict[str, dict]]:
     """(differences, rows by what is measured) of one peer; PyTorch's gives rows of the eager and the compiled way."""
-    from peers.dense_jax import DenseJax
     from peers.floor import floors
-    from peers.torch_dlrm import TorchDLRM
 
     placed = on_one_device(model_of(config), config.optimizer)
     batches = random_batches(config, placed)
-    ours = Ours(config, placed)
-    peer_class = TorchDLRM if kind == "torch" else DenseJax
-    peer: Any = peer_class(placed.model, config.optimizer, config.loss.name, ours.state)
+    ours = Ours(placed, config.loss, config.seed)
+    peer = peer_class(kind)(placed.model, config.optimizer, config.loss.name, ours.state)
     with jax.default_matmul_precision("highest"):
         differences = check_equal(what, ours, peer, batches)
-    if isinstance(peer, TorchDLRM):
+    if kind == "torch":
         peer.compute_as_jax_does()
     theirs = [peer.batch(batch) for batch in batches]
     heap.keep_freed_temporaries()
@@ -263,18 +220,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--configs", default=",".join(DEFAULT_CONFIGS), help="some of " + ", ".join(CONFIGS))
     parser.add_argument("--optimizers", default=",".join(OPTIMIZERS))
-    parser.add_argument("--peers", default="torch,dense_jax")
+    parser.add_argument("--peers", default=",".join(PEERS))
     parser.add_argument("--turns", type=int, default=TURNS)
     parser.add_argument("--max_rows_per_table", type=int, default=0, help="cut tables, to fit this machine; 0: no")
     parser.add_argument("--json", type=pathlib.Path, help="where numbers go; those of other configurations stay there")
     parser.add_argument("--picture", type=pathlib.Path)
     parser.add_argument("--readme", action="store_true", help="renew the section of experiments/README.md")
     arguments = parser.parse_args()
-    names = arguments.configs.split(",")
-    if unknown := sorted(set(names) - set(CONFIGS)):
-        parser.error(f"--configs: {unknown[0]!r} is not known; choose of {', '.join(CONFIGS)}")
+    names, peers = arguments.configs.split(","), arguments.peers.split(",")
+    for flag, given, known in (("configs", names, CONFIGS), ("peers", peers, PEERS)):
+        if unknown := sorted(set(given) - set(known)):
+            parser.error(f"--{flag}: {unknown[0]!r} is not known; choose of {', '.join(known)}")
     if importlib.util.find_spec("torch") is None:
         raise SystemExit("PyTorch is missing; nothing is installed here: pip install torch")
+    reasons = {kind: missing(kind) for kind in peers}
+    for kind, reason in reasons.items():
+        if reason:
+            print(f"{SIDES[kind]} is left out: {reason}", flush=True)
+    peers = [kind for kind, reason in reasons.items() if not reason]
     gpu_atomics.use_hardware_additions()
     define_run_flags()
     extra = [f"--max_rows_per_table={arguments.max_rows_per_table}"] if arguments.max_rows_per_table else []
@@ -282,11 +245,9 @@ def main() -> None:
     kept = json.loads(arguments.json.read_text())["configs"] if arguments.json and arguments.json.exists() else {}
     for name in names:
         for optimizer in arguments.optimizers.split(","):
-            results[name] |= compare(name, optimizer, arguments.peers.split(","), extra, arguments.turns)
+            results[name] |= compare(name, optimizer, peers, extra, arguments.turns)
         print(table({name: results[name]}), flush=True)
-    import torch
-
-    used = versions() | {"torch": torch.__version__}
+    used = versions() | peers_versions(peers)
     results = {name: (kept | results)[name] for name in CONFIGS if name in kept | results}
     if arguments.json:
         write_json_atomically(arguments.json, {"configs": results, "versions": used})
@@ -296,12 +257,19 @@ def main() -> None:
         replace_section(HERE / "README.md", "peers", section(results, used, arguments.turns))
 
 
+def peers_versions(peers: list[str]) -> dict[str, str]:
+    """Of the packages that the peers are made of."""
+    packages = ("torch", *(("torchrec", "fbgemm_gpu") if "torchrec" in peers else ()))
+    return {package: importlib.import_module(package).__version__ for package in packages}
+
+
 def section(results: dict[str, dict], used: dict[str, str | None], turns: int) -> str:
     """What experiments/README.md shows of some results, and of how they were measured."""
     command = f"python experiments/compare_peers.py --configs={','.join(results)}"
     command += f" --turns={turns}" if turns != TURNS else ""
     tables = f"{table(results)}\n\n{FLOOR_TEXT}\n\n{floor_table(results)}"
-    return f"{tables}\n\nMeasured {where_and_when(used)}, torch {used['torch']}; `{command}`."
+    packages = "".join(f", {name} {used[name]}" for name in ("torch", "torchrec", "fbgemm_gpu") if name in used)
+    return f"{tables}\n\nMeasured {where_and_when(used)}{packages}; `{command}`."
 
 
 if __name__ == "__main__":

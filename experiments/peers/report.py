@@ -5,9 +5,15 @@ from typing import Any
 
 import numpy as np
 
-SIDES = {"ours": "dlrm_jax", "torch": "PyTorch", "torch_compiled": "torch.compile", "dense_jax": "JAX, dense tables"}
+SIDES = {
+    "ours": "dlrm_jax",
+    "torch": "PyTorch",
+    "torch_compiled": "torch.compile",
+    "torchrec": "TorchRec, FBGEMM",
+    "dense_jax": "JAX, dense tables",
+}
 PEERS = tuple(side for side in SIDES if side != "ours")
-BOUNDED = ("torch", "dense_jax")
+BOUNDED = ("torch", "torchrec", "dense_jax")
 """Those whose floor is shown; that of compiled PyTorch is eager's."""
 
 GOALS = {
@@ -112,13 +118,15 @@ def draw(results: dict[str, dict], path: pathlib.Path) -> None:
     rows = [row for kinds in results.values() for row in kinds.values()]
     figure = Figure(figsize=(12, 4.5), layout="constrained")
     axis = figure.subplots()
+    width = 0.8 / len(PEERS)
     for i, side in enumerate(PEERS):
+        places = np.arange(len(rows)) + (i - (len(PEERS) - 1) / 2) * width
         ratios = [row[side]["ratio"] if side in row else np.nan for row in rows]
-        bars = axis.bar(np.arange(len(rows)) + (i - 1) * 0.27, ratios, 0.27, label=SIDES[side])
+        bars = axis.bar(places, ratios, width, label=SIDES[side])
         labels = ["" if np.isnan(r) else f"{r:.0f}" if r >= 10 else f"{r:.2g}" for r in ratios]
         axis.bar_label(bars, labels, label_type="center", rotation=90, fontsize=7, color="white")
         natives = [row.get(side, {}).get("native_ratio", np.nan) for row in rows]
-        axis.scatter(np.arange(len(rows)) + (i - 1) * 0.27, natives, s=14, color="black", marker="D", zorder=3)
+        axis.scatter(places, natives, s=14, color="black", marker="D", zorder=3)
     axis.scatter([], [], s=14, color="black", marker="D", label="the same, over ours by --kernels=native")
     axis.axhline(1, color="black", linewidth=0.8)
     axis.set_yscale("log")

@@ -68,6 +68,21 @@ class DenseModel(nn.Module):
         return self.top(together_BxI)[:, 0]
 
 
+def loss_of(name: str, logits_B: torch.Tensor, label_B: torch.Tensor) -> torch.Tensor:
+    """The mean over a batch, of our loss of that name."""
+    if name == "mse":
+        return nn.functional.mse_loss(torch.sigmoid(logits_B), label_B)
+    return nn.functional.binary_cross_entropy_with_logits(logits_B, label_B)
+
+
+def dense_optimizer_of(optimizer: OptimizerConfig, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """PyTorch's own, for the MLPs."""
+    rate = optimizer.schedule.learning_rate
+    if optimizer.dense == "sgd":
+        return torch.optim.SGD(parameters, lr=rate)
+    return torch.optim.Adagrad(parameters, lr=rate, eps=optimizer.eps)
+
+
 class TorchDLRM:
     """The model with its optimizers; `train_step` and `forward` eager or compiled, on the same weights."""
 
@@ -83,11 +98,7 @@ class TorchDLRM:
         self.dense = DenseModel(model, state).to(self.device)
         torch.compiler.reset()  # Or it counts the shapes of earlier configurations, and gives up compiling.
         self.compiled_dense = torch.compile(self.dense)
-        parameters = list(self.dense.parameters())
-        if optimizer.dense == "sgd":
-            self.dense_optimizer: torch.optim.Optimizer = torch.optim.SGD(parameters, lr=self.rate)
-        else:
-            self.dense_optimizer = torch.optim.Adagrad(parameters, lr=self.rate, eps=self.eps)
+        self.dense_optimizer = dense_optimizer_of(optimizer, list(self.dense.parameters()))
         tables = [bag.weight for bag in self.bags]
         self.table_optimizer = torch.optim.SGD(tables, lr=self.rate) if optimizer.table == "sgd" else None
         self.means = [torch.zeros(len(table), device=self.device) for table in tables]
@@ -127,11 +138,7 @@ class TorchDLRM:
 
     def train_step(self, batch: TorchBatch, compiled: bool = False) -> float:
         """One update of everything; returns the loss."""
-        logits_B = self.logits(batch, compiled)
-        if self.loss == "mse":
-            loss = nn.functional.mse_loss(torch.sigmoid(logits_B), batch[2])
-        else:
-            loss = nn.functional.binary_cross_entropy_with_logits(logits_B, batch[2])
+        loss = loss_of(self.loss, self.logits(batch, compiled), batch[2])
         self.dense_optimizer.zero_grad()
         for bag in self.bags:
             bag.weight.grad = None
