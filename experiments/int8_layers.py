@@ -84,7 +84,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         found = []
         for i, workdir in enumerate(map(pathlib.Path, filter(None, flags.workdirs.split(",")))):
-            found.append((workdir.name, *exported(workdir, pathlib.Path(directory) / str(i))))
+            found.append(("/".join(workdir.parts[-2:]), *exported(workdir, pathlib.Path(directory) / str(i))))
         if flags.shapes:
             found.append(("Criteo Kaggle's shape, not trained", open_version(flags.shapes), "-"))
         for name, version, changes in found:

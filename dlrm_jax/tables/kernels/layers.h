@@ -62,6 +62,8 @@ constexpr bool kHasByteProducts = false;
 typedef float Lanes __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
 typedef int32_t IntLanes __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
 
+typedef uint8_t ByteLanes __attribute__((vector_size(kLanes)));
+
 enum Activation : int64_t { kNone, kRelu, kGelu, kSilu, kPrelu };
 
 inline int64_t Padded(int64_t columns) { return (columns + kPanel - 1) / kPanel * kPanel; }
@@ -262,11 +264,20 @@ void Encode(const float* x, int64_t in, uint8_t* codes, float* scale, int32_t* z
   *scale = finite == 0 ? step : std::numeric_limits<float>::quiet_NaN();
   const float origin = std::min(std::floor(-low * inverse + 0.5f), 255.0f);
   *zero = origin > 0 ? static_cast<int32_t>(origin) : 0;
-  for (int64_t k = 0; k < in; ++k) {
-    const float code = x[k] * inverse + (*zero + 0.5f), positive = code > 0 ? code : 0.0f;
-    codes[k] = static_cast<uint8_t>(static_cast<int32_t>(positive < 255 ? positive : 255.0f));
+  const auto code_of = [inverse, shift = *zero + 0.5f](Lanes v) {
+    v = v * inverse + shift;
+    v = v > 0 ? v : Lanes{};
+    v = v < 255 ? v : Lanes{} + 255;
+    return __builtin_convertvector(__builtin_convertvector(v, IntLanes), ByteLanes);
+  };
+  for (i = 0; i + kLanes <= in; i += kLanes) {
+    const ByteLanes bytes = code_of(*reinterpret_cast<const Lanes*>(x + i));
+    __builtin_memcpy(codes + i, &bytes, sizeof bytes);
   }
-  for (int64_t k = in; k < Groups(in) * kGroup; ++k) codes[k] = 0;
+  Lanes rest = {};
+  for (int64_t k = i; k < in; ++k) rest[k - i] = x[k];
+  const ByteLanes bytes = code_of(rest);
+  for (int64_t k = i; k < Groups(in) * kGroup; ++k) codes[k] = bytes[k - i];
 }
 
 // Of one row, (y - mean) / sqrt(variance + epsilon), times and plus what the norm says.
