@@ -105,9 +105,9 @@ def config_of(name: str, optimizer: str, extra: list[str]) -> RunConfig:
 
 def random_batches(config: RunConfig, placed: Placed) -> list[Batch]:
     """BATCHES different ones."""
-    draw = jax.jit(device_batch, static_argnums=(0, 1))
-    keys = jax.random.split(jax.random.key(config.seed), BATCHES)
-    return [placed.put(draw(synthetic_spec(config.data), config.batch_size, key)) for key in keys]
+    draw = jax.jit(device_batch, static_argnums=(0, 1, 2))
+    spec = synthetic_spec(config.data)
+    return [placed.put(draw(spec, config.seed, config.batch_size, i)) for i in range(BATCHES)]
 
 
 def in_turns(sides: dict[str, Callable[[int], Any]], turns: int) -> dict[str, list[float]]:

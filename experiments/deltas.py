@@ -320,7 +320,7 @@ def steps(flags: argparse.Namespace) -> str:
         "|---|---|---|---|---|---|",
     ]
     for batch in (256, 2048):
-        absl_flags.FLAGS(["steps", *TRAINING, f"--batch_size={batch}", "--data_on_device=never"])
+        absl_flags.FLAGS(["steps", *TRAINING, f"--batch_size={batch}", "--data_on_device=always"])
         with tempfile.TemporaryDirectory() as folder:
             run = Run(unchecked_config(), pathlib.Path(folder))
             touched, state, step, alone = Touched(run.model), run.placed.init_state(0), 0, []

@@ -81,8 +81,8 @@ def compare(devices: list) -> tuple[dict[str, dict], str]:
     sizes = tuple(model.table(feature.table).num_embeddings for feature in model.features)
     bags = tuple(feature.hotness for feature in model.features)
     spec = synthetic.Spec(model.num_dense, sizes, bags, config.data.id_skew)
-    draw = jax.jit(synthetic.device_batch, static_argnums=(0, 1))
-    batch = jax.device_get(draw(spec, config.batch_size, jax.random.key(config.seed)))
+    draw = jax.jit(synthetic.device_batch, static_argnums=(0, 1, 2))
+    batch = jax.device_get(draw(spec, config.seed, config.batch_size))
     runs, results = {}, {}
     for name, cost in planner.ranking(setting):
         placed = Placed(model, config.optimizer, cost.plan, make_mesh(shape, devices), cost.options)

@@ -1,6 +1,7 @@
 """Hashes of numbers instead of draws: the random bits of dropout; what initial weights and roundings follow from."""
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +12,13 @@ _GOLDEN = 0x9E3779B9
 """2^32 over the golden ratio, odd: its multiples, modulo 2^32, are all different and far from each other."""
 
 
-def mix(x: jax.Array) -> jax.Array:
-    """The 32-bit finalizer of MurmurHash3: every input bit flips every output bit with probability one half."""
-    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
-    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
+def mix(x: Any) -> Any:
+    """The 32-bit finalizer of MurmurHash3: every input bit flips every output bit with probability one half.
+
+    Of uint32, in arrays of NumPy or JAX.
+    """
+    x = (x ^ (x >> 16)) * np.uint32(0x85EBCA6B)
+    x = (x ^ (x >> 13)) * np.uint32(0xC2B2AE35)
     return x ^ (x >> 16)
 
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from dlrm_jax.config import ModelConfig, OptimizerConfig, TableConfig
 from dlrm_jax.config.learning import ALL_ROWS
+from dlrm_jax.data.batch import row_bytes
 from dlrm_jax.planning.dense_work import dense_work
 from dlrm_jax.planning.hardware import Hardware
 from dlrm_jax.planning.hlo import CONTROL_BYTES
@@ -182,6 +183,8 @@ def estimate(
         "launch": _KERNELS * hardware.launch,
     }
     memory = _memory(model, optimizer, stacks, load, sent, options, hardware)
+    if load.resident_rows:
+        memory[RESIDENT] = load.resident_rows * row_bytes(model.num_dense, model.num_slots, packed)
     return Cost(plan, stacks, options, memory, sent, flops, traffic + row_traffic, seconds)
 
 
@@ -248,7 +251,7 @@ def _memory(
         for slot in stack_rule(optimizer, stack).slots:
             states += ((rows if slot.per == WEIGHT else per_row) + learned) * FLOAT
     dense = dense_parameters(model) * FLOAT
-    batch = b * (model.num_dense + model.num_slots + 2) * FLOAT
+    batch = b * row_bytes(model.num_dense, model.num_slots)
     if any(stack.pack > 1 for stack in stacks):
         activations, exchange = _packed_step(model, stacks, load, sent)
     else:
@@ -265,7 +268,6 @@ def _memory(
         "dense parameters": dense * (1 + _OPT_COPIES[optimizer.dense]) + dense_work(model).averages * FLOAT,
         "activations": batch + activations,
         "exchange buffers": exchange,
-        **({RESIDENT: load.resident_rows * batch // b} if load.resident_rows else {}),
         **({MARKS: marks_bytes(model) // devices} if load.marks_rows and hardware.is_cpu else {}),
     }
 

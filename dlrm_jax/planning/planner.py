@@ -94,7 +94,7 @@ def remedy(setting: Setting, cost: Cost, room: float, copies: float = 0, sharing
     state = cost.memory["tables"] + cost.memory["optimizer state"]
     others, all_copies = cost.bytes_held - state, (1 + copies) * state
     if cost.bytes_held - cost.memory.get(RESIDENT, 0) < room <= cost.bytes_held:
-        return "--data_on_device=auto, by which rows travel"
+        return "--data_on_device=auto, by which rows stay only where they fit"
     if others >= room:
         return "a smaller --batch_size, if not smaller MLPs: the tables are not all that is too large"
     share = (room - others) / max(all_copies, 1)

@@ -1,6 +1,7 @@
-"""The data on the devices: windows of batches that travel there, or rows that stay there and orders that travel.
+"""The data on the devices, by three roads: batches travel, or rows stay, or rows are made there from their positions.
 
-A step gets (state, window) and cuts its batch out of the window, at the place that `state.step` says.
+A step gets (state, window) and cuts its batch out of the window, at the place that `state.step` says. Of rows that stay
+or are made only an epoch's order travels; the order is the same on all three roads, and so is every bit.
 """
 
 import dataclasses
@@ -15,20 +16,23 @@ import numpy as np
 from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dlrm_jax.data.batch import Batch
+from dlrm_jax.data.batch import Batch, row_bytes
 from dlrm_jax.data.read.dataset import BatchExpander, Dataset, Rows
 from dlrm_jax.data.read.pipeline import (
+    MOST_ROWS,
     MOST_STEPS,
     PADDING,
     Cut,
     Prefetcher,
     as_batch,
     batch_windows,
+    made_batch,
     order_windows,
     steps_per_epoch,
     train_epochs,
     window_steps,
 )
+from dlrm_jax.data.read.windows import made_by_host
 from dlrm_jax.host import memory, processes
 from dlrm_jax.host.formulations import by_platform
 from dlrm_jax.host.mesh import BATCH_SPEC, batch_sharding, replicated
@@ -44,12 +48,12 @@ _SHARE = 0.5
 class Window(struct.PyTreeNode):
     """T batches on the devices, that of step `first_step` first.
 
-    Without `order_TxB` the columns of `rows` are (T, B, ...); with it they are all rows of a split, (R, ...), and the
-    order says which are in which batch; R stands for padding.
+    Without `order_TxB` the columns of `rows` are (T, B, ...); with it they are all rows of a split, (R, ...), or there
+    are none as they are made, and the order says which are in which batch; R stands for padding.
     """
 
     first_step: jax.Array
-    rows: Batch
+    rows: Batch | None
     order_TxB: jax.Array | None = None
 
 
@@ -61,7 +65,8 @@ Traveller = Batch | np.ndarray
 class Feed:
     """The windows of `split`, cut as `cut` says, on the devices of `mesh`, or on the default one.
 
-    Where it is `resident` all its rows are on every device from the first window on.
+    Where it is `resident` all its rows are on every device from the first window on; where it is `made` a step makes
+    those of its batch. `row_bytes` are those that a device holds of each row that stays or is in a window.
     """
 
     split: Rows
@@ -69,6 +74,7 @@ class Feed:
     mesh: Mesh | None = None
     expander: BatchExpander | None = None
     resident: bool = False
+    made: bool = False
     row_bytes: int = 0
 
     @functools.cached_property
@@ -77,12 +83,19 @@ class Feed:
         if self.mesh is None:
             return None
         split, everywhere = NamedSharding(self.mesh, PartitionSpec(None, *BATCH_SPEC)), replicated(self.mesh)
-        rows = jax.tree.map(lambda _: everywhere if self.resident else split, PADDING)
-        return Window(everywhere, rows, split if self.resident else None)
+        rows = None if self.made else jax.tree.map(lambda _: everywhere if self.resident else split, PADDING)
+        return Window(everywhere, rows, split if self._orders else None)
+
+    @property
+    def _orders(self) -> bool:
+        """Whether only the order travels."""
+        return self.resident or self.made
 
     @functools.cached_property
-    def _rows(self) -> Batch:
-        """All rows, on every device."""
+    def _rows(self) -> Batch | None:
+        """All rows, on every device, where they stay."""
+        if not self.resident:
+            return None
         batch = self._expanded(as_batch(self.split.whole()))
         return self._placed(batch, None if self.shardings is None else self.shardings.rows)
 
@@ -90,13 +103,13 @@ class Feed:
         self, seed: int, start_step: int, shuffle: bool, began_at: int = 0
     ) -> Prefetcher[Traveller, Window]:
         """(what travels, the window) from step `start_step` on, for ever; the first epoch begins at step `began_at`."""
-        visit = "positions" if self.resident else "sources"
+        visit = "positions" if self._orders else "sources"
         position = start_step - began_at
         return self.windows(train_epochs(self.split, self.cut.batch_size, seed, position, shuffle, visit), start_step)
 
     def eval_windows(self) -> Prefetcher[Traveller, Window]:
         """The same of every row once, in order; behind the last row there may be batches of padding alone."""
-        visit = self.split.positions if self.resident else self.split.sources
+        visit = self.split.positions if self._orders else self.split.sources
         return self.windows(iter([visit(0, 0, False)]), 0)
 
     @property
@@ -116,7 +129,7 @@ class Feed:
         else:
             order_B = jax.lax.dynamic_index_in_dim(window.order_TxB, i, keepdims=False)
             take = lambda rows, padding: rows.at[order_B].get(mode="fill", fill_value=padding)  # noqa: E731
-            batch = jax.tree.map(take, window.rows, PADDING)
+            batch = self._made(jnp, order_B) if self.made else jax.tree.map(take, window.rows, PADDING)
         if self.expander is not None and self.expander.on_device:
             batch = batch.replace(ids_BxK=self.expander.compute(jnp, batch.ids_BxK))
         return batch
@@ -125,6 +138,8 @@ class Feed:
         """This process's part of batch `i` of what travelled, on the host."""
         if isinstance(traveller, Batch):
             return jax.tree.map(lambda column: column[i], traveller)
+        if self.made:
+            return self._made(np, traveller[i])
 
         def taken(rows: jax.Array, padding: float) -> np.ndarray:
             found = np.asarray(rows.addressable_data(0)).take(traveller[i], axis=0, mode="clip")
@@ -140,15 +155,15 @@ class Feed:
             ids = ids.reshape(-1, ids.shape[-1])
         else:
             order = traveller[first:stop].reshape(-1)
-            rows = np.asarray(self._rows.ids_BxK.addressable_data(0))
-            ids = rows[order[order < len(self.split)]]
+            order = order[order < len(self.split)]
+            ids = self._host_ids(order)
         on_device = self.expander is not None and self.expander.on_device
         return self.expander.on_host(ids) if self.expander is not None and on_device else ids
 
     def windows(self, epochs: Iterator[Any], start_step: int) -> Prefetcher[Traveller, Window]:
         """The same of any epochs, each as `Rows.sources` has it, or where rows stay as `Rows.positions` has it."""
         source: Iterator[Traveller]
-        if self.resident:
+        if self._orders:
             source = order_windows(epochs, self.cut, len(self.split))
         else:
             source = map(self._expanded, batch_windows(epochs, self.cut))
@@ -169,6 +184,17 @@ class Feed:
         rows = len(self.split) if self.resident else self.cut.steps * self.cut.rows
         sharing = 1 if self.resident or self.mesh is None else len(self.mesh.local_devices)
         return self.row_bytes * rows // sharing
+
+    def _made(self, xp: Any, order_B: Any) -> Batch:
+        assert self.split.maker is not None
+        return made_batch(xp, self.split.maker, order_B, len(self.split))
+
+    def _host_ids(self, order: np.ndarray) -> np.ndarray:
+        """The ids of rows that do not travel."""
+        if self._rows is not None:
+            return np.asarray(self._rows.ids_BxK.addressable_data(0))[order]
+        assert self.split.maker is not None
+        return made_by_host(self.split.maker, order)[1]
 
     def _expanded(self, batch: Batch) -> Batch:
         if self.expander is None or self.expander.on_device:
@@ -209,8 +235,11 @@ class Room:
         self._left = _SHARE * (min(free) - prediction(config, placed).bytes_held)
         self._all_left, self._allow = self._left / _SHARE, config.allow_oversubscription
 
-    def keeps(self, num_bytes: int) -> bool:
+    def keeps(self, num_bytes: int, can_be_made: bool = False) -> bool:
         """Whether rows of so many bytes stay, in all processes; then they have their room.
+
+        Those that can be made stay where they must only: a step makes them about as fast as it looks them up, takes no
+        memory for them, and does not wait until the host has made all of them.
 
         ConfigError where they must, by --data_on_device=always, and do not fit.
         """
@@ -218,7 +247,7 @@ class Room:
             needs = ("--data_on_device=always, beside the model,", num_bytes, self._all_left, "a device's memory")
             memory.require_room(*needs, "these rows", "--data_on_device=auto", self._allow)
             self._all_left -= num_bytes
-        if self._choice != AUTO:
+        if self._choice != AUTO or can_be_made:
             return self._choice == ALWAYS
         if processes.largest(int(num_bytes > self._left)):
             return False
@@ -234,8 +263,13 @@ def make_feed(
     A window has as many batches as its bytes allow, at most `most_steps`.
     """
     expander = dataset.expander
-    slots = len(dataset.features) if expander is not None and expander.on_device else placed.model.num_slots
-    row_bytes = 4 * (placed.model.num_dense + slots + 2)
-    resident = bool(len(split)) and room is not None and room.keeps(row_bytes * len(split))
-    steps = min(MOST_STEPS, most_steps) if resident else window_steps(row_bytes, cut.batch_size, most_steps)
-    return Feed(split, dataclasses.replace(cut, steps=steps), placed.mesh, expander, resident, row_bytes)
+    expands = expander is not None and expander.on_device
+    slots = len(dataset.features) if expands else placed.model.num_slots
+    here = row_bytes(placed.model.num_dense, slots, placed.packed)
+    can_be_made = split.maker is not None and len(split) <= MOST_ROWS and (expander is None or expands)
+    resident = bool(len(split)) and room is not None and room.keeps(here * len(split), can_be_made)
+    made = can_be_made and room is not None and not resident
+    steps = window_steps(here, cut.batch_size, most_steps)
+    if resident or made:
+        steps, here = min(MOST_STEPS, most_steps), here if resident else 4
+    return Feed(split, dataclasses.replace(cut, steps=steps), placed.mesh, expander, resident, made, here)

@@ -69,7 +69,10 @@ def measure(
 def _placed_windows(
     config: RunConfig, seconds: float, workdir: pathlib.Path | None
 ) -> tuple[Placed, Feed, Window, dict[str, float]]:
-    """(the run's model where it lies, its feed, a window on the devices, how long the input takes for a batch)."""
+    """(the run's model where it lies, its feed, a window on the devices, how long the input takes for a batch).
+
+    Rows travel, whichever way a run's would get there.
+    """
     opened = open_run(config, workdir)
     placed = opened.place()
     cut = Cut(config.batch_size, multiple=placed.num_devices * config.num_micro_batches)

@@ -29,8 +29,8 @@ def measure_input(config: RunConfig, seconds: float, workdir: pathlib.Path | Non
     """Rows a second of each stage by all the threads that it has, and of the whole road, each for some `seconds`.
 
     `binds` is the slowest stage. Stages share the cores, so that the road is slower than each of them. Rows in memory
-    need no reading; those that are generated are made instead of read; where blocks.cc reads, rows are decoded and
-    permuted as they are put in their places.
+    need no reading; those that are generated are made instead of read, by the host even where a run's steps make them;
+    where blocks.cc reads, rows are decoded and permuted as they are put in their places.
     """
     opened = open_run(config, workdir)
     placed, rows = opened.place(), opened.dataset.splits["train"]

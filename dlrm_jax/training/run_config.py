@@ -147,7 +147,8 @@ class RunConfig:
     data_on_device: str = setting(
         AUTO,
         "Whether the rows of train and val are read once and stay on every device, where an epoch's order is applied: "
-        "auto where they fit into half of the memory beside the model.",
+        "auto where they fit into half of the memory beside the model. Rows of --dataset=synthetic, without "
+        "--id_trace, are made by each step unless always.",
         choices=(AUTO, NEVER, ALWAYS),
     )
     most_rows_updated: int = setting(

@@ -1,25 +1,35 @@
-"""Tests `dlrm_jax/data/generate/synthetic.py` and `dlrm_jax/data/generate/trace.py`."""
+"""Tests `dlrm_jax/data/generate/synthetic.py`, `power_law.py` and `trace.py`."""
 
 import bisect
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from dlrm_jax.config import ConfigError
 from dlrm_jax.data.generate import trace
-from dlrm_jax.data.generate.synthetic import Spec, _below, device_batch, generate, rank_of, segments
+from dlrm_jax.data.generate.power_law import _below, draw, law_of, segments
+from dlrm_jax.data.generate.synthetic import Log, Spec, device_batch, generate
 from dlrm_jax.data.generate.trace import Distribution, read_distribution
+from dlrm_jax.data.read.windows import made_by_host
 from tests.batches import eval_batches
+
+
+def ids_of(spec: Spec, seed: int, draws: int) -> np.ndarray:
+    """So many ids of the first feature's bags, by the device."""
+    made = jax.jit(lambda: device_batch(spec, seed, draws // spec.bag_sizes[0]))()
+    return np.asarray(made.ids_BxK[:, : spec.bag_sizes[0]]).ravel()
 
 
 @pytest.mark.parametrize("skew", [0.0, 0.8, 1.0, 1.3])
 def test_ids_follow_the_power_law(skew):
-    rows = 500
-    ids = rank_of(np.random.default_rng(0).random(400_000), rows, skew)
-    counts = np.bincount(ids, minlength=rows)
-    expected = np.diff(cumulative(rows, skew)) * 400_000
+    rows, draws = 500, 2**19
+    ids = ids_of(Spec(1, (rows, 9), (64,), skew), 0, draws)
+    counts, expected = np.bincount(ids, minlength=rows), np.diff(cumulative(rows, skew)) * draws
     np.testing.assert_allclose(counts, expected, atol=6 * expected.max() ** 0.5)
+    chi_square = ((counts - expected) ** 2 / expected).sum()
+    assert abs(chi_square - (rows - 1)) < 6 * (2 * rows) ** 0.5
     assert ids.min() == 0 and ids.max() == rows - 1
 
 
@@ -42,13 +52,42 @@ def test_a_log_is_a_function_of_its_seed_and_takes_no_memory():
     assert len(first.splits["train"]) == 8 * 10**11 and first.fingerprint() != other.fingerprint()
 
 
-def test_on_device_batches_have_the_same_law():
-    spec = Spec(4, (1000, 7), (3, 1), id_skew=1.1)
-    batch = jax.jit(lambda key: device_batch(spec, 4096, key))(jax.random.key(0))
-    assert batch.ids_BxK.shape == (4096, 4) and batch.dense_BxN.shape == (4096, 4)
-    host = rank_of(np.random.default_rng(0).random(12_288), 1000, 1.1)
-    assert abs((np.asarray(batch.ids_BxK[:, :3]) < 10).mean() - (host < 10).mean()) < 0.02
-    assert np.asarray(batch.ids_BxK[:, 3]).max() == 6
+def test_a_row_has_the_same_bits_wherever_it_is_made():
+    """By the host and on a device; of rows of any number, beyond 2^32 too; of tables of 2^31 - 1 rows and of one."""
+    log = Log(Spec(3, (2**31 - 1, 1, 10_000), (2, 1, 5), 0.0), 1)
+    position = np.random.default_rng(0).integers(0, 2**32, 300, np.uint32)
+    for first in (0, 2**32 - 5, 8 * 10**11):
+        here, there = log(np, position, first), jax.jit(lambda rows, first=first: log(jnp, rows, first))(position)
+        for ours, theirs in zip(here, there, strict=True):
+            assert ours.dtype == theirs.dtype
+            np.testing.assert_array_equal(ours, theirs)
+    behind, across = log(np, np.arange(5), 2**32), log(np, np.arange(10), 2**32 - 5)
+    np.testing.assert_array_equal(behind[1], across[1][5:])
+    assert (log(np, np.arange(5))[1] != behind[1]).any()
+
+
+def test_a_split_is_made_as_it_is_read():
+    """Each at its place in the log: the test split begins in the middle of a block."""
+    log = generate(Spec(2, (50, 7)), 3, 100_000)
+    whole = Log(Spec(2, (50, 7)), 3)(np, np.arange(100_000))
+    for name, first, stop in (("train", 0, 80_000), ("val", 80_000, 90_000), ("test", 90_000, 100_000)):
+        split, rows = log.splits[name], log.splits[name].whole()
+        made = made_by_host(split.maker, np.arange(stop - first))
+        for column, read, all_rows in zip(made, (rows.dense_RxN, rows.ids_RxK, rows.label_R), whole, strict=True):
+            np.testing.assert_array_equal(column, all_rows[first:stop])
+            np.testing.assert_array_equal(read, all_rows[first:stop])
+        np.testing.assert_array_equal(rows.row_R, np.arange(first, stop))
+
+
+def test_no_column_of_a_row_tells_of_another_nor_a_row_of_the_next():
+    rows = 2**16
+    dense, _, label = Log(Spec(24, (5,)), 0)(np, np.arange(rows))
+    assert (dense * 2**24 == np.floor(dense * 2**24)).all() and dense.min() >= 0 and dense.max() < 1
+    spread = np.column_stack([dense - 0.5, (dense * 256) % 1 - 0.5, label[:, None] - label.mean()])
+    spread = spread / spread.std(axis=0)
+    beside, next_row = spread.T @ spread / rows - np.eye(49), spread[1:].T @ spread[:-1] / rows
+    assert max(np.abs(beside).max(), np.abs(next_row).max()) < 6 * rows**-0.5
+    np.testing.assert_allclose(dense.mean(axis=0), 0.5, atol=6 * rows**-0.5)
 
 
 @pytest.mark.parametrize("skew", [0.0, 0.3, 1.0, 1.05])
@@ -57,8 +96,7 @@ def test_on_device_batches_have_the_same_law():
 def test_on_device_ids_reach_every_row_of_a_large_table(rows, skew):
     """float32 has 24 bits: beyond 2^24 it holds even ids only, and a uniform one has 2^23 values."""
     draws = 2**20
-    batch = jax.jit(lambda key: device_batch(Spec(1, (rows,), (64,), skew), draws // 64, key))(jax.random.key(3))
-    ids = np.asarray(batch.ids_BxK).ravel()
+    ids = ids_of(Spec(1, (rows,), (64,), skew), 3, draws)
     assert ids.dtype == np.int32 and ids.min() >= 0 and ids.max() < rows
     bounds = np.unique(np.geomspace(1, rows, 200).astype(np.int64)) if skew else np.linspace(0, rows, 200)
     bounds[0], bounds[-1] = 0, rows
@@ -91,6 +129,13 @@ def test_a_segment_holds_ranks_that_are_nearly_as_likely():
         wide = widths > 1
         fall = ((first[1:] + 0.0) / (first[:-1] + 1.0)) ** skew
         assert (fall[wide] <= 1 + 2**-8 + 1e-9).all()
+
+
+def test_a_rank_of_a_wide_segment_is_drawn_by_more_than_32_bits():
+    """Else some of two thousand million would be half as likely again as others; of a thousand none is by much."""
+    choice, place = np.arange(2**32 - 64, 2**32, dtype=np.uint32)[:, None], np.full((64, 1), 2**30, np.uint32)
+    drawn = [draw(np, law_of(np.array([rows]), 0.0), choice, place).ravel() for rows in (2**31 - 1, 1000)]
+    assert sorted(set(drawn[0].tolist())) == [2**29 - 1, 2**29] and set(drawn[1].tolist()) == {250}
 
 
 def test_words_are_scaled_as_whole_numbers_are():
@@ -178,7 +223,7 @@ def test_files_of_the_reference_are_read(tmp_path):
     with pytest.raises(ConfigError, match="has id 3, outside a table of 3 rows"):
         generate(Spec(1, (3,), (2,), id_trace=str(tmp_path / "dist_emb_{}.log")), 0, 1000)
     with pytest.raises(ConfigError, match="made on the host only"):
-        device_batch(spec, 4, jax.random.key(0))
+        device_batch(spec, 0, 4)
 
 
 @pytest.mark.parametrize(

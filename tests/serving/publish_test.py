@@ -32,7 +32,7 @@ from tests.training.resume_test import CONFIG
 DATA = DataConfig(dataset="synthetic", num_examples=1500, num_dense=2, table_sizes=(400, 90, 7))
 SHORT = dataclasses.replace(CONFIG, data=DATA, num_steps=32, batch_size=16)
 RUNS = {
-    "int8, travelling rows": dataclasses.replace(
+    "int8, rows that steps make": dataclasses.replace(
         SHORT,
         model=dataclasses.replace(SHORT.model, learned_pooling=True),
         data_on_device="never",

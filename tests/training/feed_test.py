@@ -10,14 +10,16 @@ import numpy as np
 import pytest
 
 from dlrm_jax.config import LossConfig, TableConfig
-from dlrm_jax.data.generate import planted
+from dlrm_jax.data.generate import planted, synthetic
+from dlrm_jax.data.generate.multi_hot import expand_dataset
 from dlrm_jax.data.read.dataset import Split
+from dlrm_jax.data.read.load import DataConfig
 from dlrm_jax.data.read.pipeline import Cut, window_steps
 from dlrm_jax.host.mesh import MeshShape, make_mesh
 from dlrm_jax.tables.plan import make_plan
 from dlrm_jax.training import feed as feed_module
 from dlrm_jax.training import loop
-from dlrm_jax.training.feed import Feed, Room
+from dlrm_jax.training.feed import Feed, Room, make_feed
 from dlrm_jax.training.monitor import Losses
 from dlrm_jax.training.placed import Placed, on_one_device
 from dlrm_jax.training.step import make_train_step
@@ -28,11 +30,20 @@ from tests.helpers import optimizer, random_batch, tiny_model
 from tests.training.resume_test import CONFIG, assert_same_bits, final_state
 
 ROWS = 50
+EXHAUSTIVE = pytest.mark.exhaustive
 
 
 def split_of(model, rows: int = ROWS) -> Split:
     batch = random_batch(model, rows)
     return Split(*map(np.asarray, (batch.dense_BxN, batch.ids_BxK, batch.label_B)), np.arange(rows), weight_R=None)
+
+
+def made_split(model, rows: int = ROWS, seed: int = 0):
+    """Rows of a synthetic log of a model's shape, the first four fifths of it and behind them those of val."""
+    tables = tuple(model.table(feature.table).num_embeddings for feature in model.features)
+    hotness = tuple(feature.hotness for feature in model.features)
+    log = synthetic.generate(synthetic.Spec(model.num_dense, tables, hotness), seed, 10 * rows)
+    return log.splits["val"]
 
 
 def plain_steps(placed, split, count: int):
@@ -57,16 +68,19 @@ def test_what_a_batch_is_cut_by_is_of_the_platform_that_a_step_is_compiled_for(p
 
 
 @pytest.mark.parametrize(
-    ("resident", "devices"),
-    [(False, 1), (True, 2), *(pytest.param(*more, marks=pytest.mark.exhaustive) for more in ((False, 2), (True, 1)))],
+    ("road", "devices"),
+    [
+        *(("travels", 1), ("resident", 2), ("made", 2)),
+        *(pytest.param(*more, marks=pytest.mark.exhaustive) for more in (("travels", 2), ("resident", 1), ("made", 1))),
+    ],
 )
-@pytest.mark.sample(1)
-def test_a_step_by_a_window_has_the_bits_of_a_step_by_its_batch(devices, resident):
+def test_a_step_by_a_window_has_the_bits_of_a_step_by_its_batch(devices, road):
+    """Whichever way its rows get there, that of padding behind the last row of an epoch too."""
     model, shape = tiny_model(), MeshShape(1, devices)
     placed = Placed(model, optimizer("rowwise_adagrad"), make_plan(model, shape, "row_wise"), make_mesh(shape))
-    split = split_of(model)
+    split = made_split(model) if road == "made" else split_of(model)
     wanted, losses = plain_steps(placed, split, 6)
-    feed = Feed(split, Cut(16, 4, multiple=devices), placed.mesh, resident=resident)
+    feed = Feed(split, Cut(16, 4, multiple=devices), placed.mesh, resident=road == "resident", made=road == "made")
     step = make_train_step(model, LossConfig(), placed.optimizer, ops=placed.ops)
     one, both = (placed.jit_window_step(make_window_step(step, feed, n), feed.shardings) for n in (1, 2))
     for steps in ((one,) * 6, (both,) * 3):
@@ -103,22 +117,78 @@ def test_a_window_step_holds_one_copy_of_each_table_and_none_of_the_window(count
     assert memory.temp_size_in_bytes < min(table_bytes, window_bytes) / 4
 
 
-@pytest.mark.parametrize("choice", ["never", "always"])
-@pytest.mark.sample(1)
-def test_where_rows_lie_and_how_windows_are_cut_changes_no_bit_of_a_run(tmp_path, monkeypatch, choice):
-    """Nor of its logged losses, with padding at the end of epochs; a run may go on with the other choice."""
-    loop.train_and_evaluate(CONFIG, tmp_path / "auto")
+SYNTHETIC = dataclasses.replace(CONFIG, data=DataConfig("synthetic", num_examples=1000, table_sizes=(90, 7, 2**20)))
+
+
+@pytest.mark.parametrize(
+    ("whole", "first", "then"),
+    [
+        *((CONFIG, "never", "never"), (SYNTHETIC, "always", "auto")),
+        *(
+            pytest.param(*more, marks=EXHAUSTIVE)
+            for more in ((CONFIG, "always", "never"), (SYNTHETIC, "never", "always"))
+        ),
+    ],
+)
+def test_where_rows_lie_and_how_windows_are_cut_changes_no_bit_of_a_run(tmp_path, monkeypatch, whole, first, then):
+    """Nor of its logged losses, with padding at the end of epochs; a run may go on with another choice.
+
+    By itself planted rows stay, and synthetic ones are made; `never` they travel, and are made.
+    """
+    loop.train_and_evaluate(whole, tmp_path / "auto")
     monkeypatch.setattr(feed_module, "MOST_STEPS", 7)
     monkeypatch.setattr(feed_module, "window_steps", lambda *args: 3)
-    config = dataclasses.replace(CONFIG, data_on_device=choice)
-    loop.train_and_evaluate(dataclasses.replace(config, num_steps=13), tmp_path / choice)
-    loop.train_and_evaluate(config, tmp_path / choice)
-    assert_same_bits(final_state(tmp_path / choice), final_state(tmp_path / "auto"))
+    loop.train_and_evaluate(dataclasses.replace(whole, data_on_device=first, num_steps=17), tmp_path / "own")
+    loop.train_and_evaluate(dataclasses.replace(whole, data_on_device=then), tmp_path / "own")
+    assert_same_bits(final_state(tmp_path / "own", whole), final_state(tmp_path / "auto", whole))
     lines = [
         [(x["step"], x["loss"]) for x in loop.reporting.read_metrics(tmp_path / name) if x["split"] == "train"]
-        for name in ("auto", choice)
+        for name in ("auto", "own")
     ]
     assert lines[0] == lines[1] and len(lines[0]) == 6
+
+
+def test_the_host_sees_the_rows_that_a_step_makes():
+    """Those of a batch, to tell of a NaN, and without padding the ids that steps asked for, to publish their rows."""
+    split = made_split(tiny_model())
+    feeds = [
+        Feed(split, Cut(16, 4)),
+        *(Feed(split, Cut(16, 4), resident=stays, made=not stays) for stays in (True, False)),
+    ]
+    seen = []
+    for feed in feeds:
+        with feed.train_windows(3, 1, shuffle=True) as windows:
+            traveller, window = next(windows)
+        batches = [feed.host_batch(traveller, i) for i in range(4)]
+        for i, batch in enumerate(batches):
+            jax.tree.map(np.testing.assert_array_equal, batch, jax.jit(feed.batch)(window, i + 1))
+        ids = feed.host_ids(traveller, 1, 4)
+        assert len(ids) == (ROWS - 16 if feed.resident or feed.made else 3 * 16)
+        seen.append((batches, ids[ids[:, 0] >= 0]))
+    assert traveller.dtype == np.uint32 and (traveller == ROWS).sum() == 16 * 4 - ROWS
+    for other in seen[1:]:
+        jax.tree.map(np.testing.assert_array_equal, seen[0], other)
+
+
+def test_a_step_makes_what_it_can_where_nothing_must_stay(monkeypatch):
+    """Rows that are made hold their positions on a device, those of a window; bags that the host makes travel."""
+    placed = on_one_device(tiny_model(), optimizer())
+    monkeypatch.setattr(feed_module, "prediction", lambda *args: types.SimpleNamespace(bytes_held=0))
+    log = synthetic.generate(synthetic.Spec(2, (30, 20)), 0, 1000)
+
+    def roads(dataset, split: str = "train") -> dict[str, tuple[bool, bool]]:
+        rooms = {c: Room(dataclasses.replace(CONFIG, data_on_device=c), placed) for c in ("auto", "never", "always")}
+        feeds = {c: make_feed(placed, dataset, dataset.splits[split], Cut(16), room) for c, room in rooms.items()}
+        assert feeds["never"].device_bytes == (
+            4 * 64 * 16 if feeds["never"].made else feeds["never"].row_bytes * 64 * 16
+        )
+        return {choice: (feed.resident, feed.made) for choice, feed in feeds.items()}
+
+    made = {"auto": (False, True), "never": (False, True), "always": (True, False)}
+    assert roads(log) == roads(log, "val") == roads(expand_dataset(log, (3, 1), "uniform", virtual=True)) == made
+    others = [expand_dataset(log, (3, 1), "uniform", virtual=False), planted.generate(0, 1000)]
+    assert [roads(one) for one in others] == 2 * [made | {"auto": (True, False), "never": (False, False)}]
+    assert not make_feed(placed, log, log.splits["train"], Cut(16)).made
 
 
 def test_rows_stay_where_they_fit_into_half_of_what_is_free(monkeypatch):

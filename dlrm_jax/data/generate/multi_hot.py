@@ -18,6 +18,7 @@ import numpy as np
 
 from dlrm_jax.config import EMPTY_SLOT, ConfigError, FeatureConfig, require
 from dlrm_jax.data.read.dataset import Dataset
+from dlrm_jax.model.hashing import mix
 
 MULTI_HOT = ("none", "compatible", "virtual")
 DISTRIBUTIONS = ("uniform", "pareto")
@@ -45,9 +46,9 @@ def virtual_ids(xp: Any, ids_B: Any, feature: int, rows: int, hotness: int, dist
     ids_Bx1 = ids_B[:, None]
     # One-element arrays, not scalars: NumPy warns where a scalar wraps.
     slot_1xh = xp.arange(1, hotness, dtype=xp.uint32)[None, :]
-    of_slot = _mix(xp, slot_1xh + xp.full((1, 1), feature * 0x9E3779B9 & 0xFFFFFFFF, xp.uint32))
-    of_id = _mix(xp, ids_Bx1.astype(xp.uint32) + xp.full((1, 1), 0x85EBCA6B, xp.uint32))
-    x = _mix(xp, of_slot ^ of_id)
+    of_slot = mix(slot_1xh + xp.full((1, 1), feature * 0x9E3779B9 & 0xFFFFFFFF, xp.uint32))
+    of_id = mix(ids_Bx1.astype(xp.uint32) + xp.full((1, 1), 0x85EBCA6B, xp.uint32))
+    x = mix(of_slot ^ of_id)
     if distribution == "pareto":
         # Only exactly rounded operations, so that every device has the same: u^-4 by one division and two products.
         inverse = xp.float32(2.0**32) / (x | xp.uint32(1)).astype(xp.float32)
@@ -57,14 +58,6 @@ def virtual_ids(xp: Any, ids_B: Any, feature: int, rows: int, hotness: int, dist
     drawn = (x % xp.uint32(rows)).astype(xp.int32)
     bag_Bxh = xp.concatenate([ids_Bx1, drawn], axis=1)
     return xp.where(ids_Bx1 == EMPTY_SLOT, xp.int32(EMPTY_SLOT), bag_Bxh)
-
-
-def _mix(xp: Any, x: Any) -> Any:
-    x = x ^ (x >> xp.uint32(16))
-    x = x * xp.uint32(0x85EBCA6B)
-    x = x ^ (x >> xp.uint32(13))
-    x = x * xp.uint32(0xC2B2AE35)
-    return x ^ (x >> xp.uint32(16))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,6 +2,8 @@
 
 Each id has a bias and a short vector, a bag is the sum of its ids; the teacher's logit adds the biases, a small
 nonlinear function of the dense features, and all dot products of features. Labels are coin flips with its probability.
+The logit is a sum of floats, whose last bit is the platform's: rows are made once, by the host, and not in a step as
+those of synthetic.py, or a flip near its probability would fall otherwise there.
 """
 
 import dataclasses

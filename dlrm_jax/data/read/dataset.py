@@ -3,13 +3,22 @@
 import dataclasses
 import pathlib
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
 import numpy as np
 
 from dlrm_jax.config import ConfigError, FeatureConfig
 from dlrm_jax.data.schema.schema import SPLITS
+
+Columns = tuple[Any, Any, Any]
+"""Of some rows `dense_RxN` float32, `ids_RxK` int32, `label_R` float32."""
+Maker = Callable[[Any, Any], Columns]
+"""`(xp, position_R) -> columns`: rows from their positions alone, by numpy, or by jax.numpy, also in a jitted step.
+
+The bits are the same: all is done in whole numbers. What needs a logarithm or a sum of floats, as labels by a hidden
+model do, differs from platform to platform in the last bit; such rows are made once, by the host.
+"""
 
 
 class Rows(Protocol):
@@ -21,6 +30,10 @@ class Rows(Protocol):
     @property
     def only_label(self) -> int | None:
         """The label that all rows have, 0 or 1; None where there are both, or where nobody counted."""
+
+    @property
+    def maker(self) -> Maker | None:
+        """What computes rows from their positions in `whole()`; None where they are read."""
 
     def windows(self, seed: int, epoch: int, shuffle: bool, start: int = 0) -> Iterator[tuple["Split", np.ndarray]]:
         """The epoch's rows from number `start` on: (rows in memory, the order in which to visit them), each row once.
@@ -80,6 +93,11 @@ class Split:
         if not len(self) or self.label_R.min() != self.label_R.max():
             return None
         return int(self.label_R[0])
+
+    @property
+    def maker(self) -> None:
+        """See Rows: they are here."""
+        return None
 
     def windows(self, seed: int, epoch: int, shuffle: bool, start: int = 0) -> Iterator[tuple["Split", np.ndarray]]:
         """One window: all rows, in the order of a permutation from (seed, epoch)."""

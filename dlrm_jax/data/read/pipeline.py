@@ -23,7 +23,7 @@ import numpy as np
 
 from dlrm_jax.config import EMPTY_SLOT
 from dlrm_jax.data.batch import Batch
-from dlrm_jax.data.read.dataset import Rows, Split
+from dlrm_jax.data.read.dataset import Maker, Rows, Split
 from dlrm_jax.data.read.unread import Target, Unread
 from dlrm_jax.host.cores import cores
 from dlrm_jax.host.recycled import Recycler
@@ -32,6 +32,8 @@ MOST_STEPS = 64
 """Batches of a window, at most: a loss that is no number is seen two windows later, at the latest."""
 WINDOW_BYTES = 32 << 20
 """A window has fewer batches where they are large: some three windows are on their way, and two are in use."""
+MOST_ROWS = 2**32 - 1
+"""Of a split of which the order alone travels, in words of 32 bits, and the number behind the last row is padding."""
 _PIECE_ROWS = 16_384
 """Rows that a thread puts into a window in one go."""
 
@@ -219,7 +221,7 @@ class _Waiting:
 def order_windows(epochs: Iterator[Iterator[np.ndarray]], cut: Cut, num_rows: int) -> Iterator[np.ndarray]:
     """Windows of rows that are where the step runs: their positions (steps, rows), padding being `num_rows`."""
     for _, pieces in laid_out((((None, order_R) for order_R in orders) for orders in epochs), cut):
-        window = np.full(cut.steps * cut.rows, num_rows, np.int32)
+        window = np.full(cut.steps * cut.rows, num_rows, np.uint32)
         for piece in pieces:
             window[piece.at : piece.at + len(piece.rows_R)] = piece.rows_R
         yield window.reshape(cut.steps, cut.rows)
@@ -233,6 +235,18 @@ def as_batch(split: Split) -> Batch:
     """All rows of a split as one batch, none of them copied but for weights of one."""
     weight_R = np.ones(len(split), np.float32) if split.weight_R is None else split.weight_R
     return Batch(dense_BxN=split.dense_RxN, ids_BxK=split.ids_RxK, label_B=split.label_R, weight_B=weight_R)
+
+
+def made_batch(xp: Any, maker: Maker, position_B: Any, num_rows: int = MOST_ROWS) -> Batch:
+    """Rows that `xp` makes, positions from `num_rows` on being padding."""
+    dense_BxN, ids_BxK, label_B = maker(xp, position_B)
+    batch = Batch(dense_BxN=dense_BxN, ids_BxK=ids_BxK, label_B=label_B, weight_B=xp.ones_like(label_B))
+    is_row_B = position_B.astype(xp.uint32) < np.uint32(num_rows)
+
+    def padded_with(filler: float, column: Any) -> Any:
+        return xp.where(is_row_B.reshape(-1, *[1] * (column.ndim - 1)), column, column.dtype.type(filler))
+
+    return jax.tree.map(padded_with, PADDING, batch)
 
 
 def _empty(like: Split, cut: Cut, padding: bool, memory: Recycler) -> Batch:

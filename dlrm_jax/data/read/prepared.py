@@ -53,6 +53,11 @@ class PreparedSplit:
     def __len__(self) -> int:
         return self.num_rows
 
+    @property
+    def maker(self) -> None:
+        """See dataset.Rows."""
+        return None
+
     def windows(self, seed: int, epoch: int, shuffle: bool, start: int = 0) -> Iterator[tuple[Split, np.ndarray]]:
         """See dataset.Rows."""
         return read_windows(self.order, self.read, seed, epoch, shuffle, start)

@@ -11,10 +11,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dlrm_jax.data.read.dataset import Split
+from dlrm_jax.data.read.dataset import Columns, Maker, Split
 from dlrm_jax.data.read.native import permutation
 from dlrm_jax.host.cores import cores
 
+_MADE_ROWS = 512
+"""Rows that the host makes at a time: what it notes on the way stays in a core's cache."""
 MOST_READERS = 8
 """Threads that read a split: each holds a window, and reading is faster than any step with fewer."""
 
@@ -115,6 +117,8 @@ class GeneratedSplit:
     block_rows: int
     make_block: Callable[[int], Split]
     """The log's rows from `index * block_rows` on, `block_rows` of them."""
+    maker: Maker | None = None
+    """See dataset.Rows: of the split's rows, with the same bits as in their blocks."""
     only_label: int | None = None
     """Nobody counts what is generated."""
 
@@ -152,6 +156,14 @@ class GeneratedSplit:
             block, offset = self.make_block(index), index * self.block_rows
             pieces.append(slice_rows(block, max(begin - offset, 0), min(end - offset, self.block_rows)))
         return pieces
+
+
+def made_by_host(maker: Maker, position_R: np.ndarray) -> Columns:
+    """Rows in memory."""
+    starts = range(0, max(len(position_R), 1), _MADE_ROWS)
+    parts = [maker(np, position_R[start : start + _MADE_ROWS]) for start in starts]
+    dense, ids, label = map(np.concatenate, zip(*parts, strict=True))
+    return dense, ids, label
 
 
 def slice_rows(split: Split, start: int, stop: int) -> Split:
