@@ -11,6 +11,7 @@ of another server, which take but processors, and beside hostile ones of its own
 
 import argparse
 import asyncio
+import contextlib
 import json
 import os
 import pathlib
@@ -203,12 +204,29 @@ def overload(flags: argparse.Namespace) -> str:
 
 def attack(flags: argparse.Namespace) -> str:
     """Markdown of an attack."""
-    servers = []
-    for _ in range(2):
-        port = free_port()
-        command = [sys.executable, "-m", "dlrm_jax.serve", f"--model={flags.model}", f"--port={port}"]
-        servers.append(start(command, port))
-    (process, target), (other, elsewhere) = servers
+    with contextlib.ExitStack() as running:
+        servers = []
+        for _ in range(2):
+            port = free_port()
+            command = [sys.executable, "-m", "dlrm_jax.serve", f"--model={flags.model}", f"--port={port}"]
+            servers.append(start(command, port))
+            running.callback(end, servers[-1][0])
+        return attacked(flags, *servers)
+
+
+def end(process: subprocess.Popen) -> int:
+    """End a server, if it is there still; its exit status."""
+    if process.poll() is None:
+        process.terminate()
+    return process.wait(30)
+
+
+Server = tuple[subprocess.Popen, generator.Target]
+
+
+def attacked(flags: argparse.Namespace, ours: Server, another: Server) -> str:
+    """The table of a steady client of `ours`, whom hostile clients of that or of `another` server disturb."""
+    (process, target), (other, elsewhere) = ours, another
     bodies = generator.make_requests(target, flags.candidates, True, 0)
     rate, seconds = 0.2 * flags.qps, flags.seconds / 10
 
@@ -225,8 +243,7 @@ def attack(flags: argparse.Namespace) -> str:
         return steady(), json.loads(others.communicate()[0])
 
     apart, _ = steady_beside(elsewhere)
-    other.terminate()
-    other.wait(30)
+    end(other)
     beside, had = steady_beside(target)
     status: dict[str, int] = {}
     samples = []
@@ -236,7 +253,6 @@ def attack(flags: argparse.Namespace) -> str:
         hostile.send_small((target.host, target.port), row, flags.hostile_requests // 10, status)
         samples.append(memory(process))
     alive = process.poll() is None
-    process.terminate()
     lines = ["| steady client | requests | refused | failed | p50 | p99 |", "|---|---|---|---|---|---|"]
     for name, s in (("alone", alone), ("hostile ones of another server", apart), ("hostile ones beside it", beside)):
         numbers = f"{s['requests']} | {s['refused']} | {s['failed']} | {s['p50_ms']:.1f} ms | {s['p99_ms']:.1f} ms"
@@ -245,7 +261,7 @@ def attack(flags: argparse.Namespace) -> str:
         f"\n\nBeside: {hostile.IDLE} idle and {hostile.HELD} held connections ({had['connections']} were opened), and "
         f"stalling requests, one after the other (answers by status: {had['stalling']}). Then {sum(status.values()):,} "
         f"hostile requests (answers: {status}): memory {samples[0]:,.0f} MB after a tenth, {samples[-1]:,.0f} MB at "
-        f"the end; alive at the end: {alive}, exit status {process.wait(30)}."
+        f"the end; alive at the end: {alive}, exit status {end(process)}."
     )
 
 

@@ -296,6 +296,11 @@ void dlrm_scatter(const uint8_t* const* starts, const int64_t* widths, int64_t c
   }
 }
 
+// Where rows that are visited in this order, from `first` on, belong: to[rows[i]] = first + i.
+void dlrm_places(const int64_t* rows, int64_t count, int64_t first, int64_t* to) {
+  for (int64_t i = 0; i < count; ++i) to[rows[i]] = first + i;
+}
+
 // Where the columns are in the data of plain chunks of `size` bytes and `rows` rows, and the bytes that are no column's:
 // gap g begins at gaps[2 * g] and has gaps[2 * g + 1] bytes; `between` has them, one after the other.
 struct Layout {

@@ -35,7 +35,8 @@ def _made() -> Any:
     made.dlrm_read_chunks.argtypes, made.dlrm_read_chunks.restype = (_INT, *[_POINTER] * 6), None
     made.dlrm_any_outside.argtypes, made.dlrm_any_outside.restype = (_POINTER, _INT, _INT, _POINTER), _INT
     made.dlrm_scatter.argtypes = (_POINTER, _POINTER, _INT, _POINTER, _INT, _POINTER)
-    made.dlrm_scatter.restype = None
+    made.dlrm_places.argtypes = (_POINTER, _INT, _INT, _POINTER)
+    made.dlrm_scatter.restype = made.dlrm_places.restype = None
     made.dlrm_fill.argtypes = (_POINTER, _INT, *[_POINTER] * 4, _INT, *[_POINTER] * 5)
     made.dlrm_fill.restype = None
     made.dlrm_permutation.argtypes, made.dlrm_permutation.restype = (_POINTER, _POINTER, _POINTER, _INT), None

@@ -164,7 +164,7 @@ class _Filling:
     """Windows in their order, while their rows are put into them.
 
     What is in memory is put at once. A source that is not is read when the next one begins, as all its rows have their
-    place then; its windows are waited for when the one behind it is on its way too, so that all threads have work.
+    place then; its windows are waited for when the two behind it are on their way too, so that all threads have work.
     """
 
     def __init__(self, pool: concurrent.futures.Executor, cut: Cut) -> None:
@@ -193,7 +193,7 @@ class _Filling:
         """The windows that are filled by now; all that are left where none is added any more."""
         if not still_adding and self._open:
             self._begin_reading()
-        while self._waiting and (not still_adding or self._waiting[0].last_source < self._read - 1):
+        while self._waiting and (not still_adding or self._waiting[0].last_source < self._read - 2):
             window, jobs = self._waiting[0].window, self._waiting.popleft().jobs
             for job in jobs:
                 job.result()

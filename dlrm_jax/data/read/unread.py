@@ -65,7 +65,8 @@ class Unread:
         rows = self.stretches[-1].at + self.stretches[-1].stop - self.stretches[-1].start
         places_R = np.full(rows, -1, np.int64)
         for number, (window, rows_R, at) in enumerate(targets):
-            places_R[rows_R] = np.arange(at, at + len(rows_R)) + (number << 32)
+            order_R = np.ascontiguousarray(rows_R, np.int64)
+            self.library.dlrm_places(address(order_R), len(order_R), at + (number << 32), address(places_R))
             if self.like.weight_R is None:
                 window[3][at : at + len(rows_R)] = 1
         by_record: dict[int, list[Stretch]] = {}
