@@ -4,7 +4,8 @@
 
 Each step is compiled with the tables as they are and with half their rows; the difference of its temporaries over
 that of its arguments is what a byte of tables costs besides itself, and must be next to nothing. A run's step cuts its
-batch out of a window, which must cost no loop. Writes the table between the markers of experiments/README.md.
+batch out of a window, whose rows travelled, or stay on every chip, or are made in the step: without a loop, and of rows
+that stay, compiled with half of them too, without a copy. Writes the table of experiments/README.md.
 """
 
 import argparse
@@ -22,17 +23,19 @@ from measure import replace_section
 
 from dlrm_jax.api.planning import load_of, model_of
 from dlrm_jax.cli.flags import config_from_flags, define_run_flags
-from dlrm_jax.config import LossConfig
+from dlrm_jax.config import LossConfig, ModelConfig
+from dlrm_jax.data.generate.synthetic import Log, Spec
 from dlrm_jax.host.mesh import MeshShape
 from dlrm_jax.planning import planner
 from dlrm_jax.planning.cost import Cost
 from dlrm_jax.planning.hardware import HARDWARE
-from dlrm_jax.training.topology import Compiled, Topology, compile_report, parse_topology
+from dlrm_jax.training.topology import Compiled, Topology, Windows, compile_report, parse_topology
 
 HERE = pathlib.Path(__file__).resolve().parent
 MODELS = ("kaggle", "terabyte")
 PODS = ("v5e:2x4", "v5p:2x2x2", "v6e:2x4")
 WINDOW_STEPS = 64
+RESIDENT_ROWS = 10_000_000
 
 
 def setting_of(name: str, topology: Topology, share: int) -> tuple[planner.Setting, Cost]:
@@ -48,22 +51,47 @@ def setting_of(name: str, topology: Topology, share: int) -> tuple[planner.Setti
     return setting, setting.cost("row_wise")
 
 
+def with_rows(setting: planner.Setting, rows: int) -> tuple[planner.Setting, Cost]:
+    """The same with so many rows of the data on every chip."""
+    setting = dataclasses.replace(setting, load=dataclasses.replace(setting.load, resident_rows=rows))
+    return setting, setting.cost("row_wise")
+
+
+def maker_of(model: ModelConfig) -> Log:
+    """What makes rows for a model."""
+    tables = tuple(model.table(feature.table).num_embeddings for feature in model.features)
+    return Log(Spec(model.num_dense, tables, tuple(feature.hotness for feature in model.features)), 0)
+
+
+def added(more: Compiled, less: Compiled) -> float:
+    """Bytes of temporaries for a byte of arguments more."""
+    return (more.temporaries - less.temporaries) / (more.arguments - less.arguments)
+
+
+def temporaries(step: Compiled) -> str:
+    """And the loops that are none of the program's."""
+    return f"{step.temporaries / 1e6:,.1f} MB, {step.serial_loops}"
+
+
 def row(name: str, pod: str) -> str:
     """One model on one pod, as Markdown."""
     topology = parse_topology(pod)
-    compiled: list[Compiled] = []
-    for share in (1, 2):
-        setting, cost = setting_of(name, topology, share)
-        compiled.append(compile_report(setting, LossConfig(), cost, topology))
-        if share == 1:
-            windowed = compile_report(setting, LossConfig(), cost, topology, WINDOW_STEPS)
-    whole, half = compiled
-    cost = whole.predicted
-    grown = (whole.temporaries - half.temporaries) / (whole.arguments - half.arguments)
+
+    def compiled(planned: tuple[planner.Setting, Cost], windows: Windows | None = None) -> Compiled:
+        return compile_report(planned[0], LossConfig(), planned[1], topology, windows)
+
+    planned = setting, cost = setting_of(name, topology, 1)
+    whole, half = compiled(planned), compiled(setting_of(name, topology, 2))
+    of_window = compiled(planned, Windows(WINDOW_STEPS))
+    stays, fewer = (
+        compiled(with_rows(setting, rows), Windows(WINDOW_STEPS, rows)) for rows in (RESIDENT_ROWS, RESIDENT_ROWS // 2)
+    )
+    made = compiled(planned, Windows(WINDOW_STEPS, RESIDENT_ROWS, maker_of(setting.model)))
     longest = max(cost.seconds.values())
     return (
-        f"| {name} | {pod} | {whole.arguments / 1e6:,.0f} MB | {whole.temporaries / 1e6:,.1f} MB | {grown:+.4f} "
-        f"| {whole.serial_loops} | {windowed.temporaries / 1e6:,.1f} MB, {windowed.serial_loops} "
+        f"| {name} | {pod} | {whole.arguments / 1e6:,.0f} MB | {temporaries(whole)} | {added(whole, half):+.4f} "
+        f"| {temporaries(of_window)} | {temporaries(stays)} | {added(stays, fewer):+.4f} "
+        f"| {stays.held / 1e9:.2f}, {stays.predicted.bytes_held / 1e9:.2f} GB | {temporaries(made)} "
         f"| {cost.step_seconds * 1e3:.3f} ms | {cost.bound} | {longest / cost.step_seconds:.0%} |"
     )
 
@@ -76,9 +104,10 @@ def main() -> None:
     options = parser.parse_args()
     define_run_flags()
     lines = [
-        "| model | pod | tables and state a chip | temporaries | a byte of tables adds | serial loops | of a window "
+        "| model | pod | tables and state a chip | temporaries, loops | a byte of tables adds | of a window "
+        "| rows stay | a byte of rows adds | memory then, predicted | rows are made "
         "| step, estimated | bound by | its share |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "|" + 13 * "---|",
     ]
     for name in options.models.split(","):
         for pod in options.pods.split(","):

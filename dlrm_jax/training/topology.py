@@ -16,11 +16,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from dlrm_jax.config import ConfigError, LossConfig, how_to_install
-from dlrm_jax.data.read.dataset import Split
+from dlrm_jax.data.read.dataset import Maker, Split
 from dlrm_jax.data.read.pipeline import Cut
+from dlrm_jax.data.read.windows import GeneratedSplit
 from dlrm_jax.host.mesh import make_mesh
 from dlrm_jax.planning.cost import Cost
 from dlrm_jax.planning.hardware import HARDWARE
@@ -150,10 +150,25 @@ class Compiled:
         )
 
 
+@dataclasses.dataclass(frozen=True)
+class Windows:
+    """Windows of `steps` batches, as a run's step has them: of rows that travel, or whose order does.
+
+    With `rows` so many stay on every chip; with a `maker` (dataset.Maker) steps make them instead.
+    """
+
+    steps: int
+    rows: int = 0
+    maker: Maker | None = None
+
+
 def compile_report(
-    setting: Setting, loss: LossConfig, cost: Cost, topology: Topology, window_steps: int = 0
+    setting: Setting, loss: LossConfig, cost: Cost, topology: Topology, windows: Windows | None = None
 ) -> Compiled:
-    """Compile the training step of a plan for a pod: of a batch, or as a run's, of a window of so many batches."""
+    """Compile the training step of a plan for a pod: of a batch, or as a run's, of a window.
+
+    What rows that stay take is in `predicted` where the setting's load has them.
+    """
     mesh = make_mesh(setting.mesh, devices(topology))
     placed = Placed(setting.model, setting.optimizer, cost.plan, mesh, cost.options, packed=True)
     parts = setting.load.num_micro_batches
@@ -161,8 +176,8 @@ def compile_report(
     multiple = mesh.size * parts
     batch_size = -(-setting.load.batch_size // multiple) * multiple
     step, arguments = placed.jit_step(plain), (placed.abstract_batch(batch_size),)
-    if window_steps:
-        step, arguments = _of_a_window(placed, plain, batch_size, window_steps)
+    if windows is not None:
+        step, arguments = _of_a_window(placed, plain, batch_size, windows)
     start = time.perf_counter()
     with _by_own_libtpu():
         compiled = step.lower(placed.abstract_state, *arguments).compile()
@@ -181,16 +196,26 @@ def compile_report(
     )
 
 
-def _of_a_window(placed: Placed, step: TrainStep, batch_size: int, steps: int) -> tuple[Any, tuple[Any, ...]]:
+def _of_a_window(placed: Placed, step: TrainStep, batch_size: int, windows: Windows) -> tuple[Any, tuple[Any, ...]]:
     """(the step that cuts its batch from a window, what it takes behind the state: a record and a window)."""
-    none = np.zeros(0)
-    feed = Feed(Split(none, none, none, none), Cut(batch_size, steps), placed.mesh)
+    steps, made = windows.steps, windows.maker is not None
+    split = GeneratedSplit(0, windows.rows, 1, _unread, maker=windows.maker)
+    feed = Feed(split, Cut(batch_size, steps), placed.mesh, resident=bool(windows.rows) and not made, made=made)
     assert feed.shardings is not None
+    first = (windows.rows,) if windows.rows else (steps, batch_size)
 
-    def of_window(column: Any, sharding: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((steps, *column.shape), column.dtype, sharding=sharding)
+    def of_window(sharding: Any, column: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((*first, *column.shape[1:]), column.dtype, sharding=sharding)
 
-    rows = jax.tree.map(of_window, placed.abstract_batch(batch_size), feed.shardings.rows)
+    batch, order_TxB = placed.abstract_batch(batch_size), feed.shardings.order_TxB
+    window = Window(
+        jax.ShapeDtypeStruct((), jnp.int32, sharding=placed.everywhere),
+        None if made else jax.tree.map(of_window, feed.shardings.rows, batch),
+        order_TxB and jax.ShapeDtypeStruct((steps, batch_size), jnp.uint32, sharding=order_TxB),
+    )
     record = jax.ShapeDtypeStruct((steps, len(RECORDED)), jnp.float32, sharding=placed.everywhere)
-    first_step = jax.ShapeDtypeStruct((), jnp.int32, sharding=placed.everywhere)
-    return placed.jit_window_step(make_window_step(step, feed), feed.shardings), (record, Window(first_step, rows))
+    return placed.jit_window_step(make_window_step(step, feed), feed.shardings), (record, window)
+
+
+def _unread(index: int) -> Split:
+    raise NotImplementedError(f"block {index} of rows of which there are only shapes")

@@ -1,5 +1,6 @@
 """TPU pods on a laptop: the real step, compiled by libtpu, without a TPU. Skips where libtpu is not installed."""
 
+import functools
 import importlib.util
 import json
 import os
@@ -10,11 +11,12 @@ from importlib import metadata
 import pytest
 
 from dlrm_jax.config import ConfigError, LossConfig, TableConfig
+from dlrm_jax.data.generate.synthetic import Log, Spec
 from dlrm_jax.host.mesh import MeshShape
 from dlrm_jax.planning.cost import Load
 from dlrm_jax.planning.hardware import HARDWARE
 from dlrm_jax.planning.planner import Setting
-from dlrm_jax.training.topology import compile_report, devices, other_libtpu, parse_topology
+from dlrm_jax.training.topology import Compiled, Windows, compile_report, devices, other_libtpu, parse_topology
 from tests.helpers import ROOT, optimizer, tiny_model
 
 HAS_LIBTPU = importlib.util.find_spec("libtpu") is not None
@@ -73,17 +75,46 @@ def test_mlperf_on_a_pod_as_predicted(tmp_path, model, pod):
     assert abs(report["predicted_held"] / report["held"] - 1) < 0.05
 
 
-@needs_libtpu
-def test_a_step_of_a_window_is_compiled_as_that_of_a_batch():
-    """Of a window that travels: its batch is cut on the chip, without a loop over rows, and tables lie as before."""
+@pytest.fixture(scope="module")
+def of_windows():
+    """What compiles the step of a small model for four chips: of a batch, or of some windows."""
     shape, topology = MeshShape(1, 4), parse_topology("v5e:2x2")
     tables = tuple(TableConfig(name, rows, 64) for name, rows in (("user", 100_000), ("item", 7), ("flag", 1)))
     model = tiny_model(tables=tables, bottom_mlp=(5, 64))
-    setting = Setting(model, optimizer("rowwise_adagrad"), shape, Load(512), HARDWARE["v5e"], packed=True)
-    cost = setting.cost("row_wise")
-    plain, windowed = (compile_report(setting, LossConfig(), cost, topology, steps) for steps in (0, 32))
+
+    def report(windows: Windows | None) -> Compiled:
+        load = Load(512, resident_rows=windows.rows if windows is not None and windows.maker is None else 0)
+        setting = Setting(model, optimizer("rowwise_adagrad"), shape, load, HARDWARE["v5e"], packed=True)
+        return compile_report(setting, LossConfig(), setting.cost("row_wise"), topology, windows)
+
+    return functools.cache(report)
+
+
+@needs_libtpu
+def test_a_step_of_a_window_is_compiled_as_that_of_a_batch(of_windows):
+    """Of a window that travels: its batch is cut on the chip, without a loop over rows, and tables lie as before."""
+    plain, windowed = of_windows(None), of_windows(Windows(32))
     assert windowed.serial_loops == plain.serial_loops == 0 and windowed.sent == plain.sent
     assert windowed.temporaries < 1.5 * plain.temporaries and windowed.arguments > plain.arguments
+
+
+@needs_libtpu
+def test_rows_that_stay_are_taken_one_by_one_and_copied_by_no_step(of_windows):
+    """Their columns lie in tiles, and a batch of them is gathered without a loop, whatever else is there."""
+    plain, half, whole = of_windows(None), of_windows(Windows(32, 500_000)), of_windows(Windows(32, 1_000_000))
+    assert whole.serial_loops == 0 and whole.sent == plain.sent
+    grown, predicted = whole.arguments - half.arguments, whole.predicted.bytes_held - half.predicted.bytes_held
+    assert abs(predicted / grown - 1) < 0.001 and abs(whole.predicted.bytes_held / whole.held - 1) < 0.05
+    assert abs(whole.temporaries - half.temporaries) < grown / 100 and whole.temporaries < 1.5 * plain.temporaries
+
+
+@needs_libtpu
+@pytest.mark.exhaustive
+def test_rows_are_made_on_a_chip_without_a_loop(of_windows):
+    log = Log(Spec(3, (100_000, 7, 7, 1), (1, 1, 3, 2)), 0)
+    plain, made = of_windows(None), of_windows(Windows(32, 1_000_000, log))
+    assert made.serial_loops == 0 and made.sent == plain.sent
+    assert made.temporaries < 1.5 * plain.temporaries and made.arguments < 1.01 * plain.arguments
 
 
 @needs_libtpu
