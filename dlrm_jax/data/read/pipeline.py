@@ -37,6 +37,9 @@ MOST_ROWS = 2**32 - 1
 _PIECE_ROWS = 16_384
 """Rows that a thread puts into a window in one go."""
 
+_AHEAD = 2
+"""Sources that are on their way behind those of a window that is waited for."""
+
 Host = TypeVar("Host")
 Device = TypeVar("Device")
 
@@ -193,7 +196,7 @@ class _Filling:
         """The windows that are filled by now; all that are left where none is added any more."""
         if not still_adding and self._open:
             self._begin_reading()
-        while self._waiting and (not still_adding or self._waiting[0].last_source < self._read - 2):
+        while self._waiting and (not still_adding or self._waiting[0].last_source < self._read - _AHEAD):
             window, jobs = self._waiting[0].window, self._waiting.popleft().jobs
             for job in jobs:
                 job.result()
@@ -214,8 +217,8 @@ class _Waiting:
 
     window: Batch
     jobs: list[concurrent.futures.Future[None]]
-    last_source: int = -2
-    """Number of the last of its sources that are to be read; below all numbers where there is none."""
+    last_source: int = -1 - _AHEAD
+    """Number of the last of its sources that are to be read; where there is none, one that is long past."""
 
 
 def order_windows(epochs: Iterator[Iterator[np.ndarray]], cut: Cut, num_rows: int) -> Iterator[np.ndarray]:
