@@ -153,7 +153,7 @@ def train(
             to_version = versions and versions.undisturbed(step)
             taken, state = train_step(state, step, min(run.undisturbed(step), to_version or run.num_steps))
             step += taken
-            trace.after(step, state, train_step.executable)
+            trace.after(step, state, train_step)
             records.mlperf.after(step, state)
             own = step - run.began_at
             at_eval = own % run.eval_every == 0 or own == run.num_steps

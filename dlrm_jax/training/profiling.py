@@ -4,7 +4,7 @@ import collections
 import logging
 import pathlib
 import re
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 
@@ -25,6 +25,14 @@ def read_steps(text: str) -> tuple[int, int] | None:
     first, last = (int(found[1]), int(found[2])) if found else (0, 0)
     require(first < last, f"profile_steps is {text!r}; give two numbers of steps, the first below the last, as 100:110")
     return first, last
+
+
+class Stepping(Protocol):
+    """What dispatches steps (stepper.py)."""
+
+    @property
+    def executable(self) -> Any:
+        """The step compiled last."""
 
 
 class StepsTrace:
@@ -50,11 +58,11 @@ class StepsTrace:
         jax.profiler.start_trace(str(self._directory))
         self._began_at = step
 
-    def after(self, step: int, state: Any, executable: Any) -> None:
-        """`step` have been dispatched, of which `state` is the last, by `executable`."""
+    def after(self, step: int, state: Any, stepper: Stepping) -> None:
+        """`step` have been dispatched by `stepper`; `state` is the last one's."""
         if self._began_at is None or self._steps is None:
             return
-        self._last = (step, executable)
+        self._last = (step, stepper.executable)
         if step >= self._steps[1]:
             jax.block_until_ready(state)
             self._end()

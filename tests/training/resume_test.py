@@ -178,3 +178,8 @@ def test_ctrl_c_before_training_leaves_no_traceback(tmp_path):
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate()
     assert process.returncode == 130 and stderr == "interrupted\n"
+
+
+def test_where_nothing_is_traced_nobody_asks_what_was_compiled(tmp_path):
+    with StepsTrace("", tmp_path, traces=True) as trace:
+        trace.after(2, None, object())
