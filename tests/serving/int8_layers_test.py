@@ -6,15 +6,17 @@ from unittest import mock
 import numpy as np
 import pytest
 
-from dlrm_jax.config import ConfigError, FeatureConfig, TableConfig
+from dlrm_jax.config import ConfigError, FeatureConfig, LossConfig, TableConfig
 from dlrm_jax.serving.artifact import int8_layers, native
-from dlrm_jax.serving.artifact.export import by_the_program, measuring_int8
+from dlrm_jax.serving.artifact.export import by_the_program, export_model, measuring_int8
+from dlrm_jax.serving.artifact.export_delta import differing, export_delta
 from dlrm_jax.serving.artifact.loaded import load
 from dlrm_jax.serving.artifact.native import NativeCpu, native_int8
+from dlrm_jax.serving.artifact.store import open_alone, open_version
 from tests.helpers import random_batch, tiny_model
 from tests.server_process import running
 from tests.serving.native_serving_test import export_random, scores
-from tests.serving_helpers import export_tiny
+from tests.serving_helpers import export_tiny, learned, lively_state, pieces_of, random_dataset
 from tests.tables.native_test import needs_compiler
 
 VECTORS = {
@@ -157,6 +159,36 @@ def test_a_processor_without_the_instruction_is_told(measured, monkeypatch):
     monkeypatch.setattr(native._library(), "dlrm_has_byte_products", lambda: False)
     with pytest.raises(ConfigError, match="this processor has no VNNI instructions"):
         load(measured, 1, make_engine=native_int8)
+
+
+def test_a_model_without_a_wide_layer_gains_nothing(tmp_path):
+    with pytest.raises(
+        ConfigError, match="no layer of this model has 64 inputs and 32 outputs, so that none has 8 bits"
+    ):
+        export_random(tmp_path, tiny_model(), "float32", measuring_int8(by_the_program))
+
+
+def test_a_delta_is_applied_where_it_was_measured_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(int8_layers, "MOST_CHANGE", 0.1)
+    monkeypatch.setattr(native._library(), "dlrm_has_byte_products", lambda: True)
+    state, data, loss = lively_state(WIDE), random_dataset(WIDE), LossConfig()
+    measuring = {"evaluated": ("test",), "make_score": measuring_int8(by_the_program)}
+    export_model(tmp_path, WIDE, loss, state.dense_params, pieces_of(WIDE, state), data, **measuring)
+    servable = load(tmp_path, make_engine=native_int8)
+    batch = tuple(map(np.asarray, vars(random_batch(WIDE, 20)).values()))[:2]
+    for number, more in ((2, {"evaluated": ("test",)}), (3, measuring)):
+        state = learned(state, WIDE, {"user": [1, 2]}, 0.5)
+        parent = open_version(tmp_path, 1)
+        rows_of = differing(pieces_of(WIDE, state), "float32")
+        export_delta(tmp_path, parent, WIDE, loss, state.dense_params, rows_of, data, **more)
+        change, before = servable.changed_by(open_alone(tmp_path, number)), servable.score(*batch).logit
+        if number == 2:
+            with pytest.raises(ConfigError, match="probability_int8 is not there, which export --int8_layers notes"):
+                change()
+            np.testing.assert_array_equal(servable.score(*batch).logit, before)
+    after = change()
+    want = NativeCpu(open_version(tmp_path, 3), int8=True).run(*batch)[1]
+    np.testing.assert_array_equal(after.score(*batch).logit, want)
 
 
 @pytest.mark.end_to_end

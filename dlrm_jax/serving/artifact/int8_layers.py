@@ -27,6 +27,7 @@ MOST_CHANGE = 1e-4
 _LEAST_INPUTS, _LEAST_OUTPUTS, _MOST_INPUTS = 64, 32, 1 << 16
 """Layers with fewer cost little, and what is left out of the first and the last ones weighs more. More: layers.h."""
 _LARGEST = 127
+TOO_NARROW = f"no layer of this model has {_LEAST_INPUTS} inputs and {_LEAST_OUTPUTS} outputs, so that none has 8 bits"
 
 
 class Coded(NamedTuple):

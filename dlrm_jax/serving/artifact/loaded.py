@@ -221,6 +221,7 @@ class Servable:
         path, (name, tolerance) = self.version.path("self_check.npz"), self._engine.noted
         try:
             with open_regular(path) as file, np.load(file) as noted:
+                require(name in noted or name == NOTED.name, f"{name} is not there, which export --int8_layers notes")
                 inputs, want = self.checked(noted["dense"], noted["ids"]), noted[name].astype(np.float32)
             require(len(want) > 0 and want.shape == inputs[0].shape[:1], "it has not a probability for each row")
         except (OSError, ValueError, LookupError, EOFError, TypeError, zipfile.BadZipFile) as error:

@@ -128,6 +128,11 @@ class NativeCpu:
                 f"{version.directory}: model.json and the weights do not fit together: {error}; export anew"
             ) from error
 
+    @property
+    def num_coded(self) -> int:
+        """Layers of 8 bits."""
+        return self._network.num_coded
+
     def run(self, dense_BxN: np.ndarray, ids_BxK: np.ndarray) -> Sequence[np.ndarray]:
         """(probability_B, logit_B) of float32 and int32 arrays. TypeError for others, or of other shapes."""
         arrays = {"dense": _in_one_piece(dense_BxN), "ids": _in_one_piece(ids_BxK)}
@@ -176,7 +181,7 @@ class _Network:
         rows: dict[str, np.ndarray],
     ) -> None:
         """ValueError where sizes or types do not fit together."""
-        self._made_of, self.rows = (model, threshold, kind, int8), rows
+        self._made_of, self.rows, self.num_coded = (model, threshold, kind, int8), rows, 0
         self._kept: list[Any] = []
         self.address = self._describe(dense)
 
@@ -287,6 +292,7 @@ class _Network:
         padded_bias = self._keep(np.pad(bias, (0, -bias.size % panel))[None])
         layer = _Layer(bias=_described(padded_bias), inputs=inputs, outputs=outputs)
         if self._made_of[-1] and int8_layers.is_coded(inputs, outputs):
+            self.num_coded += 1
             weights = int8_layers.coded(kernel)
             group = _library().dlrm_group()
             codes = np.pad(weights.codes, ((0, -inputs % group), (0, -outputs % panel)))
