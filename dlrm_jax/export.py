@@ -40,7 +40,8 @@ def define_flags() -> None:
         "int8_layers",
         False,
         "Measure what int8 layers of the C++ scorer change, so that dlrm_jax.serve --kernels=native_int8 may use them; "
-        "refused where they move the AUC of a split of --evaluate by more than 1e-4.",
+        "refused where they move the AUC of a split of --evaluate by more than 1e-4. It needs a CPU and a C++ "
+        "compiler.",
     )
     flags.DEFINE_string(
         "fold",

@@ -24,6 +24,7 @@ from dlrm_jax.serving.artifact.store import Version, open_version
 from dlrm_jax.serving.artifact.weights import read_dense
 from dlrm_jax.training import reporting
 
+COMMAND = "python experiments/int8_layers.py --workdirs=DIR,DIR --shapes=DIR"
 BATCHES, TURNS, TURN_SECONDS = (1, 64, 2048), 9, 0.2
 
 
@@ -77,6 +78,8 @@ def main() -> None:
     parser.add_argument("--workdirs", default="", help="with commas between them")
     parser.add_argument("--shapes", type=pathlib.Path)
     flags = parser.parse_args()
+    if not flags.workdirs and not flags.shapes:
+        parser.error("there is nothing to measure: give --workdirs, or --shapes")
     lines = [
         "| model | products of 8 bits | AUC | batch | float32 | int8 | times as fast |",
         "|---|---|---|---|---|---|---|",
@@ -93,9 +96,7 @@ def main() -> None:
                 lines.append(f"{begin}{row} |")
                 print(lines[-1], flush=True)
                 begin = "| | | | "
-    text = (
-        "\n".join(lines) + f"\n\nMeasured {where_and_when(reporting.versions())}; `python experiments/int8_layers.py`."
-    )
+    text = "\n".join(lines) + f"\n\nMeasured {where_and_when(reporting.versions())}; `{COMMAND}`."
     replace_section(ROOT / "experiments" / "README.md", "serving_int8", text)
 
 

@@ -11,8 +11,10 @@ from dlrm_jax.api.trained import Stored
 from dlrm_jax.config import ModelConfig, require
 from dlrm_jax.data.schema.schema import HELD_OUT
 from dlrm_jax.host import files, memory
+from dlrm_jax.host.native_code import compiler
 from dlrm_jax.serving.artifact.export import MakeScore, by_engine, by_the_program, export_model, measuring_int8
 from dlrm_jax.serving.artifact.export_delta import differing, export_delta
+from dlrm_jax.serving.artifact.native import require_scored
 from dlrm_jax.serving.artifact.placed import engine_maker
 from dlrm_jax.serving.artifact.quantise import stored_table
 from dlrm_jax.serving.artifact.store import Version, open_version
@@ -42,6 +44,9 @@ def export(
     """
     files.require_output_directory("out", out)
     parent = parent_of(out, delta_from, tables, spare_rows)
+    if int8_layers:
+        require_scored(run.model, "--int8_layers")
+        compiler()
     table = max(run.model.tables, key=lambda table: table.num_embeddings)
     largest = f"table {table.name!r} ({table.num_embeddings:,} rows of {table.embedding_dim})"
     kind = (tables or "float32") if parent is None else parent.manifest["tables"]

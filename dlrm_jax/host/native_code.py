@@ -45,7 +45,7 @@ def compiler() -> list[str]:
     if importlib.util.find_spec("ziglang"):
         return [sys.executable, "-m", "ziglang", "c++"]
     raise ConfigError(
-        "no C++ compiler was found for --kernels=native; install g++ or clang++, name one in CXX, "
+        "no C++ compiler was found, which native kernels need; install g++ or clang++, name one in CXX, "
         f"or {how_to_install('native')}"
     )
 

@@ -38,6 +38,8 @@ LATEST, BEST = "latest", "best"
 COPIES = 1.2
 """What saving holds of a state in the host's memory, measured on a CPU: a copy, and what is being written of it."""
 
+_WRITE_SECONDS = 3600
+"""A write that takes longer has failed: 100 GB at 30 MB/s."""
 _LONGEST_NAME = 3500
 """Bytes of a directory's name: systems take 4,095, and what is written below it has names of up to 300."""
 
@@ -86,7 +88,10 @@ class Checkpoints:
             options = ocp.CheckpointManagerOptions(read_only=True, create=False, save_interval_steps=0)
             with _orbax_silent():  # It warns that what is opened to be read is only read.
                 return ocp.CheckpointManager(_Directory(self.directory / kind), options=options)
-        options = ocp.CheckpointManagerOptions(preservation_policy=checkpoint_managers.LatestN(keep))
+        seconds = _WRITE_SECONDS * (1 + (kind == LATEST))  # That of the best included.
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=checkpoint_managers.LatestN(keep), async_options=ocp.AsyncOptions(timeout_secs=seconds)
+        )
         registry = with_records("record")
         return ocp.CheckpointManager(_Directory(self.directory / kind), options=options, handler_registry=registry)
 
@@ -113,15 +118,17 @@ class Checkpoints:
     def save(self, kind: str, state: TrainState, placed: Placed, record: dict[str, Any]) -> None:
         """Start writing `state`; returns when the arrays are copied, so that the caller may donate them.
 
-        It waits for an earlier one of `kind` that is still being written. The best one may be written at the same time
-        as the latest, whose record names it; then that counts once the best one does, whenever the process is killed.
+        It waits for earlier ones that are still being written, but the latest is begun beside the best, which its
+        record names; then it counts once that does, whenever the process is killed. No best is begun beside a latest:
+        it would take the place of the one that this names.
         """
         step, manager = int(state.step), self._managers[kind]
-        if jax.process_count() > 1 and kind == LATEST:
-            self.wait()  # Processes that write two at once could wait for each other in two orders.
+        if kind == BEST or jax.process_count() > 1:  # Two writes of one step have barriers of one name.
+            self.wait()
+        begun = self._managers[BEST].is_saving_in_progress()
         num_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state)) // jax.process_count()
-        self._check_space(num_bytes)
-        self._check_memory(math.ceil(COPIES * num_bytes))
+        self._check_space(num_bytes * (1 + begun), num_bytes)
+        self._check_memory(math.ceil((COPIES + (COPIES - 1) * begun) * num_bytes))
         tables, rest = split(state)
         pieces = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), tables)
         record = record | {"placement": placement(placed)}
@@ -150,10 +157,12 @@ class Checkpoints:
         if not saved:
             raise self._cannot_write(f"that of step {step} was left out beside those there ({self._listing()})")
 
-    def _check_space(self, num_bytes: int) -> None:
-        """Refuse to begin what cannot fit: a write that fails half-way is reported late and at length."""
-        begun = sum(manager.is_saving_in_progress() for manager in self._managers.values())
-        if shutil.disk_usage(self.directory).free >= num_bytes * (1 + begun):
+    def _check_space(self, with_begun: int, num_bytes: int) -> None:
+        """Refuse to begin what cannot fit: a write that fails half-way is reported late and at length.
+
+        `with_begun` are the bytes of what is being written too, at most.
+        """
+        if shutil.disk_usage(self.directory).free >= with_begun:
             return
         self.wait()  # Pending writes delete older checkpoints when they finish.
         free = shutil.disk_usage(self.directory).free

@@ -1,11 +1,13 @@
 """Layers of 8 bits in the C++ scorer: their arithmetic, what they may change, and who may use them."""
 
 import json
+from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
 import pytest
 
+from dlrm_jax.api.exporting import export
 from dlrm_jax.config import ConfigError, FeatureConfig, LossConfig, TableConfig
 from dlrm_jax.serving.artifact import int8_layers, native
 from dlrm_jax.serving.artifact.export import by_the_program, export_model, measuring_int8
@@ -97,6 +99,16 @@ def test_what_is_no_number_has_no_score(tmp_path):
         logit = engine.run(dense, np.asarray(batch.ids_BxK))[1]
         assert np.isnan(logit[4]), value
         assert np.isfinite(np.delete(logit, 4)).all()
+
+
+def test_a_processor_without_the_instruction_gives_the_same_bits(tmp_path, monkeypatch):
+    model = tiny_model(**VECTORS, top_mlp=(75, 1))
+    version, batch = export_random(tmp_path, model, "float32"), random_batch(model, 40)
+    want = scores(NativeCpu(version, int8=True), batch)
+    plain = native._opened(("-U__AVX512VNNI__", "-U__AVXVNNI__"))
+    assert not plain.dlrm_has_byte_products()
+    monkeypatch.setattr(native, "_library", lambda: plain)
+    np.testing.assert_array_equal(scores(NativeCpu(version, int8=True), batch), want)
 
 
 def test_rows_of_zeros_and_columns_of_zeros_have_codes():
@@ -208,3 +220,10 @@ def test_a_server_scores_by_int8_layers_what_was_measured(measured):
         assert status == 200
         np.testing.assert_array_equal(np.array(outputs["probability"], np.float32), want)
         assert server.stop() == 0
+
+
+def test_an_export_that_cannot_be_measured_names_its_flag(tmp_path):
+    run = SimpleNamespace(model=tiny_model(compute_dtype="bfloat16"))
+    with pytest.raises(ConfigError, match="--int8_layers computes in float32, this model in bfloat16"):
+        export(run, tmp_path / "out", int8_layers=True)
+    assert not (tmp_path / "out").exists()

@@ -31,7 +31,7 @@ from dlrm_jax.host.recycled import Recycler
 MOST_STEPS = 64
 """Batches of a window, at most: a loss that is no number is seen two windows later, at the latest."""
 WINDOW_BYTES = 32 << 20
-"""A window has fewer batches where they are large: some three windows are on their way, and two are in use."""
+"""A window has fewer batches where they are large: some four windows are on their way, and two are in use."""
 MOST_ROWS = 2**32 - 1
 """Of a split of which the order alone travels, in words of 32 bits, and the number behind the last row is padding."""
 _PIECE_ROWS = 16_384

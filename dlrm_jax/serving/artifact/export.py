@@ -139,7 +139,7 @@ def measuring_int8(make_score: MakeScore) -> MakeScore:
 
     def make(version: Version, model: ModelConfig, loss: LossConfig, kind: str) -> Scorer:
         int8 = NativeCpu(version, int8=True)
-        require(int8.num_coded > 0, f"{int8_layers.TOO_NARROW}; leave --int8_layers out")
+        require(int8.num_coded > 0, f"{int8_layers.TOO_NARROW}; leave it out")
         return make_score(version, model, loss, kind)._replace(
             int8=lambda dense, ids: int8.run(np.asarray(dense), np.asarray(ids))
         )

@@ -27,7 +27,11 @@ MOST_CHANGE = 1e-4
 _LEAST_INPUTS, _LEAST_OUTPUTS, _MOST_INPUTS = 64, 32, 1 << 16
 """Layers with fewer cost little, and what is left out of the first and the last ones weighs more. More: layers.h."""
 _LARGEST = 127
-TOO_NARROW = f"no layer of this model has {_LEAST_INPUTS} inputs and {_LEAST_OUTPUTS} outputs, so that none has 8 bits"
+TOO_NARROW = (
+    f"--int8_layers: no layer of this model has {_LEAST_INPUTS} inputs and {_LEAST_OUTPUTS} outputs, so that none has "
+    "8 bits"
+)
+"""What is said where nothing would be gained."""
 
 
 class Coded(NamedTuple):

@@ -67,9 +67,14 @@ class _Model(ctypes.Structure):
     )
 
 
-@functools.cache
 def _library() -> ctypes.CDLL:
-    library = ctypes.CDLL(str(built(SCORE, _OPTIONS)))
+    return _opened(())
+
+
+@functools.cache
+def _opened(options: tuple[str, ...]) -> ctypes.CDLL:
+    """score.cc, compiled with these options more."""
+    library = ctypes.CDLL(str(built(SCORE, (*_OPTIONS, *options))))
     library.dlrm_panel.restype = library.dlrm_group.restype = _INT
     library.dlrm_has_byte_products.restype = ctypes.c_bool
     library.dlrm_wrong.argtypes, library.dlrm_wrong.restype = (_POINTER,), ctypes.c_char_p
@@ -91,6 +96,20 @@ def native_int8(version: Version, like: Engine | None = None) -> "NativeCpu":
     return NativeCpu(version, like, int8=True)
 
 
+def require_scored(model: ModelConfig, asked: str) -> None:
+    """ConfigError where score.cc has not what a model needs, or not on these devices; `asked` is who wants it."""
+    require(
+        model.compute_dtype == "float32",
+        f"{asked} computes in float32, this model in {model.compute_dtype}",
+    )
+    require(model.is_plain, f"{asked} scores tables of one dim, one a feature; this model has others: leave it out")
+    known = ", ".join(_INTERACTIONS)
+    name = model.interaction.name
+    require(name in _INTERACTIONS, f"{asked} scores {known}; this model has {name}: leave it out")
+    platform = jax.default_backend()
+    require(platform == "cpu", f"{asked} is for CPUs; this process uses a {platform}")
+
+
 class NativeCpu:
     """A version's weights in this machine's memory, and the compiled forward pass (loaded.Engine)."""
 
@@ -106,17 +125,7 @@ class NativeCpu:
         """
         del like  # Nothing is compiled for one version.
         model, threshold = read_model(version)
-        if model.compute_dtype != "float32":
-            raise ConfigError(f"--kernels=native computes in float32, this model in {model.compute_dtype}")
-        if not model.is_plain:
-            raise ConfigError(
-                "--kernels=native scores tables of one dim, one a feature; this model has others: leave it out"
-            )
-        if model.interaction.name not in _INTERACTIONS:
-            known = ", ".join(_INTERACTIONS)
-            raise ConfigError(f"--kernels=native scores {known}; this model has {model.interaction.name}: leave it out")
-        if jax.default_backend() != "cpu":
-            raise ConfigError(f"--kernels=native is for CPUs; this process uses a {jax.default_backend()}")
+        require_scored(model, f"--kernels={'native_int8' if int8 else 'native'}")
         self._score = _library().dlrm_score
         self.noted = int8_layers.NOTED if int8 else NOTED
         self._threads = threads or cores()
