@@ -156,6 +156,10 @@ def test_a_model_whose_auc_moves_is_not_exported(int8_auc, said):
     scores = {"val": None, "test": {"auc": 0.8}}
     with pytest.raises(ConfigError, match=said):
         int8_layers.changes_of_auc(scores, {"val": None, "test": {"auc": int8_auc}})
+
+
+def test_a_small_change_of_auc_is_told_and_without_an_auc_nothing_can_be():
+    scores = {"val": None, "test": {"auc": 0.8}}
     changes = int8_layers.changes_of_auc(scores, {"val": None, "test": {"auc": 0.80009}})
     assert changes == {"test": pytest.approx(9e-5)}
     with pytest.raises(ConfigError, match="no split has an AUC"):

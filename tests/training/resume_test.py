@@ -180,6 +180,13 @@ def test_ctrl_c_before_training_leaves_no_traceback(tmp_path):
     assert process.returncode == 130 and stderr == "interrupted\n"
 
 
-def test_where_nothing_is_traced_nobody_asks_what_was_compiled(tmp_path):
+def test_where_nothing_is_traced_nobody_asks_what_was_compiled(tmp_path, undisturbed):
+    asked = []
+
+    class Stepping:
+        executable = property(lambda self: asked.append("executable"))
+
     with StepsTrace("", tmp_path, traces=True) as trace:
-        trace.after(2, None, object())
+        trace.before(2, undisturbed[1])
+        trace.after(2, undisturbed[1], Stepping())
+    assert asked == [] and not (tmp_path / TRACE).exists()
