@@ -136,16 +136,21 @@ def with_bags(hotness):
 
 
 @needs_compiler
-def test_auto_takes_native_kernels_for_long_bags_where_there_is_a_compiler(monkeypatch, caplog):
-    """Others keep XLA's bits: ids that are no bags, short bags, rules and models that C++ does not have."""
+def test_auto_takes_native_kernels_where_they_are_faster_and_there_is_a_compiler(monkeypatch, caplog):
+    """Others keep XLA's bits: sums of ids that are no bags, of short ones, rules and models that C++ does not have."""
     cpu, adagrad = mesh_of("cpu"), optimizer("adagrad")
     build.register()  # Compiled before the log is read, as the first of a machine tells that it compiles.
     caplog.set_level("INFO", logger="dlrm_jax")
     assert chosen("auto", with_bags(7), adagrad, cpu) == Kernels("native", "native")
     assert chosen("auto", with_bags(7), optimizer("adam"), cpu) == Kernels("native", "xla")
+    for short in (1, 6):
+        assert chosen("auto", with_bags(short), adagrad, cpu) == Kernels("xla", "native")
+    assert chosen("auto", with_bags(7), optimizer("sgd"), cpu) == Kernels("native", "native")
     for model, settings, mesh in (
-        (with_bags(6), adagrad, cpu),
-        (with_bags(1), adagrad, cpu),
+        (with_bags(6), optimizer("sgd"), cpu),
+        (with_bags(1), optimizer("sgd"), cpu),
+        (with_bags(6), optimizer("adam"), cpu),
+        (dataclasses.replace(with_bags(1), learned_pooling=True), adagrad, cpu),
         (dataclasses.replace(with_bags(7), learned_pooling=True), adagrad, cpu),
         (with_bags(7), adagrad, mesh_of("cpu", 2)),
         (with_bags(7), adagrad, mesh_of("tpu")),

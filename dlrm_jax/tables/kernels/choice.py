@@ -1,9 +1,10 @@
 """Who looks up and updates a run's tables: XLA, or kernels of this folder, by name, platform and model.
 
-`auto` takes what was measured as faster. On one CPU with a compiler that is C++ for bags of LONG_BAGS ids or more on
-average (experiments/README.md); models of fewer keep XLA's bits. On GPUs it is Pallas for the update of rules that
-merge repeats (2.8 times as fast as XLA's on an H200), while XLA's scatter for SGD, and its lookups, are near what their
-bytes take; the kernel is first held against XLA's on a small table, on the GPU at hand. Elsewhere it is XLA.
+`auto` takes what was measured as faster. On one CPU with a compiler that is C++ for the update of rules that merge
+repeats, and for lookup and update of bags of LONG_BAGS ids or more on average (experiments/README.md); other models
+keep XLA's bits. On GPUs it is Pallas for the update of rules that merge repeats (2.8 times as fast as XLA's on an
+H200), while XLA's scatter for SGD, and its lookups, are near what their bytes take; the kernel is first held against
+XLA's on a small table, on the GPU at hand. Elsewhere it is XLA.
 """
 
 import functools
@@ -57,7 +58,7 @@ def chosen(name: str, model: ModelConfig, optimizer: OptimizerConfig, mesh: Mesh
         require(platform == "gpu", f"--kernels=pallas is for GPUs; tables are on a {platform} here")
         return _that_work(Kernels(PALLAS, PALLAS), model, optimizer)
     if name == AUTO and platform == "cpu" and mesh.size == 1:
-        return _native_for_bags(model, optimizer)
+        return _native_where_faster(model, optimizer)
     if name == AUTO and platform == "gpu" and any(not _adds(*kind) for kind in _kinds(model, optimizer)):
         return _that_work(Kernels(XLA, PALLAS), model, optimizer)
     return ALL_XLA
@@ -85,9 +86,12 @@ def table_ops(
     return native.with_native(plain, kernels.lookup == NATIVE, kernels.update == NATIVE, optimizer, stacks)
 
 
-def _native_for_bags(model: ModelConfig, optimizer: OptimizerConfig) -> Kernels:
+def _native_where_faster(model: ModelConfig, optimizer: OptimizerConfig) -> Kernels:
     kernels = Kernels(*native.does(model, optimizer, tell=False))
-    if model.learned_pooling or model.num_slots < LONG_BAGS * len(model.features) or kernels == ALL_XLA:
+    if model.num_slots < LONG_BAGS * len(model.features):
+        merges = any(not _adds(*kind) for kind in _kinds(model, optimizer))
+        kernels = Kernels(XLA, kernels.update if merges else XLA)
+    if model.learned_pooling or kernels == ALL_XLA:
         return ALL_XLA
     try:
         build.register()
