@@ -2,7 +2,6 @@
 
 import itertools
 
-import jax
 import numpy as np
 
 from dlrm_jax.config import EMPTY_SLOT
@@ -14,13 +13,13 @@ def train_batches(split, batch_size, seed, start_step, shuffle=True, shard=(0, 1
     """The batches from number `start_step` on, for ever, out of windows of `steps`."""
     epochs = train_epochs(split, batch_size, seed, start_step, shuffle)
     for window in batch_windows(epochs, Cut(batch_size, steps, multiple, shard)):
-        yield from (jax.tree.map(lambda column, i=i: column[i], window) for i in range(steps))
+        yield from (window[i].batch for i in range(steps))
 
 
 def eval_batches(split, batch_size, steps=3):
     """Every row once, in order."""
     windows = batch_windows(iter([split.sources(0, 0, shuffle=False)]), Cut(batch_size, steps))
-    batches = (jax.tree.map(lambda column, i=i: column[i], window) for window in windows for i in range(steps))
+    batches = (window[i].batch for window in windows for i in range(steps))
     return itertools.islice(batches, steps_per_epoch(len(split), batch_size))
 
 

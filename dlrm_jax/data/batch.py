@@ -23,17 +23,6 @@ class Batch(struct.PyTreeNode):
     id_weights_BxK: jax.Array | None = None
 
 
-def row_bytes(num_dense: int, num_slots: int, tiled: bool = False) -> int:
-    """Bytes that a Batch takes a row on a device; as `tiled` on TPUs, where columns lie by 8, or all in 1, 2 or 4."""
-
-    def in_tiles(columns: int) -> int:
-        tile = min(8, 1 << max(columns - 1, 0).bit_length())
-        return -(-columns // tile) * tile
-
-    columns = [num_dense, num_slots, 1, 1]
-    return 4 * sum(map(in_tiles, columns) if tiled else columns)
-
-
 def without_unweighted(batch: Batch) -> Batch:
     """The batch with all inputs of rows of weight 0 empty, for use inside a jitted step.
 

@@ -16,15 +16,15 @@ import numpy as np
 from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dlrm_jax.data.batch import Batch, row_bytes
+from dlrm_jax.data import packed
+from dlrm_jax.data.batch import Batch
+from dlrm_jax.data.packed import PackedRows, row_bytes
 from dlrm_jax.data.read.dataset import BatchExpander, Dataset, Rows
 from dlrm_jax.data.read.pipeline import (
     MOST_ROWS,
     MOST_STEPS,
-    PADDING,
     Cut,
     Prefetcher,
-    as_batch,
     batch_windows,
     made_batch,
     order_windows,
@@ -48,17 +48,17 @@ _SHARE = 0.5
 class Window(struct.PyTreeNode):
     """T batches on the devices, that of step `first_step` first.
 
-    Without `order_TxB` the columns of `rows` are (T, B, ...); with it they are all rows of a split, (R, ...), or there
-    are none as they are made, and the order says which are in which batch; R stands for padding.
+    Without `order_TxB` the `rows` are (T, B); with it they are all rows of a split, (R,), or there are none as they are
+    made, and the order says which are in which batch; R stands for padding.
     """
 
     first_step: jax.Array
-    rows: Batch | None
+    rows: PackedRows | None
     order_TxB: jax.Array | None = None
 
 
-Traveller = Batch | np.ndarray
-"""What travels, on the host: batches (T, B, ...) or an order (T, B)."""
+Traveller = PackedRows | np.ndarray
+"""What travels, on the host: rows or an order, (T, B)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,11 +79,11 @@ class Feed:
 
     @functools.cached_property
     def shardings(self) -> Window | None:
-        """How a window is placed: batches split over all devices; None on the default device."""
+        """How the parts of a window are placed: batches split over all devices; None on the default device."""
         if self.mesh is None:
             return None
         split, everywhere = NamedSharding(self.mesh, PartitionSpec(None, *BATCH_SPEC)), replicated(self.mesh)
-        rows = None if self.made else jax.tree.map(lambda _: everywhere if self.resident else split, PADDING)
+        rows = None if self.made else everywhere if self.resident else split
         return Window(everywhere, rows, split if self._orders else None)
 
     @property
@@ -92,12 +92,13 @@ class Feed:
         return self.resident or self.made
 
     @functools.cached_property
-    def _rows(self) -> Batch | None:
+    def _rows(self) -> PackedRows | None:
         """All rows, on every device, where they stay."""
         if not self.resident:
             return None
-        batch = self._expanded(as_batch(self.split.whole()))
-        return self._placed(batch, None if self.shardings is None else self.shardings.rows)
+        in_order = iter([self.split.sources(0, 0, shuffle=False)])
+        (rows,) = batch_windows(in_order, Cut(len(self.split)))
+        return self._placed(self._expanded(rows)[0], None if self.shardings is None else self.shardings.rows)
 
     def train_windows(
         self, seed: int, start_step: int, shuffle: bool, began_at: int = 0
@@ -124,34 +125,28 @@ class Feed:
         return batch if self.mesh is None else jax.lax.with_sharding_constraint(batch, batch_sharding(self.mesh))
 
     def _cut(self, window: Window, i: jax.Array) -> Batch:
-        if window.order_TxB is None:
-            batch = jax.tree.map(lambda rows: jax.lax.dynamic_index_in_dim(rows, i, keepdims=False), window.rows)
+        at = functools.partial(jax.lax.dynamic_index_in_dim, index=i, keepdims=False)
+        if self.made:
+            batch = self._made(jnp, at(window.order_TxB))
+        elif window.order_TxB is None:
+            batch = jax.tree.map(at, window.rows).batch
         else:
-            order_B = jax.lax.dynamic_index_in_dim(window.order_TxB, i, keepdims=False)
-            take = lambda rows, padding: rows.at[order_B].get(mode="fill", fill_value=padding)  # noqa: E731
-            batch = self._made(jnp, order_B) if self.made else jax.tree.map(take, window.rows, PADDING)
+            assert window.rows is not None
+            batch = packed.taken(jnp, window.rows, at(window.order_TxB)).batch
         if self.expander is not None and self.expander.on_device:
             batch = batch.replace(ids_BxK=self.expander.compute(jnp, batch.ids_BxK))
         return batch
 
     def host_batch(self, traveller: Traveller, i: int) -> Batch:
         """This process's part of batch `i` of what travelled, on the host."""
-        if isinstance(traveller, Batch):
-            return jax.tree.map(lambda column: column[i], traveller)
-        if self.made:
-            return self._made(np, traveller[i])
-
-        def taken(rows: jax.Array, padding: float) -> np.ndarray:
-            found = np.asarray(rows.addressable_data(0)).take(traveller[i], axis=0, mode="clip")
-            found[traveller[i] == len(self.split)] = padding
-            return found
-
-        return jax.tree.map(taken, self._rows, PADDING)
+        if isinstance(traveller, PackedRows):
+            return traveller[i].batch
+        return self._made(np, traveller[i]) if self.made else packed.taken(np, self._rows_here, traveller[i]).batch
 
     def host_ids(self, traveller: Traveller, first: int, stop: int) -> np.ndarray:
         """(examples, K): the ids of batches `first` to `stop` - 1 of what travelled, as steps see them, on the host."""
-        if isinstance(traveller, Batch):
-            ids = np.asarray(traveller.ids_BxK)[first:stop]
+        if isinstance(traveller, PackedRows):
+            ids = np.asarray(traveller[first:stop].batch.ids_BxK)
             ids = ids.reshape(-1, ids.shape[-1])
         else:
             order = traveller[first:stop].reshape(-1)
@@ -173,7 +168,7 @@ class Feed:
     def transfer(self, traveller: Traveller, first_step: int = 0) -> Window:
         """What travels as a window on the devices."""
         here = np.int32(first_step)
-        if isinstance(traveller, Batch):
+        if isinstance(traveller, PackedRows):
             return self._placed(Window(here, traveller), self.shardings)
         where = self.shardings and dataclasses.replace(self.shardings, rows=None)
         return self._placed(Window(here, None, traveller), where).replace(rows=self._rows)
@@ -191,23 +186,32 @@ class Feed:
 
     def _host_ids(self, order: np.ndarray) -> np.ndarray:
         """The ids of rows that do not travel."""
-        if self._rows is not None:
-            return np.asarray(self._rows.ids_BxK.addressable_data(0))[order]
+        if self.resident:
+            return np.asarray(self._rows_here.batch.ids_BxK)[order]
         assert self.split.maker is not None
         return made_by_host(self.split.maker, order)[1]
 
-    def _expanded(self, batch: Batch) -> Batch:
+    @functools.cached_property
+    def _rows_here(self) -> PackedRows:
+        """All rows that stay, as the host has them: those of a CPU device, or a copy of another's."""
+        return jax.tree.map(lambda words: np.asarray(words.addressable_data(0)), self._rows)
+
+    def _expanded(self, rows: PackedRows) -> PackedRows:
         if self.expander is None or self.expander.on_device:
-            return batch
-        ids = np.asarray(batch.ids_BxK)
+            return rows
+        ids = np.asarray(rows.batch.ids_BxK)
         bags = self.expander.on_host(ids.reshape(-1, ids.shape[-1]))
-        return batch.replace(ids_BxK=bags.reshape(*ids.shape[:-1], -1))
+        return packed.packed(rows.batch.replace(ids_BxK=bags.reshape(*ids.shape[:-1], -1)))
 
     @staticmethod
     def _placed(values: Any, shardings: Any) -> Any:
         if shardings is None:
             return jax.device_put(values)
-        return jax.tree.map(lambda value, to: jax.make_array_from_process_local_data(to, value), values, shardings)
+
+        def placed(to: NamedSharding, part: Any) -> Any:
+            return jax.tree.map(functools.partial(jax.make_array_from_process_local_data, to), part)
+
+        return jax.tree.map(placed, shardings, values)
 
 
 def _as_from_outside(cut: Callable[[], Batch], i: jax.Array) -> Batch:

@@ -8,6 +8,7 @@ import pathlib
 from collections.abc import Iterator
 
 import jax
+import numpy as np
 
 from dlrm_jax.config import ConfigError, ModelConfig
 from dlrm_jax.config.learning import ALL_ROWS
@@ -135,6 +136,7 @@ def sample_batches(config: RunConfig, dataset: Dataset) -> Iterator[Batch]:
     epochs = train_epochs(dataset.splits["train"], config.batch_size, config.seed, 0, config.shuffle)
     with contextlib.closing(batch_windows(epochs, Cut(config.batch_size))) as windows:
         for window in itertools.islice(windows, _SAMPLED_BATCHES):
-            batch = jax.tree.map(lambda column: column[0], window)
-            bags = dataset.expander.on_host(batch.ids_BxK) if dataset.expander else batch.ids_BxK
+            batch = window[0].batch
+            ids = np.asarray(batch.ids_BxK)
+            bags = dataset.expander.on_host(ids) if dataset.expander else ids
             yield batch.replace(ids_BxK=bags)

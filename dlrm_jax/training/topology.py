@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from dlrm_jax.config import ConfigError, LossConfig, how_to_install
+from dlrm_jax.data.packed import PackedRows, row_bytes
 from dlrm_jax.data.read.dataset import Maker, Split
 from dlrm_jax.data.read.pipeline import Cut
 from dlrm_jax.data.read.windows import GeneratedSplit
@@ -203,14 +204,11 @@ def _of_a_window(placed: Placed, step: TrainStep, batch_size: int, windows: Wind
     feed = Feed(split, Cut(batch_size, steps), placed.mesh, resident=bool(windows.rows) and not made, made=made)
     assert feed.shardings is not None
     first = (windows.rows,) if windows.rows else (steps, batch_size)
-
-    def of_window(sharding: Any, column: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((*first, *column.shape[1:]), column.dtype, sharding=sharding)
-
-    batch, order_TxB = placed.abstract_batch(batch_size), feed.shardings.order_TxB
+    num_dense, order_TxB = placed.model.num_dense, feed.shardings.order_TxB
+    words = (*first, row_bytes(num_dense, placed.model.num_slots) // 4)
     window = Window(
         jax.ShapeDtypeStruct((), jnp.int32, sharding=placed.everywhere),
-        None if made else jax.tree.map(of_window, feed.shardings.rows, batch),
+        None if made else PackedRows(jax.ShapeDtypeStruct(words, jnp.int32, sharding=feed.shardings.rows), num_dense),
         order_TxB and jax.ShapeDtypeStruct((steps, batch_size), jnp.uint32, sharding=order_TxB),
     )
     record = jax.ShapeDtypeStruct((steps, len(RECORDED)), jnp.float32, sharding=placed.everywhere)

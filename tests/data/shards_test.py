@@ -134,14 +134,14 @@ def test_rows_go_where_they_belong(num_dense, num_slots, weighted):
     weight_R = np.ones(len(whole), np.float32) if whole.weight_R is None else whole.weight_R
     for rows_R, at in ((order[:400], 30), (order[400:401], 0), (order[401:], 7)):
         columns = [whole.dense_RxN, whole.ids_RxK, whole.label_R, weight_R]
-        filled = [np.zeros((len(rows_R) + 40, *column.shape[1:]), column.dtype) for column in columns]
-        targets.append(Target(tuple(column.copy() for column in filled), rows_R, at))
-        for column, into in zip(columns, filled, strict=True):
-            into[at : at + len(rows_R)] = column[rows_R]
-        wanted.append(tuple(filled))
+        filled = np.zeros((len(rows_R) + 40, num_dense + num_slots + 2), np.int32)
+        targets.append(Target(filled.copy(), rows_R, at))
+        side_by_side = [column[rows_R].view(np.int32).reshape(len(rows_R), -1) for column in columns]
+        filled[at : at + len(rows_R)] = np.concatenate(side_by_side, axis=1)
+        wanted.append(filled)
     for job in source.jobs(targets):
         job()
-    jax.tree.map(np.testing.assert_array_equal, [window for window, _, _ in targets], wanted)
+    jax.tree.map(np.testing.assert_array_equal, [words for words, _, _ in targets], wanted)
     assert sorted(read) == [0, 1, 2, 3]
 
 
@@ -166,7 +166,8 @@ def test_a_record_of_another_layout_is_read_as_it_is(tmp_path, monkeypatch):
     filled, fill = [], Unread._filled
     monkeypatch.setattr(Unread, "_filled", lambda *args: [done := fill(*args), filled.extend(done)][0])
     for epoch in range(3):
-        for batch in batch_windows(iter([split.sources(0, epoch, True)]), Cut(50)):
+        for window in batch_windows(iter([split.sources(0, epoch, True)]), Cut(50)):
+            batch = window.batch
             real = batch.weight_B > 0
             for column in (batch.dense_BxN[..., 0], batch.label_B - 0.5):
                 np.testing.assert_array_equal(column[real], batch.ids_BxK[..., 0][real])

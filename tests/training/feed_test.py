@@ -12,6 +12,7 @@ import pytest
 from dlrm_jax.config import LossConfig, TableConfig
 from dlrm_jax.data.generate import planted, synthetic
 from dlrm_jax.data.generate.multi_hot import expand_dataset
+from dlrm_jax.data.packed import packed
 from dlrm_jax.data.read.dataset import Split
 from dlrm_jax.data.read.load import DataConfig
 from dlrm_jax.data.read.pipeline import Cut, window_steps
@@ -61,7 +62,9 @@ def test_what_a_batch_is_cut_by_is_of_the_platform_that_a_step_is_compiled_for(p
     """On a machine of CPUs a pod's step is compiled for TPUs: it has the barrier that holds there, and no condition."""
     model = tiny_model()
     feed = Feed(split_of(model), Cut(16, 4))
-    window = jax.eval_shape(feed.transfer, jax.tree.map(lambda x: np.stack([x[:16]] * 4), random_batch(model, 16)))
+    window = jax.eval_shape(
+        feed.transfer, packed(jax.tree.map(lambda x: np.stack([x[:16]] * 4), random_batch(model, 16)))
+    )
     lowered = jax.jit(feed.batch).trace(window, jnp.int32(0)).lower(lowering_platforms=(platform,)).as_text()
     barrier, condition = "optimization_barrier" in lowered, "compare GE" in lowered
     assert (barrier, condition) == ((False, True) if platform == "cpu" else (True, False))

@@ -11,6 +11,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <numeric>
 #include <vector>
 
 #ifdef __AVX2__
@@ -276,23 +277,24 @@ int64_t dlrm_any_outside(const uint8_t* ids, int64_t rows, int64_t slots, const 
   return outside != 0;
 }
 
-// Puts `count` rows into windows. Column c of row i is at starts[c] + i * widths[c]; it belongs into row r of window w
-// of places[i] = w << 32 | r, whose column c is at windows[w * columns + c]. A row of a negative place goes nowhere.
-void dlrm_scatter(const uint8_t* const* starts, const int64_t* widths, int64_t columns, const int64_t* places,
-                  int64_t count, uint8_t* const* windows) {
-  const auto to = [&](int64_t place, int64_t c) {
-    return windows[(place >> 32) * columns + c] + (place & 0xffffffff) * widths[c];
-  };
+// Puts `count` rows into windows of packed rows. Column c of row i is at starts[c] + i * widths[c]; the columns of a row
+// belong side by side into row r of window w, of places[i] = w << 32 | r, which is at windows[w] + r * row_bytes. Where
+// they leave its last 4 bytes free, these are the row's weight, 1. A row of a negative place goes nowhere.
+void dlrm_scatter(const uint8_t* const* starts, const int64_t* widths, int64_t columns, int64_t row_bytes,
+                  const int64_t* places, int64_t count, uint8_t* const* windows) {
+  const float one = 1;
+  const bool weighted = std::accumulate(widths, widths + columns, int64_t{0}) == row_bytes;
+  const auto to = [&](int64_t place) { return windows[place >> 32] + (place & 0xffffffff) * row_bytes; };
   for (int64_t i = 0; i < count; ++i) {
     if (i + kAhead < count && places[i + kAhead] >= 0) {
-      for (int64_t c = 0; c < columns; ++c) {
-        uint8_t* const at = to(places[i + kAhead], c);
-        for (int64_t byte = 0; byte < widths[c]; byte += kLine) __builtin_prefetch(at + byte, 1);
-        if (widths[c] > 4) __builtin_prefetch(at + widths[c] - 1, 1);
-      }
+      uint8_t* const at = to(places[i + kAhead]);
+      for (int64_t byte = 0; byte < row_bytes; byte += kLine) __builtin_prefetch(at + byte, 1);
+      __builtin_prefetch(at + row_bytes - 1, 1);
     }
     if (places[i] < 0) continue;
-    for (int64_t c = 0; c < columns; ++c) Copy(to(places[i], c), starts[c] + i * widths[c], widths[c]);
+    uint8_t* at = to(places[i]);
+    for (int64_t c = 0; c < columns; at += widths[c++]) Copy(at, starts[c] + i * widths[c], widths[c]);
+    if (!weighted) std::memcpy(at, &one, 4);
   }
 }
 
@@ -304,7 +306,7 @@ void dlrm_places(const int64_t* rows, int64_t count, int64_t first, int64_t* to)
 // Where the columns are in the data of plain chunks of `size` bytes and `rows` rows, and the bytes that are no column's:
 // gap g begins at gaps[2 * g] and has gaps[2 * g + 1] bytes; `between` has them, one after the other.
 struct Layout {
-  int64_t size, rows, num_gaps, num_columns, ids, slots;
+  int64_t size, rows, num_gaps, ids, slots, num_columns, row_bytes;
   const int64_t* gaps;
   const uint8_t* between;
   const int64_t *columns, *widths;
@@ -338,8 +340,8 @@ void dlrm_fill(const Layout* layout, int64_t count, const int32_t* files, const 
         for (int64_t c = 0; c < layout->num_columns; ++c) {
           starts[c] = data + layout->columns[c] + stretch[0] * layout->widths[c];
         }
-        dlrm_scatter(starts.data(), layout->widths, layout->num_columns, places + stretch[2], stretch[1] - stretch[0],
-                     windows);
+        dlrm_scatter(starts.data(), layout->widths, layout->num_columns, layout->row_bytes, places + stretch[2],
+                     stretch[1] - stretch[0], windows);
       }
     }
   }

@@ -21,8 +21,9 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import jax
 import numpy as np
 
-from dlrm_jax.config import EMPTY_SLOT
+from dlrm_jax.data import packed
 from dlrm_jax.data.batch import Batch
+from dlrm_jax.data.packed import PADDING, PackedRows
 from dlrm_jax.data.read.dataset import Maker, Rows, Split
 from dlrm_jax.data.read.unread import Target, Unread
 from dlrm_jax.host.cores import cores
@@ -150,8 +151,8 @@ def _pieces(cut: Cut, source: Any, rows_R: np.ndarray, at: int) -> Iterator[Piec
         start = stop
 
 
-def batch_windows(epochs: Iterator[Iterator[tuple[Any, np.ndarray]]], cut: Cut) -> Generator[Batch, None, None]:
-    """Windows as Batches whose columns have a leading axis of steps, filled by several threads."""
+def batch_windows(epochs: Iterator[Iterator[tuple[Any, np.ndarray]]], cut: Cut) -> Generator[PackedRows, None, None]:
+    """Windows of packed rows, (steps, rows), filled by several threads."""
     with concurrent.futures.ThreadPoolExecutor(cores(), thread_name_prefix="read") as pool:
         filling = _Filling(pool, cut)
         try:
@@ -192,7 +193,7 @@ class _Filling:
             else:
                 waiting.jobs += [self._pool.submit(_put, window, part) for part in _short(piece)]
 
-    def filled(self, still_adding: bool) -> Iterator[Batch]:
+    def filled(self, still_adding: bool) -> Iterator[PackedRows]:
         """The windows that are filled by now; all that are left where none is added any more."""
         if not still_adding and self._open:
             self._begin_reading()
@@ -200,11 +201,10 @@ class _Filling:
             window, jobs = self._waiting[0].window, self._waiting.popleft().jobs
             for job in jobs:
                 job.result()
-            steps = self._cut.steps
-            yield jax.tree.map(lambda column: column.reshape(steps, self._cut.rows, *column.shape[1:]), window)  # noqa: B023
+            yield window.replace(words=window.words.reshape(self._cut.steps, self._cut.rows, -1))
 
     def _begin_reading(self) -> None:
-        targets = [Target(_arrays(waiting.window), piece.rows_R, piece.at) for waiting, piece in self._open]
+        targets = [Target(waiting.window.words, piece.rows_R, piece.at) for waiting, piece in self._open]
         jobs = [self._pool.submit(job) for job in self._open[0][1].source.jobs(targets)]
         for waiting in {id(waiting): waiting for waiting, _ in self._open}.values():
             waiting.jobs += jobs
@@ -215,7 +215,7 @@ class _Filling:
 class _Waiting:
     """A window, and what has to be done before it is filled."""
 
-    window: Batch
+    window: PackedRows
     jobs: list[concurrent.futures.Future[None]]
     last_source: int = -1 - _AHEAD
     """Number of the last of its sources that are to be read; where there is none, one that is long past."""
@@ -230,16 +230,6 @@ def order_windows(epochs: Iterator[Iterator[np.ndarray]], cut: Cut, num_rows: in
         yield window.reshape(cut.steps, cut.rows)
 
 
-PADDING = Batch(dense_BxN=0.0, ids_BxK=EMPTY_SLOT, label_B=0.0, weight_B=0.0)
-"""What a batch's columns hold in rows that are there only to fill it."""
-
-
-def as_batch(split: Split) -> Batch:
-    """All rows of a split as one batch, none of them copied but for weights of one."""
-    weight_R = np.ones(len(split), np.float32) if split.weight_R is None else split.weight_R
-    return Batch(dense_BxN=split.dense_RxN, ids_BxK=split.ids_RxK, label_B=split.label_R, weight_B=weight_R)
-
-
 def made_batch(xp: Any, maker: Maker, position_B: Any, num_rows: int = MOST_ROWS) -> Batch:
     """Rows that `xp` makes, positions from `num_rows` on being padding."""
     dense_BxN, ids_BxK, label_B = maker(xp, position_B)
@@ -252,16 +242,9 @@ def made_batch(xp: Any, maker: Maker, position_B: Any, num_rows: int = MOST_ROWS
     return jax.tree.map(padded_with, PADDING, batch)
 
 
-def _empty(like: Split, cut: Cut, padding: bool, memory: Recycler) -> Batch:
-    size = cut.steps * cut.rows
-
-    def column(values: np.ndarray, filler: float) -> np.ndarray:
-        made = memory.empty((size, *values.shape[1:]), values.dtype)
-        if padding:
-            made[:] = filler
-        return made
-
-    return jax.tree.map(column, as_batch(like), PADDING)
+def _empty(like: Split, cut: Cut, padding: bool, memory: Recycler) -> PackedRows:
+    shape = like.dense_RxN.shape[1], like.ids_RxK.shape[1], cut.steps * cut.rows
+    return packed.empty(*shape, allocate=memory.empty, padded=padding)
 
 
 def _short(piece: Piece) -> Iterator[Piece]:
@@ -269,20 +252,12 @@ def _short(piece: Piece) -> Iterator[Piece]:
         yield Piece(piece.source, piece.rows_R[start : start + _PIECE_ROWS], piece.at + start)
 
 
-def _put(window: Batch, piece: Piece) -> None:
-    to = slice(piece.at, piece.at + len(piece.rows_R))
-    source = piece.source
-    columns = (source.dense_RxN, source.ids_RxK, source.label_R, source.weight_R)
-    for values, column in zip(columns, _arrays(window), strict=True):
-        if values is None:
-            column[to] = 1
-        else:
-            # Clipping, as checking every index copies through a buffer; the order is a permutation.
-            np.take(values, piece.rows_R, axis=0, out=column[to], mode="clip")
-
-
-def _arrays(window: Batch) -> tuple[np.ndarray, ...]:
-    return tuple(map(np.asarray, (window.dense_BxN, window.ids_BxK, window.label_B, window.weight_B)))
+def _put(window: PackedRows, piece: Piece) -> None:
+    source, to = piece.source, window[piece.at : piece.at + len(piece.rows_R)].batch
+    columns = ((to.dense_BxN, source.dense_RxN), (to.ids_BxK, source.ids_RxK), (to.label_B, source.label_R))
+    for column, values in columns:
+        column[...] = values.take(piece.rows_R, axis=0)
+    to.weight_B[...] = 1 if source.weight_R is None else source.weight_R.take(piece.rows_R)
 
 
 def rows_and_labels(split: Rows) -> tuple[np.ndarray, np.ndarray]:

@@ -5,6 +5,7 @@ Rows that are read first and permuted then cross the memory three times more, wh
 
 import ctypes
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator
@@ -22,7 +23,7 @@ _AT_ONCE = 8
 
 
 _COLUMNS = {"dense": "dense_RxN", "ids": "ids_RxK", "label": "label_R", "weight": "weight_R"}
-"""What a batch has: by its name in a block that of a Split."""
+"""What a packed row has, in its order: by its name in a block that of a Split."""
 
 
 class Stretch(NamedTuple):
@@ -36,12 +37,9 @@ class Stretch(NamedTuple):
 
 
 class Target(NamedTuple):
-    """Rows `rows_R` of all belong, in this order, into a window's rows from `at` on.
+    """Rows `rows_R` of all belong, in this order, into a window's rows from `at` on; `words_RxW` are packed rows."""
 
-    The window is its columns: dense, ids, label, weight.
-    """
-
-    window: tuple[np.ndarray, ...]
+    words_RxW: np.ndarray
     rows_R: np.ndarray
     at: int
 
@@ -64,33 +62,29 @@ class Unread:
         """Calls, by any thread, that together put all rows where they belong; rows of no target go nowhere."""
         rows = self.stretches[-1].at + self.stretches[-1].stop - self.stretches[-1].start
         places_R = np.full(rows, -1, np.int64)
-        for number, (window, rows_R, at) in enumerate(targets):
+        for number, (_, rows_R, at) in enumerate(targets):
             order_R = np.ascontiguousarray(rows_R, np.int64)
             self.library.dlrm_places(address(order_R), len(order_R), at + (number << 32), address(places_R))
-            if self.like.weight_R is None:
-                window[3][at : at + len(rows_R)] = 1
         by_record: dict[int, list[Stretch]] = {}
         for stretch in self.stretches:
             by_record.setdefault(stretch.record, []).append(stretch)
         wanted = list(by_record.items())
-        columns = [tuple(_COLUMNS).index(name) for name in self._names]
-        windows_TxC = np.array([[address(window[c]) for c in columns] for window, _, _ in targets], np.uint64)
+        windows_T = np.array([address(words_RxW) for words_RxW, _, _ in targets], np.uint64)
         for i in range(0, len(wanted), _AT_ONCE):
-            yield lambda some=wanted[i : i + _AT_ONCE]: self._put(dict(some), places_R, windows_TxC)  # type: ignore[misc]
+            yield lambda some=wanted[i : i + _AT_ONCE]: self._put(dict(some), places_R, windows_T)  # type: ignore[misc]
 
-    def _put(self, stretches: dict[int, list[Stretch]], places_R: np.ndarray, windows_TxC: np.ndarray) -> None:
-        done = self._filled(stretches, places_R, windows_TxC)
+    def _put(self, stretches: dict[int, list[Stretch]], places_R: np.ndarray, windows_T: np.ndarray) -> None:
+        done = self._filled(stretches, places_R, windows_T)
         for record, split in self.records([record for record in stretches if record not in done]).items():
             columns = [getattr(split, name) for name in self._names.values()]
-            widths_C = self._widths_C
             for stretch in stretches[record]:
                 starts_C = np.array([address(column[stretch.start :]) for column in columns], np.uint64)
                 self.library.dlrm_scatter(
-                    *(address(starts_C), address(widths_C), len(columns)),
-                    *(address(places_R[stretch.at :]), stretch.stop - stretch.start, address(windows_TxC)),
+                    *(address(starts_C), address(self._widths_C), len(columns), self._row_bytes),
+                    *(address(places_R[stretch.at :]), stretch.stop - stretch.start, address(windows_T)),
                 )
 
-    def _filled(self, stretches: dict[int, list[Stretch]], places_R: np.ndarray, windows_TxC: np.ndarray) -> set[int]:
+    def _filled(self, stretches: dict[int, list[Stretch]], places_R: np.ndarray, windows_T: np.ndarray) -> set[int]:
         """The records that C++ alone could put in their places: undamaged ones of the layout that most have."""
         if (layout := self.shards.layout) is None:
             return set()
@@ -111,22 +105,27 @@ class Unread:
         gaps_Gx2: np.ndarray = np.array([(start, stop - start) for start, stop, _ in layout.between], np.int64)
         between = np.frombuffer(b"".join(held for _, _, held in layout.between) + b" ", np.uint8)
         columns_C: np.ndarray = np.array([start for start, _ in places], np.int64)
-        counts = (layout.size, rows, len(gaps_Gx2), len(columns_C), layout.places["ids"][0], len(self.limit_K))
+        counts = (layout.size, rows, len(gaps_Gx2), layout.places["ids"][0], len(self.limit_K), len(columns_C))
         arrays: tuple[np.ndarray, ...] = (gaps_Gx2, between, columns_C, widths_C, self.limit_K)
-        struct = native.Layout(*counts, *map(address, arrays))
+        struct = native.Layout(*counts, self._row_bytes, *map(address, arrays))
         self.library.dlrm_fill(
             *(ctypes.addressof(struct), len(chunks), address(files_C), address(begins_C), address(ends_C)),
             *(address(memory), room, address(firsts_C), address(stretches_Sx3), address(places_R)),
-            *(address(windows_TxC), address(done_C)),
+            *(address(windows_T), address(done_C)),
         )
         return {record for (record, _, _), done in zip(chunks, done_C.tolist(), strict=True) if done}
 
-    @property
+    @functools.cached_property
     def _widths_C(self) -> np.ndarray:
         """Bytes a row of each column."""
         return np.array([4 * math.prod(getattr(self.like, name).shape[1:]) for name in self._names.values()], np.int64)
 
     @property
+    def _row_bytes(self) -> int:
+        """Of a packed row, in which there is a weight."""
+        return int(self._widths_C.sum()) + 4 * (self.like.weight_R is None)
+
+    @functools.cached_property
     def _names(self) -> dict[str, str]:
         """Of the columns that these rows have."""
         like = {name: getattr(self.like, of_split) for name, of_split in _COLUMNS.items()}
