@@ -33,7 +33,7 @@ from dlrm_jax.tables.named_rules import make_rule
 from dlrm_jax.tables.noise import noise_of
 from dlrm_jax.tables.pooling import POOLING_WEIGHTS, Take
 from dlrm_jax.tables.rules import ROW, Rule, Slot
-from dlrm_jax.tables.updates import SUM, Segments, Stored, Update, squares
+from dlrm_jax.tables.updates import NOT_FINITE, SUM, Segments, Stored, Update, squares
 
 Arrays = dict[str, Any]
 
@@ -58,7 +58,8 @@ class TableOps(NamedTuple):
     route: (ids_BxK, id_weights_BxK or None) -> routes. Reads no table.
     lookup: (tables, routes) -> (pooled, routes), the routes with what the way back needs.
     update: (tables, states, routes, d_pooled, learning_rate, count[, factor]) -> (tables, states, counters). `count`
-      is the number of the update, from 1 on; gradients are multiplied with `factor` first.
+      is the number of the update, from 1 on; gradients are multiplied with `factor` first. Where kernels look at all
+      gradients on their way, NOT_FINITE is among the counters.
     squares: (tables, routes, d_pooled) -> the squares of all rows' gradients, repeats of a row merged, added up.
     on_each: (function, shared, columns) -> function(shared, columns) = (sums, columns) of each device's own examples,
       the sums added over the devices, once.
@@ -119,11 +120,16 @@ def placed_ops(
         return over_mesh(parts.lookup, (table_specs, BATCH_SPEC), BATCH_SPEC)(tables, routes)
 
     def update(tables: Arrays, states: Arrays, routes: Arrays, *rest: Any) -> tuple[Arrays, Arrays, Arrays]:
+        def own(*args: Any) -> tuple[Arrays, Arrays, Arrays]:
+            tables, states, counters = parts.update(*args)
+            return tables, states, jax.lax.psum(counters, (DATA, MODEL))
+
         in_specs = (table_specs, state_specs, BATCH_SPEC, BATCH_SPEC, *[PartitionSpec()] * (len(rest) - 1))
-        update = over_mesh(parts.update, in_specs, (table_specs, state_specs))
-        tables, states = update(tables, states, routes, *rest)
-        more = [routes[stack.name]["more"] for stack in stacks if stack.form.in_rounds]
-        return tables, states, {OVERFLOWS: sum(jnp.max(x) for x in more)} if more else {}
+        update = over_mesh(own, in_specs, (table_specs, state_specs, PartitionSpec()))
+        tables, states, counters = update(tables, states, routes, *rest)
+        if more := [routes[stack.name]["more"] for stack in stacks if stack.form.in_rounds]:
+            counters[OVERFLOWS] = sum(jnp.max(x) for x in more)
+        return tables, states, counters
 
     def squares(tables: Arrays, routes: Arrays, d_pooled: Pooled) -> jax.Array:
         in_specs = (table_specs, BATCH_SPEC, BATCH_SPEC)
@@ -198,7 +204,7 @@ class _Parts:
         self._options, self._take, self._fused = options, take, fused
 
     def ops(self) -> TableOps:
-        return TableOps(self.route, self.lookup, lambda *args: (*self.update(*args), {}), self.squares)
+        return TableOps(self.route, self.lookup, self.update, self.squares)
 
     def route(self, ids_bxK: jax.Array, id_weights_bxK: jax.Array | None) -> Arrays:
         scale_bxK = slot_scale(self._model, ids_bxK, id_weights_bxK)
@@ -232,23 +238,29 @@ class _Parts:
         rate: jax.Array,
         count: jax.Array,
         factor: jax.Array | float = 1.0,
-    ) -> tuple[Arrays, Arrays]:
+    ) -> tuple[Arrays, Arrays, Arrays]:
         tables, states = dict(tables), dict(states)
+        bad: list[jax.Array] = []
         for stack, of_stack in of_stacks(self._model, self._stacks, d_pooled):
             of_rows, of_weights = self._updates(stack, rate, count, factor)
+            slots = arrays_of(stack, states)
+            if of_rows.segments is not None:
+                slots = slots | {stack.name: slots[stack.name] | {NOT_FINITE: jnp.zeros(())}}
             here = Learning(
                 stack,
                 self._options,
                 arrays_of(stack, tables),
-                states=arrays_of(stack, states),
+                states=slots,
                 of_rows=of_rows,
                 of_weights=of_weights,
             )
             change = update_whole if self._moves_all else stack.form.update
             new_tables, new_states = change(here, routes[stack.name], of_stack)
+            if NOT_FINITE in new_states[stack.name]:
+                bad.append(new_states[stack.name].pop(NOT_FINITE))
             tables |= new_tables
             states |= new_states
-        return tables, states
+        return tables, states, {NOT_FINITE: sum(bad)} if len(bad) == len(self._stacks) else {}
 
     def squares(self, tables: Arrays, routes: Arrays, d_pooled: Pooled) -> jax.Array:
         """Sum of the squares of all rows' gradients; what each shard has of its own is added up."""

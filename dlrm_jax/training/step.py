@@ -4,6 +4,7 @@ Ids go in, pooled embeddings come out, the dense model is a function of them, an
 embeddings is all that the sparse optimizer ever sees.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ from dlrm_jax.model.loss import example_losses, probability
 from dlrm_jax.model.mlp import Training
 from dlrm_jax.model.schedule import make_schedule
 from dlrm_jax.tables.exchange import Pooled, TableOps, local_ops
+from dlrm_jax.tables.updates import NOT_FINITE
 from dlrm_jax.training.state import TrainState
 
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
@@ -134,7 +136,8 @@ def make_routed_step(
 
     def train_step(state: TrainState, batch: Batch, routes: Any) -> tuple[TrainState, dict[str, jax.Array]]:
         found, routes = batch_gradients(model, loss, num_micro_batches, ops, seed, state, batch, routes)
-        loss_value, d_params, d_pooled_BxFxD, finite, batch_stats = found
+        loss_value, d_params, d_pooled_BxFxD, batch_stats = found
+        finite = _all_finite((loss_value, d_params))
         rate = schedule(state.step)
         if state.rate_factor is not None:
             rate *= state.rate_factor
@@ -153,6 +156,8 @@ def make_routed_step(
             tables, table_opt_state, counters = ops.update(
                 state.tables, state.table_opt_state, routes, d_pooled_BxFxD, rate, state.step + 1, *factor
             )
+            # A kernel that saw them on its way spares going through all of them once more.
+            finite &= counters.pop(NOT_FINITE) == 0 if NOT_FINITE in counters else _all_finite(d_pooled_BxFxD)
         new_state = state.replace(
             step=state.step + 1,
             dense_params=dense_params,
@@ -185,12 +190,11 @@ def batch_gradients(
 
 
 class Gradients(NamedTuple):
-    """The mean loss of a batch and its gradients, whether all are finite, and batch norms' new running averages."""
+    """The mean loss of a batch and its gradients, and batch norms' new running averages."""
 
     loss: jax.Array
     d_params: Any
     d_pooled_BxFxD: Pooled
-    finite: jax.Array
     batch_stats: Any
 
 
@@ -255,10 +259,11 @@ def dense_gradients(
     columns = (pooled_BxFxD, batch.dense_BxN, row_B, batch.label_B, batch.weight_B)
     on_each = _together if model.has_batch_norm else ops.on_each
     (value, d_params, batch_stats), d_pooled_BxFxD = on_each(gradients, shared, columns)
-    finite = jnp.isfinite(value)
-    for leaf in jax.tree.leaves((d_params, d_pooled_BxFxD)):
-        finite &= jnp.isfinite(leaf).all()
-    return Gradients(value, d_params, d_pooled_BxFxD, finite, batch_stats)
+    return Gradients(value, d_params, d_pooled_BxFxD, batch_stats)
+
+
+def _all_finite(numbers: Any) -> jax.Array:
+    return functools.reduce(jnp.logical_and, (jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(numbers)))
 
 
 def _together(function: Callable[[Any, Any], tuple[Any, Any]], shared: Any, columns: Any) -> tuple[Any, Any]:

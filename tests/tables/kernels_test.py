@@ -23,6 +23,7 @@ from dlrm_jax.tables.kernels.segments import update_segments
 from dlrm_jax.tables.layout import place_stacks
 from dlrm_jax.tables.named_rules import make_rule
 from dlrm_jax.tables.plan import make_plan
+from dlrm_jax.tables.updates import NOT_FINITE
 from tests.helpers import RULES, optimizer, tiny_model
 from tests.tables.native_test import needs_compiler
 
@@ -96,7 +97,7 @@ def test_a_step_by_kernels_is_xlas(one_in_flight, sharding, devices):
     ids = np.concatenate([rng.integers(-1, 3, (16, 3)), rng.integers(0, 50, (16, 1))], axis=1).astype(np.int32)
     d_pooled = rng.normal(size=(16, 2, 8)).astype(np.float32)
 
-    def step(fused):
+    def step(fused, d_pooled=d_pooled):
         tables, states = {}, {}
         for stack in stacks:
             tables |= init_stack(model, stack, mesh, 0)
@@ -105,7 +106,7 @@ def test_a_step_by_kernels_is_xlas(one_in_flight, sharding, devices):
 
         def run(tables, states):
             pooled, routes = ops.lookup(tables, ops.route(ids, None))
-            return pooled, ops.update(tables, states, routes, d_pooled, jnp.float32(0.1), jnp.int32(1))[:2]
+            return pooled, ops.update(tables, states, routes, d_pooled, jnp.float32(0.1), jnp.int32(1))
 
         return jax.jit(run)(tables, states)
 
@@ -119,8 +120,14 @@ def test_a_step_by_kernels_is_xlas(one_in_flight, sharding, devices):
         asked.append("segments")
         return update_segments(*args, interpret=True)
 
-    ours, theirs = step(Fused(pool, segments)), step(Fused())
+    (*ours, counted), (*theirs, none) = (
+        (pooled, *after) for pooled, after in map(step, (Fused(pool, segments), Fused()))
+    )
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), ours, theirs)
+    assert NOT_FINITE not in none and counted.get(NOT_FINITE, 0) == 0
+    d_pooled[:, 1, 3] = np.where(ids[:, 3] == ids[0, 3], np.nan, d_pooled[:, 1, 3])
+    bad = step(Fused(pool, segments), d_pooled)[1][2]
+    assert (NOT_FINITE in bad and bad[NOT_FINITE] > 0) == (sharding != "column_wise")
     assert bool(asked) == (sharding != "column_wise")
     assert ("pool" in asked) == (sharding == "data_parallel")
 

@@ -19,6 +19,7 @@ from dlrm_jax.tables.exchange import Arrays, TableOps, stack_rule
 from dlrm_jax.tables.forms.base import Stack
 from dlrm_jax.tables.layout import local_stacks
 from dlrm_jax.tables.rules import Adagrad, RowwiseAdagrad, Rule, Sgd
+from dlrm_jax.tables.updates import NOT_FINITE
 
 _LOG = logging.getLogger("dlrm_jax")
 _CALLS: dict[type[Rule], str] = {
@@ -83,7 +84,7 @@ def _update(
     count: jax.Array,
 ) -> tuple[Arrays, Arrays, Arrays]:
     del count  # None of these rules looks at it.
-    new_tables, new_states = {}, {}
+    new_tables, new_states, bad = {}, {}, []
     for stack in stacks:
         rule = stack_rule(optimizer, stack)
         arrays = (tables[stack.name], *states[stack.name].values())
@@ -92,15 +93,16 @@ def _update(
             attributes["eps"] = np.float32(rule.eps)
         call = jax.ffi.ffi_call(
             _CALLS[type(rule)],
-            [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in arrays],
+            [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in (*arrays, np.zeros(1, np.int32))],
             input_output_aliases={i: i for i in range(len(arrays))},
         )
         d_stack_BxGxD = d_pooled_BxFxD[:, np.array(stack.features)]
         own_rate = jnp.float32(rate) * (stack.tables[0].rate * optimizer.table_rate)
         rows, scale = routes[stack.name]["rows"], _scale(routes[stack.name])
-        new_tables[stack.name], *slots = call(*arrays, rows, scale, d_stack_BxGxD, own_rate, **attributes)
+        new_tables[stack.name], *slots, bad_1 = call(*arrays, rows, scale, d_stack_BxGxD, own_rate, **attributes)
         new_states[stack.name] = dict(zip(states[stack.name], slots, strict=True))
-    return new_tables, new_states, {}
+        bad.append(bad_1[0])
+    return new_tables, new_states, {NOT_FINITE: sum(bad)}
 
 
 def _scale(routes: Arrays) -> jax.Array:

@@ -25,14 +25,17 @@ from dlrm_jax.tables.kernels import blocks
 from dlrm_jax.tables.kernels.blocks import Block
 from dlrm_jax.tables.rows import num_rows
 from dlrm_jax.tables.rules import Arrays, Rows
-from dlrm_jax.tables.updates import BagGrad, SparseGrad, Stored, Update, flat_slots, merge_duplicates
+from dlrm_jax.tables.updates import NOT_FINITE, BagGrad, SparseGrad, Stored, Update, flat_slots, merge_duplicates
 
 _SHORTEST, _LONGEST, _PROGRAMS = 8, 64, 4096
 """Slots of a piece, and how many programs keep a large GPU busy."""
 
 
 def update_segments(update: Update, bags: tuple[BagGrad, ...], stored: Stored, interpret: bool = False) -> Stored:
-    """`Update.by_bags` by a kernel, of an update whose rows are whole; `interpret`: by XLA, anywhere, for tests."""
+    """`Update.by_bags` by a kernel, of an update whose rows are whole; `interpret`: by XLA, anywhere, for tests.
+
+    NOT_FINITE, where asked for, is of the sums on their way, so of each gradient: what is no number stays in a sum.
+    """
     width = bags[0].d_bags_NxD.shape[1]
     void, block = num_rows(stored.weights, width), Block(width)
     ids_M, bag_M, scale_M, d_bags_NxD = flat_slots(bags)
@@ -46,9 +49,13 @@ def update_segments(update: Update, bags: tuple[BagGrad, ...], stored: Stored, i
         slots["scale"] = pad(scale_M[order_M])
     if update.noise is not None:
         slots["noise"] = update.noise.of_rows(ids_M)
-    stored, sums_2PxD = _first_pass(update, block, length, ids_M, slots, d_bags_NxD, stored, interpret)
+    counted = stored.slots.get(NOT_FINITE)
+    stored, sums_2PxD, bad_Px1 = _first_pass(update, block, length, ids_M, slots, d_bags_NxD, stored, interpret)
     crossing = SparseGrad(_crossing(ids_M.reshape(-1, length), void), sums_2PxD)
-    return update.of_merged(merge_duplicates(crossing, void), stored)
+    stored = update.of_merged(merge_duplicates(crossing, void), stored)
+    if counted is None:
+        return stored
+    return stored._replace(slots=stored.slots | {NOT_FINITE: counted + bad_Px1.sum()})
 
 
 def _crossing(ids_PxL: jax.Array, void: int) -> jax.Array:
@@ -71,36 +78,39 @@ def _first_pass(
     d_bags_NxD: jax.Array,
     stored: Stored,
     interpret: bool,
-) -> tuple[Stored, jax.Array]:
-    """(what is stored once rows that lie inside a piece are updated, (2P, D) sums of pieces' first and last rows)."""
+) -> tuple[Stored, jax.Array, jax.Array]:
+    """What is stored once rows that lie inside a piece are updated, sums of pieces' first and last rows (2P, D).
+
+    And of each piece (P, 1) in how many lanes a sum was not finite.
+    """
     numbers = {"rate": update.rate, "count": update.count}
     if not isinstance(update.factor, float):
         numbers["factor"] = update.factor
     # Around the ids one more each, so that each slot has neighbours.
     given = {"ids": jnp.pad(ids_M, 1, constant_values=-1), "d_bags": d_bags_NxD, **slots}
     given |= {name: jnp.asarray(number).reshape(1) for name, number in numbers.items()}
-    kept = {"": stored.weights, **stored.slots}
+    kept = {"": stored.weights, **{slot.name: stored.slots[slot.name] for slot in update.rule.slots}}
     num_pieces = len(ids_M) // length
-    sums_2PxD = jax.ShapeDtypeStruct((2 * num_pieces, block.width), jnp.float32)
+    more = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((2 * num_pieces, block.width), (num_pieces, 1))]
 
     def kernel(*refs: Any) -> None:
-        inputs, (sums, *outputs) = refs[: len(given) + len(kept)], refs[len(given) + len(kept) :]
+        inputs, (sums, bad, *outputs) = refs[: len(given) + len(kept)], refs[len(given) + len(kept) :]
         read = dict(zip(given, inputs, strict=False))
         old, new = (dict(zip(kept, some, strict=True)) for some in (inputs[len(given) :], outputs))
-        _Walk(update, block, length, read, old, new, sums).run()
+        _Walk(update, block, length, read, old, new, sums, bad).run()
 
-    sums, *new = pl.pallas_call(
+    sums, bad, *new = pl.pallas_call(
         kernel,
         grid=(num_pieces // block.rows,),
         in_specs=[blocks.ANYWHERE] * (len(given) + len(kept)),
-        out_specs=[blocks.ANYWHERE] * (1 + len(kept)),
-        out_shape=[sums_2PxD, *(jax.ShapeDtypeStruct(array.shape, array.dtype) for array in kept.values())],
-        input_output_aliases={len(given) + i: 1 + i for i in range(len(kept))},
+        out_specs=[blocks.ANYWHERE] * (len(more) + len(kept)),
+        out_shape=[*more, *(jax.ShapeDtypeStruct(array.shape, array.dtype) for array in kept.values())],
+        input_output_aliases={len(given) + i: len(more) + i for i in range(len(kept))},
         compiler_params=blocks.warp(),
         interpret=interpret,
     )(*given.values(), *kept.values())
     arrays = dict(zip(kept, new, strict=True))
-    return Stored(arrays.pop(""), arrays), sums
+    return Stored(arrays.pop(""), arrays), sums, bad
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,6 +124,7 @@ class _Walk:
     old: dict[str, Any]
     new: dict[str, Any]
     sums: Any
+    bad: Any
 
     def run(self) -> None:
         piece_R = self.block.numbers()
@@ -121,8 +132,8 @@ class _Walk:
         began_R = self._of_slots("ids", first_R) == self._of_slots("ids", first_R + 1)
         void = num_rows(self.old[""], self.block.width)
 
-        def step(i: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-            sum_RxW, in_first_R = carry
+        def step(i: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+            sum_RxW, in_first_R, bad_RxW = carry
             slots = [first_R + i * blocks.IN_FLIGHT + j for j in range(blocks.IN_FLIGHT)]
             ids = [self._of_slots("ids", slot_R + 1) for slot_R in (*slots, slots[-1] + 1)]
             ends = [here_R != next_R for here_R, next_R in itertools.pairwise(ids)]
@@ -141,15 +152,18 @@ class _Walk:
             ]
             for j, slot_R in enumerate(slots):
                 sum_RxW = sum_RxW + gradients[j]
+                bad_RxW = jnp.where(jnp.abs(sum_RxW) < jnp.inf, bad_RxW, 1.0)
                 self.block.store(self.sums, 2 * piece_R, sum_RxW, ends[j] & firsts[j])
                 self._finish(ids[j], inside[j], sum_RxW, old[j], slot_R)
                 sum_RxW = jnp.where(self.block.spread(ends[j]), 0, sum_RxW)
-            return sum_RxW, firsts[-1]
+            return sum_RxW, firsts[-1], bad_RxW
 
-        nothing = jnp.zeros(self.block.shape, jnp.float32), jnp.ones(self.block.rows, bool)
-        sum_RxW, in_first_R = jax.lax.fori_loop(0, self.length // blocks.IN_FLIGHT, step, nothing)
+        zeros, every_R = jnp.zeros(self.block.shape, jnp.float32), jnp.ones(self.block.rows, bool)
+        first = zeros, every_R, zeros
+        sum_RxW, in_first_R, bad_RxW = jax.lax.fori_loop(0, self.length // blocks.IN_FLIGHT, step, first)
         self.block.store(self.sums, 2 * piece_R, sum_RxW, in_first_R)
-        self.block.store(self.sums, 2 * piece_R + 1, sum_RxW, jnp.ones(self.block.rows, bool))
+        self.block.store(self.sums, 2 * piece_R + 1, sum_RxW, every_R)
+        self.block.store(self.bad, piece_R, jnp.sum(bad_RxW, axis=1, keepdims=True), every_R)
 
     def _of_slots(self, name: str, slot_R: jax.Array) -> jax.Array:
         return triton.load(self.given[name].at[slot_R])

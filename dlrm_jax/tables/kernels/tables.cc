@@ -1,5 +1,5 @@
-// Lookup and update of a stack of tables on CPUs, for XLA (jax.ffi). The meaning is that of embedding.py and
-// sparse_optimizer.py; ops.py calls it.
+// Lookup and update of a stack of tables on CPUs, for XLA (jax.ffi). The meaning is that of ../pooling.py and
+// ../updates.py; native.py calls it.
 //
 // All of it waits for memory: rows lie anywhere in gigabytes. So the rows of the next AHEAD slots are asked for while
 // one is worked on. Updates deal the rows out to the threads by a hash, so that no two threads write to one row, and
@@ -7,6 +7,7 @@
 // with the same instructions.
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <vector>
@@ -20,6 +21,7 @@ namespace ffi = xla::ffi;
 using Floats = ffi::Buffer<ffi::F32>;
 using Ids = ffi::Buffer<ffi::S32>;
 using OutFloats = ffi::ResultBuffer<ffi::F32>;
+using OutInts = ffi::ResultBuffer<ffi::S32>;
 
 constexpr int64_t kAhead = 16;
 constexpr int64_t kExamplesAtATime = 64;
@@ -149,15 +151,29 @@ void SortByRow(std::vector<uint64_t>& entries, std::vector<uint64_t>& scratch, i
   }
 }
 
-// Sums the gradients of each row's slots and applies the rule to it, once. Sorting pays for itself even where the rule
-// is linear: rows are then met in the order of memory. `accumulator`, of the rule, is (rows, 1), (rows, D) or null.
+// A float's bits, to be looked at where they are.
+typedef uint32_t Bits __attribute__((may_alias));
+
+// Whether none of them is NaN or infinite, whose exponents are all ones: a maximum, which processors take many at a time.
+inline bool AllFinite(const float* numbers, int64_t count) {
+  constexpr uint32_t kExponent = 0x7f800000;
+  const Bits* bits = reinterpret_cast<const Bits*>(numbers);
+  uint32_t most = 0;
+  for (int64_t i = 0; i < count; ++i) most = std::max(most, bits[i] & kExponent);
+  return most != kExponent;
+}
+
+// Sums the gradients of each row's slots and applies the rule to it, once; gives the number of rows whose sum is not
+// finite. Sorting pays for itself even where the rule is linear: rows are then met in the order of memory.
+// `accumulator`, of the rule, is (rows, 1), (rows, D) or null.
 template <Rule rule>
-void UpdateRows(ffi::ThreadPool pool, const Slots& slots, const float* d_pooled, float rate, float eps, int64_t width,
-                float* table, float* accumulator) {
+int32_t UpdateRows(ffi::ThreadPool pool, const Slots& slots, const float* d_pooled, float rate, float eps,
+                   int64_t width, float* table, float* accumulator) {
   constexpr bool kPerWeight = rule == Rule::kAdagrad;
   int bits = 0;
   while ((slots.num_rows - 1) >> bits) ++bits;
   const int64_t threads = pool.num_threads();
+  std::atomic<int32_t> bad{0};
   const auto d_bag = [&](uint64_t entry) {
     const int64_t slot = static_cast<uint32_t>(entry), b = slot / slots.per_example, k = slot % slots.per_example;
     return d_pooled + (b * slots.num_features + slots.feature[k]) * width;
@@ -187,6 +203,7 @@ void UpdateRows(ffi::ThreadPool pool, const Slots& slots, const float* d_pooled,
         const float scale = slots.scale ? slots.scale[static_cast<uint32_t>(mine[i])] : 1.0f;
         for (int64_t j = 0; j < width; ++j) gradient[j] += d[j] * scale;
       }
+      if (!AllFinite(gradient, width)) ++bad;
       float* __restrict row = table + id * width;
       if (rule == Rule::kSgd) {
         for (int64_t j = 0; j < width; ++j) row[j] -= rate * gradient[j];
@@ -205,26 +222,29 @@ void UpdateRows(ffi::ThreadPool pool, const Slots& slots, const float* d_pooled,
       }
     }
   });
+  return bad;
 }
 
 ffi::Error UpdateSgd(ffi::ThreadPool pool, Floats, Ids ids_BxK, Floats scale_BxK, Floats d_pooled_BxFxD, Floats rate,
-                     OutFloats table, ffi::Span<const int64_t> hotness) {
+                     OutFloats table, OutInts bad, ffi::Span<const int64_t> hotness) {
   if (!Fits(ids_BxK, scale_BxK, hotness, d_pooled_BxFxD.dimensions(), table->dimensions()[1])) return Misfit();
-  UpdateRows<Rule::kSgd>(pool, Slots(ids_BxK, scale_BxK, hotness, table->dimensions()[0]), d_pooled_BxFxD.typed_data(),
-                         *rate.typed_data(), 0.0f, table->dimensions()[1], table->typed_data(), nullptr);
+  const Slots slots(ids_BxK, scale_BxK, hotness, table->dimensions()[0]);
+  *bad->typed_data() = UpdateRows<Rule::kSgd>(pool, slots, d_pooled_BxFxD.typed_data(), *rate.typed_data(), 0.0f,
+                                              table->dimensions()[1], table->typed_data(), nullptr);
   return ffi::Error::Success();
 }
 
 template <Rule rule>
 ffi::Error UpdateAdaptively(ffi::ThreadPool pool, Floats, Floats, Ids ids_BxK, Floats scale_BxK, Floats d_pooled_BxFxD,
-                            Floats rate, OutFloats table, OutFloats accumulator, ffi::Span<const int64_t> hotness,
-                            float eps) {
+                            Floats rate, OutFloats table, OutFloats accumulator, OutInts bad,
+                            ffi::Span<const int64_t> hotness, float eps) {
   const int64_t rows = table->dimensions()[0], width = table->dimensions()[1];
   const size_t sums = rows * (rule == Rule::kAdagrad ? width : 1);
   const bool fits = Fits(ids_BxK, scale_BxK, hotness, d_pooled_BxFxD.dimensions(), width);
   if (!fits || accumulator->element_count() != sums) return Misfit();
-  UpdateRows<rule>(pool, Slots(ids_BxK, scale_BxK, hotness, table->dimensions()[0]), d_pooled_BxFxD.typed_data(),
-                   *rate.typed_data(), eps, table->dimensions()[1], table->typed_data(), accumulator->typed_data());
+  const Slots slots(ids_BxK, scale_BxK, hotness, table->dimensions()[0]);
+  *bad->typed_data() = UpdateRows<rule>(pool, slots, d_pooled_BxFxD.typed_data(), *rate.typed_data(), eps,
+                                        table->dimensions()[1], table->typed_data(), accumulator->typed_data());
   return ffi::Error::Success();
 }
 
@@ -250,6 +270,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(dlrm_update_sgd, UpdateSgd,
                                   .Arg<Floats>()
                                   .Arg<Floats>()
                                   .Ret<Floats>()
+                                  .Ret<ffi::Buffer<ffi::S32>>()
                                   .Attr<ffi::Span<const int64_t>>("hotness"));
 #define DLRM_ADAPTIVE(name, rule)                                        \
   XLA_FFI_DEFINE_HANDLER_SYMBOL(name, UpdateAdaptively<rule>,            \
@@ -261,6 +282,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(dlrm_update_sgd, UpdateSgd,
                                     .Arg<Floats>()                       \
                                     .Ret<Floats>()                       \
                                     .Ret<Floats>()                       \
+                                    .Ret<ffi::Buffer<ffi::S32>>()        \
                                     .Attr<ffi::Span<const int64_t>>("hotness") \
                                     .Attr<float>("eps"))
 DLRM_ADAPTIVE(dlrm_update_adagrad, Rule::kAdagrad);
