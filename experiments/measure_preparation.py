@@ -19,6 +19,7 @@ from criteo_text import write
 from measure import ROOT, replace_section, where_and_when
 
 from dlrm_jax.data.generate import multi_hot
+from dlrm_jax.data.packed_rows import row_words
 from dlrm_jax.data.read.pipeline import Cut, batch_windows, window_steps
 from dlrm_jax.data.read.prepared import open_prepared, read_json
 from dlrm_jax.training.reporting import versions
@@ -77,7 +78,7 @@ def reading_speed(dataset: pathlib.Path, batch_size: int = 2048) -> list[float]:
     rates = []
     for epoch in range(3):
         start = time.perf_counter()
-        cut = Cut(batch_size, window_steps(4 * (13 + 26 + 2), batch_size))
+        cut = Cut(batch_size, window_steps(4 * row_words(13, 26), batch_size))
         for _ in batch_windows(iter([split.sources(0, epoch, shuffle=True)]), cut):
             pass
         rates.append(len(split) / (time.perf_counter() - start))

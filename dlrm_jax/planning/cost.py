@@ -14,7 +14,7 @@ import numpy as np
 
 from dlrm_jax.config import ModelConfig, OptimizerConfig, TableConfig
 from dlrm_jax.config.learning import ALL_ROWS
-from dlrm_jax.data.packed import row_bytes
+from dlrm_jax.data.packed_rows import row_bytes
 from dlrm_jax.planning.dense_work import dense_work
 from dlrm_jax.planning.hardware import Hardware
 from dlrm_jax.planning.hlo import CONTROL_BYTES

@@ -58,8 +58,8 @@ class TableOps(NamedTuple):
     route: (ids_BxK, id_weights_BxK or None) -> routes. Reads no table.
     lookup: (tables, routes) -> (pooled, routes), the routes with what the way back needs.
     update: (tables, states, routes, d_pooled, learning_rate, count[, factor]) -> (tables, states, counters). `count`
-      is the number of the update, from 1 on; gradients are multiplied with `factor` first. Where kernels look at all
-      gradients on their way, NOT_FINITE is among the counters.
+      is the number of the update, from 1 on; gradients are multiplied with `factor` first. NOT_FINITE is among the
+      counters where kernels have looked at the gradients of all rows; those of empty bags move no row, and count not.
     squares: (tables, routes, d_pooled) -> the squares of all rows' gradients, repeats of a row merged, added up.
     on_each: (function, shared, columns) -> function(shared, columns) = (sums, columns) of each device's own examples,
       the sums added over the devices, once.
@@ -260,6 +260,7 @@ class _Parts:
                 bad.append(new_states[stack.name].pop(NOT_FINITE))
             tables |= new_tables
             states |= new_states
+        # One that XLA updates has not been looked at, and then the step looks at all gradients.
         return tables, states, {NOT_FINITE: sum(bad)} if len(bad) == len(self._stacks) else {}
 
     def squares(self, tables: Arrays, routes: Arrays, d_pooled: Pooled) -> jax.Array:

@@ -32,7 +32,7 @@ from dlrm_jax.tables.rules import Arrays, Rows, Rule
 
 SUM = "sum_of_squares"
 NOT_FINITE = "not_finite"
-"""Of a kernel that has it among its slots: how many sums of gradients had a number that is NaN or infinite."""
+"""Counter of an update: more than 0 where a row's gradients, or their sum, are NaN or infinite."""
 
 PIECE = 4096
 """Slots that an update by bags merges at a time: their rows stay in a core's cache."""
@@ -81,7 +81,7 @@ class Stored(NamedTuple):
 
 
 Segments = Callable[["Update", tuple[BagGrad, ...], Stored], Stored]
-"""`Update.by_bags` by a kernel (tables/kernels), which counts NOT_FINITE where that is among the slots."""
+"""`Update.by_bags` by a kernel (tables/kernels), which adds to NOT_FINITE where that is among the slots."""
 
 
 def _mean(rows_MxD: jax.Array) -> jax.Array:

@@ -16,9 +16,9 @@ import numpy as np
 from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dlrm_jax.data import packed
+from dlrm_jax.data import packed_rows
 from dlrm_jax.data.batch import Batch
-from dlrm_jax.data.packed import PackedRows, row_bytes
+from dlrm_jax.data.packed_rows import PackedRows, row_bytes, row_words
 from dlrm_jax.data.read.dataset import BatchExpander, Dataset, Rows
 from dlrm_jax.data.read.pipeline import (
     MOST_ROWS,
@@ -36,6 +36,7 @@ from dlrm_jax.data.read.windows import made_by_host
 from dlrm_jax.host import memory, processes
 from dlrm_jax.host.formulations import by_platform
 from dlrm_jax.host.mesh import BATCH_SPEC, batch_sharding, replicated
+from dlrm_jax.host.recycled import Recycler
 from dlrm_jax.training.options import AUTO
 from dlrm_jax.training.placed import Placed
 from dlrm_jax.training.placement import prediction
@@ -98,7 +99,8 @@ class Feed:
             return None
         in_order = iter([self.split.sources(0, 0, shuffle=False)])
         (rows,) = batch_windows(in_order, Cut(len(self.split)))
-        return self._placed(self._expanded(rows)[0], None if self.shardings is None else self.shardings.rows)
+        where = None if self.shardings is None else self.shardings.rows
+        return self._placed(self._expanded(rows)[0].without_gaps(), where)
 
     def train_windows(
         self, seed: int, start_step: int, shuffle: bool, began_at: int = 0
@@ -132,7 +134,7 @@ class Feed:
             batch = jax.tree.map(at, window.rows).batch
         else:
             assert window.rows is not None
-            batch = packed.taken(jnp, window.rows, at(window.order_TxB)).batch
+            batch = packed_rows.taken(jnp, window.rows, at(window.order_TxB)).batch
         if self.expander is not None and self.expander.on_device:
             batch = batch.replace(ids_BxK=self.expander.compute(jnp, batch.ids_BxK))
         return batch
@@ -141,7 +143,10 @@ class Feed:
         """This process's part of batch `i` of what travelled, on the host."""
         if isinstance(traveller, PackedRows):
             return traveller[i].batch
-        return self._made(np, traveller[i]) if self.made else packed.taken(np, self._rows_here, traveller[i]).batch
+        if self.made:
+            return self._made(np, traveller[i])
+        rows = jax.tree.map(lambda words: np.asarray(words.addressable_data(0)), self._rows)
+        return packed_rows.taken(np, rows, traveller[i]).batch
 
     def host_ids(self, traveller: Traveller, first: int, stop: int) -> np.ndarray:
         """(examples, K): the ids of batches `first` to `stop` - 1 of what travelled, as steps see them, on the host."""
@@ -187,21 +192,28 @@ class Feed:
     def _host_ids(self, order: np.ndarray) -> np.ndarray:
         """The ids of rows that do not travel."""
         if self.resident:
-            return np.asarray(self._rows_here.batch.ids_BxK)[order]
+            return self._ids_here[order]
         assert self.split.maker is not None
         return made_by_host(self.split.maker, order)[1]
 
     @functools.cached_property
-    def _rows_here(self) -> PackedRows:
-        """All rows that stay, as the host has them: those of a CPU device, or a copy of another's."""
-        return jax.tree.map(lambda words: np.asarray(words.addressable_data(0)), self._rows)
+    def _ids_here(self) -> np.ndarray:
+        """The ids of all rows that stay, on the host."""
+        rows = jax.tree.map(lambda words: np.asarray(words.addressable_data(0)), self._rows)
+        return np.ascontiguousarray(rows.batch.ids_BxK)
 
     def _expanded(self, rows: PackedRows) -> PackedRows:
         if self.expander is None or self.expander.on_device:
             return rows
         ids = np.asarray(rows.batch.ids_BxK)
         bags = self.expander.on_host(ids.reshape(-1, ids.shape[-1]))
-        return packed.packed(rows.batch.replace(ids_BxK=bags.reshape(*ids.shape[:-1], -1)))
+        batch = rows.batch.replace(ids_BxK=bags.reshape(*ids.shape[:-1], -1))
+        return packed_rows.of_batch(batch, self._memory.empty)
+
+    @functools.cached_property
+    def _memory(self) -> Recycler:
+        """Of windows whose bags the host makes."""
+        return Recycler()
 
     @staticmethod
     def _placed(values: Any, shardings: Any) -> Any:
@@ -269,11 +281,13 @@ def make_feed(
     expander = dataset.expander
     expands = expander is not None and expander.on_device
     slots = len(dataset.features) if expands else placed.model.num_slots
-    here = row_bytes(placed.model.num_dense, slots, placed.packed)
+    num_dense = placed.model.num_dense
+    here, travelling = row_bytes(num_dense, slots, placed.packed), 4 * row_words(num_dense, slots)
     can_be_made = split.maker is not None and len(split) <= MOST_ROWS and (expander is None or expands)
     resident = bool(len(split)) and room is not None and room.keeps(here * len(split), can_be_made)
     made = can_be_made and room is not None and not resident
-    steps = window_steps(here, cut.batch_size, most_steps)
+    steps = window_steps(travelling, cut.batch_size, most_steps)
     if resident or made:
-        steps, here = min(MOST_STEPS, most_steps), here if resident else 4
-    return Feed(split, dataclasses.replace(cut, steps=steps), placed.mesh, expander, resident, made, here)
+        steps = min(MOST_STEPS, most_steps)
+    held = here if resident else 4 if made else travelling
+    return Feed(split, dataclasses.replace(cut, steps=steps), placed.mesh, expander, resident, made, held)

@@ -186,7 +186,7 @@ class RunConfig:
     kernels: str = setting(
         AUTO,
         "Who looks up and updates tables: XLA; pallas, on GPUs; native, C++ on one CPU, compiled at the first use "
-        "(needs a compiler), faster for bags; auto: what is faster here. Equal up to rounding.",
+        "(needs a compiler), faster for bags and Adagrads; auto: what is faster here. Equal up to rounding.",
         choices=KERNELS,
     )
     allow_oversubscription: bool = setting(False, TRY_ANYWAY_HELP)

@@ -82,8 +82,8 @@ def make_train_step(
     G-th of the dense model's activations. Batch norms are the exception: each part, every G-th row of the batch, is
     normalised by itself, and the running averages are updated part after part.
     Dropout follows from (`seed`, step, layer, the example's place in the batch, column).
-    Metrics: `loss`, the mean over weighted examples; `learning_rate`; `finite`, whether loss and gradients are; and the
-    counters of `ops`.
+    Metrics: `loss`, the mean over weighted examples; `learning_rate`; `finite`, whether the loss is and all gradients
+    that move a weight are; and the counters of `ops`.
     """
     ops = ops or local_ops(model, optimizer)
     finish = make_routed_step(model, loss, optimizer, num_micro_batches, ops, seed)

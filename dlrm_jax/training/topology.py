@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from dlrm_jax.config import ConfigError, LossConfig, how_to_install
-from dlrm_jax.data.packed import PackedRows, row_bytes
+from dlrm_jax.data.packed_rows import PackedRows, row_bytes, row_words
 from dlrm_jax.data.read.dataset import Maker, Split
 from dlrm_jax.data.read.pipeline import Cut
 from dlrm_jax.data.read.windows import GeneratedSplit
@@ -204,11 +204,11 @@ def _of_a_window(placed: Placed, step: TrainStep, batch_size: int, windows: Wind
     feed = Feed(split, Cut(batch_size, steps), placed.mesh, resident=bool(windows.rows) and not made, made=made)
     assert feed.shardings is not None
     first = (windows.rows,) if windows.rows else (steps, batch_size)
-    num_dense, order_TxB = placed.model.num_dense, feed.shardings.order_TxB
-    words = (*first, row_bytes(num_dense, placed.model.num_slots) // 4)
+    columns, order_TxB = (placed.model.num_dense, placed.model.num_slots), feed.shardings.order_TxB
+    words = (*first, row_bytes(*columns) // 4 if windows.rows else row_words(*columns))
     window = Window(
         jax.ShapeDtypeStruct((), jnp.int32, sharding=placed.everywhere),
-        None if made else PackedRows(jax.ShapeDtypeStruct(words, jnp.int32, sharding=feed.shardings.rows), num_dense),
+        None if made else PackedRows(jax.ShapeDtypeStruct(words, jnp.int32, sharding=feed.shardings.rows), *columns),
         order_TxB and jax.ShapeDtypeStruct((steps, batch_size), jnp.uint32, sharding=order_TxB),
     )
     record = jax.ShapeDtypeStruct((steps, len(RECORDED)), jnp.float32, sharding=placed.everywhere)

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import logging
+import math
 import types
 
 import jax
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 from dlrm_jax.config import ConfigError
+from dlrm_jax.data.packed_rows import row_words
 from dlrm_jax.data.prepare import blocks
 from dlrm_jax.data.read import native
 from dlrm_jax.data.read.dataset import Split
@@ -104,10 +106,13 @@ def test_damage_is_found_where_array_record_finds_it(tmp_path):
 
 
 @needs_compiler
-@pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize(("num_dense", "num_slots"), [(13, 26), (0, 1), (1, 3), (5, 9), (7, 70)])
-def test_rows_go_where_they_belong(num_dense, num_slots, weighted):
-    """Parts of records, at any addresses, into several windows, some rows into none; each record read once."""
+@pytest.mark.parametrize(("weighted", "off"), [(False, 0), (True, 0), (True, 4)])
+@pytest.mark.parametrize(("num_dense", "num_slots"), [(13, 26), (0, 1), (1, 3), (5, 9), (7, 70), (100, 200)])
+def test_rows_go_where_they_belong(num_dense, num_slots, weighted, off):
+    """Parts of records, at any addresses, into several windows, some rows into none; each record read once.
+
+    Rows of whole lines are written past the cache, where they lie so; what fills their lines is 0.
+    """
     rng = np.random.default_rng(num_dense)
 
     def record(rows: int) -> Split:
@@ -134,11 +139,13 @@ def test_rows_go_where_they_belong(num_dense, num_slots, weighted):
     weight_R = np.ones(len(whole), np.float32) if whole.weight_R is None else whole.weight_R
     for rows_R, at in ((order[:400], 30), (order[400:401], 0), (order[401:], 7)):
         columns = [whole.dense_RxN, whole.ids_RxK, whole.label_R, weight_R]
-        filled = np.zeros((len(rows_R) + 40, num_dense + num_slots + 2), np.int32)
-        targets.append(Target(filled.copy(), rows_R, at))
+        shape = len(rows_R) + 40, row_words(num_dense, num_slots)
         side_by_side = [column[rows_R].view(np.int32).reshape(len(rows_R), -1) for column in columns]
-        filled[at : at + len(rows_R)] = np.concatenate(side_by_side, axis=1)
+        filled, memory = np.zeros(shape, np.int32), np.zeros(4 * math.prod(shape) + 128, np.uint8)
+        filled[at : at + len(rows_R), : num_dense + num_slots + 2] = np.concatenate(side_by_side, axis=1)
         wanted.append(filled)
+        start = -native.address(memory) % 64 + off
+        targets.append(Target(memory[start : start + filled.nbytes].view(np.int32).reshape(shape), rows_R, at))
     for job in source.jobs(targets):
         job()
     jax.tree.map(np.testing.assert_array_equal, [words for words, _, _ in targets], wanted)

@@ -76,6 +76,20 @@ def test_kernels_tell_of_a_sum_that_overflows(step_by, who):
     assert jax.jit(step)(state, alone)[1]["finite"]
 
 
+@pytest.mark.parametrize("who", WHO[1:])
+def test_a_sum_that_overflows_over_many_slots_is_told_and_that_of_empty_bags_is_none(step_by, who):
+    """More slots than a kernel's program adds up: 200 sums of 5e36 are infinite, and of a tenth of that are not.
+
+    Empty bags have gradients too, 8 of which are infinite here, but no row knows of them.
+    """
+    rows = 200
+    batch = jax.tree.map(lambda x: np.repeat(x[:1], rows, axis=0), BATCH)
+    for row_of_a, ids, finite in ((2e29, [1, 3], False), (2e28, [1, 3], True), (2e30, [1, -1], True)):
+        step, state = step_by(who, "rowwise_adagrad", row_of_a)
+        several = dataclasses.replace(batch, ids_BxK=np.repeat(np.array([ids], np.int32), rows, axis=0))
+        assert bool(jax.jit(step)(state, several)[1]["finite"]) == finite
+
+
 @pytest.mark.parametrize("who", WHO)
 def test_kernels_spare_another_pass_over_the_gradients(step_by, who):
     step, state = step_by(who, "rowwise_adagrad", 1.0)

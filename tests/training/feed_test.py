@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from dlrm_jax.config import LossConfig, TableConfig
+from dlrm_jax.data import packed_rows
 from dlrm_jax.data.generate import planted, synthetic
 from dlrm_jax.data.generate.multi_hot import expand_dataset
-from dlrm_jax.data.packed import packed
 from dlrm_jax.data.read.dataset import Split
 from dlrm_jax.data.read.load import DataConfig
 from dlrm_jax.data.read.pipeline import Cut, window_steps
@@ -63,7 +63,7 @@ def test_what_a_batch_is_cut_by_is_of_the_platform_that_a_step_is_compiled_for(p
     model = tiny_model()
     feed = Feed(split_of(model), Cut(16, 4))
     window = jax.eval_shape(
-        feed.transfer, packed(jax.tree.map(lambda x: np.stack([x[:16]] * 4), random_batch(model, 16)))
+        feed.transfer, packed_rows.of_batch(jax.tree.map(lambda x: np.stack([x[:16]] * 4), random_batch(model, 16)))
     )
     lowered = jax.jit(feed.batch).trace(window, jnp.int32(0)).lower(lowering_platforms=(platform,)).as_text()
     barrier, condition = "optimization_barrier" in lowered, "compare GE" in lowered

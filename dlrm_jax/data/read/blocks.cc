@@ -11,7 +11,6 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
-#include <numeric>
 #include <vector>
 
 #ifdef __AVX2__
@@ -191,7 +190,7 @@ void UpdateBoth(Hash& one, const uint8_t* first, Hash& other, const uint8_t* sec
 }
 #endif
 
-constexpr int64_t kAhead = 16, kLine = 64;
+constexpr int64_t kAhead = 16, kLine = 64, kMostStreamed = 16 * kLine;
 
 typedef uint32_t Id __attribute__((aligned(1), may_alias));
 
@@ -214,6 +213,59 @@ inline void Copy(uint8_t* to, const uint8_t* from, int64_t size) {
     std::memcpy(to, from, size);
   }
 }
+
+// Whether rows are written past the cache, which then need not read the lines that they lie in: of whole lines, and few.
+inline bool Streams(int64_t row_bytes) {
+#ifdef __AVX2__
+  return row_bytes % kLine == 0 && row_bytes <= kMostStreamed;
+#else
+  return false;
+#endif
+}
+
+// Rows that are put together here and written some rows later: what was just stored in pieces is read back slowly.
+class Lines {
+ public:
+  explicit Lines(int64_t row_bytes) : row_bytes_(row_bytes) {}
+
+  ~Lines() {
+    for (int64_t i = 0; i < kLater; ++i) Write(next_ + i);
+#ifdef __AVX2__
+    _mm_sfence();  // Other threads see the rows before they see that this one is done.
+#endif
+  }
+
+  // Where to put the row that belongs to `to`.
+  uint8_t* Next(uint8_t* to) {
+    Write(next_);
+    const int64_t slot = next_++ % kLater;
+    to_[slot] = to;
+    return rows_ + slot * kMostStreamed;
+  }
+
+ private:
+  void Write(int64_t number) {
+    const int64_t slot = number % kLater;
+    uint8_t* const to = to_[slot];
+    const uint8_t* const row = rows_ + slot * kMostStreamed;
+    if (to == nullptr) return;
+#ifdef __AVX2__
+    if (reinterpret_cast<uintptr_t>(to) % sizeof(Lanes) == 0) {
+      for (int64_t byte = 0; byte < row_bytes_; byte += sizeof(Lanes)) {
+        _mm256_stream_si256(reinterpret_cast<Lanes*>(to + byte), Load(row + byte));
+      }
+      return;
+    }
+#endif
+    std::memcpy(to, row, row_bytes_);
+  }
+
+  static constexpr int64_t kLater = 4;
+  const int64_t row_bytes_;
+  int64_t next_ = 0;
+  uint8_t* to_[kLater] = {};
+  alignas(kLine) uint8_t rows_[kLater * kMostStreamed] = {};
+};
 
 }  // namespace
 
@@ -277,24 +329,31 @@ int64_t dlrm_any_outside(const uint8_t* ids, int64_t rows, int64_t slots, const 
   return outside != 0;
 }
 
-// Puts `count` rows into windows of packed rows. Column c of row i is at starts[c] + i * widths[c]; the columns of a row
-// belong side by side into row r of window w, of places[i] = w << 32 | r, which is at windows[w] + r * row_bytes. Where
-// they leave its last 4 bytes free, these are the row's weight, 1. A row of a negative place goes nowhere.
-void dlrm_scatter(const uint8_t* const* starts, const int64_t* widths, int64_t columns, int64_t row_bytes,
-                  const int64_t* places, int64_t count, uint8_t* const* windows) {
+// Puts `count` rows into windows of packed rows. Column c of row i is at starts[c] + i * widths[c]; the columns of a row,
+// and without `weighted` a weight of 1, belong side by side into row r of window w, of places[i] = w << 32 | r, which is
+// at windows[w] + r * row_bytes. A row of a negative place goes nowhere.
+void dlrm_scatter(const uint8_t* const* starts, const int64_t* widths, int64_t columns, int64_t weighted,
+                  int64_t row_bytes, const int64_t* places, int64_t count, uint8_t* const* windows) {
   const float one = 1;
-  const bool weighted = std::accumulate(widths, widths + columns, int64_t{0}) == row_bytes;
   const auto to = [&](int64_t place) { return windows[place >> 32] + (place & 0xffffffff) * row_bytes; };
+  const auto put = [&](int64_t i, uint8_t* at) {
+    for (int64_t c = 0; c < columns; at += widths[c++]) Copy(at, starts[c] + i * widths[c], widths[c]);
+    if (!weighted) std::memcpy(at, &one, 4);
+  };
+  if (Streams(row_bytes)) {
+    Lines rows(row_bytes);
+    for (int64_t i = 0; i < count; ++i) {
+      if (places[i] >= 0) put(i, rows.Next(to(places[i])));
+    }
+    return;
+  }
   for (int64_t i = 0; i < count; ++i) {
     if (i + kAhead < count && places[i + kAhead] >= 0) {
       uint8_t* const at = to(places[i + kAhead]);
       for (int64_t byte = 0; byte < row_bytes; byte += kLine) __builtin_prefetch(at + byte, 1);
       __builtin_prefetch(at + row_bytes - 1, 1);
     }
-    if (places[i] < 0) continue;
-    uint8_t* at = to(places[i]);
-    for (int64_t c = 0; c < columns; at += widths[c++]) Copy(at, starts[c] + i * widths[c], widths[c]);
-    if (!weighted) std::memcpy(at, &one, 4);
+    if (places[i] >= 0) put(i, to(places[i]));
   }
 }
 
@@ -306,7 +365,7 @@ void dlrm_places(const int64_t* rows, int64_t count, int64_t first, int64_t* to)
 // Where the columns are in the data of plain chunks of `size` bytes and `rows` rows, and the bytes that are no column's:
 // gap g begins at gaps[2 * g] and has gaps[2 * g + 1] bytes; `between` has them, one after the other.
 struct Layout {
-  int64_t size, rows, num_gaps, ids, slots, num_columns, row_bytes;
+  int64_t size, rows, num_gaps, ids, slots, num_columns, weighted, row_bytes;
   const int64_t* gaps;
   const uint8_t* between;
   const int64_t *columns, *widths;
@@ -340,8 +399,8 @@ void dlrm_fill(const Layout* layout, int64_t count, const int32_t* files, const 
         for (int64_t c = 0; c < layout->num_columns; ++c) {
           starts[c] = data + layout->columns[c] + stretch[0] * layout->widths[c];
         }
-        dlrm_scatter(starts.data(), layout->widths, layout->num_columns, layout->row_bytes, places + stretch[2],
-                     stretch[1] - stretch[0], windows);
+        dlrm_scatter(starts.data(), layout->widths, layout->num_columns, layout->weighted, layout->row_bytes,
+                     places + stretch[2], stretch[1] - stretch[0], windows);
       }
     }
   }

@@ -34,7 +34,7 @@ def _made() -> Any:
     made.dlrm_reads.restype = _INT
     made.dlrm_read_chunks.argtypes, made.dlrm_read_chunks.restype = (_INT, *[_POINTER] * 6), None
     made.dlrm_any_outside.argtypes, made.dlrm_any_outside.restype = (_POINTER, _INT, _INT, _POINTER), _INT
-    made.dlrm_scatter.argtypes = (_POINTER, _POINTER, _INT, _INT, _POINTER, _INT, _POINTER)
+    made.dlrm_scatter.argtypes = (_POINTER, _POINTER, *[_INT] * 3, _POINTER, _INT, _POINTER)
     made.dlrm_places.argtypes = (_POINTER, _INT, _INT, _POINTER)
     made.dlrm_scatter.restype = made.dlrm_places.restype = None
     made.dlrm_fill.argtypes = (_POINTER, _INT, *[_POINTER] * 4, _INT, *[_POINTER] * 5)
@@ -53,7 +53,10 @@ class Layout(ctypes.Structure):
     """As blocks.cc has it."""
 
     _fields_ = (
-        *((name, _INT) for name in ("size", "rows", "num_gaps", "ids", "slots", "num_columns", "row_bytes")),
+        *(
+            (name, _INT)
+            for name in ("size", "rows", "num_gaps", "ids", "slots", "num_columns", "weighted", "row_bytes")
+        ),
         *((name, _POINTER) for name in ("gaps", "between", "columns", "widths", "limits_K")),
     )
 

@@ -21,9 +21,9 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import jax
 import numpy as np
 
-from dlrm_jax.data import packed
+from dlrm_jax.data import packed_rows
 from dlrm_jax.data.batch import Batch
-from dlrm_jax.data.packed import PADDING, PackedRows
+from dlrm_jax.data.packed_rows import PADDING, PackedRows
 from dlrm_jax.data.read.dataset import Maker, Rows, Split
 from dlrm_jax.data.read.unread import Target, Unread
 from dlrm_jax.host.cores import cores
@@ -243,8 +243,10 @@ def made_batch(xp: Any, maker: Maker, position_B: Any, num_rows: int = MOST_ROWS
 
 
 def _empty(like: Split, cut: Cut, padding: bool, memory: Recycler) -> PackedRows:
-    shape = like.dense_RxN.shape[1], like.ids_RxK.shape[1], cut.steps * cut.rows
-    return packed.empty(*shape, allocate=memory.empty, padded=padding)
+    rows = packed_rows.empty(like.dense_RxN.shape[1], like.ids_RxK.shape[1], cut.steps * cut.rows, memory.empty)
+    if padding:
+        rows.words[:] = rows.padding
+    return rows
 
 
 def _short(piece: Piece) -> Iterator[Piece]:

@@ -37,7 +37,10 @@ class Stretch(NamedTuple):
 
 
 class Target(NamedTuple):
-    """Rows `rows_R` of all belong, in this order, into a window's rows from `at` on; `words_RxW` are packed rows."""
+    """Rows `rows_R` of all belong, in this order, into a window's rows from `at` on; `words_RxW` are packed rows.
+
+    Targets of some jobs have rows of one width.
+    """
 
     words_RxW: np.ndarray
     rows_R: np.ndarray
@@ -70,21 +73,24 @@ class Unread:
             by_record.setdefault(stretch.record, []).append(stretch)
         wanted = list(by_record.items())
         windows_T = np.array([address(words_RxW) for words_RxW, _, _ in targets], np.uint64)
+        row = 4 * targets[0].words_RxW.shape[1]
         for i in range(0, len(wanted), _AT_ONCE):
-            yield lambda some=wanted[i : i + _AT_ONCE]: self._put(dict(some), places_R, windows_T)  # type: ignore[misc]
+            yield lambda some=wanted[i : i + _AT_ONCE]: self._put(dict(some), places_R, windows_T, row)  # type: ignore[misc]
 
-    def _put(self, stretches: dict[int, list[Stretch]], places_R: np.ndarray, windows_T: np.ndarray) -> None:
-        done = self._filled(stretches, places_R, windows_T)
+    def _put(self, stretches: dict[int, list[Stretch]], places_R: np.ndarray, windows_T: np.ndarray, row: int) -> None:
+        done = self._filled(stretches, places_R, windows_T, row)
         for record, split in self.records([record for record in stretches if record not in done]).items():
             columns = [getattr(split, name) for name in self._names.values()]
             for stretch in stretches[record]:
                 starts_C = np.array([address(column[stretch.start :]) for column in columns], np.uint64)
                 self.library.dlrm_scatter(
-                    *(address(starts_C), address(self._widths_C), len(columns), self._row_bytes),
+                    *(address(starts_C), address(self._widths_C), len(columns), self.like.weight_R is not None, row),
                     *(address(places_R[stretch.at :]), stretch.stop - stretch.start, address(windows_T)),
                 )
 
-    def _filled(self, stretches: dict[int, list[Stretch]], places_R: np.ndarray, windows_T: np.ndarray) -> set[int]:
+    def _filled(
+        self, stretches: dict[int, list[Stretch]], places_R: np.ndarray, windows_T: np.ndarray, row: int
+    ) -> set[int]:
         """The records that C++ alone could put in their places: undamaged ones of the layout that most have."""
         if (layout := self.shards.layout) is None:
             return set()
@@ -107,7 +113,7 @@ class Unread:
         columns_C: np.ndarray = np.array([start for start, _ in places], np.int64)
         counts = (layout.size, rows, len(gaps_Gx2), layout.places["ids"][0], len(self.limit_K), len(columns_C))
         arrays: tuple[np.ndarray, ...] = (gaps_Gx2, between, columns_C, widths_C, self.limit_K)
-        struct = native.Layout(*counts, self._row_bytes, *map(address, arrays))
+        struct = native.Layout(*counts, self.like.weight_R is not None, row, *map(address, arrays))
         self.library.dlrm_fill(
             *(ctypes.addressof(struct), len(chunks), address(files_C), address(begins_C), address(ends_C)),
             *(address(memory), room, address(firsts_C), address(stretches_Sx3), address(places_R)),
@@ -119,11 +125,6 @@ class Unread:
     def _widths_C(self) -> np.ndarray:
         """Bytes a row of each column."""
         return np.array([4 * math.prod(getattr(self.like, name).shape[1:]) for name in self._names.values()], np.int64)
-
-    @property
-    def _row_bytes(self) -> int:
-        """Of a packed row, in which there is a weight."""
-        return int(self._widths_C.sum()) + 4 * (self.like.weight_R is None)
 
     @functools.cached_property
     def _names(self) -> dict[str, str]:

@@ -1,8 +1,8 @@
 """Who looks up and updates a run's tables: XLA, or kernels of this folder, by name, platform and model.
 
-`auto` takes what was measured as faster. On one CPU with a compiler that is C++ for the update of rules that merge
-repeats, and for lookup and update of bags of LONG_BAGS ids or more on average (experiments/README.md); other models
-keep XLA's bits. On GPUs it is Pallas for the update of rules that merge repeats (2.8 times as fast as XLA's on an
+`auto` takes what was measured as faster. On one CPU with a compiler that is C++ for tables that learn by Adagrad or
+row-wise Adagrad, and for bags of LONG_BAGS ids or more on average (experiments/README.md); other models keep XLA's
+bits. On GPUs it is Pallas for the update of rules that merge repeats (2.8 times as fast as XLA's on an
 H200), while XLA's scatter for SGD, and its lookups, are near what their bytes take; the kernel is first held against
 XLA's on a small table, on the GPU at hand. Elsewhere it is XLA.
 """
@@ -88,15 +88,15 @@ def table_ops(
 
 def _native_where_faster(model: ModelConfig, optimizer: OptimizerConfig) -> Kernels:
     kernels = Kernels(*native.does(model, optimizer, tell=False))
-    if model.num_slots < LONG_BAGS * len(model.features):
-        merges = any(not _adds(*kind) for kind in _kinds(model, optimizer))
-        kernels = Kernels(XLA, kernels.update if merges else XLA)
-    if model.learned_pooling or kernels == ALL_XLA:
+    merges = kernels.update == NATIVE and not all(_adds(*kind) for kind in _kinds(model, optimizer))
+    long_bags = model.num_slots >= LONG_BAGS * len(model.features)
+    if model.learned_pooling or kernels == ALL_XLA or not (merges or long_bags):
         return ALL_XLA
     try:
         build.register()
     except (ConfigError, OSError) as error:
-        _LOG.info("XLA looks up and updates tables, slower here than C++ would be: %s", error)
+        what = " and ".join(does for does, who in zip(("looks up", "updates"), kernels, strict=True) if who == NATIVE)
+        _LOG.info("XLA %s tables, slower here than C++ would: %s", what, error)
         return ALL_XLA
     return kernels
 

@@ -1,7 +1,7 @@
 """Lookup and update of the tables of one CPU by tables.cc, equal to exchange.local_ops up to rounding.
 
-Of ids that are no bags XLA's gather, and its scatter for SGD, are as fast: those stay. So do rules that tables.cc does
-not know, which a line in the log says.
+Of ids that are no bags XLA's gather, and its scatter for SGD, are as fast: those stay, but where tables.cc updates, as
+the two together are faster. So do rules that tables.cc does not know, which a line in the log says.
 """
 
 import functools
@@ -22,6 +22,7 @@ from dlrm_jax.tables.rules import Adagrad, RowwiseAdagrad, Rule, Sgd
 from dlrm_jax.tables.updates import NOT_FINITE
 
 _LOG = logging.getLogger("dlrm_jax")
+_COUNT = jax.ShapeDtypeStruct((1,), jnp.int32)
 _CALLS: dict[type[Rule], str] = {
     Sgd: "dlrm_update_sgd",
     Adagrad: "dlrm_update_adagrad",
@@ -47,7 +48,8 @@ def does(model: ModelConfig, optimizer: OptimizerConfig, tell: bool = True) -> t
         return XLA, XLA
     has_bags = model.num_slots > len(model.features)
     adds = not has_bags and all(isinstance(rule, Sgd) for rule in rules)
-    return NATIVE if has_bags else XLA, XLA if unknown or adds else NATIVE
+    update = XLA if unknown or adds else NATIVE
+    return NATIVE if has_bags else update, update
 
 
 def with_native(
@@ -93,7 +95,7 @@ def _update(
             attributes["eps"] = np.float32(rule.eps)
         call = jax.ffi.ffi_call(
             _CALLS[type(rule)],
-            [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in (*arrays, np.zeros(1, np.int32))],
+            [*(jax.ShapeDtypeStruct(array.shape, array.dtype) for array in arrays), _COUNT],
             input_output_aliases={i: i for i in range(len(arrays))},
         )
         d_stack_BxGxD = d_pooled_BxFxD[:, np.array(stack.features)]

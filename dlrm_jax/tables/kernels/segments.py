@@ -34,7 +34,7 @@ _SHORTEST, _LONGEST, _PROGRAMS = 8, 64, 4096
 def update_segments(update: Update, bags: tuple[BagGrad, ...], stored: Stored, interpret: bool = False) -> Stored:
     """`Update.by_bags` by a kernel, of an update whose rows are whole; `interpret`: by XLA, anywhere, for tests.
 
-    NOT_FINITE, where asked for, is of the sums on their way, so of each gradient: what is no number stays in a sum.
+    For NOT_FINITE sums are looked at while they grow: a gradient that is no number makes its sum none.
     """
     width = bags[0].d_bags_NxD.shape[1]
     void, block = num_rows(stored.weights, width), Block(width)
@@ -52,10 +52,12 @@ def update_segments(update: Update, bags: tuple[BagGrad, ...], stored: Stored, i
     counted = stored.slots.get(NOT_FINITE)
     stored, sums_2PxD, bad_Px1 = _first_pass(update, block, length, ids_M, slots, d_bags_NxD, stored, interpret)
     crossing = SparseGrad(_crossing(ids_M.reshape(-1, length), void), sums_2PxD)
-    stored = update.of_merged(merge_duplicates(crossing, void), stored)
+    merged = merge_duplicates(crossing, void)
+    stored = update.of_merged(merged, stored)
     if counted is None:
         return stored
-    return stored._replace(slots=stored.slots | {NOT_FINITE: counted + bad_Px1.sum()})
+    bad_across = ~jnp.isfinite(merged.rows_MxD) & (merged.ids_M < void)[:, None]
+    return stored._replace(slots=stored.slots | {NOT_FINITE: counted + bad_Px1.sum() + bad_across.sum()})
 
 
 def _crossing(ids_PxL: jax.Array, void: int) -> jax.Array:
@@ -79,9 +81,9 @@ def _first_pass(
     stored: Stored,
     interpret: bool,
 ) -> tuple[Stored, jax.Array, jax.Array]:
-    """What is stored once rows that lie inside a piece are updated, sums of pieces' first and last rows (2P, D).
+    """(what is stored once rows that lie inside a piece are updated, (2P, D) sums of pieces' first and last rows, bad).
 
-    And of each piece (P, 1) in how many lanes a sum was not finite.
+    `bad` (P, 1) says of each piece in how many columns a row's sum was NaN or infinite.
     """
     numbers = {"rate": update.rate, "count": update.count}
     if not isinstance(update.factor, float):
@@ -152,7 +154,8 @@ class _Walk:
             ]
             for j, slot_R in enumerate(slots):
                 sum_RxW = sum_RxW + gradients[j]
-                bad_RxW = jnp.where(jnp.abs(sum_RxW) < jnp.inf, bad_RxW, 1.0)
+                fine_RxW = (jnp.abs(sum_RxW) < jnp.inf) | ~self.block.spread(ids[j] < void)
+                bad_RxW = jnp.where(fine_RxW, bad_RxW, 1.0)
                 self.block.store(self.sums, 2 * piece_R, sum_RxW, ends[j] & firsts[j])
                 self._finish(ids[j], inside[j], sum_RxW, old[j], slot_R)
                 sum_RxW = jnp.where(self.block.spread(ends[j]), 0, sum_RxW)
