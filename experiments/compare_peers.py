@@ -10,9 +10,8 @@ fbgemm-gpu is missing:
     pip install torch==2.13.0 && pip install --no-deps torchrec==1.8.0 fbgemm-gpu-cpu==1.8.0 &&
         pip install torchmetrics==1.0.3 tensordict pyre-extensions tqdm
 
-Ours is measured twice: as it is by default, and with --kernels=native, where the machine has a C++ compiler. Both
-find their tables on huge pages, as a run of ours puts them; the peers' lie as their own library puts them. The process
-keeps what it frees, as a run of ours has it, whichever side freed it.
+Ours is as it is by default, and finds its tables on huge pages, as a run of ours puts them; the peers' lie as their own
+library puts them. The process keeps what it frees, as a run of ours has it, whichever side freed it.
 All sides but TorchRec work where JAX does, on the CPU or the first GPU. Each peer starts from our weights, and must
 have our logits before, and our logits and weights after some steps, in full float32; times are in TF32 on a GPU, on all
 sides. Then all step in turn in one process, a turn being some steps on end, of which the first is not counted; times
@@ -54,7 +53,6 @@ from dlrm_jax.data.batch import Batch
 from dlrm_jax.data.generate.synthetic import device_batch
 from dlrm_jax.data.read.load import synthetic_spec
 from dlrm_jax.host import gpu_atomics, heap
-from dlrm_jax.host.formulations import NATIVE
 from dlrm_jax.training.placed import Placed, on_one_device
 from dlrm_jax.training.reporting import versions, write_json_atomically
 from dlrm_jax.training.run_config import RunConfig
@@ -201,8 +199,6 @@ def compare_one(
         sides = {"ours": stepping(getattr(ours, step), batches), kind: stepping(getattr(peer, step), theirs)}
         if jax.default_backend() == "cpu":  # On a GPU its launches would be most of it.
             sides["floor"] = floors(placed.model, ours.state.dense_params, batches[0])[key != FORWARD]
-        if NATIVE in ours.kernels:
-            sides["native"] = stepping(functools.partial(getattr(ours, step), kernels=NATIVE), batches)
         if kind == "torch":
             sides["torch_compiled"] = stepping(functools.partial(getattr(peer, step), compiled=True), theirs)
         goals = {side: goal for (*of, side), goal in GOALS.get(jax.default_backend(), {}).items() if of == [name, key]}

@@ -9,33 +9,28 @@ import numpy as np
 
 from dlrm_jax.config import LossConfig
 from dlrm_jax.data.batch import Batch
-from dlrm_jax.host.formulations import AUTO, NATIVE
-from dlrm_jax.host.native_code import has_compiler
+from dlrm_jax.host.formulations import AUTO
 from dlrm_jax.tables.by_name import named_tables
 from dlrm_jax.training.placed import Placed
 from dlrm_jax.training.step import logits, make_train_step
 
 
 class Ours:
-    """Our own step as a run compiles it, by each of `kernels`, which work on one state."""
+    """Our own step, as a run compiles it by default."""
 
     def __init__(self, placed: Placed, loss: LossConfig, seed: int) -> None:
         self.model, self.state = placed.model, placed.init_state(seed)
-        self.kernels = (AUTO, NATIVE) if has_compiler() and jax.default_backend() == "cpu" else (AUTO,)
-        self._steps, self._forwards = {}, {}
-        for kernels in self.kernels:
-            ops = dataclasses.replace(placed, kernels=kernels).ops
-            step = make_train_step(placed.model, loss, placed.optimizer, 1, ops)
-            self._steps[kernels] = placed.jit_step(step)
-            self._forwards[kernels] = jax.jit(functools.partial(logits, placed.model, ops=ops))
+        ops = dataclasses.replace(placed, kernels=AUTO).ops
+        self._step = placed.jit_step(make_train_step(placed.model, loss, placed.optimizer, 1, ops))
+        self._forward = jax.jit(functools.partial(logits, placed.model, ops=ops))
 
-    def forward(self, batch: Batch, kernels: str = AUTO) -> jax.Array:
+    def forward(self, batch: Batch) -> jax.Array:
         """logits_B."""
-        return jax.block_until_ready(self._forwards[kernels](self.state, batch))
+        return jax.block_until_ready(self._forward(self.state, batch))
 
-    def train_step(self, batch: Batch, kernels: str = AUTO) -> float:
+    def train_step(self, batch: Batch) -> float:
         """One update of everything; returns the loss."""
-        self.state, metrics = jax.block_until_ready(self._steps[kernels](self.state, batch))
+        self.state, metrics = jax.block_until_ready(self._step(self.state, batch))
         return float(metrics["loss"])
 
     def tables(self) -> Iterator[np.ndarray]:

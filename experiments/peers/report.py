@@ -38,7 +38,7 @@ GOALS = {
 
 
 def rows_of(taken: dict[str, list[float]], goals: dict[str, float]) -> dict[str, dict[str, Any]]:
-    """By peer, of seconds measured in turns: medians and quartiles, how many times as fast ours and native are, goal.
+    """By peer, of seconds measured in turns: medians and quartiles, how many times as fast ours is, goal.
 
     Where a side is called "floor", also how many times as fast that is.
     """
@@ -53,9 +53,8 @@ def rows_of(taken: dict[str, list[float]], goals: dict[str, float]) -> dict[str,
             "ours_quartiles_ms": quartiles["ours"],
             "peer_quartiles_ms": quartiles[side],
         }
-        for other, name in (("native", "native_ratio"), ("floor", "most_ratio")):
-            if other in medians:
-                rows[side] |= {f"{other}_ms": medians[other], name: medians[side] / medians[other]}
+        if "floor" in medians:
+            rows[side] |= {"floor_ms": medians["floor"], "most_ratio": medians[side] / medians["floor"]}
         if side in goals:
             rows[side]["goal"] = goals[side]
     return rows
@@ -63,44 +62,39 @@ def rows_of(taken: dict[str, list[float]], goals: dict[str, float]) -> dict[str,
 
 def table(results: dict[str, dict]) -> str:
     """Markdown, a row a configuration and optimizer."""
-    lines = [
-        "| configuration | step | ours, native | " + " | ".join(f"{SIDES[side]} | ratios" for side in PEERS) + " |"
-    ]
+    lines = ["| configuration | step | ours | " + " | ".join(f"{SIDES[side]} | over ours" for side in PEERS) + " |"]
     lines.append("|---" * (3 + 2 * len(PEERS)) + "|")
     for name, kinds in results.items():
         for kind, row in kinds.items():
             if not row:
                 continue  # No peer fitted into the memory.
             first = next(iter(row.values()))
-            both = [f"{first[key]:.2f}" for key in ("ours_ms", "native_ms") if key in first]
-            cells = [name, kind.replace("_", "-"), f"{', '.join(both)} ms"]
+            cells = [name, kind.replace("_", "-"), f"{first['ours_ms']:.2f} ms"]
             for side in PEERS:
-                cells += [f"{row[side]['peer_ms']:.1f} ms", _ratios(row[side])] if side in row else ["-", "-"]
+                cells += [f"{row[side]['peer_ms']:.1f} ms", _ratio(row[side])] if side in row else ["-", "-"]
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def _ratios(row: dict[str, Any]) -> str:
-    found = [row[key] for key in ("ratio", "native_ratio") if key in row]
-    text = ", ".join(f"**{ratio:.2f}x**" for ratio in found)
+def _ratio(row: dict[str, Any]) -> str:
+    text = f"**{row['ratio']:.2f}x**"
     if "goal" in row:
-        met = [ratio >= row["goal"] for ratio in found]
-        text += f"; {row['goal']}x {'met' if met[0] else 'met by native' if any(met) else 'missed'}"
+        text += f"; {row['goal']}x {'met' if row['ratio'] >= row['goal'] else 'missed'}"
     return text
 
 
 def floor_table(results: dict[str, dict]) -> str:
     """Markdown: the floor of floor.py, and how many times as fast as a peer it is."""
     over = " | ".join(f"{SIDES[side]} over it" for side in BOUNDED)
-    lines = [f"| configuration | step | floor | ours, native over it | {over} |", "|---" * (4 + len(BOUNDED)) + "|"]
+    lines = [f"| configuration | step | floor | ours over it | {over} |", "|---" * (4 + len(BOUNDED)) + "|"]
     for name, kinds in results.items():
         for kind, row in kinds.items():
             bounded = {side: row[side] for side in BOUNDED if "floor_ms" in row.get(side, {})}
             if not bounded:
                 continue
             first = next(iter(bounded.values()))
-            ours = [f"{first[key] / first['floor_ms']:.2f}" for key in ("ours_ms", "native_ms") if key in first]
-            cells = [name, kind.replace("_", "-"), f"{first['floor_ms']:.1f} ms", ", ".join(ours)]
+            ours = f"{first['ours_ms'] / first['floor_ms']:.2f}"
+            cells = [name, kind.replace("_", "-"), f"{first['floor_ms']:.1f} ms", ours]
             cells += [_most(bounded[side]) if side in bounded else "-" for side in BOUNDED]
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -125,9 +119,6 @@ def draw(results: dict[str, dict], path: pathlib.Path) -> None:
         bars = axis.bar(places, ratios, width, label=SIDES[side])
         labels = ["" if np.isnan(r) else f"{r:.0f}" if r >= 10 else f"{r:.2g}" for r in ratios]
         axis.bar_label(bars, labels, label_type="center", rotation=90, fontsize=7, color="white")
-        natives = [row.get(side, {}).get("native_ratio", np.nan) for row in rows]
-        axis.scatter(places, natives, s=14, color="black", marker="D", zorder=3)
-    axis.scatter([], [], s=14, color="black", marker="D", label="the same, over ours by --kernels=native")
     axis.axhline(1, color="black", linewidth=0.8)
     axis.set_yscale("log")
     axis.set_xticks(np.arange(len(rows)), names, fontsize=7, rotation=30, ha="right")
