@@ -237,16 +237,16 @@ def main() -> None:
     gpu_atomics.use_hardware_additions()
     define_run_flags()
     extra = [f"--max_rows_per_table={arguments.max_rows_per_table}"] if arguments.max_rows_per_table else []
-    results: dict[str, dict] = {name: {} for name in names}
-    kept = json.loads(arguments.json.read_text())["configs"] if arguments.json and arguments.json.exists() else {}
-    for name in names:
-        for optimizer in arguments.optimizers.split(","):
-            results[name] |= compare(name, optimizer, peers, extra, arguments.turns)
-        print(table({name: results[name]}), flush=True)
+    results = json.loads(arguments.json.read_text())["configs"] if arguments.json and arguments.json.exists() else {}
     used = versions() | peers_versions(peers)
-    results = {name: (kept | results)[name] for name in CONFIGS if name in kept | results}
-    if arguments.json:
-        write_json_atomically(arguments.json, {"configs": results, "versions": used})
+    for name in names:
+        found: dict[str, Any] = {}
+        for optimizer in arguments.optimizers.split(","):
+            found |= compare(name, optimizer, peers, extra, arguments.turns)
+        print(table({name: found}), flush=True)
+        results = {other: (results | {name: found})[other] for other in CONFIGS if other in results or other == name}
+        if arguments.json:
+            write_json_atomically(arguments.json, {"configs": results, "versions": used})
     if arguments.picture:
         draw(results, arguments.picture)
     if arguments.readme:

@@ -9,7 +9,8 @@ from dlrm_jax.data.batch import Batch
 from .ours import Ours
 
 STEPS_CHECKED = 3
-LOGIT_TOLERANCE, WEIGHT_TOLERANCE = 2e-4, 2e-5
+LOGIT_TOLERANCE, WEIGHT_TOLERANCE = 5e-4, 1e-4
+"""Of Adagrad's steps of 0.01: a ReLU whose input rounds to the other side of 0 gives its example another gradient."""
 
 
 def largest_difference(ours: Ours, peer: Any) -> float:
