@@ -13,9 +13,9 @@ fbgemm-gpu is missing:
 Ours is as it is by default, and finds its tables on huge pages, as a run of ours puts them; the peers' lie as their own
 library puts them. The process keeps what it frees, as a run of ours has it, whichever side freed it.
 All sides but TorchRec work where JAX does, on the CPU or the first GPU. Each peer starts from our weights, and must
-have our logits before, and our logits and weights after some steps, in full float32; times are in TF32 on a GPU, on all
-sides. Then all step in turn in one process, a turn being some steps on end, of which the first is not counted; times
-are medians. Ids are uniform over each table, batches ready in memory. `--readme` renews the tables of
+have our logits before, and our logits and weights after some steps, in full float32, or is left out; times are in TF32
+on a GPU, on all sides. Then all step in turn in one process, a turn being some steps on end, of which the first is not
+counted; times are medians. Ids are uniform over each table, batches ready in memory. `--readme` renews the tables of
 experiments/README.md.
 """
 
@@ -42,7 +42,7 @@ import jax
 import numpy as np
 from absl import flags
 from measure import replace_section, where_and_when
-from peers.equal import check_equal
+from peers.equal import UnequalError, check_equal
 from peers.ours import Ours
 from peers.report import GOALS, SIDES, draw, floor_table, rows_of, table
 
@@ -171,7 +171,11 @@ def compare(name: str, optimizer: str, peers: list[str], extra: list[str], turns
         if reason := fits(model_of(config), PEERS[kind][2]):
             print(f"{what}: left out: {reason}")
             continue
-        differences, measured = compare_one(name, what, kind, config, list(report), turns)
+        try:
+            differences, measured = compare_one(name, what, kind, config, list(report), turns)
+        except UnequalError as error:
+            print(f"left out: {error}", flush=True)
+            continue
         for key, rows in measured.items():
             report[key] |= {way: row | {"differences": differences} for way, row in rows.items()}
     return report

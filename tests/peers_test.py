@@ -8,7 +8,7 @@ import pytest
 
 from dlrm_jax.config import LossConfig
 from dlrm_jax.training.placed import on_one_device
-from experiments.peers.equal import check_equal
+from experiments.peers.equal import UnequalError, check_equal, unequal
 from experiments.peers.floor import distinct_rows, floors
 from experiments.peers.ours import Ours
 from experiments.peers.report import floor_table, rows_of, table
@@ -35,6 +35,16 @@ def test_the_tables_say_which_goal_is_met(goal, said):
     assert floor == f"| kaggle | sgd | 10.0 ms | 4.00 | **6.00** (goal {goal}) | - | - |"
     for text in (table(results), floor_table(results)):
         assert len({row.count("|") for row in text.splitlines()}) == 1
+
+
+def test_a_peer_whose_numbers_are_not_ours_is_told():
+    model, rules = tiny_model(), optimizer("sgd", "sgd")
+    ours, peer = (Ours(on_one_device(model, rules), LossConfig(), seed) for seed in (0, 1))
+    peer.batch, peer.host = lambda batch: batch, np.asarray
+    with pytest.raises(UnequalError, match="a peer: not equal to ours: logits differ by"):
+        check_equal("a peer", ours, peer, [random_batch(model, 16)])
+    fine = {"logits_before": 2e-4, "logits_after": 2e-4, "weights_after": 2e-5}
+    assert not unequal(fine) and all(unequal(fine | {name: 3 * most}) for name, most in fine.items())
 
 
 def test_distinct_rows_are_counted_by_table():
